@@ -1,0 +1,179 @@
+"""Every type that crosses between driver and worker: commands down, reports up. Frozen, plain values, CPU tensors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from raylit.state import Progress, Stage
+
+
+# Commands
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Prepare the data, set up, build optimizers and loaders for a stage. Answered by `Started`."""
+
+    stage: Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """Apply a checkpoint: the whole run, or the weights only. Answered by `Done`."""
+
+    checkpoint: dict[str, Any]
+    is_weights_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """Run training batches until the epoch has `until_batch` of them, `until_step` is reached or the data ends.
+
+    Answered by `Ticked` and `Stepped` on the way and `Paused` at the end.
+    """
+
+    until_batch: float
+    until_step: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndEpoch:
+    """Run the epoch's last hooks and schedulers. Answered by `EpochEnded`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Run the validation or test loop over the workers' shares. Answered by `Ticked` on the way and `Evaluated`."""
+
+    stage: Stage
+    is_sanity_check: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predict:
+    """Run the prediction loop. Answered by `Ticked` on the way and one `Predicted` of each rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Save:
+    """Hand over the state. Rank 0 answers with the whole of it, the others with what is theirs alone: `Saved`."""
+
+    is_weights_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finish:
+    """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
+
+
+Command = Start | Load | Train | EndEpoch | Evaluate | Predict | Save | Finish
+
+
+# Reports
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One value under one name, reduced over batches and ranks as its `self.log` asked."""
+
+    value: float
+    prog_bar: bool = False
+    logger: bool = True
+
+
+Metrics = dict[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """The stage is ready. Sizes are batches per worker."""
+
+    num_training_batches: float = 0
+    num_eval_batches: tuple[float, ...] = ()
+    """Of the validation, test or predict loaders."""
+    summary: str = ""
+    """The model summary, for the driver to show."""
+    num_sanity_batches: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """A command without a result of its own has been carried out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticked:
+    """Rank 0's place in the loop under way and its own latest values, for the progress bar; not reduced."""
+
+    batch: int
+    """Batches finished in this epoch or loader."""
+    dataloader_idx: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stepped:
+    """The metrics of a logging step, reduced over the ranks."""
+
+    progress: Progress
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paused:
+    """Training stands still at a batch border."""
+
+    progress: Progress
+    is_epoch_finished: bool
+    """The epoch has no further batch."""
+    stop_reason: str | None = None
+    """A worker's callback or hook asked for the end."""
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochEnded:
+    progress: Progress
+    metrics: Metrics
+    stop_reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """A finished evaluation, exact over all ranks."""
+
+    stage: Stage
+    metrics: Metrics
+    per_loader: tuple[dict[str, float], ...] = ()
+    """For each loader, what `validate` and `test` return and print."""
+    stop_reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """A rank's predictions: for each loader, its batches' outputs with the index that each has in the data set."""
+
+    rank: int
+    outputs: tuple[tuple[tuple[int, Any], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A rank's part of a checkpoint, in plain values and CPU tensors."""
+
+    rank: int
+    checkpoint: dict[str, Any]
+    """The whole run without the driver's part; empty except on rank 0."""
+    of_rank: dict[str, Any]
+    """Random state, metric buffers: what only this rank has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """Rank 0's module and callbacks as the hooks left them."""
+
+    state_dict: dict[str, Any]
+    attributes: bytes = b""
+    """cloudpickle: what hooks left on modules and callbacks; empty when they are the driver's own objects."""
+
+
+Report = Started | Done | Ticked | Stepped | Paused | EpochEnded | Evaluated | Predicted | Saved | Finished

@@ -1,0 +1,97 @@
+"""Plan: everything the user asked for, parsed and checked once, frozen. Both sides; it travels to the workers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+BatchLimit = int | float
+"""A float is a fraction of the loader (1.0: all of it), an int a count of batches per worker."""
+
+AcceleratorName = Literal["cpu", "cuda"]
+StrategyName = Literal["single", "ddp"]
+PrecisionName = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """Who runs the steps."""
+
+    num_workers: int = 0
+    """Ray actors; 0 runs the loop in the driver's process."""
+    num_nodes: int | None = None
+    """Hosts that share the workers evenly; None: wherever there is room."""
+    accelerator: AcceleratorName = "cpu"
+    strategy: StrategyName = "single"
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    """What each actor asks Ray for, by Ray's names. Empty: one CPU (and one GPU with accelerator="cuda")."""
+    start_timeout_s: float = 600.0
+
+    @property
+    def world_size(self) -> int:
+        return max(1, self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long, and how much of each loader."""
+
+    max_epochs: int | None = 1000
+    """None: no limit in epochs."""
+    min_epochs: int = 0
+    max_steps: int | None = None
+    """Optimizer steps; None: no limit in steps."""
+    min_steps: int = 0
+    train_batches: BatchLimit = 1.0
+    val_batches: BatchLimit = 1.0
+    test_batches: BatchLimit = 1.0
+    predict_batches: BatchLimit = 1.0
+    sanity_val_batches: int = 2
+    """Validation batches run before training to find bugs early; -1: all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """When validation is due during fit."""
+
+    interval: BatchLimit = 1.0
+    """A float: a fraction of the training epoch; an int: training batches."""
+    every_n_epochs: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimization:
+    """What happens between the loss and the next weights."""
+
+    accumulate_batches: int = 1
+    clip_val: float | None = None
+    clip_algorithm: Literal["norm", "value"] = "norm"
+    precision: PrecisionName = "32-true"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reporting:
+    """What the driver gets to see, and how often."""
+
+    log_every_n_steps: int = 50
+    refresh_period_s: float = 0.1
+    """Least time between two progress reports of a worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One run, as asked for. Built by the Trainer, never changed."""
+
+    workers: Workers = Workers()
+    limits: Limits = Limits()
+    validation: Validation = Validation()
+    optimization: Optimization = Optimization()
+    reporting: Reporting = Reporting()
+    default_root_dir: str = "."
+    seed: int = 0
+    """Seed of the data order: global batch k of epoch e is a function of seed, e and k."""
+    use_distributed_sampler: bool = True
+    """False: samplers and iterables are the user's to split."""
+    deterministic: bool | Literal["warn"] = False
+    benchmark: bool | None = None
+    is_dev_run: bool = False
+    """fast_dev_run: nothing is written."""
+    inference_mode: bool = True

@@ -1,0 +1,54 @@
+"""Where a run stands: Progress (frozen, on both sides, in checkpoints) and RunState (the driver's, one writer)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["fit", "validate", "test", "predict"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A position in the training; what a worker reports and a checkpoint stores."""
+
+    epoch: int = 0
+    """Index of the epoch under way; once `is_epoch_ended`, of the one just finished."""
+    batch: int = 0
+    """Batches of this epoch that each worker has finished."""
+    global_step: int = 0
+    """Optimizer steps so far."""
+    validated_batch: int = 0
+    """`batch` at the last validation inside this epoch, so that a resumed run does not repeat it."""
+    is_epoch_ended: bool = False
+    """The epoch's last hooks and schedulers have run; the next batch belongs to `epoch + 1`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class RunState:
+    """What the driver knows of the run under way. Written by the coordinator only; callbacks read it."""
+
+    stage: Stage
+    progress: Progress = field(default_factory=Progress)
+    num_training_batches: float = math.inf
+    """Per worker and epoch; infinite where the loader has no length."""
+    num_val_batches: tuple[float, ...] = ()
+    """Per worker, for each loader."""
+    is_sanity_checking: bool = False
+    has_validation: bool = False
+    """A validation loop exists and is not limited away."""
+    callback_metrics: dict[str, float] = field(default_factory=dict)
+    """The latest reduced value of every metric, whatever was asked of it."""
+    logged_metrics: dict[str, float] = field(default_factory=dict)
+    progress_bar_metrics: dict[str, float] = field(default_factory=dict)
+    stop_reason: str | None = None
+    """Why the run is to end early; None: it is not."""
+    is_interrupted: bool = False
+
+    @property
+    def log_step(self) -> int:
+        """The loggers' x axis: the index of the last finished optimizer step, counted from 0."""
+        return max(0, self.progress.global_step - 1)
