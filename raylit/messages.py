@@ -11,17 +11,14 @@ from raylit.state import Progress, Stage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Prepare the data, set up, build optimizers and loaders for a stage. Answered by `Started`."""
+    """Prepare the data, set up, build optimizers and loaders for a stage, apply a checkpoint. Answered by `Started`."""
 
     stage: Stage
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """Apply a checkpoint: the whole run, or the weights only. Answered by `Done`."""
-
-    checkpoint: dict[str, Any]
-    is_weights_only: bool = False
+    checkpoint: dict[str, Any] | None = None
+    is_resuming: bool = False
+    """The checkpoint's whole run is continued; else its weights are loaded."""
+    random_state: dict[str, Any] | None = None
+    """The driver's generators, for the workers to continue from; None in the driver's own process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +62,7 @@ class Finish:
     """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
 
 
-Command = Start | Load | Train | EndEpoch | Evaluate | Predict | Save | Finish
+Command = Start | Train | EndEpoch | Evaluate | Predict | Save | Finish
 
 
 # Reports
@@ -78,6 +75,8 @@ class Metric:
     value: float
     prog_bar: bool = False
     logger: bool = True
+    is_alias: bool = False
+    """The plain name of a metric that is logged as `x_step` and `x_epoch`; for callbacks only."""
 
 
 Metrics = dict[str, Metric]
@@ -85,19 +84,12 @@ Metrics = dict[str, Metric]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """The stage is ready. Sizes are batches per worker."""
+    """The stage is ready. Sizes are batches per worker, limits applied; infinite where a loader has no length."""
 
+    progress: Progress
     num_training_batches: float = 0
     num_eval_batches: tuple[float, ...] = ()
-    """Of the validation, test or predict loaders."""
-    summary: str = ""
-    """The model summary, for the driver to show."""
-    num_sanity_batches: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
-    """A command without a result of its own has been carried out."""
+    """Of each validation, test or predict loader."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,11 +161,30 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """Rank 0's module and callbacks as the hooks left them."""
+    """Rank 0's module and callbacks as training and hooks left them; empty where they are the driver's own objects."""
 
-    state_dict: dict[str, Any]
+    state_dict: dict[str, Any] = field(default_factory=dict)
     attributes: bytes = b""
-    """cloudpickle: what hooks left on modules and callbacks; empty when they are the driver's own objects."""
+    """cloudpickle of handback.Attributes."""
 
 
-Report = Started | Done | Ticked | Stepped | Paused | EpochEnded | Evaluated | Predicted | Saved | Finished
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandDone:
+    """A worker is through with a command and waits for the next."""
+
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """An exception ended the worker's command."""
+
+    rank: int
+    host: str
+    traceback: str
+    """As the interpreter would have printed it."""
+    error: bytes | None
+    """cloudpickle of the exception; None where it cannot travel."""
+
+
+Report = Started | Ticked | Stepped | Paused | EpochEnded | Evaluated | Predicted | Saved | Finished

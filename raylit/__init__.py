@@ -1,0 +1,52 @@
+"""raylit: the PyTorch Lightning programming model on Ray actors."""
+
+from raylit.api import fit, predict, shutdown, test, validate
+from raylit.callbacks.base import Callback, DriverCallback
+from raylit.callbacks.early_stopping import EarlyStopping
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
+from raylit.datamodule import DataModule, LightningDataModule
+from raylit.errors import (
+    CheckpointError,
+    ConfigError,
+    ModuleError,
+    RaylitError,
+    ResourcesError,
+    UnknownArgumentError,
+    WorkerDied,
+    WorkerFailed,
+)
+from raylit.loggers import CSVLogger, Logger, TensorBoardLogger
+from raylit.module import LightningModule
+from raylit.seed import seed_everything
+from raylit.trainer import Trainer
+
+__all__ = [
+    "CSVLogger",
+    "Callback",
+    "CheckpointError",
+    "ConfigError",
+    "DataModule",
+    "DriverCallback",
+    "EarlyStopping",
+    "LightningDataModule",
+    "LightningModule",
+    "Logger",
+    "ModelCheckpoint",
+    "ModuleError",
+    "ProgressBar",
+    "RaylitError",
+    "ResourcesError",
+    "TQDMProgressBar",
+    "TensorBoardLogger",
+    "Trainer",
+    "UnknownArgumentError",
+    "WorkerDied",
+    "WorkerFailed",
+    "fit",
+    "predict",
+    "seed_everything",
+    "shutdown",
+    "test",
+    "validate",
+]

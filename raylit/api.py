@@ -1,0 +1,68 @@
+"""fit, validate, test, predict: one line of use each. Driver."""
+
+from typing import Any
+
+from raylit.datamodule import DataModule
+from raylit.module import LightningModule
+from raylit.trainer import Trainer
+
+
+def fit(
+    model: LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: DataModule | None = None,
+    ckpt_path: str | None = None,
+    **trainer_arguments: Any,
+) -> Trainer:
+    """`Trainer(**trainer_arguments).fit(...)`; returns the Trainer, to look at metrics and to test with."""
+    trainer = Trainer(**trainer_arguments)
+    trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    return trainer
+
+
+def validate(
+    model: LightningModule,
+    dataloaders: Any = None,
+    *,
+    datamodule: DataModule | None = None,
+    ckpt_path: str | None = None,
+    **trainer_arguments: Any,
+) -> list[dict[str, float]]:
+    """`Trainer(**trainer_arguments).validate(...)`."""
+    return Trainer(**trainer_arguments).validate(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule)
+
+
+def test(
+    model: LightningModule,
+    dataloaders: Any = None,
+    *,
+    datamodule: DataModule | None = None,
+    ckpt_path: str | None = None,
+    **trainer_arguments: Any,
+) -> list[dict[str, float]]:
+    """`Trainer(**trainer_arguments).test(...)`."""
+    return Trainer(**trainer_arguments).test(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule)
+
+
+def predict(
+    model: LightningModule,
+    dataloaders: Any = None,
+    *,
+    datamodule: DataModule | None = None,
+    ckpt_path: str | None = None,
+    **trainer_arguments: Any,
+) -> list[Any]:
+    """`Trainer(**trainer_arguments).predict(...)`."""
+    return Trainer(**trainer_arguments).predict(model, dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+
+
+def shutdown() -> None:
+    """End the Ray node that raylit has started; a cluster of yours is left alone. Runs by itself at exit."""
+    import sys
+
+    # Without an import of the cluster module there is nothing to end, and Ray need not be imported for it.
+    cluster = sys.modules.get("raylit.driver.cluster")
+    if cluster is not None:
+        cluster.shutdown()

@@ -1,0 +1,267 @@
+"""Coordinator: the driver's loop. Decides when to train, validate, save and stop. Driver."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from raylit.callbacks.base import DriverCallback
+from raylit.checkpoint import files, format
+from raylit.driver.group import WorkerGroup, build_group
+from raylit.driver.schedule import Schedule
+from raylit.errors import RaylitError
+from raylit.loggers.base import Logger
+from raylit.messages import (
+    Command,
+    EndEpoch,
+    EpochEnded,
+    Evaluate,
+    Evaluated,
+    Finish,
+    Finished,
+    Metrics,
+    Paused,
+    Predict,
+    Predicted,
+    Report,
+    Save,
+    Saved,
+    Start,
+    Started,
+    Stepped,
+    Ticked,
+    Train,
+)
+from raylit.plan import Plan
+from raylit.state import RunState, Stage
+from raylit.worker.context import Job
+
+
+class Coordinator:
+    """One run: the only writer of its RunState, and what driver callbacks know as `run`."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        job: Job,
+        callbacks: Sequence[DriverCallback],
+        loggers: Sequence[Logger],
+        stage: Stage,
+    ) -> None:
+        self.plan = plan
+        self.loggers = list(loggers)
+        self.state = RunState(stage=stage)
+        self.log_dir = job.log_dir
+        self._job = job
+        self._callbacks = callbacks
+        self._schedule = Schedule(plan)
+        self._group: WorkerGroup | None = None
+
+    # The entry points
+
+    def fit(self, *, checkpoint: dict[str, Any] | None = None) -> Finished:
+        """Train to the end; continue from a checkpoint's position where one is given."""
+        with self._running(checkpoint, is_resuming=True):
+            if checkpoint is None and self._schedule.has_sanity_check(self.state):
+                self._check_sanity()
+            self._notify("on_train_start")
+            while not self._schedule.is_finished(self.state):
+                self._train_epoch()
+            self._notify("on_train_end")
+            return self._finish()
+
+    def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> tuple[list[dict[str, float]], Finished]:
+        """Validate or test: for each loader its metrics by name."""
+        with self._running(checkpoint, is_resuming=False):
+            evaluated = self._evaluate(self.state.stage)
+            return [dict(metrics) for metrics in evaluated.per_loader], self._finish()
+
+    def predict(self, *, checkpoint: dict[str, Any] | None = None) -> tuple[list[list[Any]], Finished]:
+        """For each loader the outputs of its batches, in data-set order."""
+        with self._running(checkpoint, is_resuming=False):
+            self._notify("on_evaluation_start", "predict")
+            parts = [report for report in self._run(Predict()) if isinstance(report, Predicted)]
+            self._notify("on_evaluation_end", "predict")
+            num_loaders = len(parts[0].outputs)
+            placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(num_loaders)]
+            outputs = [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
+            return outputs, self._finish()
+
+    # What a driver callback may ask for
+
+    def stop(self, reason: str) -> None:
+        self.state.stop_reason = self.state.stop_reason or reason
+
+    def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
+        saved = [report for report in self._run(Save(is_weights_only=is_weights_only)) if isinstance(report, Saved)]
+        callback_states = {
+            callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())
+        }
+        driver_part: dict[str, Any] = {} if is_weights_only else {"callbacks": callback_states}
+        files.write(format.merge(saved, driver_part), path)
+
+    def remove_checkpoint(self, path: str) -> None:
+        files.remove(path)
+
+    # The loop
+
+    def _train_epoch(self) -> None:
+        if self.state.progress.batch == 0 or self.state.progress.is_epoch_ended:
+            self._notify("on_train_epoch_start")
+        is_over = False
+        while not is_over:
+            paused = self._train()
+            self._notify("on_train_pause")
+            is_over = self._schedule.is_epoch_over(self.state, paused)
+            if self._schedule.is_validation_due(self.state, paused):
+                self._validate()
+                is_over = is_over or self._schedule.may_stop(self.state)
+        self._one(EndEpoch())
+        self._notify("on_train_epoch_end")
+
+    def _train(self) -> Paused:
+        until_step = min(
+            self._schedule.last_step,
+            min((step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None), default=math.inf),
+        )
+        paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
+        assert isinstance(paused, Paused)
+        return paused
+
+    def _validate(self) -> None:
+        self._evaluate("validate")
+        self._notify("on_validation_end")
+
+    def _check_sanity(self) -> None:
+        self.state.is_sanity_checking = True
+        self._evaluate("validate", is_sanity_check=True)
+        self.state.is_sanity_checking = False
+
+    def _evaluate(self, stage: Stage, *, is_sanity_check: bool = False) -> Evaluated:
+        self._notify("on_evaluation_start", stage)
+        evaluated = self._one(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
+        assert isinstance(evaluated, Evaluated)
+        self._notify("on_evaluation_end", stage)
+        return evaluated
+
+    def _finish(self) -> Finished:
+        finished = self._one(Finish())
+        assert isinstance(finished, Finished)
+        return finished
+
+    # The workers
+
+    @contextmanager
+    def _running(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
+        """The group and everyone who listens, from the start to an end of whatever kind."""
+        started: list[DriverCallback] = []
+        status = "failed"
+        try:
+            self._group = build_group(self.plan, self._job)
+            self._start(checkpoint, is_resuming=is_resuming)
+            for callback in self._callbacks:
+                started.append(callback)
+                callback.on_start(self)
+            yield
+            status = "success"
+        except BaseException as error:
+            self.state.is_interrupted = isinstance(error, KeyboardInterrupt)
+            status = "interrupted" if self.state.is_interrupted else "failed"
+            for callback in started:
+                callback.on_exception(self, error)
+            raise
+        finally:
+            for callback in started:
+                callback.on_end(self)
+            for logger in self.loggers:
+                logger.finalize(status)
+            if self._group is not None:
+                self._group.end()
+
+    def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
+        assert self._group is not None
+        is_resuming = is_resuming and checkpoint is not None
+        if is_resuming:
+            assert checkpoint is not None
+            for callback in self._callbacks:
+                if callback.state_key in checkpoint.get("callbacks", {}):
+                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+        started = self._one(
+            Start(
+                stage=self.state.stage,
+                checkpoint=checkpoint,
+                is_resuming=is_resuming,
+                random_state=None if self._group.is_in_driver else format.random_state(),
+            )
+        )
+        assert isinstance(started, Started)
+        self._log_hyperparams()
+
+    def _one(self, command: Command) -> Report:
+        """Run a command and return rank 0's last report."""
+        last: Report | None = None
+        for report in self._run(command, only_rank=0):
+            last = report
+        if last is None:
+            raise RaylitError(f"no worker answered {type(command).__name__}")
+        return last
+
+    def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
+        """Run a command; every report is taken in before it is handed on."""
+        assert self._group is not None
+        for rank, report in self._group.run(command):
+            if getattr(report, "stop_reason", None):
+                self.stop(str(getattr(report, "stop_reason")))
+            if rank == 0:
+                self._receive(report)
+            if only_rank is None or rank == only_rank:
+                yield report
+
+    def _receive(self, report: Report) -> None:
+        """Take rank 0's report into the state and tell who listens."""
+        state = self.state
+        match report:
+            case Ticked():
+                state.progress_bar_metrics.update(report.metrics)
+                self._notify("on_tick", report.batch, report.dataloader_idx)
+            case Stepped():
+                state.progress = report.progress
+                self._take_metrics(report.metrics)
+                self._notify("on_step_metrics")
+            case Paused():
+                state.progress = report.progress
+                self._take_metrics(report.metrics, is_logged=False)
+            case Evaluated():
+                state.progress = self._schedule.validated(state)
+                self._take_metrics(report.metrics)
+            case EpochEnded():
+                state.progress = report.progress
+                self._take_metrics(report.metrics)
+            case Started():
+                state.progress = report.progress
+                self._schedule.set_sizes(state, report)
+
+    def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True) -> None:
+        state = self.state
+        state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
+        state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
+        logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
+        if not logged or not is_logged:
+            return
+        state.logged_metrics.update(logged)
+        for logger in self.loggers:
+            logger.log_metrics({**logged, "epoch": float(state.progress.epoch)}, step=state.log_step)
+
+    def _log_hyperparams(self) -> None:
+        module, datamodule = self._job.module, self._job.datamodule
+        params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
+        if datamodule is not None and datamodule._hparams:
+            params.update(datamodule.hparams)
+        for logger in self.loggers:
+            if params and self.state.stage == "fit":
+                logger.log_hyperparams(params)
+
+    def _notify(self, hook: str, *args: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self, *args)

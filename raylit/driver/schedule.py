@@ -1,0 +1,101 @@
+"""Schedule: the rules by which a fit validates and ends, from the plan and the sizes of the loaders. Driver."""
+
+import math
+from dataclasses import replace
+
+from raylit.errors import ConfigError
+from raylit.messages import Paused, Started
+from raylit.plan import Plan
+from raylit.state import Progress, RunState
+
+
+class Schedule:
+    """Answers from the run's state; holds nothing but the plan and the validation interval in batches."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._validation_batches = math.inf
+
+    def set_sizes(self, state: RunState, started: Started) -> None:
+        """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
+        state.num_training_batches = started.num_training_batches
+        state.num_val_batches = started.num_eval_batches
+        state.has_validation = state.stage == "fit" and any(num > 0 for num in started.num_eval_batches)
+        if not state.has_validation:
+            return
+        interval, num_batches = self._plan.validation.interval, started.num_training_batches
+        if isinstance(interval, int):
+            if interval > num_batches:
+                raise ConfigError(
+                    f"val_check_interval={interval} is more than the {num_batches:g} training batches of an epoch: "
+                    "lower it, or give a fraction of the epoch"
+                )
+            self._validation_batches = interval
+        elif interval == 1.0:
+            self._validation_batches = num_batches
+        elif math.isinf(num_batches):
+            raise ConfigError(
+                f"val_check_interval={interval} of a training loader without a length: give an int, or 1.0"
+            )
+        else:
+            self._validation_batches = max(1, int(num_batches * interval))
+
+    @property
+    def last_step(self) -> float:
+        max_steps = self._plan.limits.max_steps
+        return math.inf if max_steps is None else max_steps
+
+    def has_sanity_check(self, state: RunState) -> bool:
+        return state.has_validation and self._plan.limits.sanity_val_batches != 0 and not self._is_out_of_reach(state)
+
+    def is_finished(self, state: RunState) -> bool:
+        """Between two epochs."""
+        return self._is_out_of_reach(state) or self.may_stop(state)
+
+    def may_stop(self, state: RunState) -> bool:
+        """A stop is asked for and the least of epochs and steps is reached."""
+        limits = self._plan.limits
+        return (
+            state.stop_reason is not None
+            and _epochs_done(state.progress) >= limits.min_epochs
+            and state.progress.global_step >= limits.min_steps
+        )
+
+    def is_epoch_over(self, state: RunState, paused: Paused) -> bool:
+        return paused.is_epoch_finished or state.progress.global_step >= self.last_step or self.may_stop(state)
+
+    def next_validation_batch(self, state: RunState) -> float:
+        """The batch of this epoch, counted from 1, after which validation is due."""
+        progress = state.progress
+        is_new = progress.is_epoch_ended
+        if not self._is_validation_epoch(state, progress.epoch + is_new) or math.isinf(self._validation_batches):
+            return math.inf
+        done = 0 if is_new else progress.batch
+        return (done // self._validation_batches + 1) * self._validation_batches
+
+    def is_validation_due(self, state: RunState, paused: Paused) -> bool:
+        progress = state.progress
+        if not self._is_validation_epoch(state, progress.epoch) or progress.batch in (0, progress.validated_batch):
+            return False
+        if math.isinf(self._validation_batches):
+            return paused.is_epoch_finished
+        return progress.batch % self._validation_batches == 0 or self.may_stop(state)
+
+    def validated(self, state: RunState) -> Progress:
+        """The progress after an evaluation."""
+        if state.stage != "fit" or state.is_sanity_checking:
+            return state.progress
+        return replace(state.progress, validated_batch=state.progress.batch)
+
+    def _is_validation_epoch(self, state: RunState, epoch: int) -> bool:
+        return state.has_validation and (epoch + 1) % self._plan.validation.every_n_epochs == 0
+
+    def _is_out_of_reach(self, state: RunState) -> bool:
+        """Nothing is left to train."""
+        limits = self._plan.limits
+        has_epochs = limits.max_epochs is None or _epochs_done(state.progress) < limits.max_epochs
+        return not has_epochs or state.progress.global_step >= self.last_step or state.num_training_batches == 0
+
+
+def _epochs_done(progress: Progress) -> int:
+    return progress.epoch + progress.is_epoch_ended

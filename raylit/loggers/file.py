@@ -1,0 +1,121 @@
+"""FileLogger: what loggers that write into `save_dir/name/version_N` have in common. Driver only."""
+
+import os
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from raylit.errors import ConfigError
+from raylit.loggers.base import Logger
+
+
+class FileLogger(Logger):
+    """A logger with a directory of its own, and an `hparams.yaml` in it.
+
+    The directory is made when it is first needed; a version that was not given becomes the next free number then.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str] | None,
+        name: str | None,
+        version: int | str | None,
+        prefix: str,
+        sub_dir: str | None = None,
+    ) -> None:
+        self._save_dir = None if save_dir is None else self._checked_dir(save_dir)
+        self._name = name or ""
+        self._version = version
+        self._prefix = prefix
+        self._sub_dir = sub_dir or ""
+        self._log_dir: str | None = None
+        self._hparams: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> int | str:
+        if self._version is None:
+            self._version = _claim_next_version(self.root_dir)
+        return self._version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._save_dir
+
+    @property
+    def root_dir(self) -> str:
+        """`save_dir/name`, the parent of the versions."""
+        if self._save_dir is None:
+            raise ConfigError(
+                f"{type(self).__name__}(save_dir=None) takes the Trainer's root directory, but belongs to no Trainer:"
+                " give it a save_dir, or use it once the Trainer has it"
+            )
+        return os.path.join(self._save_dir, self._name)
+
+    @property
+    def log_dir(self) -> str:
+        if self._log_dir is None:
+            version = self.version if isinstance(self.version, str) else f"version_{self.version}"
+            log_dir = os.path.join(self.root_dir, version, self._sub_dir).rstrip(os.sep)
+            os.makedirs(log_dir, exist_ok=True)
+            self._log_dir = log_dir
+        return self._log_dir
+
+    def bind(self, default_root_dir: str) -> None:
+        if self._save_dir is None:
+            self._save_dir = self._checked_dir(default_root_dir)
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        # Only when there is something to write: importing raylit should not cost the import of yaml.
+        import yaml
+
+        self._hparams.update(params)
+        with open(os.path.join(self.log_dir, "hparams.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(plain(self._hparams), file, sort_keys=False, allow_unicode=True)
+
+    def _prefixed(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        start = f"{self._prefix}-" if self._prefix else ""
+        return {start + name: float(value) for name, value in metrics.items()}
+
+    def _checked_dir(self, path: str | os.PathLike[str]) -> str:
+        text = os.fspath(path)
+        if "://" in text:
+            raise ConfigError(f"{type(self).__name__}(save_dir={text!r}): logs go to local paths only, so far")
+        return os.path.expanduser(os.path.expandvars(text))
+
+
+def plain(value: Any) -> Any:
+    """The value in YAML's own types: numbers of other libraries become Python's, anything else its repr."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return repr(value)
+
+
+def _claim_next_version(root_dir: str) -> int:
+    """Makes `version_N` for the lowest N above all that exist.
+
+    mkdir decides between processes that start at once: it fails for all but one of them.
+    """
+    os.makedirs(root_dir, exist_ok=True)
+    numbers = [name.removeprefix("version_") for name in os.listdir(root_dir) if name.startswith("version_")]
+    version = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+    while True:
+        try:
+            os.mkdir(os.path.join(root_dir, f"version_{version}"))
+        except FileExistsError:
+            version += 1
+        else:
+            return version

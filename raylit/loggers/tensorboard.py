@@ -1,0 +1,103 @@
+"""TensorBoardLogger: metrics and hyper-parameters as event files for TensorBoard. Driver only."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from raylit.errors import ConfigError
+from raylit.loggers.file import FileLogger, plain
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardLogger(FileLogger):
+    """Event files in `save_dir/name/version_N[/sub_dir]`; further keywords go to torch's SummaryWriter.
+
+    With `default_hp_metric`, hyper-parameters that come without a metric get `hp_metric=-1`: TensorBoard's HParams
+    page shows only runs that have one.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str] | None = None,
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        log_graph: bool = False,
+        default_hp_metric: bool = True,
+        prefix: str = "",
+        sub_dir: str | None = None,
+        **summary_writer: Any,
+    ) -> None:
+        super().__init__(save_dir, name, version, prefix, sub_dir)
+        self._has_graph = log_graph
+        self._default_hp_metric = default_hp_metric
+        self._summary_writer = summary_writer
+        self._experiment: SummaryWriter | None = None
+
+    @property
+    def experiment(self) -> "SummaryWriter":
+        """The open SummaryWriter, for images, histograms and the like."""
+        if self._experiment is None:
+            # Importing tensorboard takes a second; runs without this logger need not have it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._experiment = SummaryWriter(log_dir=self.log_dir, **self._summary_writer)
+        return self._experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in self._prefixed(metrics).items():
+            self.experiment.add_scalar(name, value, step)
+
+    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """`metrics`: names, with first values, that the HParams page shows beside the hyper-parameters."""
+        super().log_hyperparams(params)
+        if metrics is None:
+            metrics = {"hp_metric": -1.0} if self._default_hp_metric else {}
+        if params and metrics:
+            self.log_metrics(metrics, step=0)
+            self._write_hparams_summary(metrics)
+
+    def log_graph(self, model: nn.Module, input_array: Any = None) -> None:
+        """The model's graph, with `log_graph=True`; traced with `input_array` or `model.example_input_array`."""
+        if not self._has_graph:
+            return
+        if input_array is None:
+            input_array = getattr(model, "example_input_array", None)
+        if input_array is None:
+            raise ConfigError("TensorBoardLogger(log_graph=True): the graph is traced, set model.example_input_array")
+        self.experiment.add_graph(model, input_array)
+
+    def save(self) -> None:
+        if self._experiment is not None:
+            self._experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            self._experiment.close()
+            self._experiment = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An open writer is a thread and a file: a copy in another process opens its own.
+        return {**self.__dict__, "_experiment": None}
+
+    def _write_hparams_summary(self, metrics: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard.summary import hparams  # slow to import, see `experiment`
+
+        # SummaryWriter.add_hparams would open a second event file, and a running TensorBoard reads on in the newest
+        # file of a directory only: everything that the first one gets afterwards would stay unseen.
+        file_writer: Any = self.experiment.file_writer
+        for summary in hparams(dict(_flat(plain(self._hparams))), self._prefixed(metrics)):
+            file_writer.add_summary(summary)
+
+
+def _flat(params: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Nested names joined by "/"; what the HParams page cannot show as it is becomes a string."""
+    for key, value in params.items():
+        name = f"{parent}/{key}" if parent else str(key)
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        else:
+            yield name, value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,295 @@
+"""LightningModule: the hooks a user writes, on a plain nn.Module. User's class, used on both sides."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from raylit.checkpoint import files, format
+from raylit.errors import CheckpointError
+from raylit.hparams import AttributeDict, constructor_arguments, init_arguments, select_hyperparameters
+
+_OF_THE_RUN = ("_view", "_metrics")
+"""Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
+
+
+class LightningModule(nn.Module):
+    """Organized PyTorch: training, validation, test and prediction steps and their hooks on one nn.Module."""
+
+    _view: Any = None
+    _metrics: Any = None
+    _hparams: AttributeDict | None = None
+    _hparams_name: str = "kwargs"
+    example_input_array: Any = None
+
+    # The steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """(batch, batch_idx) to the loss: a scalar tensor with a gradient, or a dict with it under `loss`."""
+        raise NotImplementedError(f"{type(self).__name__} has no training_step")
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """(batch, batch_idx[, dataloader_idx]), in eval mode without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no validation_step")
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """(batch, batch_idx[, dataloader_idx]), in eval mode without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no test_step")
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """(batch, batch_idx[, dataloader_idx]) to what `predict` returns for the batch; `self(batch)` by default."""
+        return self(args[0])
+
+    def configure_optimizers(self) -> Any:
+        """An optimizer; or `[optimizer], [scheduler]`; or a dict with `optimizer` and `lr_scheduler`."""
+        raise NotImplementedError(f"{type(self).__name__} has no configure_optimizers")
+
+    # Data
+
+    def prepare_data(self) -> None:
+        """One process per host, before any `setup`; state set here is lost, leave files."""
+
+    def train_dataloader(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no train_dataloader")
+
+    def val_dataloader(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no val_dataloader")
+
+    def test_dataloader(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no test_dataloader")
+
+    def predict_dataloader(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no predict_dataloader")
+
+    # Around the loops: every worker runs them
+
+    def setup(self, stage: str) -> None:
+        """Every worker, before the loaders are made. May be defined without `stage`."""
+
+    def teardown(self, stage: str) -> None: ...
+    def configure_model(self) -> None: ...
+    def on_fit_start(self) -> None: ...
+    def on_fit_end(self) -> None: ...
+    def on_sanity_check_start(self) -> None: ...
+    def on_sanity_check_end(self) -> None: ...
+    def on_train_start(self) -> None: ...
+    def on_train_end(self) -> None: ...
+    def on_train_epoch_start(self) -> None: ...
+    def on_train_epoch_end(self) -> None: ...
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Return -1 to end the epoch here."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def on_before_backward(self, loss: Tensor) -> None: ...
+    def on_after_backward(self) -> None: ...
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def on_validation_start(self) -> None: ...
+    def on_validation_end(self) -> None: ...
+    def on_validation_epoch_start(self) -> None: ...
+    def on_validation_epoch_end(self) -> None: ...
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_start(self) -> None: ...
+    def on_test_end(self) -> None: ...
+    def on_test_epoch_start(self) -> None: ...
+    def on_test_epoch_end(self) -> None: ...
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_start(self) -> None: ...
+    def on_predict_end(self) -> None: ...
+    def on_predict_epoch_start(self) -> None: ...
+    def on_predict_epoch_end(self) -> None: ...
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+    def on_exception(self, exception: BaseException) -> None: ...
+
+    # Logging
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Keep a scalar for progress bar, loggers and callbacks. Costs no communication; values are read later.
+
+        Inside the training loop `on_step` is the default, elsewhere `on_epoch`. What is read is reduced over all the
+        ranks that logged the name, by `reduce_fx` ("mean", "sum", "min", "max" or a function of the stacked values);
+        an epoch's mean is weighted by `batch_size` (by default the first dimension of the batch's first tensor).
+        `sync_dist` is therefore always on; it is accepted, like `sync_dist_group`, for Lightning's sake.
+        """
+        if self._metrics is None:
+            raise RuntimeError(f"self.log({name!r}) works inside the hooks of a run only; no Trainer runs this module")
+        if rank_zero_only and self._view.global_rank != 0:
+            return
+        self._metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx)
+
+    def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
+        """`log` for each entry; keywords as there."""
+        for name, value in dictionary.items():
+            self.log(name, value, **kwargs)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """`print` on rank 0 only."""
+        if self.global_rank == 0:
+            print(*args, **kwargs)
+
+    # The run, as this worker sees it
+
+    @property
+    def trainer(self) -> Any:
+        """The worker's view of the run; only inside a run."""
+        if self._view is None:
+            raise RuntimeError(f"{type(self).__name__} is not inside a run: `trainer` is there in hooks only")
+        return self._view
+
+    @property
+    def current_epoch(self) -> int:
+        return self._view.current_epoch if self._view is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far."""
+        return self._view.global_step if self._view is not None else 0
+
+    @property
+    def global_rank(self) -> int:
+        return self._view.global_rank if self._view is not None else 0
+
+    @property
+    def local_rank(self) -> int:
+        return self._view.local_rank if self._view is not None else 0
+
+    @property
+    def logger(self) -> Any:
+        return self._view.logger if self._view is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter (or else buffer) lives."""
+        tensor = next(iter(self.parameters()), next(iter(self.buffers()), None))
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first parameter."""
+        tensor = next(iter(self.parameters()), None)
+        return tensor.dtype if tensor is not None else torch.get_default_dtype()
+
+    def optimizers(self) -> Any:
+        """The run's optimizer; a list where there are several."""
+        optimizers = self.trainer.optimizers
+        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    def lr_schedulers(self) -> Any:
+        """The run's scheduler, None without one; a list where there are several."""
+        schedulers = self.trainer.lr_schedulers
+        if not schedulers:
+            return None
+        return schedulers[0] if len(schedulers) == 1 else schedulers
+
+    # Hyper-parameters, weights
+
+    def save_hyperparameters(
+        self, *names: Any, ignore: str | Iterable[str] | None = None, logger: bool = True
+    ) -> None:
+        """Keep the constructor's arguments (all, or the named ones) in `hparams`, in checkpoints and, with `logger`,
+        in the loggers."""
+        frame = inspect.currentframe()
+        assert frame is not None and frame.f_back is not None
+        ignored = [ignore] if isinstance(ignore, str) else ignore or ()
+        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame.f_back), ignored)
+        self.hparams.update(values)
+        self._is_logging_hparams = logger
+
+    _is_logging_hparams: bool = True
+
+    @property
+    def hparams(self) -> AttributeDict:
+        if self._hparams is None:
+            self._hparams = AttributeDict()
+        return self._hparams
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        strict: bool = True,
+        weights_only: bool = True,
+        **overrides: Any,
+    ) -> Self:
+        """Rebuild the module with its saved hyper-parameters (`overrides` win) and load its weights.
+
+        `weights_only=False` unpickles hyper-parameters that are not plain values: for files you trust. CheckpointError:
+        the file is missing, damaged or of another model.
+        """
+        checkpoint = files.read(checkpoint_path, allow_pickle=not weights_only)
+        hparams = format.unpack_hyper_parameters(
+            checkpoint.get("hyper_parameters", {}), allow_pickle=not weights_only
+        )
+        arguments = constructor_arguments(cls, hparams, checkpoint.get("hparams_name", "kwargs"))
+        try:
+            module = cls(**{**arguments, **overrides})
+        except TypeError as error:
+            raise CheckpointError(
+                f"{cls.__name__} cannot be rebuilt from {checkpoint_path}: {error}. It holds the hyper-parameters "
+                f"{sorted(hparams)}; call self.save_hyperparameters() in __init__, or pass what is missing here"
+            ) from error
+        module.on_load_checkpoint(checkpoint)
+        load_weights(module, checkpoint["state_dict"], source=str(checkpoint_path), strict=strict)
+        return module if map_location is None else module.to(map_location)
+
+    def freeze(self) -> None:
+        """No gradients, eval mode."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def unfreeze(self) -> None:
+        self.requires_grad_(True)
+        self.train()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_THE_RUN}
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str, strict: bool = True) -> None:
+    """Load into the module's own tensors. CheckpointError names the first keys that do not fit."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own]
+    other_shape = [
+        f"{key} ({tuple(value.shape)} instead of {tuple(own[key].shape)})"
+        for key, value in state_dict.items()
+        if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) and value.shape != own[key].shape
+    ]
+    if other_shape or (strict and (missing or unexpected)):
+        raise CheckpointError(
+            f"{source} is not a checkpoint of this {type(module).__name__}: missing {_first(missing)}, "
+            f"unexpected {_first(unexpected)}, of another shape {_first(other_shape)}"
+        )
+    module.load_state_dict(state_dict, strict=strict)
+
+
+def _first(keys: list[str], *, count: int = 3) -> str:
+    if not keys:
+        return "none"
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")

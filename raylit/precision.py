@@ -1,0 +1,43 @@
+"""Precision: autocast, conversion of weights, gradient scaler. Worker."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from raylit.plan import PrecisionName
+
+_MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+_TRUE: dict[str, torch.dtype] = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How numbers are kept and computed on one device."""
+
+    weights_dtype: torch.dtype | None
+    """What floating-point weights and batches are converted to; None: they stay as they are."""
+    autocast_dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler | None
+    device_type: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing to do around a step."""
+        return self.weights_dtype is None and self.autocast_dtype is None
+
+    def around_step(self) -> AbstractContextManager[object]:
+        """The context in which a step runs."""
+        if self.autocast_dtype is not None:
+            return torch.autocast(self.device_type, dtype=self.autocast_dtype)
+        return nullcontext()
+
+
+def build_precision(name: PrecisionName, device: torch.device) -> Precision:
+    """The precision of this name on a device. float16 gradients underflow, so "16-mixed" comes with a scaler."""
+    return Precision(
+        weights_dtype=_TRUE.get(name),
+        autocast_dtype=_MIXED.get(name),
+        scaler=torch.amp.GradScaler(device.type) if name == "16-mixed" else None,
+        device_type=device.type,
+    )

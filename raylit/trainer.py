@@ -1,0 +1,416 @@
+"""Trainer: arguments in, a frozen Plan out; each entry point hands it to the driver's Coordinator. Driver."""
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raylit.arguments import check_interval, parse_limits, parse_optimization, parse_workers, refuse_unknown
+from raylit.callbacks.base import Callback, DriverCallback
+from raylit.callbacks.early_stopping import EarlyStopping
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.progress_bar import ProgressBar
+from raylit.callbacks.results_table import print_results_table
+from raylit.checkpoint import files
+from raylit.datamodule import DataModule
+from raylit.driver.coordinator import Coordinator
+from raylit.errors import ConfigError, ModuleError
+from raylit.loggers import Logger, TensorBoardLogger
+from raylit.messages import Finished
+from raylit.module import LightningModule
+from raylit.plan import BatchLimit, Plan, Reporting, Validation
+from raylit.state import RunState, Stage
+from raylit.worker import handback
+from raylit.worker.context import Job
+from raylit.worker.hooks import is_overridden
+from raylit.worker.sources import HOOKS, has_loader
+
+_STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+
+class Trainer:
+    """Trains, validates, tests and predicts on Ray actors, or in this process with `num_workers=0`.
+
+    The Trainer stays in the driver; hooks and callbacks on the workers see a light view of the run in its place.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_workers: int | None = None,
+        gpus: int | str | list[int] | None = None,
+        num_nodes: int = 1,
+        num_processes: int | None = None,
+        accelerator: str = "auto",
+        devices: int | str | list[int] = "auto",
+        strategy: str = "auto",
+        precision: int | str = 32,
+        resources_per_worker: dict[str, float] | None = None,
+        start_timeout_s: float = 600.0,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        limit_train_batches: BatchLimit = 1.0,
+        limit_val_batches: BatchLimit = 1.0,
+        limit_test_batches: BatchLimit = 1.0,
+        limit_predict_batches: BatchLimit = 1.0,
+        val_check_interval: BatchLimit = 1.0,
+        check_val_every_n_epoch: int = 1,
+        num_sanity_val_steps: int = 2,
+        fast_dev_run: bool | int = False,
+        log_every_n_steps: int = 50,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        callbacks: Callback | DriverCallback | Sequence[Callback | DriverCallback] | None = None,
+        logger: bool | Logger | Sequence[Logger] = True,
+        enable_checkpointing: bool = True,
+        enable_progress_bar: bool = True,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        deterministic: bool | Literal["warn"] = False,
+        benchmark: bool | None = None,
+        use_distributed_sampler: bool = True,
+        inference_mode: bool = True,
+        **unknown: Any,
+    ) -> None:
+        """Every argument has Lightning's meaning; `num_workers` is the number of Ray actors in all.
+
+        ConfigError: a value, or a combination, that cannot work. UnknownArgumentError names the nearest argument.
+        """
+        refuse_unknown(unknown, inspect.signature(Trainer).parameters)
+        workers = parse_workers(
+            num_workers=num_workers,
+            gpus=gpus,
+            num_nodes=num_nodes,
+            num_processes=num_processes,
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            resources_per_worker=resources_per_worker,
+            start_timeout_s=start_timeout_s,
+        )
+        self._plan = Plan(
+            workers=workers,
+            limits=parse_limits(
+                max_epochs=max_epochs,
+                min_epochs=min_epochs,
+                max_steps=max_steps,
+                min_steps=min_steps,
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                num_sanity_val_steps=num_sanity_val_steps,
+                fast_dev_run=fast_dev_run,
+            ),
+            validation=Validation(
+                interval=1.0 if fast_dev_run else check_interval(val_check_interval),
+                every_n_epochs=check_val_every_n_epoch,
+            ),
+            optimization=parse_optimization(
+                accumulate_grad_batches=accumulate_grad_batches,
+                gradient_clip_val=gradient_clip_val,
+                gradient_clip_algorithm=gradient_clip_algorithm,
+                precision=precision,
+                accelerator=workers.accelerator,
+            ),
+            reporting=Reporting(log_every_n_steps=log_every_n_steps or math.inf),
+            default_root_dir=os.fspath(default_root_dir or os.getcwd()),
+            use_distributed_sampler=use_distributed_sampler,
+            deterministic=deterministic,
+            benchmark=benchmark,
+            is_dev_run=bool(fast_dev_run),
+            inference_mode=inference_mode,
+        )
+        self._callbacks, self._driver_callbacks = _sorted_callbacks(
+            callbacks,
+            is_checkpointing=enable_checkpointing and not fast_dev_run,
+            is_showing_progress=enable_progress_bar,
+        )
+        self.loggers: list[Logger] = [] if fast_dev_run else _loggers(logger, self._plan.default_root_dir)
+        self._state = RunState(stage="fit")
+        self._model: LightningModule | None = None
+        self._datamodule: DataModule | None = None
+        self._loaders: dict[str, Any] = {}
+
+    # The entry points
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Train; afterwards `model` holds the trained weights and what hooks have left on it.
+
+        `train_dataloaders` may be a DataModule. `ckpt_path`: a file, "best" or "last", whose run is continued.
+        """
+        job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
+        _require(job, "fit")
+        coordinator = self._coordinator("fit", job)
+        finished = coordinator.fit(checkpoint=self._checkpoint(ckpt_path))
+        self._take_back(job, finished)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """The metrics of the validation loop, a dict for each loader; exact over the whole data set."""
+        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """The metrics of the test loop, a dict for each loader. Without a model: the best weights of the last fit."""
+        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> list[Any]:
+        """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
+        where there are several."""
+        checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
+        job = self._job("predict", model, dataloaders, datamodule)
+        _require(job, "predict")
+        outputs, finished = self._coordinator("predict", job).predict(checkpoint=checkpoint)
+        self._take_back(job, finished)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    # What the last run has left
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The last value of every metric, as 0-dim tensors."""
+        return {name: torch.tensor(value) for name, value in self._state.callback_metrics.items()}
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The last values that went to the loggers."""
+        return {name: torch.tensor(value) for name, value in self._state.logged_metrics.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        return dict(self._state.progress_bar_metrics)
+
+    @property
+    def current_epoch(self) -> int:
+        """During a fit the epoch's index, afterwards the number of epochs run."""
+        return self._state.progress.epoch + self._state.progress.is_epoch_ended
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps."""
+        return self._state.progress.global_step
+
+    @property
+    def interrupted(self) -> bool:
+        """The last run ended by Ctrl-C."""
+        return self._state.is_interrupted
+
+    @property
+    def callbacks(self) -> list[Callback | DriverCallback]:
+        return [*self._callbacks, *self._driver_callbacks]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        return next((c for c in self._driver_callbacks if isinstance(c, ModelCheckpoint)), None)
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        return next((c for c in self._driver_callbacks if isinstance(c, EarlyStopping)), None)
+
+    @property
+    def logger(self) -> Logger | None:
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> str:
+        """Where the first logger writes; the root directory without one."""
+        return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
+
+    @property
+    def default_root_dir(self) -> str:
+        return self._plan.default_root_dir
+
+    @property
+    def num_workers(self) -> int:
+        return self._plan.workers.num_workers
+
+    @property
+    def world_size(self) -> int:
+        return self._plan.workers.world_size
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self._plan.limits.max_epochs
+
+    @property
+    def lightning_module(self) -> LightningModule | None:
+        """The module of the last run."""
+        return self._model
+
+    # Helpers, in the order in which they are called
+
+    def _job(
+        self, stage: Stage, model: LightningModule | None, loaders: Any, datamodule: DataModule | None, val: Any = None
+    ) -> Job:
+        if model is None:
+            model = self._model
+        if model is None:
+            raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
+        _check_module(model)
+        if isinstance(loaders, DataModule):
+            loaders, datamodule = None, loaders
+        if datamodule is None and loaders is None and model is self._model:
+            datamodule = self._datamodule
+        if datamodule is not None and (loaders is not None or val is not None):
+            raise ConfigError(f"{stage} was given loaders and a data module: pass one of them")
+        self._model, self._datamodule = model, datamodule
+        return Job(
+            module=model,
+            datamodule=datamodule,
+            callbacks=self._callbacks,
+            loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
+            log_dir=self.log_dir,
+        )
+
+    def _coordinator(self, stage: Stage, job: Job) -> Coordinator:
+        plan = _with_seed(self._plan)
+        coordinator = Coordinator(
+            plan=plan, job=job, callbacks=self._driver_callbacks, loggers=self.loggers, stage=stage
+        )
+        if stage != "fit":
+            coordinator.state.progress = self._state.progress
+            coordinator.state.callback_metrics = dict(self._state.callback_metrics)
+        self._state = coordinator.state
+        return coordinator
+
+    def _evaluate(
+        self,
+        stage: Stage,
+        model: LightningModule | None,
+        dataloaders: Any,
+        ckpt_path: str | os.PathLike[str] | None,
+        verbose: bool,
+        datamodule: DataModule | None,
+    ) -> list[dict[str, float]]:
+        checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
+        job = self._job(stage, model, dataloaders, datamodule)
+        _require(job, stage)
+        results, finished = self._coordinator(stage, job).evaluate(checkpoint=checkpoint)
+        self._take_back(job, finished)
+        if verbose:
+            print_results_table(stage, results)
+        return results
+
+    def _checkpoint(
+        self, path: str | os.PathLike[str] | None, *, is_best_default: bool = False
+    ) -> dict[str, Any] | None:
+        """Read the checkpoint that a path, "best" or "last" stands for; the best of the last fit by default where
+        that is meant."""
+        if path is None:
+            saved = self.checkpoint_callback
+            path = saved.best_model_path if is_best_default and saved is not None else None
+            return files.read(path) if path else None
+        return files.read(self._named(path) if path in ("best", "last") else path)
+
+    def _named(self, name: Any) -> str:
+        saved = self.checkpoint_callback
+        path = "" if saved is None else (saved.best_model_path if name == "best" else saved.newest_model_path)
+        if not path:
+            raise ConfigError(
+                f"ckpt_path={name!r}: this Trainer has saved no checkpoint; call fit first, or give a file's path"
+            )
+        return path
+
+    def _take_back(self, job: Job, finished: Finished) -> None:
+        """Bring weights and attributes onto the user's own objects."""
+        if finished.attributes:
+            left_out = handback.apply(finished.attributes, job.module, job.callbacks)
+            if left_out:
+                warnings.warn(f"not brought back from the workers, as they cannot be pickled: {left_out}", stacklevel=4)
+        if finished.state_dict:
+            job.module.load_state_dict(finished.state_dict)
+
+
+def _with_seed(plan: Plan) -> Plan:
+    """The order of samples follows the seed that torch was given last, as `seed_everything` or the user did."""
+    from dataclasses import replace
+
+    return replace(plan, seed=torch.initial_seed() % 2**63)
+
+
+def _check_module(model: Any) -> None:
+    if isinstance(model, type):
+        raise ModuleError(f"the class {model.__name__} was passed: pass an instance, {model.__name__}(...)")
+    if not isinstance(model, LightningModule):
+        raise ModuleError(f"model is a {type(model).__name__}: must be a raylit.LightningModule")
+
+
+def _require(job: Job, stage: Stage) -> None:
+    """ModuleError, before anything starts, for a step or a loader that the stage cannot do without."""
+    module, step = job.module, _STEPS[stage]
+    name = type(module).__name__
+    if stage != "predict" and not is_overridden(step, module, LightningModule):
+        raise ModuleError(f"{name} has no {step}: define {step}(self, batch, batch_idx)")
+    if stage == "fit" and not is_overridden("configure_optimizers", module, LightningModule):
+        raise ModuleError(f"{name} has no configure_optimizers: define it and return an optimizer")
+    source = "train" if stage == "fit" else stage
+    if not has_loader(job, source):
+        raise ModuleError(
+            f"{stage} has no data: pass a loader or a DataModule to {stage}(), or define {HOOKS[source]} in {name}"
+        )
+    if stage == "fit":
+        has_step = is_overridden("validation_step", module, LightningModule)
+        if has_step != has_loader(job, "validate"):
+            has, lacks = ("a validation_step", "loader") if has_step else ("a validation loader", "validation_step")
+            warnings.warn(f"{name} runs with {has} but no {lacks}: validation is skipped", stacklevel=3)
+
+
+def _sorted_callbacks(given: Any, *, is_checkpointing: bool, is_showing_progress: bool) -> tuple[list[Any], list[Any]]:
+    """The workers' callbacks and the driver's; checkpointing comes last, so that it sees what the others decided."""
+    callbacks = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for callback in callbacks:
+        if not isinstance(callback, (Callback, DriverCallback)):
+            raise ConfigError(f"callbacks holds a {type(callback).__name__}: must be a Callback or a DriverCallback")
+    on_workers = [callback for callback in callbacks if isinstance(callback, Callback)]
+    on_driver = [callback for callback in callbacks if isinstance(callback, DriverCallback)]
+    checkpoints = [callback for callback in on_driver if isinstance(callback, ModelCheckpoint)]
+    if checkpoints and not is_checkpointing:
+        checkpoints, on_driver = [], [c for c in on_driver if not isinstance(c, ModelCheckpoint)]
+    if is_checkpointing and not checkpoints:
+        checkpoints = [ModelCheckpoint.automatic()]
+    if is_showing_progress and not any(isinstance(callback, ProgressBar) for callback in on_driver):
+        on_driver.insert(0, ProgressBar())
+    return on_workers, [*(c for c in on_driver if not isinstance(c, ModelCheckpoint)), *checkpoints]
+
+
+def _loggers(logger: bool | Logger | Sequence[Logger], default_root_dir: str) -> list[Logger]:
+    if isinstance(logger, bool):
+        loggers: list[Logger] = [TensorBoardLogger()] if logger else []
+    else:
+        loggers = [logger] if isinstance(logger, Logger) else list(logger)
+    for each in loggers:
+        each.bind(default_root_dir)
+    return loggers

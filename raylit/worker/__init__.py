@@ -1,0 +1,1 @@
+"""The driven side: runs commands, yields reports. Never imports ray."""

@@ -1,0 +1,36 @@
+"""Who a worker is, and the user's objects it runs. Worker."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raylit.callbacks.base import Callback
+from raylit.datamodule import DataModule
+from raylit.module import LightningModule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerContext:
+    """A worker's place among the others. Ranks of one host are consecutive."""
+
+    rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    num_nodes: int = 1
+    host: str = "localhost"
+    num_threads: int | None = None
+    """CPU threads for torch; None: as they are."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """The user's objects of one run. Pickled as one, so that what they share stays shared."""
+
+    module: LightningModule
+    datamodule: DataModule | None = None
+    callbacks: Sequence[Callback] = ()
+    loaders: dict[str, Any] = field(default_factory=dict)
+    """What was given to fit and the others: by stage "train", "validate", "test", "predict"."""
+    log_dir: str = "."

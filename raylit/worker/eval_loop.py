@@ -1,0 +1,189 @@
+"""EvalLoop and PredictLoop: this rank's share of the validation, test or prediction batches. Worker."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import nn
+
+from raylit.checkpoint import format
+from raylit.errors import ConfigError
+from raylit.messages import Evaluate, Evaluated, Predict, Predicted, Report, Ticked
+from raylit.plan import BatchLimit
+from raylit.state import Stage
+from raylit.worker.data import EvalData
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.session import Session
+from raylit.worker.signatures import accepting_index, num_positional, takes
+from raylit.worker.sources import loaders_of
+from raylit.worker.train_loop import limited
+from raylit.worker.transfer import to_cpu
+
+_PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
+_END = object()
+
+
+class EvalLoop:
+    """Evaluates batch i on rank i modulo the number of ranks, so every sample counts exactly once."""
+
+    def __init__(self, session: Session, *, stage: Stage) -> None:
+        context, plan = session.context, session.plan
+        self._session = session
+        self._stage = stage
+        self._limit: BatchLimit = getattr(plan.limits, {"validate": "val"}.get(stage, stage) + "_batches")
+        self._loaders = [
+            EvalData(
+                loader,
+                rank=context.rank,
+                world_size=context.world_size,
+                seed=plan.seed,
+                shard=plan.use_distributed_sampler,
+            )
+            for loader in loaders_of(session.job, stage)
+        ]
+        self.num_batches = tuple(limited(loader.num_batches, self._limit) for loader in self._loaders)
+
+    def run(self, command: Evaluate) -> Iterator[Report]:
+        """The whole loop with its hooks; its metrics reduced over the ranks."""
+        session, view, hooks = self._session, self._session.view, self._session.hooks
+        metrics = MetricBuffer(session.peers)
+        with self._as_stage(metrics, is_sanity_check=command.is_sanity_check), self._evaluating():
+            if command.is_sanity_check:
+                hooks.call("on_sanity_check_start")
+            self._call("start")
+            self._call("epoch_start")
+            for index in range(len(self._loaders)):
+                metrics.dataloader_idx = index if len(self._loaders) > 1 else None
+                yield from self._run_loader(index, metrics, self._batches_of(index, command.is_sanity_check))
+            metrics.dataloader_idx, metrics.batch = None, None
+            self._call("epoch_end")
+            reduced, loaders = metrics.read_epoch()
+            view.receive({} if command.is_sanity_check else reduced)
+            self._call("end")
+            if command.is_sanity_check:
+                hooks.call("on_sanity_check_end")
+        if session.stage == "fit" and not command.is_sanity_check:
+            view.validated_batch = view.num_batches_done
+        per_loader: tuple[dict[str, float], ...] = tuple({} for _ in self._loaders)
+        for name, metric in reduced.items():
+            if not metric.is_alias:
+                per_loader[loaders[name]][name] = metric.value
+        yield Evaluated(
+            stage=self._stage,
+            metrics={} if command.is_sanity_check else reduced,
+            per_loader=per_loader,
+            stop_reason="trainer.should_stop was set" if view.should_stop else None,
+        )
+
+    def _run_loader(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[Report]:
+        for _ in self._outputs(index, metrics, num_batches):
+            if (tick := self._tick(index)) is not None:
+                yield tick
+
+    def _outputs(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[tuple[int, Any]]:
+        """Each batch's place in the data set and its step's output."""
+        session = self._session
+        step = self._step()
+        extra = (index,) if len(self._loaders) > 1 else ()
+        on_start = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_start")
+        on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
+        self._num_done, self._next_tick = 0, monotonic()
+        batches = iter(self._loaders[index])
+        while self._num_done < num_batches and (item := next(batches, _END)) is not _END:
+            place, batch = item  # type: ignore[misc]
+            if session.move is not None:
+                batch = session.move(batch)
+            metrics.batch = batch
+            for hook in on_start:
+                hook(batch, self._num_done, *extra)
+            with session.around_step():
+                output = step(batch, self._num_done, *extra)
+            for hook in on_end:
+                hook(output, batch, self._num_done, *extra)
+            self._num_done += 1
+            yield place, output
+
+    def _step(self) -> Callable[..., Any]:
+        step = getattr(self._session.module, f"{_PREFIXES[self._stage]}_step")
+        if len(self._loaders) <= 1:
+            return accepting_index(step)
+        if num_positional(step) < 3 and not takes(step, "dataloader_idx"):
+            raise ConfigError(
+                f"{_PREFIXES[self._stage]}_step must take (batch, batch_idx, dataloader_idx): "
+                f"there are {len(self._loaders)} loaders"
+            )
+        return step
+
+    def _batches_of(self, index: int, is_sanity_check: bool) -> float:
+        limit = self._session.plan.limits.sanity_val_batches
+        return min(self.num_batches[index], limit) if is_sanity_check and limit >= 0 else self.num_batches[index]
+
+    def _tick(self, index: int) -> Ticked | None:
+        now = monotonic()
+        if self._session.context.rank > 0 or now < self._next_tick:
+            return None
+        self._next_tick = now + self._session.plan.reporting.refresh_period_s
+        return Ticked(batch=self._num_done, dataloader_idx=index)
+
+    def _call(self, suffix: str) -> None:
+        self._session.hooks.call(f"on_{_PREFIXES[self._stage]}_{suffix}")
+
+    @contextmanager
+    def _as_stage(self, metrics: MetricBuffer, *, is_sanity_check: bool = False) -> Iterator[None]:
+        """The view and the module's buffer for the time of this loop; a sanity check leaves no trace in the random
+        numbers of the training that follows."""
+        view, module = self._session.view, self._session.module
+        before = view.stage, view.metrics, module._metrics
+        random_state = format.random_state() if is_sanity_check else None
+        view.stage, view.metrics, module._metrics = self._stage, metrics, metrics
+        view.sanity_checking = is_sanity_check
+        try:
+            yield
+        finally:
+            view.stage, view.metrics, module._metrics = before
+            view.sanity_checking = False
+            if random_state is not None:
+                format.set_random_state(random_state)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients; afterwards every submodule is in the mode it was in."""
+        module = self._session.module
+        modes: list[tuple[nn.Module, bool]] = [(child, child.training) for child in module.modules()]
+        module.eval()
+        try:
+            with self._without_gradients():
+                yield
+        finally:
+            for child, is_training in modes:
+                child.training = is_training
+
+    def _without_gradients(self) -> AbstractContextManager[object]:
+        return torch.inference_mode() if self._session.plan.inference_mode else torch.no_grad()
+
+
+class PredictLoop(EvalLoop):
+    """Collects what `predict_step` returns, with each batch's place in the data set."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session, stage="predict")
+
+    def predict(self, command: Predict) -> Iterator[Report]:
+        session = self._session
+        metrics = MetricBuffer(session.peers)
+        collected: list[tuple[tuple[int, Any], ...]] = []
+        with self._as_stage(metrics), self._evaluating():
+            self._call("start")
+            self._call("epoch_start")
+            for index in range(len(self._loaders)):
+                outputs: list[tuple[int, Any]] = []
+                for place, output in self._outputs(index, metrics, self._batches_of(index, is_sanity_check=False)):
+                    outputs.append((place, to_cpu(output)))
+                    if (tick := self._tick(index)) is not None:
+                        yield tick
+                collected.append(tuple(outputs))
+            self._call("epoch_end")
+            self._call("end")
+        yield Predicted(rank=session.context.rank, outputs=tuple(collected))

@@ -1,0 +1,84 @@
+"""What hooks left on modules and callbacks, on its way back to the driver's objects. Worker packs, driver applies."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from raylit.callbacks.base import Callback
+
+_NN_INTERNAL = frozenset(nn.Module().__dict__)
+_LEFT_BEHIND = (DataLoader, Dataset, nn.Module)
+"""Data stays where it is; modules go by their state."""
+
+
+@dataclass(slots=True)
+class Attributes:
+    """Plain attributes of every submodule by its name, and of every callback in order."""
+
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Attributes that cannot be pickled."""
+    grown_module: nn.Module | None = None
+    """The whole module, where hooks have added or removed parts that the driver's lacks or still has."""
+
+
+def pack(module: nn.Module, callbacks: Sequence[Callback], *, state_keys: Set[str]) -> bytes:
+    """Pickle the attributes as one, so that what they share stays shared; what cannot travel is left out and named.
+
+    `state_keys`: those of the module's state as it came from the driver.
+    """
+    attributes = Attributes(
+        modules={name: _own_attributes(child) for name, child in module.named_modules()},
+        callbacks=[dict(_state(callback)) for callback in callbacks],
+        grown_module=module if set(module.state_dict()) != state_keys else None,
+    )
+    try:
+        return cloudpickle.dumps(attributes)
+    except Exception:  # noqa: BLE001 - whatever a user's __reduce__ raises
+        _drop_unpicklable(attributes)
+        return cloudpickle.dumps(attributes)
+
+
+def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> list[str]:
+    """Put the attributes onto the driver's objects. Returns the names of those that could not travel."""
+    attributes: Attributes = cloudpickle.loads(pickled)
+    if attributes.grown_module is not None:
+        module.__dict__.update(attributes.grown_module.__dict__)
+    for name, child in module.named_modules():
+        child.__dict__.update(attributes.modules.get(name, {}))
+    for callback, state in zip(callbacks, attributes.callbacks, strict=True):
+        callback.__dict__.update(state)
+    return attributes.left_out
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: _on_cpu(value)
+        for name, value in _state(module).items()
+        if (name not in _NN_INTERNAL or name == "training") and not isinstance(value, _LEFT_BEHIND)
+    }
+
+
+def _state(owner: Any) -> dict[str, Any]:
+    state = owner.__getstate__() if hasattr(owner, "__getstate__") else owner.__dict__
+    return state if isinstance(state, dict) else {}
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _drop_unpicklable(attributes: Attributes) -> None:
+    owners = [*attributes.modules.items(), *((f"callback {i}", state) for i, state in enumerate(attributes.callbacks))]
+    for owner, state in owners:
+        for name in list(state):
+            try:
+                cloudpickle.dumps(state[name])
+            except Exception:  # noqa: BLE001
+                del state[name]
+                attributes.left_out.append(f"{owner}.{name}" if owner else name)

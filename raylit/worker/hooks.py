@@ -1,0 +1,65 @@
+"""Hooks: the user's overridden hooks, found once before a loop, so that an unused one costs nothing. Worker."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from raylit.callbacks.base import Callback
+from raylit.datamodule import DataModule
+from raylit.module import LightningModule
+
+
+def is_overridden(name: str, owner: object, base: type) -> bool:
+    """Whether `owner` has a `name` other than the empty one of `base`, in its class or on itself."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return False
+    return getattr(method, "__func__", method) is not getattr(base, name, None)
+
+
+def call_with_stage(hook: Callable[..., Any], stage: str) -> None:
+    """Call `setup` or `teardown`, defined with or without its stage argument."""
+    if inspect.signature(hook).parameters:
+        hook(stage)
+    else:
+        hook()
+
+
+class Hooks:
+    """Calls a hook where it is overridden: callbacks first, then the module."""
+
+    def __init__(self, *, view: Any, module: LightningModule, callbacks: Sequence[Callback]) -> None:
+        self._view = view
+        self._module = module
+        self._callbacks = callbacks
+
+    def of(self, name: str) -> tuple[Callable[..., Any], ...]:
+        """The overridden hooks of this name, to be called with the module's arguments. Empty: nobody listens."""
+        calls: list[Callable[..., Any]] = [
+            partial(getattr(callback, name), self._view, self._module)
+            for callback in self._callbacks
+            if is_overridden(name, callback, Callback)
+        ]
+        if is_overridden(name, self._module, LightningModule):
+            calls.append(getattr(self._module, name))
+        return tuple(calls)
+
+    def call(self, name: str, *args: Any) -> None:
+        for hook in self.of(name):
+            hook(*args)
+
+    def set_up(self, stage: str, datamodule: DataModule | None) -> None:
+        """`setup` of data module, callbacks and module, in this order."""
+        if datamodule is not None:
+            call_with_stage(datamodule.setup, stage)
+        for callback in self._callbacks:
+            callback.setup(self._view, self._module, stage)
+        call_with_stage(self._module.setup, stage)
+
+    def tear_down(self, stage: str, datamodule: DataModule | None) -> None:
+        if datamodule is not None:
+            call_with_stage(datamodule.teardown, stage)
+        for callback in self._callbacks:
+            callback.teardown(self._view, self._module, stage)
+        call_with_stage(self._module.teardown, stage)

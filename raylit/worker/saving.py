@@ -1,0 +1,115 @@
+"""A rank's part of a checkpoint, taken from and applied to its session. Worker."""
+
+from typing import Any
+
+from torch import nn
+
+from raylit.checkpoint import format
+from raylit.errors import CheckpointError
+from raylit.messages import Saved
+from raylit.module import load_weights
+from raylit.state import Progress
+from raylit.worker.optimizers import Schedule
+from raylit.worker.session import Session
+from raylit.worker.train_loop import TrainLoop
+from raylit.worker.transfer import to_cpu
+
+
+class Saving:
+    """Takes the state of a fit session and puts it back."""
+
+    def __init__(
+        self, session: Session, *, optimizers: list[Any], schedules: list[Schedule], loop: TrainLoop | None
+    ) -> None:
+        self._session = session
+        self._optimizers = optimizers
+        self._schedules = schedules
+        self._loop = loop
+
+    def take(self, *, is_weights_only: bool) -> Saved:
+        """The whole run on rank 0, what this rank alone has on the others."""
+        rank = self._session.context.rank
+        checkpoint = self._whole(is_weights_only) if rank == 0 else {}
+        of_rank: dict[str, Any] = {}
+        if self._loop is not None and not is_weights_only:
+            of_rank = {"random": format.random_state(), **self._loop.state_of_rank()}
+        return Saved(rank=rank, checkpoint=checkpoint, of_rank=of_rank)
+
+    def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
+        """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
+        session = self._session
+        session.module.on_load_checkpoint(checkpoint)
+        load_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
+        if not is_resuming:
+            return
+        if "optimizer_states" not in checkpoint:
+            raise CheckpointError("the checkpoint holds weights only: fit cannot resume from it; load it into the model")
+        if session.job.datamodule is not None:
+            session.job.datamodule.load_state_dict(checkpoint.get(type(session.job.datamodule).__qualname__, {}))
+        for callback in session.job.callbacks:
+            callback.on_load_checkpoint(session.view, session.module, checkpoint)
+            if callback.state_key in checkpoint.get("callbacks", {}):
+                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+        for optimizer, state in zip(self._optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        for schedule, state in zip(self._schedules, checkpoint["lr_schedulers"], strict=True):
+            schedule.scheduler.load_state_dict(state)
+        if session.precision.scaler is not None and "scaler" in checkpoint:
+            session.precision.scaler.load_state_dict(checkpoint["scaler"])
+        self._apply_position(checkpoint)
+
+    def _whole(self, is_weights_only: bool) -> dict[str, Any]:
+        session = self._session
+        module, view, datamodule = session.module, session.view, session.job.datamodule
+        checkpoint: dict[str, Any] = {
+            "epoch": view.current_epoch,
+            "global_step": view.global_step,
+            "state_dict": _weights(module),
+            "progress": view.progress.to_dict(),
+        }
+        if module._hparams:
+            checkpoint["hparams_name"] = module._hparams_name
+            checkpoint["hyper_parameters"] = format.pack_hyper_parameters(module.hparams)
+        if datamodule is not None and datamodule._hparams:
+            checkpoint["datamodule_hparams_name"] = datamodule._hparams_name
+            checkpoint["datamodule_hyper_parameters"] = format.pack_hyper_parameters(datamodule.hparams)
+        if not is_weights_only:
+            checkpoint["optimizer_states"] = [to_cpu(optimizer.state_dict()) for optimizer in self._optimizers]
+            checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in self._schedules]
+            checkpoint["callbacks"] = {
+                callback.state_key: state for callback in session.job.callbacks if (state := callback.state_dict())
+            }
+            if session.precision.scaler is not None:
+                checkpoint["scaler"] = session.precision.scaler.state_dict()
+            if datamodule is not None and (state := datamodule.state_dict()):
+                checkpoint[type(datamodule).__qualname__] = state
+            for callback in session.job.callbacks:
+                callback.on_save_checkpoint(view, module, checkpoint)
+        module.on_save_checkpoint(checkpoint)
+        return checkpoint
+
+    def _apply_position(self, checkpoint: dict[str, Any]) -> None:
+        session = self._session
+        progress = format.progress_of(checkpoint)
+        session.view.move_to(progress)
+        ranks = format.ranks_of(checkpoint)
+        if len(ranks) != session.context.world_size or self._loop is None:
+            return
+        of_rank = ranks[session.context.rank]
+        self._loop.load_state_of_rank(of_rank)
+        if _is_inside_epoch(progress):
+            session.continue_random_state_at_next_batch(of_rank["random"])
+        else:
+            format.set_random_state(of_rank["random"])
+
+
+def _weights(module: nn.Module) -> dict[str, Any]:
+    """The state dict on the CPU, with torch's version metadata kept."""
+    weights = module.state_dict()
+    for key in list(weights):
+        weights[key] = to_cpu(weights[key])
+    return weights
+
+
+def _is_inside_epoch(progress: Progress) -> bool:
+    return progress.batch > 0 and not progress.is_epoch_ended

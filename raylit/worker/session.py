@@ -1,0 +1,92 @@
+"""Session: what the loops of one stage share, built when it starts. Worker."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+
+from raylit.accelerators import Accelerator
+from raylit.checkpoint import format
+from raylit.plan import Plan
+from raylit.precision import build_precision
+from raylit.state import Stage
+from raylit.strategies import build_strategy
+from raylit.worker.context import Job, WorkerContext
+from raylit.worker.hooks import Hooks
+from raylit.worker.peers import Peers
+from raylit.worker.transfer import to_device
+from raylit.worker.view import TrainerView
+
+_PREPARE_TIMEOUT_S = 24 * 3600.0
+"""A download in prepare_data may take hours on one host while the others wait."""
+
+
+class Session:
+    """The user's objects on this rank with what they need to run: view, hooks, strategy, precision, device."""
+
+    def __init__(
+        self, *, stage: Stage, plan: Plan, context: WorkerContext, job: Job, peers: Peers, accelerator: Accelerator
+    ) -> None:
+        self.stage = stage
+        self.plan = plan
+        self.context = context
+        self.job = job
+        self.peers = peers
+        self.module = job.module
+        self.device = accelerator.device()
+        self.precision = build_precision(plan.optimization.precision, self.device)
+        self.strategy = build_strategy(plan.workers.strategy)
+        self.view = TrainerView(plan=plan, context=context, job=job)
+        self.view.stage = stage
+        self.view.strategy = self.strategy
+        self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks)
+        self.move: Callable[[Any], Any] | None = None
+        """Brings a batch to the device; None where it is there already."""
+        if not accelerator.is_host_memory or self.precision.weights_dtype is not None:
+            self.move = partial(to_device, device=self.device, floating_dtype=self.precision.weights_dtype)
+        self._pending_random_state: dict[str, Any] | None = None
+
+    def set_up(self) -> None:
+        """Data, then `setup` of everyone, then the module on its device. Collective."""
+        job = self.job
+        self.module._view = self.view
+        if job.datamodule is not None:
+            job.datamodule.trainer = self.view
+        if self.context.local_rank == 0:
+            if job.datamodule is not None:
+                job.datamodule.prepare_data()
+            self.module.prepare_data()
+        self.peers.barrier(timeout_s=_PREPARE_TIMEOUT_S)
+        self.hooks.set_up(self.stage, job.datamodule)
+        self.module.configure_model()
+        self.module.to(device=self.device, dtype=self.precision.weights_dtype)
+
+    def seed_rank(self) -> None:
+        """Give every rank but the first random numbers of its own: the same dropout masks everywhere would waste
+        samples. Rank 0 goes on with the driver's, as a single process would."""
+        if self.context.rank > 0:
+            torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * self.context.rank) % 2**63)
+
+    def continue_random_state_at_next_batch(self, state: dict[str, Any]) -> None:
+        self._pending_random_state = state
+
+    def restore_random_state(self) -> None:
+        """Of a checkpoint: after the loader's iterator, whose start draws a number, has been made anew."""
+        if self._pending_random_state is not None:
+            format.set_random_state(self._pending_random_state)
+            self._pending_random_state = None
+
+    def around_step(self) -> AbstractContextManager[object]:
+        return self.precision.around_step()
+
+    def tear_down(self) -> None:
+        """`teardown` of everyone, and the module as an ordinary one again."""
+        try:
+            self.hooks.tear_down(self.stage, self.job.datamodule)
+        finally:
+            self.module.to("cpu")
+            self.module._view = self.module._metrics = None
+            if self.job.datamodule is not None:
+                self.job.datamodule.trainer = None

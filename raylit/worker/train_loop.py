@@ -1,0 +1,182 @@
+"""TrainLoop: the training batches between two decisions of the driver. Worker; the hot path."""
+
+import math
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
+from raylit.plan import BatchLimit
+from raylit.worker.data import Feed, TrainData
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization import AutomaticOptimization
+from raylit.worker.optimizers import Schedule
+from raylit.worker.session import Session
+
+_END = object()
+
+
+class TrainLoop:
+    """Position and buffers of the training; runs from pause to pause."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        data: TrainData,
+        optimization: AutomaticOptimization,
+        schedules: list[Schedule],
+    ) -> None:
+        self._session = session
+        self._view = session.view
+        self._data = data
+        self._optimization = optimization
+        self._schedules = schedules
+        self._step_schedules = [schedule for schedule in schedules if schedule.interval == "step"]
+        self._feed: Feed | None = None
+        self._has_started = False
+        self._is_stop_agreed = False
+        self.metrics = MetricBuffer(session.peers)
+        self.num_batches = limited(data.num_batches, session.plan.limits.train_batches)
+
+    def run(self, command: Train) -> Iterator[Report]:
+        """Train until the command's limits, the epoch's end or an agreed stop."""
+        session, view, metrics, optimization = self._session, self._view, self.metrics, self._optimization
+        feed = self._begin()
+        on_batch_start = session.hooks.of("on_train_batch_start")
+        on_batch_end = session.hooks.of("on_train_batch_end")
+        move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
+        window, log_every = session.plan.optimization.accumulate_batches, session.plan.reporting.log_every_n_steps
+        period_s = session.plan.reporting.refresh_period_s if session.context.rank == 0 else math.inf
+        next_tick = monotonic() + period_s
+        until_batch = min(command.until_batch, num_batches)
+        is_stopping = is_exhausted = False
+
+        while view.num_batches_done < until_batch and view.global_step < command.until_step and not is_stopping:
+            batch = next(feed, _END)
+            if batch is _END:
+                is_exhausted = True
+                break
+            batch_idx = view.num_batches_done
+            is_step_due = window == 1 or (batch_idx + 1) % window == 0 or batch_idx + 1 == num_batches
+            if move is not None:
+                batch = move(batch)
+            metrics.batch = batch
+            if on_batch_start and any([hook(batch, batch_idx) == -1 for hook in on_batch_start]):
+                is_exhausted = True
+                break
+            if feed.weight == 1.0:
+                outputs = optimization.run_batch(batch, batch_idx, is_step_due)
+            else:
+                outputs = optimization.run_share(batch, batch_idx, is_step_due, feed.weight)
+            view.num_batches_done = batch_idx + 1
+            if is_step_due:
+                view.global_step += 1
+                if self._step_schedules:
+                    self._step_schedulers(self._step_schedules, view.global_step)
+            if batch is not None:
+                for hook in on_batch_end:
+                    hook(_detached(outputs), batch, batch_idx)
+            if is_step_due and view.global_step % log_every == 0:
+                yield from self._report_step()
+            is_stopping = view.should_stop and (is_alone or self._is_stop_agreed)
+            if monotonic() >= next_tick:
+                yield Ticked(batch=view.num_batches_done, metrics=metrics.latest(only_prog_bar=True))
+                next_tick = monotonic() + period_s
+
+        if is_exhausted and optimization.finish_window():
+            view.global_step += 1
+        yield self._pause(is_epoch_finished=is_exhausted or view.num_batches_done >= num_batches)
+
+    def end_epoch(self, command: EndEpoch) -> Iterator[Report]:
+        """The epoch's last hooks, its metrics, its schedulers."""
+        session, view = self._session, self._view
+        self.metrics.is_training_batch = False
+        session.hooks.call("on_train_epoch_end")
+        metrics, _ = self.metrics.read_epoch()
+        view.receive(metrics)
+        self._step_schedulers(
+            [schedule for schedule in self._schedules if schedule.interval == "epoch"], view.current_epoch + 1
+        )
+        view.is_epoch_ended = True
+        self._feed = None
+        session.strategy.sync_buffers(session.module)
+        yield EpochEnded(progress=view.progress, metrics=metrics, stop_reason=self._stop_reason())
+
+    def end(self) -> None:
+        if self._has_started:
+            self._session.hooks.call("on_train_end")
+
+    def state_of_rank(self) -> dict[str, Any]:
+        """What only this rank has of the position: sums of the unfinished epoch, the samplers' generators."""
+        return {"metrics": self.metrics.state_dict(), "data": self._data.state_dict()}
+
+    def load_state_of_rank(self, state: dict[str, Any]) -> None:
+        self.metrics.load_state_dict(state["metrics"])
+        self._data.load_state_dict(state["data"])
+
+    # Helpers, in the order in which they are called
+
+    def _begin(self) -> Feed:
+        """The start of the training and of the epoch, where they are due; the epoch's batches."""
+        view, hooks = self._view, self._session.hooks
+        view.metrics = self._session.module._metrics = self.metrics
+        self._is_stop_agreed = view.should_stop = False
+        self.metrics.is_training_batch = False
+        if not self._has_started:
+            self._has_started = True
+            hooks.call("on_train_start")
+        if view.is_epoch_ended:
+            view.current_epoch += 1
+            view.num_batches_done = view.validated_batch = 0
+            view.is_epoch_ended = False
+        if self._feed is None:
+            if view.num_batches_done == 0:
+                hooks.call("on_train_epoch_start")
+            self._feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            self._session.restore_random_state()
+        self.metrics.is_training_batch = True
+        return self._feed
+
+    def _report_step(self) -> Iterator[Report]:
+        view = self._view
+        metrics, self._is_stop_agreed = self.metrics.read_step(stop_wish=view.should_stop)
+        if self._is_stop_agreed:
+            view.should_stop = True
+        view.receive(metrics)
+        if metrics:
+            yield Stepped(progress=view.progress, metrics=metrics)
+
+    def _pause(self, *, is_epoch_finished: bool) -> Paused:
+        view = self._view
+        metrics, self._is_stop_agreed = self.metrics.read_step(stop_wish=view.should_stop)
+        view.receive(metrics)
+        self._session.strategy.sync_buffers(self._session.module)
+        return Paused(
+            progress=view.progress,
+            is_epoch_finished=is_epoch_finished,
+            stop_reason=self._stop_reason(),
+            metrics=metrics,
+        )
+
+    def _stop_reason(self) -> str | None:
+        return "trainer.should_stop was set" if self._is_stop_agreed or self._view.should_stop else None
+
+    def _step_schedulers(self, schedules: list[Schedule], count: int) -> None:
+        for schedule in schedules:
+            if count % schedule.frequency == 0:
+                schedule.step(self._view.metric_values() if schedule.reduce_on_plateau else {})
+
+
+def limited(num_batches: float, limit: BatchLimit) -> float:
+    """Batches after a limit: a float is a fraction of them, an int a count."""
+    if isinstance(limit, int):
+        return min(num_batches, limit)
+    return num_batches if limit == 1.0 or math.isinf(num_batches) else int(num_batches * limit)
+
+
+def _detached(outputs: Any) -> Any:
+    """What `on_train_batch_end` gets: Lightning's dict with the detached loss."""
+    if isinstance(outputs, dict):
+        return {**outputs, "loss": outputs["loss"].detach()}
+    return {"loss": outputs.detach()}

@@ -1,0 +1,161 @@
+"""TrainerView: the `trainer` that hooks and callbacks see. A light view of the worker's run. Worker."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylit.messages import Metrics
+from raylit.plan import Plan
+from raylit.state import Progress, Stage
+from raylit.worker.context import Job, WorkerContext
+from raylit.worker.metrics import MetricBuffer
+
+
+class TrainerView:
+    """Where the run stands, as this worker knows it. Setting `should_stop` asks for the end of training."""
+
+    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job) -> None:
+        self._plan = plan
+        self._context = context
+        self._job = job
+        self._reduced: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
+        self.current_epoch = 0
+        self.global_step = 0
+        self.num_batches_done = 0
+        self.validated_batch = 0
+        self.is_epoch_ended = False
+        self.stage: Stage | None = None
+        self.sanity_checking = False
+        self.should_stop = False
+        self.metrics: MetricBuffer | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.lr_schedulers: list[Any] = []
+        self.num_training_batches: float = 0
+        self.num_val_batches: list[float] = []
+        self.train_dataloader: Any = None
+        self.val_dataloaders: Any = None
+        self.logger: Any = None
+        self.strategy: Any = None
+
+    def receive(self, metrics: Metrics) -> None:
+        """Take reduced metrics in."""
+        self._reduced.update({name: metric.value for name, metric in metrics.items()})
+        self._logged.update({name: metric.value for name, metric in metrics.items() if metric.logger})
+
+    @property
+    def progress(self) -> Progress:
+        """The position as a message takes it."""
+        return Progress(
+            epoch=self.current_epoch,
+            batch=self.num_batches_done,
+            global_step=self.global_step,
+            validated_batch=self.validated_batch,
+            is_epoch_ended=self.is_epoch_ended,
+        )
+
+    def move_to(self, progress: Progress) -> None:
+        """Take up a position from a checkpoint."""
+        self.current_epoch = progress.epoch
+        self.num_batches_done = progress.batch
+        self.global_step = progress.global_step
+        self.validated_batch = progress.validated_batch
+        self.is_epoch_ended = progress.is_epoch_ended
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The last reduced values and, where this worker has logged anything since, its own."""
+        return {name: torch.tensor(value) for name, value in self.metric_values().items()}
+
+    def metric_values(self) -> dict[str, float]:
+        """`callback_metrics` as numbers."""
+        return {**self._reduced, **(self.metrics.latest() if self.metrics is not None else {})}
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(value) for name, value in self._logged.items()}
+
+    @property
+    def lightning_module(self) -> Any:
+        return self._job.module
+
+    @property
+    def model(self) -> Any:
+        return self._job.module
+
+    @property
+    def datamodule(self) -> Any:
+        return self._job.datamodule
+
+    @property
+    def callbacks(self) -> list[Any]:
+        return list(self._job.callbacks)
+
+    @property
+    def training(self) -> bool:
+        return self.stage == "fit"
+
+    @property
+    def validating(self) -> bool:
+        return self.stage == "validate"
+
+    @property
+    def testing(self) -> bool:
+        return self.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        return self.stage == "predict"
+
+    @property
+    def global_rank(self) -> int:
+        return self._context.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self._context.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        return self._context.node_rank
+
+    @property
+    def world_size(self) -> int:
+        return self._context.world_size
+
+    @property
+    def num_nodes(self) -> int:
+        return self._context.num_nodes
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self._context.rank == 0
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self._plan.limits.max_epochs
+
+    @property
+    def max_steps(self) -> int:
+        return -1 if self._plan.limits.max_steps is None else self._plan.limits.max_steps
+
+    @property
+    def log_every_n_steps(self) -> int:
+        return self._plan.reporting.log_every_n_steps
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        return self._plan.optimization.accumulate_batches
+
+    @property
+    def fast_dev_run(self) -> bool:
+        return self._plan.is_dev_run
+
+    @property
+    def default_root_dir(self) -> str:
+        return self._plan.default_root_dir
+
+    @property
+    def log_dir(self) -> str:
+        return self._job.log_dir

@@ -1,0 +1,205 @@
+"""Worker: carries out the driver's commands on one rank, in an actor or in the driver's process. Worker."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from raylit.accelerators import build_accelerator
+from raylit.checkpoint import format
+from raylit.errors import ModuleError
+from raylit.messages import (
+    Command,
+    EndEpoch,
+    Evaluate,
+    Finish,
+    Finished,
+    Predict,
+    Report,
+    Save,
+    Start,
+    Started,
+    Train,
+)
+from raylit.module import LightningModule
+from raylit.plan import Plan
+from raylit.worker import handback
+from raylit.worker.context import Job, WorkerContext
+from raylit.worker.data import TrainData
+from raylit.worker.eval_loop import EvalLoop, PredictLoop
+from raylit.worker.hooks import is_overridden
+from raylit.worker.optimization import AutomaticOptimization
+from raylit.worker.optimizers import Schedule, configured
+from raylit.worker.peers import Peers
+from raylit.worker.saving import Saving
+from raylit.worker.session import Session
+from raylit.worker.sources import has_loader, loader_of
+from raylit.worker.train_loop import TrainLoop
+
+
+class Worker:
+    """One stage of one run on one rank. The collective group, if there is one, is up before it is made."""
+
+    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, is_in_driver: bool) -> None:
+        self._plan = plan
+        self._context = context
+        self._job = job
+        self._is_in_driver = is_in_driver
+        self._peers = Peers(rank=context.rank, world_size=context.world_size)
+        self._accelerator = build_accelerator(plan.workers.accelerator)
+        self._session: Session | None = None
+        self._train_loop: TrainLoop | None = None
+        self._eval_loop: EvalLoop | None = None
+        self._saving: Saving | None = None
+        self._state_keys = frozenset(job.module.state_dict())
+        self._handlers: dict[type, Callable[[Any], Iterator[Report]]] = {
+            Start: self._start,
+            Train: self._train,
+            EndEpoch: self._end_epoch,
+            Evaluate: self._evaluate,
+            Predict: self._predict,
+            Save: self._save,
+            Finish: self._finish,
+        }
+
+    def run(self, command: Command) -> Iterator[Report]:
+        """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""
+        try:
+            yield from self._handlers[type(command)](command)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _start(self, command: Start) -> Iterator[Report]:
+        self._prepare_process()
+        if command.random_state is not None:
+            torch.manual_seed(self._plan.seed)
+            format.set_random_state(command.random_state)
+        session = self._session = Session(
+            stage=command.stage,
+            plan=self._plan,
+            context=self._context,
+            job=self._job,
+            peers=self._peers,
+            accelerator=self._accelerator,
+        )
+        session.set_up()
+        if command.stage == "fit":
+            yield from self._start_fit(session, command)
+            return
+        loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
+        self._eval_loop = loop
+        self._saving = Saving(session, optimizers=[], schedules=[], loop=None)
+        if command.checkpoint is not None:
+            self._saving.apply(command.checkpoint, is_resuming=False)
+        session.seed_rank()
+        yield Started(progress=session.view.progress, num_eval_batches=loop.num_batches)
+
+    def _start_fit(self, session: Session, command: Start) -> Iterator[Report]:
+        optimizer, schedules = configured(session.module)
+        session.view.optimizers = [optimizer]
+        session.view.lr_schedulers = [schedule.scheduler for schedule in schedules]
+        self._train_loop = TrainLoop(
+            session,
+            data=self._train_data(session),
+            optimization=AutomaticOptimization(
+                module=session.module,
+                optimizer=optimizer,
+                strategy=session.strategy,
+                precision=session.precision,
+                plan=self._plan.optimization,
+                hooks=session.hooks,
+            ),
+            schedules=schedules,
+        )
+        if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
+            self._eval_loop = EvalLoop(session, stage="validate")
+        num_eval_batches = self._eval_loop.num_batches if self._eval_loop is not None else ()
+        session.view.num_training_batches = self._train_loop.num_batches
+        session.view.num_val_batches = list(num_eval_batches)
+        session.seed_rank()
+        self._saving = Saving(session, optimizers=[optimizer], schedules=schedules, loop=self._train_loop)
+        if command.checkpoint is not None:
+            self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
+        _enable_training(session.module)
+        session.hooks.call("on_fit_start")
+        yield Started(
+            progress=session.view.progress,
+            num_training_batches=self._train_loop.num_batches,
+            num_eval_batches=num_eval_batches,
+        )
+
+    def _train_data(self, session: Session) -> TrainData:
+        loader = loader_of(self._job, "train")
+        if loader is None:
+            raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
+        session.view.train_dataloader = loader
+        return TrainData(
+            loader,
+            rank=self._context.rank,
+            world_size=self._context.world_size,
+            seed=self._plan.seed,
+            shard=self._plan.use_distributed_sampler,
+            agree=self._peers.gather_counts,
+        )
+
+    def _train(self, command: Train) -> Iterator[Report]:
+        assert self._train_loop is not None
+        yield from self._train_loop.run(command)
+
+    def _end_epoch(self, command: EndEpoch) -> Iterator[Report]:
+        assert self._train_loop is not None
+        yield from self._train_loop.end_epoch(command)
+
+    def _evaluate(self, command: Evaluate) -> Iterator[Report]:
+        assert self._eval_loop is not None
+        yield from self._eval_loop.run(command)
+
+    def _predict(self, command: Predict) -> Iterator[Report]:
+        assert isinstance(self._eval_loop, PredictLoop)
+        yield from self._eval_loop.predict(command)
+
+    def _save(self, command: Save) -> Iterator[Report]:
+        assert self._saving is not None
+        yield self._saving.take(is_weights_only=command.is_weights_only)
+
+    def _finish(self, command: Finish) -> Iterator[Report]:
+        assert self._session is not None
+        session = self._session
+        if self._train_loop is not None:
+            self._train_loop.end()
+            session.hooks.call("on_fit_end")
+        session.tear_down()
+        self._session = None
+        if self._is_in_driver or self._context.rank > 0:
+            yield Finished()
+            return
+        state_dict = session.module.state_dict() if self._train_loop is not None else {}
+        attributes = handback.pack(session.module, self._job.callbacks, state_keys=self._state_keys)
+        yield Finished(state_dict=state_dict, attributes=attributes)
+
+    def _fail(self, error: BaseException) -> None:
+        """`on_exception` of everyone; the module is an ordinary one again."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        try:
+            session.hooks.call("on_exception", error)
+        finally:
+            session.module._view = session.module._metrics = None
+
+    def _prepare_process(self) -> None:
+        if self._plan.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=self._plan.deterministic == "warn")
+        if self._plan.benchmark is not None:
+            torch.backends.cudnn.benchmark = self._plan.benchmark
+        self._accelerator.set_up(num_threads=self._context.num_threads)
+
+
+def _enable_training(module: LightningModule) -> None:
+    """Train mode, but submodules that the user has put into eval mode stay frozen in it."""
+    if not module.training:
+        module.train()
+    torch.set_grad_enabled(True)

@@ -1,0 +1,129 @@
+"""Directories, versions and hparams.yaml of the loggers that write files."""
+
+import enum
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from raylit.errors import ConfigError
+from raylit.loggers import CSVLogger, TensorBoardLogger
+from raylit.loggers.file import FileLogger
+
+BOTH = pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@BOTH
+def test_version_is_the_next_free_number(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+    for taken in ("version_0", "version_7", "version_old", "other_9"):
+        (tmp_path / "lightning_logs" / taken).mkdir(parents=True)
+    logger = logger_class(tmp_path)
+    assert logger.version == 8
+    assert logger.log_dir == str(tmp_path / "lightning_logs" / "version_8")
+    assert os.path.isdir(logger.log_dir)
+    assert logger_class(tmp_path).version == 9
+
+
+@BOTH
+def test_nothing_is_made_before_it_is_needed(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+    logger = logger_class(tmp_path)
+    logger.bind("/elsewhere")
+    assert (logger.name, logger.save_dir) == ("lightning_logs", str(tmp_path))
+    logger.save()
+    logger.finalize("success")
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+@pytest.mark.parametrize(("version", "directory"), [(3, "version_3"), ("baseline", "baseline")])
+def test_a_given_version_is_used_as_it_is(
+    logger_class: type[FileLogger], version: int | str, directory: str, tmp_path: pathlib.Path
+) -> None:
+    for _ in range(2):
+        assert logger_class(tmp_path, name="runs", version=version).log_dir == str(tmp_path / "runs" / directory)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["", None])
+def test_without_a_name_the_versions_lie_in_save_dir(
+    logger_class: type[FileLogger], name: str | None, tmp_path: pathlib.Path
+) -> None:
+    assert logger_class(tmp_path, name=name).log_dir == str(tmp_path / "version_0")
+
+
+def test_sub_dir_lies_below_the_version(tmp_path: pathlib.Path) -> None:
+    assert TensorBoardLogger(tmp_path, sub_dir="train").log_dir == str(
+        tmp_path / "lightning_logs" / "version_0" / "train"
+    )
+
+
+@BOTH
+def test_save_dir_comes_from_the_trainer_when_not_given(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+    logger = logger_class()
+    with pytest.raises(ConfigError, match="give it a save_dir"):
+        _ = logger.log_dir
+    logger.bind(str(tmp_path))
+    assert logger.log_dir == str(tmp_path / "lightning_logs" / "version_0")
+    logger.bind("/elsewhere")  # a second Trainer does not move the files
+    assert logger.save_dir == str(tmp_path)
+
+
+@BOTH
+def test_a_url_is_refused(logger_class: type[FileLogger]) -> None:
+    with pytest.raises(ConfigError, match="s3://bucket"):
+        logger_class("s3://bucket/logs")
+
+
+def _claim(save_dir: str, barrier: Any, versions: Any) -> None:
+    logger = CSVLogger(save_dir)
+    barrier.wait(timeout=30)
+    versions.put(logger.version)
+
+
+def test_processes_that_start_at_once_get_different_versions(tmp_path: pathlib.Path) -> None:
+    context = multiprocessing.get_context("fork")
+    count = 8
+    barrier, versions = context.Barrier(count), context.Queue()
+    processes = [context.Process(target=_claim, args=(str(tmp_path), barrier, versions)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    claimed = [versions.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join(timeout=30)
+    assert sorted(claimed) == list(range(count))
+
+
+@BOTH
+def test_hparams_yaml_holds_plain_values(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+    logger = logger_class(tmp_path)
+    logger.log_hyperparams({"lr": 0.1, "layers": (1, 2), "data": {"root": "/d", "seed": None}, "shuffle": True})
+    logger.log_hyperparams({"width": np.int64(8), "decay": np.float32(0.5), "act": torch.nn.ReLU(), "hue": Color.RED})
+    with open(os.path.join(logger.log_dir, "hparams.yaml"), encoding="utf-8") as file:
+        assert yaml.safe_load(file) == {
+            "lr": 0.1,
+            "layers": [1, 2],
+            "data": {"root": "/d", "seed": None},
+            "shuffle": True,
+            "width": 8,
+            "decay": 0.5,
+            "act": "ReLU()",
+            "hue": "<Color.RED: 1>",
+        }
+    logger.finalize("success")
+
+
+def test_importing_the_loggers_leaves_tensorboard_and_yaml_alone() -> None:
+    code = "import sys, raylit.loggers; print([name for name in ('tensorboard', 'yaml') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
