@@ -1,5 +1,7 @@
 """fit, validate, test, predict: one line of use each. Driver."""
 
+import atexit
+import sys
 from typing import Any
 
 from raylit.datamodule import DataModule
@@ -59,10 +61,12 @@ def predict(
 
 
 def shutdown() -> None:
-    """End the Ray node that raylit has started; a cluster of yours is left alone. Runs by itself at exit."""
-    import sys
+    """End the idle workers and the Ray node that raylit has started; a cluster of yours is left alone. Runs by itself
+    at exit."""
+    # Without this module nothing has been started, and Ray need not be imported for it.
+    warm = sys.modules.get("raylit.driver.warm")
+    if warm is not None:
+        warm.shutdown()
 
-    # Without an import of the cluster module there is nothing to end, and Ray need not be imported for it.
-    cluster = sys.modules.get("raylit.driver.cluster")
-    if cluster is not None:
-        cluster.shutdown()
+
+atexit.register(shutdown)

@@ -17,7 +17,7 @@ _PRECISIONS: dict[str, PrecisionName] = {
     "64": "64-true",
     "16": "16-mixed",
     "bf16": "bf16-mixed",
-    **{name: name for name in ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")},  # type: ignore[dict-item]
+    **{name: name for name in ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")},
 }
 _ACCELERATORS: dict[str, AcceleratorName] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 _STRATEGIES = ("auto", "single", "ddp")
@@ -42,8 +42,9 @@ def parse_workers(
     strategy: str,
     resources_per_worker: dict[str, float] | None,
     start_timeout_s: float,
+    keep_s: float | None,
 ) -> Workers:
-    """How many workers of which kind. Nothing asked for: this process, or one worker per GPU where there are several."""
+    """How many workers of which kind. Nothing asked for: this process, or a worker per GPU where there are several."""
     _at_least(1, num_nodes=num_nodes)
     name = _accelerator(accelerator, gpus=gpus, num_processes=num_processes, devices=devices, num_workers=num_workers)
     per_node = _devices_per_node(gpus, num_processes, devices, name)
@@ -54,13 +55,13 @@ def parse_workers(
         raise ConfigError(f"num_workers={num_workers}: must be 0 (this process) or the number of workers")
     elif total is not None and total != max(1, num_workers):
         raise ConfigError(
-            f"num_workers={num_workers} and {total} devices (gpus, devices or num_processes times num_nodes={num_nodes}) "
-            "are asked for: leave one of them out, or give the same number"
+            f"num_workers={num_workers} and {total} devices (gpus, devices or num_processes times "
+            f"num_nodes={num_nodes}) are asked for: leave one of them out, or give the same number"
         )
     if name == "cuda" and not torch.cuda.is_available() and (num_workers == 0 or not is_on_cluster()):
         raise ConfigError(
-            "GPUs are asked for, but torch sees none on this machine: use accelerator='cpu' with num_workers, install a "
-            "CUDA build of torch, or connect to a cluster with GPUs (ray.init(address=...) or RAY_ADDRESS)"
+            "GPUs are asked for, but torch sees none on this machine: use accelerator='cpu' with num_workers, install "
+            "a CUDA build of torch, or connect to a cluster with GPUs (ray.init(address=...) or RAY_ADDRESS)"
         )
     world_size = max(1, num_workers)
     if strategy not in _STRATEGIES:
@@ -77,6 +78,7 @@ def parse_workers(
         strategy=chosen,
         resources_per_worker=dict(resources_per_worker or {}),
         start_timeout_s=start_timeout_s,
+        keep_s=keep_s,
     )
 
 
@@ -186,7 +188,9 @@ def _accelerator(accelerator: str, *, gpus: Any, num_processes: Any, devices: An
         raise ConfigError(f"accelerator='cpu' and gpus={gpus!r} contradict each other: leave one out")
     if gpus not in (None, 0, [], "0", ""):
         if num_processes is not None:
-            raise ConfigError(f"gpus={gpus!r} and num_processes={num_processes!r}: processes are CPU workers, choose one")
+            raise ConfigError(
+                f"gpus={gpus!r} and num_processes={num_processes!r}: processes are CPU workers, choose one"
+            )
         return "cuda"
     if accelerator != "auto":
         return _ACCELERATORS[accelerator]

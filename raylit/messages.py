@@ -5,7 +5,6 @@ from typing import Any
 
 from raylit.state import Progress, Stage
 
-
 # Commands
 
 
@@ -170,9 +169,11 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandDone:
-    """A worker is through with a command and waits for the next."""
+    """A worker is through with what it was asked to do and waits for more."""
 
     rank: int
+    leftovers: tuple[str, ...] = ()
+    """What the end of a run could not clear away."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,3 +189,6 @@ class Failed:
 
 
 Report = Started | Ticked | Stepped | Paused | EpochEnded | Evaluated | Predicted | Saved | Finished
+
+Mail = Report | CommandDone | Failed
+"""What an actor streams to the driver."""

@@ -208,9 +208,7 @@ class LightningModule(nn.Module):
 
     # Hyper-parameters, weights
 
-    def save_hyperparameters(
-        self, *names: Any, ignore: str | Iterable[str] | None = None, logger: bool = True
-    ) -> None:
+    def save_hyperparameters(self, *names: Any, ignore: str | Iterable[str] | None = None, logger: bool = True) -> None:
         """Keep the constructor's arguments (all, or the named ones) in `hparams`, in checkpoints and, with `logger`,
         in the loggers."""
         frame = inspect.currentframe()
@@ -243,9 +241,7 @@ class LightningModule(nn.Module):
         the file is missing, damaged or of another model.
         """
         checkpoint = files.read(checkpoint_path, allow_pickle=not weights_only)
-        hparams = format.unpack_hyper_parameters(
-            checkpoint.get("hyper_parameters", {}), allow_pickle=not weights_only
-        )
+        hparams = format.unpack_hyper_parameters(checkpoint.get("hyper_parameters", {}), allow_pickle=not weights_only)
         arguments = constructor_arguments(cls, hparams, checkpoint.get("hparams_name", "kwargs"))
         try:
             module = cls(**{**arguments, **overrides})

@@ -24,6 +24,8 @@ class Workers:
     resources_per_worker: dict[str, float] = field(default_factory=dict)
     """What each actor asks Ray for, by Ray's names. Empty: one CPU (and one GPU with accelerator="cuda")."""
     start_timeout_s: float = 600.0
+    keep_s: float | None = None
+    """How long idle workers stay for the next run; None: 5 minutes on the embedded node, 30 s on a cluster."""
 
     @property
     def world_size(self) -> int:

@@ -22,6 +22,12 @@ class Progress:
     is_epoch_ended: bool = False
     """The epoch's last hooks and schedulers have run; the next batch belongs to `epoch + 1`."""
 
+    def at_next_batch(self) -> "Progress":
+        """Where the next batch belongs: this epoch, or the start of the next one."""
+        if not self.is_epoch_ended:
+            return self
+        return Progress(epoch=self.epoch + 1, global_step=self.global_step)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
         return {name: getattr(self, name) for name in self.__slots__}

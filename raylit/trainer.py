@@ -1,10 +1,10 @@
 """Trainer: arguments in, a frozen Plan out; each entry point hands it to the driver's Coordinator. Driver."""
 
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
-from raylit.checkpoint import files
+from raylit.checkpoint import files, format
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
 from raylit.errors import ConfigError, ModuleError
@@ -52,6 +52,7 @@ class Trainer:
         precision: int | str = 32,
         resources_per_worker: dict[str, float] | None = None,
         start_timeout_s: float = 600.0,
+        keep_workers_s: float | None = None,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
         max_steps: int = -1,
@@ -94,6 +95,7 @@ class Trainer:
             strategy=strategy,
             resources_per_worker=resources_per_worker,
             start_timeout_s=start_timeout_s,
+            keep_s=keep_workers_s,
         )
         self._plan = Plan(
             workers=workers,
@@ -120,7 +122,7 @@ class Trainer:
                 precision=precision,
                 accelerator=workers.accelerator,
             ),
-            reporting=Reporting(log_every_n_steps=log_every_n_steps or math.inf),
+            reporting=Reporting(log_every_n_steps=log_every_n_steps),
             default_root_dir=os.fspath(default_root_dir or os.getcwd()),
             use_distributed_sampler=use_distributed_sampler,
             deterministic=deterministic,
@@ -155,8 +157,9 @@ class Trainer:
         """
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         _require(job, "fit")
-        coordinator = self._coordinator("fit", job)
-        finished = coordinator.fit(checkpoint=self._checkpoint(ckpt_path))
+        checkpoint = self._checkpoint(ckpt_path)
+        seed = None if checkpoint is None else format.seed_of(checkpoint)
+        finished = self._coordinator("fit", job, seed=seed).fit(checkpoint=checkpoint)
         self._take_back(job, finished)
 
     def validate(
@@ -295,8 +298,9 @@ class Trainer:
             log_dir=self.log_dir,
         )
 
-    def _coordinator(self, stage: Stage, job: Job) -> Coordinator:
-        plan = _with_seed(self._plan)
+    def _coordinator(self, stage: Stage, job: Job, *, seed: int | None = None) -> Coordinator:
+        # The order of samples follows the seed that torch was given last; a continued run's goes on as it was.
+        plan = replace(self._plan, seed=torch.initial_seed() % 2**63 if seed is None else seed)
         coordinator = Coordinator(
             plan=plan, job=job, callbacks=self._driver_callbacks, loggers=self.loggers, stage=stage
         )
@@ -352,13 +356,6 @@ class Trainer:
                 warnings.warn(f"not brought back from the workers, as they cannot be pickled: {left_out}", stacklevel=4)
         if finished.state_dict:
             job.module.load_state_dict(finished.state_dict)
-
-
-def _with_seed(plan: Plan) -> Plan:
-    """The order of samples follows the seed that torch was given last, as `seed_everything` or the user did."""
-    from dataclasses import replace
-
-    return replace(plan, seed=torch.initial_seed() % 2**63)
 
 
 def _check_module(model: Any) -> None:

@@ -2,10 +2,12 @@
 
 import math
 import sys
+from contextlib import ExitStack
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from raylit.callbacks.base import DriverCallback, Run
+from raylit.callbacks.line_stream import lines_above_bars
 from raylit.errors import ConfigError
 
 _TITLES = {"validate": "Validating", "test": "Testing", "predict": "Predicting"}
@@ -28,6 +30,12 @@ class ProgressBar(DriverCallback):
         self.leave = leave
         self._epoch: _Meter | None = None
         self._evaluation: _Meter | None = None
+        self._bars_at: TextIO | None = None
+        self._redirection: ExitStack | None = None
+
+    def on_train_start(self, run: Run) -> None:
+        if run.state.progress.batch > 0 and not run.state.progress.is_epoch_ended:
+            self.on_train_epoch_start(run)  # a run resumed inside an epoch does not start that epoch again
 
     def on_train_epoch_start(self, run: Run) -> None:
         if self._epoch is not None:
@@ -83,7 +91,14 @@ class ProgressBar(DriverCallback):
         if not sys.stderr.isatty() and not _is_notebook():
             return _Lines(title, total=total, done=done, period_s=self.line_period_s)
         version = run.loggers[0].version if run.loggers and is_outer else None
-        return _Bar(title, total=total, done=done, every=self.refresh_rate, version=version)
+        stream = self._stream_of_bars()
+        return _Bar(title, total=total, done=done, every=self.refresh_rate, version=version, stream=stream)
+
+    def _stream_of_bars(self) -> TextIO:
+        if self._bars_at is None:
+            self._redirection = ExitStack()
+            self._bars_at = self._redirection.enter_context(lines_above_bars())
+        return self._bars_at
 
     def _close(self) -> None:
         # The lower bar first: the one that stays ends its line below itself.
@@ -91,17 +106,12 @@ class ProgressBar(DriverCallback):
             self._evaluation.close(leave=False)
         if self._epoch is not None:
             self._epoch.close(leave=True)
-        self._epoch = self._evaluation = None
+        if self._redirection is not None:
+            self._redirection.close()
+        self._epoch = self._evaluation = self._bars_at = self._redirection = None
 
 
 TQDMProgressBar = ProgressBar
-
-
-def write(message: str) -> None:
-    """Print a message above the bars, if any are open."""
-    from tqdm import tqdm  # only where something is shown
-
-    tqdm.write(message)
 
 
 class _Meter(Protocol):
@@ -120,7 +130,9 @@ class _Meter(Protocol):
 
 
 class _Bar:
-    def __init__(self, title: str, *, total: float, done: float, every: int, version: int | str | None) -> None:
+    def __init__(
+        self, title: str, *, total: float, done: float, every: int, version: int | str | None, stream: TextIO
+    ) -> None:
         # With the first bar only: without a terminal nothing needs it, and in a notebook it brings ipywidgets along.
         from tqdm.auto import tqdm
 
@@ -136,7 +148,7 @@ class _Bar:
             dynamic_ncols=True,
             mininterval=0.05,
             miniters=0,
-            file=sys.stderr,
+            file=stream,
         )
         self._set_metrics("")
 
@@ -174,10 +186,9 @@ class _Lines:
         self._metrics = ""
         self._period_s = period_s
         self._due_at = self.started_at + period_s
-        self._is_shown = True
+        self._printed = (done, "")
 
     def show(self, done: float, metrics: str = "", *, is_final: bool = False) -> None:
-        self._is_shown = self._is_shown and done == self.done
         self.done, self._metrics = done, metrics
         if is_final or monotonic() >= self._due_at:
             self._print()
@@ -186,17 +197,19 @@ class _Lines:
         self.started_at += monotonic() - paused_at
 
     def close(self, *, leave: bool) -> None:
-        if leave and not self._is_shown:
+        if leave:
             self._print()
 
     def _print(self) -> None:
+        if self._printed == (self.done, self._metrics):
+            return
         now = monotonic()
         batches = f"{self.done:.0f}/{self.total:.0f}" if math.isfinite(self.total) else f"{self.done:.0f}"
         speed = f"{(self.done - self._initial) / max(now - self.started_at, 1e-9):.3g} it/s"
         text = ", ".join(filter(None, (f"{self._title}: {batches} batches", speed, self._metrics)))
         print(text, file=sys.stderr, flush=True)
         self._due_at = now + self._period_s
-        self._is_shown = True
+        self._printed = (self.done, self._metrics)
 
 
 def _eval_sizes(run: Run) -> tuple[float, ...]:

@@ -1,24 +1,28 @@
 """WorkerActor: the Ray actor around a Worker; control calls are answered while a step runs. Worker process."""
 
 import asyncio
+import contextlib
 import os
 import queue
 import socket
+import sys
 import threading
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import cloudpickle
 import ray
+import torch
 import torch.distributed as dist
 
-from raylit.accelerators import build_accelerator
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
-from raylit.messages import Command, CommandDone, Failed, Report, Ticked
+from raylit.messages import Command, CommandDone, Failed, Mail, Ticked
 from raylit.plan import Plan
 from raylit.worker.context import WorkerContext
+from raylit.worker.process_state import ProcessState
 from raylit.worker.worker import Worker
 
 _COALESCE_S = 0.05
@@ -39,25 +43,23 @@ class Whereabouts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What makes an actor a rank of a run."""
+    """A run, as a worker takes it up beside the user's objects."""
 
     plan: Plan
-    context: WorkerContext
-    job: bytes
-    """cloudpickle of the Job."""
-    meeting: Meeting | None
-    own_ip: str
+    import_path: tuple[str, ...]
+    """The driver's sys.path: the user's modules are found where the worker's host has them, too."""
 
 
 class WorkerActor:
-    """Runs commands in one thread of its own; what the thread reports is streamed to the driver."""
+    """Carries out what it is asked for in one thread of its own, and streams to the driver what that thread reports;
+    a CommandDone or Failed ends each request."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._outbox: list[Report] = []
+        self._outbox: list[Mail] = []
         self._has_mail = asyncio.Event()
         self._is_urgent = asyncio.Event()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], tuple[str, ...] | None] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._context = WorkerContext()
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
@@ -74,24 +76,30 @@ class WorkerActor:
             num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         )
 
-    async def assign(self, assignment: Assignment) -> None:
-        """Become a rank; done when a CommandDone comes through `reports`."""
-        self._context = assignment.context
-        self._inbox.put(lambda: self._take_up(assignment))
+    async def join(self, context: WorkerContext, meeting: Meeting | None, backend: str) -> None:
+        """Become a rank and meet the others."""
+        self._context = context
+        self._inbox.put(lambda: self._join(meeting, backend))
+
+    async def assign(self, assignment: Assignment, job: bytes) -> None:
+        """Take a run up, whose Job comes pickled."""
+        self._inbox.put(lambda: self._take_up(assignment, job))
+
+    async def dismiss(self) -> None:
+        """Let go of the run; what is left of it comes with the CommandDone."""
+        self._inbox.put(self._let_go)
 
     async def submit(self, command: Command) -> None:
-        """Carry a command out; done when a CommandDone comes through `reports`."""
+        """Carry a command out."""
         self._inbox.put(lambda: self._carry_out(command))
 
-    async def reports(self) -> AsyncIterator[list[Report]]:
+    async def reports(self) -> AsyncIterator[list[Mail]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""
         while True:
             await self._has_mail.wait()
             if not self._is_urgent.is_set():
-                try:
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._is_urgent.wait(), timeout=_COALESCE_S)
-                except asyncio.TimeoutError:
-                    pass
             reports, self._outbox = self._outbox, []
             self._has_mail.clear()
             self._is_urgent.clear()
@@ -107,42 +115,46 @@ class WorkerActor:
     def _work(self) -> None:
         while (task := self._inbox.get()) is not None:
             try:
-                task()
-            except BaseException as error:  # noqa: BLE001 - a user's SystemExit must reach the driver too
+                leftovers = task() or ()
+            except BaseException as error:  # a user's SystemExit must reach the driver too
                 self._report(_failure(error, self._context))
             else:
-                self._report(CommandDone(rank=self._context.rank))
+                self._report(CommandDone(rank=self._context.rank, leftovers=leftovers))
         self._worker = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _take_up(self, assignment: Assignment) -> None:
-        plan, context = assignment.plan, assignment.context
+    def _join(self, meeting: Meeting | None, backend: str) -> None:
+        context = self._context
         os.environ["LOCAL_RANK"], os.environ["RANK"] = str(context.local_rank), str(context.rank)
         os.environ["WORLD_SIZE"] = str(context.world_size)
-        accelerator = build_accelerator(plan.workers.accelerator)
-        accelerator.set_up(num_threads=context.num_threads)
-        job = cloudpickle.loads(assignment.job)
-        if assignment.meeting is not None:
-            assignment.meeting.join(
-                rank=context.rank,
-                world_size=context.world_size,
-                backend=accelerator.collective_backend,
-                own_ip=assignment.own_ip,
-            )
-        self._worker = Worker(plan=plan, context=context, job=job, is_in_driver=False)
+        if meeting is not None:
+            meeting.join(rank=context.rank, world_size=context.world_size, backend=backend, own_ip=context.host_ip)
+        if context.num_threads is not None:
+            torch.set_num_threads(context.num_threads)
+        self._process = ProcessState()
+
+    def _take_up(self, assignment: Assignment, pickled_job: bytes) -> None:
+        sys.path.extend(path for path in assignment.import_path if path not in sys.path)
+        job = cloudpickle.loads(pickled_job)
+        self._module = weakref.ref(job.module)
+        self._worker = Worker(plan=assignment.plan, context=self._context, job=job, is_in_driver=False)
+
+    def _let_go(self) -> tuple[str, ...]:
+        self._worker = None
+        return self._process.restore(self._module)
 
     def _carry_out(self, command: Command) -> None:
         assert self._worker is not None
-        for report in self._worker.run(unpacked(command)):
+        for report in self._worker.run(unpacked(command, is_copying=True)):
             self._report(report)
 
-    def _report(self, report: Report) -> None:
+    def _report(self, report: Mail) -> None:
         self._loop.call_soon_threadsafe(self._deliver, report)
 
     # In the event loop
 
-    def _deliver(self, report: Report) -> None:
+    def _deliver(self, report: Mail) -> None:
         if isinstance(report, Ticked) and self._outbox and isinstance(self._outbox[-1], Ticked):
             self._outbox[-1] = report
         else:
@@ -158,6 +170,6 @@ def _failure(error: BaseException, context: WorkerContext) -> Failed:
     try:
         pickled = cloudpickle.dumps(error)
         cloudpickle.loads(pickled)
-    except Exception:  # noqa: BLE001 - whatever a user's exception does when pickled
+    except Exception:
         pickled = None
     return Failed(rank=context.rank, host=context.host, traceback=text, error=pickled)

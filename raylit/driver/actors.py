@@ -1,6 +1,8 @@
 """ActorGroup: the workers as Ray actors in one placement group. Driver."""
 
+import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,15 +11,15 @@ import cloudpickle
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
-from raylit.driver import cluster
+from raylit.accelerators import build_accelerator
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.failures import raise_failures
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
 from raylit.driver.rendezvous import Rendezvous
-from raylit.errors import ModuleError, WorkerDied
-from raylit.messages import Command, CommandDone, Failed, Report
-from raylit.plan import Plan
+from raylit.errors import ModuleError, ResourcesError, WorkerDied
+from raylit.messages import Command, CommandDone, Failed, Mail, Report
+from raylit.plan import Plan, Workers
 from raylit.worker.context import Job, WorkerContext
 
 _STOP_S = 5.0
@@ -27,36 +29,55 @@ _TOGETHER_S = 0.5
 
 
 class ActorGroup:
+    """Actors that have formed a group and take up one run after the other."""
+
     is_in_driver = False
 
-    def __init__(self, plan: Plan, job: Job) -> None:
-        pickled = _pickled(job)
-        cluster.connect()
-        self._plan = plan
+    def __init__(self, workers: Workers) -> None:
+        """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work."""
+        self.workers = workers
         self._actors: list[Any] = []
         self._streams: list[Any] = []
+        self._calls: list[Any] = []
+        """What was asked of actors without waiting; it says nothing unless it fails to arrive."""
         self._contexts: list[WorkerContext] = []
-        self._placement: Placement | None = Placement(plan.workers)
+        self._placement: Placement | None = Placement(workers)
+        self._leftovers: list[str] = []
+        self.is_usable = True
+        """Every worker is alive and at the end of its last command."""
         try:
             self._spawn()
-            self._assign(ray.put(pickled))
+            self._form()
         except BaseException:
             self.end()
             raise
 
+    def assign(self, plan: Plan, pickled_job: bytes) -> None:
+        """Make the workers ready for the commands of a run. The user's objects travel once, not once per worker."""
+        reference = ray.put(pickled_job)
+        assignment = Assignment(plan=plan, import_path=tuple(os.path.abspath(path) for path in sys.path))
+        self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
+
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
         reference = ray.put(packed(command))
-        for actor in self._actors:
-            actor.submit.remote(reference)
+        self._calls = [actor.submit.remote(reference) for actor in self._actors]
         yield from self._until_done()
 
+    def dismiss(self) -> None:
+        """End the run in the workers. `is_usable` tells whether nothing of it is left in any of them."""
+        self._ask([actor.dismiss.remote() for actor in self._actors])
+        self.is_usable = self.is_usable and not self._leftovers
+
     def end(self) -> None:
+        """End the processes and free what they hold. May be called more than once."""
+        self.is_usable = False
         actors, self._actors = self._actors, []
         self._streams = []
-        farewells = [actor.stop.remote() for actor in actors]
-        if farewells:
-            ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
+        with contextlib.suppress(RayError):
+            farewells = [actor.stop.remote() for actor in actors]
+            if farewells:
+                ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
         self._kill(actors)
         if self._placement is not None:
             self._placement.remove()
@@ -64,55 +85,74 @@ class ActorGroup:
 
     def _spawn(self) -> None:
         assert self._placement is not None
-        actor_class = ray.remote(WorkerActor)
+        actor_class: Any = ray.remote(WorkerActor)
         actors = [
             actor_class.options(max_concurrency=20, **self._placement.options(index)).remote()
-            for index in range(self._plan.workers.num_workers)
+            for index in range(self.workers.num_workers)
         ]
         self._actors = actors
         try:
-            places = ray.get([actor.whereabouts.remote() for actor in actors], timeout=self._plan.workers.start_timeout_s)
+            places = ray.get([actor.whereabouts.remote() for actor in actors], timeout=self.workers.start_timeout_s)
         except GetTimeoutError as error:
-            raise WorkerDied(rank=-1, host="unknown", reason="it did not start in time") from error
+            raise ResourcesError(
+                f"the workers were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}"
+            ) from error
         except RayActorError as error:
-            raise WorkerDied(rank=-1, host="unknown", reason=f"it did not start: {error}") from error
+            raise ResourcesError(f"a worker's process could not start: {_reason(error)}") from error
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
-        self._places = [places[index] for index in order]
-        self._contexts = _contexts(self._places)
+        self._contexts = _contexts([places[index] for index in order])
 
-    def _assign(self, job: Any) -> None:
+    def _form(self) -> None:
+        """Give every actor its rank and let them form the process group."""
         meeting = None
         if len(self._actors) > 1:
             self._rendezvous = Rendezvous(host=ray.util.get_node_ip_address())
             meeting = self._rendezvous.next_meeting()
         self._streams = [actor.reports.options(num_returns="streaming").remote() for actor in self._actors]
-        for actor, context, place in zip(self._actors, self._contexts, self._places, strict=True):
-            actor.assign.remote(
-                Assignment(plan=self._plan, context=context, job=job, meeting=meeting, own_ip=place.ip)
-            )
+        backend = build_accelerator(self.workers.accelerator).collective_backend
+        self._ask(
+            [
+                actor.join.remote(context, meeting, backend)
+                for actor, context in zip(self._actors, self._contexts, strict=True)
+            ]
+        )
+
+    def _ask(self, calls: list[Any]) -> None:
+        """Wait until every actor's thread has done what these calls have put before it."""
+        self._calls = calls
         for _ in self._until_done():
-            pass
+            raise AssertionError("only a command reports")
 
     def _until_done(self) -> Iterator[tuple[int, Report]]:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
+        self._leftovers = []
+        is_usable, self.is_usable = self.is_usable, False
         while waiting:
             for rank, report in self._received(timeout_s=1.0):
                 if isinstance(report, Failed):
                     self._fail(report)
                 elif isinstance(report, CommandDone):
                     waiting.discard(rank)
+                    self._leftovers += report.leftovers
                 else:
                     yield rank, report
+        self.is_usable = is_usable
 
-    def _received(self, *, timeout_s: float) -> Iterator[tuple[int, Report]]:
+    def _received(self, *, timeout_s: float) -> Iterator[tuple[int, Mail]]:
         """What has arrived, waiting for the first of it at most `timeout_s`."""
-        ready, _ = ray.wait(self._streams, num_returns=1, timeout=timeout_s, fetch_local=False)
+        ready: list[Any]
+        ready, _ = ray.wait([*self._calls, *self._streams], num_returns=1, timeout=timeout_s, fetch_local=False)
+        for call in [call for call in self._calls if call in ready]:
+            self._calls.remove(call)
+            ready.remove(call)
+            with contextlib.suppress(RayActorError):  # the stream tells of a death
+                ray.get(call)
         for stream in ready:
             rank = self._streams.index(stream)
             try:
-                reports = ray.get(next(stream))
+                reports: list[Mail] = ray.get(next(stream))
             except (RayActorError, StopIteration) as error:
                 raise self._death(rank, error) from error
             for report in reports:
@@ -144,7 +184,8 @@ class ActorGroup:
                 continue
 
 
-def _pickled(job: Job) -> bytes:
+def pickle_job(job: Job) -> bytes:
+    """The user's objects as one. ModuleError: they cannot travel."""
     try:
         return cloudpickle.dumps(job)
     except Exception as error:
@@ -178,6 +219,7 @@ def _contexts(places: list[Whereabouts]) -> list[WorkerContext]:
                 num_nodes=len(nodes),
                 host=place.host,
                 num_threads=_num_threads(place, len(on_node)),
+                host_ip=place.ip,
             )
         )
     return contexts

@@ -1,13 +1,12 @@
 """Where Ray comes from: the cluster the driver is connected to, the one RAY_ADDRESS names, or a node of our own."""
 
-import atexit
 import logging
 import os
 import secrets
 
 import ray
 
-_LOOPBACK = "127.0.0.1"
+from raylit.driver.ray_private import reload_authentication
 
 
 class _EmbeddedNode:
@@ -18,33 +17,29 @@ class _EmbeddedNode:
         self._variables: dict[str, str | None] = {}
 
     def start(self) -> None:
-        # Ray's own start writes a token file that makes a later `ray start` demand tokens; one in the environment
-        # protects this node as well and leaves nothing behind. A user's choice is kept.
+        # Ray's ports are open to the network. Its own start would write a token file, which makes a later `ray start`
+        # demand tokens; a token in the environment protects this node as well and leaves nothing behind.
+        # A user's choice is kept.
         if "RAY_AUTH_MODE" not in os.environ:
             self._set("RAY_AUTH_MODE", "token")
             self._set("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            reload_authentication()
         for name, value in _DEFAULTS.items():
             if name not in os.environ:
                 self._set(name, value)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            _node_ip_address=_LOOPBACK,
-        )
+        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
         self.is_running = True
-        atexit.register(self.stop)
 
     def stop(self) -> None:
         if not self.is_running:
             return
         self.is_running = False
-        atexit.unregister(self.stop)
         ray.shutdown()
         for name, before in self._variables.items():
             if before is None:
                 os.environ.pop(name, None)
         self._variables.clear()
+        reload_authentication()
 
     def _set(self, name: str, value: str) -> None:
         self._variables[name] = os.environ.get(name)
@@ -72,6 +67,11 @@ def connect() -> None:
         _node.start()
 
 
+def is_embedded() -> bool:
+    """The node is raylit's own: nobody else waits for its resources."""
+    return _node.is_running and ray.is_initialized()
+
+
 def shutdown() -> None:
-    """End the embedded node, if raylit has started one. A cluster of the user's is left alone."""
+    """End the embedded node, if raylit has started one."""
     _node.stop()

@@ -1,6 +1,5 @@
 """Coordinator: the driver's loop. Decides when to train, validate, save and stop. Driver."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,7 +97,7 @@ class Coordinator:
         callback_states = {
             callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())
         }
-        driver_part: dict[str, Any] = {} if is_weights_only else {"callbacks": callback_states}
+        driver_part = {} if is_weights_only else {"callbacks": callback_states, "seed": self.plan.seed}
         files.write(format.merge(saved, driver_part), path)
 
     def remove_checkpoint(self, path: str) -> None:
@@ -107,7 +106,8 @@ class Coordinator:
     # The loop
 
     def _train_epoch(self) -> None:
-        if self.state.progress.batch == 0 or self.state.progress.is_epoch_ended:
+        self.state.progress = self.state.progress.at_next_batch()
+        if self.state.progress.batch == 0:
             self._notify("on_train_epoch_start")
         is_over = False
         while not is_over:
@@ -121,10 +121,8 @@ class Coordinator:
         self._notify("on_train_epoch_end")
 
     def _train(self) -> Paused:
-        until_step = min(
-            self._schedule.last_step,
-            min((step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None), default=math.inf),
-        )
+        wishes = [step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None]
+        until_step = min([self._schedule.last_step, *wishes])
         paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
         assert isinstance(paused, Paused)
         return paused
@@ -177,7 +175,7 @@ class Coordinator:
             for logger in self.loggers:
                 logger.finalize(status)
             if self._group is not None:
-                self._group.end()
+                self._group.release()
 
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
@@ -211,8 +209,8 @@ class Coordinator:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
         for rank, report in self._group.run(command):
-            if getattr(report, "stop_reason", None):
-                self.stop(str(getattr(report, "stop_reason")))
+            if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
+                self.stop(report.stop_reason)
             if rank == 0:
                 self._receive(report)
             if only_rank is None or rank == only_rank:

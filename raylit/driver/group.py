@@ -22,8 +22,8 @@ class WorkerGroup(Protocol):
         """
         ...
 
-    def end(self) -> None:
-        """Let go of the workers. May be called more than once."""
+    def release(self) -> None:
+        """Let go of the workers, however the run has ended. May be called more than once."""
         ...
 
 
@@ -32,6 +32,6 @@ def build_group(plan: Plan, job: Job) -> WorkerGroup:
     if plan.workers.num_workers == 0:
         return InlineGroup(plan, job)
     # Ray takes half a second to import, which a run without it need not pay.
-    from raylit.driver.actors import ActorGroup
+    from raylit.driver.warm import WarmGroup
 
-    return ActorGroup(plan, job)
+    return WarmGroup(plan, job)

@@ -1,14 +1,12 @@
 """Tensors as NumPy views in a message: Ray's object store then copies their bytes once and shares them read-only."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-_MIN_BYTES = 4096
-"""Below, a pickled tensor is as cheap."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,19 +19,19 @@ class _Packed:
 
 
 def packed(message: Any) -> Any:
-    """The message with the larger tensors of its dicts, lists and tuples packed."""
+    """The message with the plain CPU tensors of its dicts, lists and tuples packed."""
     return _mapped(message, _pack)
 
 
-def unpacked(message: Any) -> Any:
-    """The message with its tensors again. Those above a few kilobytes are views of shared, read-only memory: copy from
-    them, never write to them."""
-    return _mapped(message, _unpack)
+def unpacked(message: Any, *, is_copying: bool = False) -> Any:
+    """The message with its tensors again. Without `is_copying` they are views of memory that other processes share:
+    copy from them, never write to them."""
+    return _mapped(message, _unpack_copy if is_copying else _unpack)
 
 
 def _pack(leaf: Any) -> Any:
     is_dense = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout is torch.strided
-    if not is_dense or leaf.nbytes < _MIN_BYTES or type(leaf) is not Tensor or leaf.requires_grad:
+    if not is_dense or type(leaf) is not Tensor or leaf.requires_grad:
         return leaf
     contiguous = leaf.contiguous()
     return _Packed(contiguous.reshape(-1).view(torch.uint8).numpy(), leaf.dtype, tuple(leaf.shape))
@@ -44,8 +42,14 @@ def _unpack(leaf: Any) -> Any:
         return leaf
     if leaf.data.flags.writeable:
         return torch.from_numpy(leaf.data).view(leaf.dtype).reshape(leaf.shape)
-    # torch warns about memory that it cannot mark as read-only; nothing here writes to it.
-    return torch.frombuffer(memoryview(leaf.data).toreadonly(), dtype=torch.uint8).view(leaf.dtype).reshape(leaf.shape)
+    with warnings.catch_warnings():
+        # torch warns once of memory that it cannot mark as read-only; nothing of ours writes to it.
+        warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
+        return torch.from_numpy(leaf.data).view(leaf.dtype).reshape(leaf.shape)
+
+
+def _unpack_copy(leaf: Any) -> Any:
+    return _unpack(leaf).clone() if isinstance(leaf, _Packed) else leaf
 
 
 def _mapped(value: Any, function: Any) -> Any:

@@ -7,6 +7,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raylit.driver import cluster
 from raylit.errors import ResourcesError
 from raylit.plan import Workers
 
@@ -54,8 +55,7 @@ def _bundle(workers: Workers) -> dict[str, float]:
     total = ray.cluster_resources()
     bundle = dict(workers.resources_per_worker)
     if not bundle:
-        share = total.get("CPU", 0.0) / workers.num_workers
-        bundle = {"CPU": 1.0 if share >= 1 else max(0.001, math.floor(share * 1000) / 1000)}
+        bundle = {"CPU": _cpu_share(total.get("CPU", 0.0), workers.num_workers)}
         if workers.accelerator == "cuda":
             bundle["GPU"] = 1.0
     for name, amount in bundle.items():
@@ -66,6 +66,15 @@ def _bundle(workers: Workers) -> dict[str, float]:
                 f"{total.get(name, 0.0):g}: ask for fewer workers, or connect to a larger cluster (RAY_ADDRESS)"
             )
     return bundle
+
+
+def _cpu_share(num_cpus: float, num_workers: int) -> float:
+    """A CPU for each worker, or less where there are fewer: more processes than cores are allowed."""
+    if cluster.is_embedded():
+        # The node is ours alone. A small share leaves room beside warm workers that wait for their next run.
+        return 0.01
+    share = num_cpus / num_workers
+    return 1.0 if share >= 1 else max(0.001, math.floor(share * 1000) / 1000)
 
 
 def _in_words(resources: dict[str, float]) -> str:

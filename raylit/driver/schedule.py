@@ -66,16 +66,13 @@ class Schedule:
 
     def next_validation_batch(self, state: RunState) -> float:
         """The batch of this epoch, counted from 1, after which validation is due."""
-        progress = state.progress
-        is_new = progress.is_epoch_ended
-        if not self._is_validation_epoch(state, progress.epoch + is_new) or math.isinf(self._validation_batches):
+        if not self._is_validation_epoch(state) or math.isinf(self._validation_batches):
             return math.inf
-        done = 0 if is_new else progress.batch
-        return (done // self._validation_batches + 1) * self._validation_batches
+        return (state.progress.batch // self._validation_batches + 1) * self._validation_batches
 
     def is_validation_due(self, state: RunState, paused: Paused) -> bool:
         progress = state.progress
-        if not self._is_validation_epoch(state, progress.epoch) or progress.batch in (0, progress.validated_batch):
+        if not self._is_validation_epoch(state) or progress.batch in (0, progress.validated_batch):
             return False
         if math.isinf(self._validation_batches):
             return paused.is_epoch_finished
@@ -87,8 +84,8 @@ class Schedule:
             return state.progress
         return replace(state.progress, validated_batch=state.progress.batch)
 
-    def _is_validation_epoch(self, state: RunState, epoch: int) -> bool:
-        return state.has_validation and (epoch + 1) % self._plan.validation.every_n_epochs == 0
+    def _is_validation_epoch(self, state: RunState) -> bool:
+        return state.has_validation and (state.progress.epoch + 1) % self._plan.validation.every_n_epochs == 0
 
     def _is_out_of_reach(self, state: RunState) -> bool:
         """Nothing is left to train."""

@@ -20,6 +20,7 @@ class WorkerContext:
     local_world_size: int = 1
     num_nodes: int = 1
     host: str = "localhost"
+    host_ip: str = "127.0.0.1"
     num_threads: int | None = None
     """CPU threads for torch; None: as they are."""
 

@@ -22,7 +22,6 @@ from raylit.worker.train_loop import limited
 from raylit.worker.transfer import to_cpu
 
 _PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
-_END = object()
 
 
 class EvalLoop:
@@ -91,8 +90,11 @@ class EvalLoop:
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
         batches = iter(self._loaders[index])
-        while self._num_done < num_batches and (item := next(batches, _END)) is not _END:
-            place, batch = item  # type: ignore[misc]
+        while self._num_done < num_batches:
+            try:
+                place, batch = next(batches)
+            except StopIteration:
+                return
             if session.move is not None:
                 batch = session.move(batch)
             metrics.batch = batch

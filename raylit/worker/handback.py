@@ -39,7 +39,7 @@ def pack(module: nn.Module, callbacks: Sequence[Callback], *, state_keys: Set[st
     )
     try:
         return cloudpickle.dumps(attributes)
-    except Exception:  # noqa: BLE001 - whatever a user's __reduce__ raises
+    except Exception:
         _drop_unpicklable(attributes)
         return cloudpickle.dumps(attributes)
 
@@ -79,6 +79,6 @@ def _drop_unpicklable(attributes: Attributes) -> None:
         for name in list(state):
             try:
                 cloudpickle.dumps(state[name])
-            except Exception:  # noqa: BLE001
+            except Exception:
                 del state[name]
                 attributes.left_out.append(f"{owner}.{name}" if owner else name)

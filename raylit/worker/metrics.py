@@ -61,7 +61,12 @@ class _Entry:
         self.values, self.weights = [], []
 
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "min": torch.min,
+    "max": torch.max,
+}
 _SAME = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", min: "min", max: "max", sum: "sum"}
 
 
@@ -96,10 +101,11 @@ class MetricBuffer:
         """Keep a value. A tensor stays on its device."""
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
-        asked = (prog_bar, logger, on_step, on_epoch, reduce_fx)
+        # A function may be made anew in every step; only its being one is compared.
+        asked = (prog_bar, logger, on_step, on_epoch, reduce_fx if type(reduce_fx) is str else "function")
         entry = self._entries.get(name)
         if entry is None or entry.asked != asked:
-            entry = self._declare(name, value, asked)
+            entry = self._declare(name, value, asked, reduce_fx)
         if isinstance(value, Tensor):
             value = value.detach()
         elif not isinstance(value, (int, float)):
@@ -111,7 +117,7 @@ class MetricBuffer:
             if len(entry.values) >= _NUM_KEPT:
                 entry.fold()
 
-    def _declare(self, name: str, value: Any, asked: tuple[Any, ...]) -> _Entry:
+    def _declare(self, name: str, value: Any, asked: tuple[Any, ...], reduce_fx: Any) -> _Entry:
         _check_scalar(name, value)
         known = self._entries.get(name)
         if known is not None and known.asked is None:
@@ -122,7 +128,7 @@ class MetricBuffer:
                 f"self.log({name!r}) is called with other arguments than before in the same loop: "
                 f"{asked} after {known.asked} (prog_bar, logger, on_step, on_epoch, reduce_fx)"
             )
-        prog_bar, logger, on_step, on_epoch, reduce_fx = asked
+        prog_bar, logger, on_step, on_epoch, _ = asked
         spec = (
             self.dataloader_idx or 0,
             _reduction(name, reduce_fx),

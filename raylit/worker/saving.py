@@ -43,7 +43,9 @@ class Saving:
         if not is_resuming:
             return
         if "optimizer_states" not in checkpoint:
-            raise CheckpointError("the checkpoint holds weights only: fit cannot resume from it; load it into the model")
+            raise CheckpointError(
+                "the checkpoint holds weights only: fit cannot resume from it; load it into the model"
+            )
         if session.job.datamodule is not None:
             session.job.datamodule.load_state_dict(checkpoint.get(type(session.job.datamodule).__qualname__, {}))
         for callback in session.job.callbacks:

@@ -46,7 +46,8 @@ class TrainLoop:
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
         move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
-        window, log_every = session.plan.optimization.accumulate_batches, session.plan.reporting.log_every_n_steps
+        window = session.plan.optimization.accumulate_batches
+        log_every = session.plan.reporting.log_every_n_steps or math.inf
         period_s = session.plan.reporting.refresh_period_s if session.context.rank == 0 else math.inf
         next_tick = monotonic() + period_s
         until_batch = min(command.until_batch, num_batches)
@@ -126,10 +127,7 @@ class TrainLoop:
         if not self._has_started:
             self._has_started = True
             hooks.call("on_train_start")
-        if view.is_epoch_ended:
-            view.current_epoch += 1
-            view.num_batches_done = view.validated_batch = 0
-            view.is_epoch_ended = False
+        view.move_to(view.progress.at_next_batch())
         if self._feed is None:
             if view.num_batches_done == 0:
                 hooks.call("on_train_epoch_start")

@@ -29,7 +29,7 @@ from raylit.worker.data import TrainData
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
 from raylit.worker.hooks import is_overridden
 from raylit.worker.optimization import AutomaticOptimization
-from raylit.worker.optimizers import Schedule, configured
+from raylit.worker.optimizers import configured
 from raylit.worker.peers import Peers
 from raylit.worker.saving import Saving
 from raylit.worker.session import Session

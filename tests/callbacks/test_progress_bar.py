@@ -1,12 +1,11 @@
 """What the progress bar shows, on a pseudo-terminal and in a file."""
 
 import contextlib
+import io
 import math
 import os
-import pathlib
 import re
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar, write
+from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
 from raylit.plan import Limits, Plan
@@ -43,8 +42,8 @@ class Run:
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None: ...
     def remove_checkpoint(self, path: str) -> None: ...
 
-    def start_epoch(self, epoch: int, batch: int = 0) -> None:
-        self.state.progress = Progress(epoch=epoch, batch=batch)
+    def start_epoch(self, epoch: int) -> None:
+        self.state.progress = Progress(epoch=epoch)
         self.bar.on_train_epoch_start(self)
 
     def tick(self, batch: int, dataloader_idx: int = 0, **metrics: float) -> None:
@@ -202,17 +201,49 @@ def test_other_stages_leave_a_full_bar(stage: Stage, title: str, open_terminal: 
     assert row.startswith(f"{title}: 100%")
 
 
-def test_messages_stand_above_the_bars(open_terminal: Callable[[], Terminal]) -> None:
+def test_what_others_print_stands_above_the_bars(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     run = Run(ProgressBar())
     run.start_epoch(0)
     run.tick(1)
-    write("val_loss has not improved")
+    thread = threading.Thread(target=print, args=("a worker's",), kwargs={"end": " line\n"})
+    thread.start()
+    thread.join()
+    run.bar.on_evaluation_start(run, "validate")
+    print("a warning", file=sys.stderr)
+    print("half", "a line", end="")
+    run.bar.on_evaluation_end(run, "validate")
+    print(" is whole in the end")
     run.tick(2)
     run.bar.on_end(run)
-    message, bar = terminal.rows()
-    assert message == "val_loss has not improved"
+    print("afterwards")
+    *messages, bar, last = terminal.rows()
+    assert messages == ["a worker's line", "a warning", "half a line is whole in the end"]
     assert bar.startswith("Epoch 0:  50%")
+    assert last == "afterwards"
+
+
+def test_the_streams_are_given_back_with_what_they_held(open_terminal: Callable[[], Terminal]) -> None:
+    terminal = open_terminal()
+    run = Run(ProgressBar())
+    run.start_epoch(0)
+    assert sys.stdout is not terminal.stream
+    assert sys.stdout.isatty()
+    print("no end", end="", flush=True)
+    run.bar.on_exception(run, RuntimeError("boom"))
+    run.bar.on_end(run)
+    assert (sys.stdout, sys.stderr) == (terminal.stream, terminal.stream)
+    assert terminal.rows()[-1] == "no end"
+
+
+def test_a_file_as_stdout_is_left_alone(open_terminal: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    open_terminal()
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    run = Run(ProgressBar())
+    run.start_epoch(0)
+    assert sys.stdout is file
+    run.bar.on_end(run)
 
 
 def test_an_exception_leaves_the_bar_where_it_stood(open_terminal: Callable[[], Terminal]) -> None:
@@ -243,8 +274,8 @@ def test_a_loader_without_length_has_no_total(open_terminal: Callable[[], Termin
 
 def test_a_resumed_epoch_starts_where_it_was(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
-    run = Run(ProgressBar())
-    run.start_epoch(2, batch=3)
+    run = Run(ProgressBar(), progress=Progress(epoch=2, batch=3))
+    run.bar.on_train_start(run)
     (row,) = terminal.rows()
     assert row.startswith("Epoch 2:  75%")
 
@@ -278,6 +309,20 @@ def test_plain_lines_come_at_intervals(capsys: pytest.CaptureFixture[str]) -> No
     run.start_epoch(1)
     run.tick(1)
     assert re.fullmatch(r"epoch 1: 1 batches, \S+ it/s\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
+
+
+def test_no_line_is_printed_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar()
+    bar.line_period_s = 0.0
+    run = Run(bar)
+    run.start_epoch(0)
+    run.tick(4, loss=0.5)
+    run.state.progress = Progress(batch=4)
+    run.bar.on_evaluation_start(run, "validate")
+    run.bar.on_evaluation_end(run, "validate")
+    run.end_epoch(4)
+    run.bar.on_end(run)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_an_exception_prints_how_far_it_got(capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,9 +376,3 @@ def test_refresh_rate_thins_out_the_redraws(open_terminal: Callable[[], Terminal
         run.tick(batch)
     (row,) = terminal.rows()
     assert " 50/1000 " in row
-
-
-def test_plain_lines_do_not_import_tqdm(tmp_path: pathlib.Path) -> None:
-    code = "import sys, raylit.callbacks.progress_bar; print('tqdm' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert result.stdout.strip() == "False"

@@ -1,0 +1,395 @@
+"""ModelCheckpoint: when a checkpoint is written, under what name, and which ones stay. Driver only."""
+
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from raylit.callbacks.base import DriverCallback, Run
+from raylit.callbacks.timing import Clock, is_validated_by_epoch_end, is_validation_next
+from raylit.checkpoint import files
+from raylit.checkpoint.naming import fill
+from raylit.checkpoint.retention import BestFiles
+from raylit.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_AUTOMATIC_MONITORS = ("checkpoint_on", "val_loss")
+
+
+class ModelCheckpoint(DriverCallback):
+    """Saves the run after epochs, validations, steps or a time, and keeps the best files.
+
+    - Where: `dirpath`, else `checkpoints` in the run's log directory. `filename` fills in metrics, `epoch` and `step`
+      (`{epoch}-{val_loss:.2f}`), with their names unless `auto_insert_metric_name=False`; an existing file is not
+      overwritten but a version (`-v1`) added, unless `enable_version_counter=False`.
+    - When: every so many epochs (the default, 1), optimizer steps, or a `train_time_interval`; one of them. Epochs are
+      saved at their end where validation runs once in every epoch, or never; otherwise after validation;
+      `save_on_train_epoch_end` says which. A save by steps waits for a validation that is due at the same step, and for
+      the first one where the monitored metric is not there yet.
+    - What stays: the `save_top_k` best by `monitor` (-1: all, 0: none); without one the latest. `save_last` keeps
+      `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
+    """
+
+    CHECKPOINT_JOIN_CHAR = "-"
+    CHECKPOINT_EQUALS_CHAR = "="
+    CHECKPOINT_NAME_LAST = "last"
+    FILE_EXTENSION = ".ckpt"
+    STARTING_VERSION = 1
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_top_k: int = 1,
+        save_weights_only: bool = False,
+        mode: Literal["min", "max"] = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+    ) -> None:
+        if every_n_train_steps is None and train_time_interval is None and every_n_epochs is None:
+            every_n_epochs = 1
+        self.dirpath = None if dirpath is None else os.path.realpath(os.path.expanduser(dirpath))
+        self.filename = filename
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_last = save_last
+        self.save_top_k = save_top_k
+        self.save_weights_only = save_weights_only
+        self.mode = mode
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self.best_model_path = ""
+        self.last_model_path = ""
+        self.newest_model_path = ""
+        """The file written last, whatever it was written for."""
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._every_n_epochs = every_n_epochs or 0
+        self._train_time_interval = train_time_interval
+        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._enable_version_counter = enable_version_counter
+        self._check_arguments()
+        self._is_automatic = False
+        self._best = BestFiles(count=save_top_k, mode=mode)
+        self._current_score: float | None = None
+        self._resumed_path = ""
+        self._linkable_path = ""
+        self._unapplied_state: dict[str, Any] | None = None
+        self._is_deferred = False
+        self._has_warned = False
+        self._step_saved = 0
+        self._step_validated: int | None = None
+        self._clock = Clock(train_time_interval)
+
+    @classmethod
+    def automatic(cls) -> Self:
+        """What the Trainer uses where nobody asks for anything: always keeps the latest checkpoint.
+
+        Once `checkpoint_on`, else `val_loss`, is logged the one with the least of it stays too, as `best_model_path`.
+        """
+        callback = cls()
+        callback._is_automatic = True
+        return callback
+
+    # What the user may look at
+
+    @property
+    def best_model_score(self) -> Tensor | None:
+        """0-dim."""
+        return _tensor(self._best.scores.get(self.best_model_path))
+
+    @property
+    def current_score(self) -> Tensor | None:
+        """Of the newest of the best files, 0-dim."""
+        return _tensor(self._current_score)
+
+    @property
+    def best_k_models(self) -> dict[str, Tensor]:
+        """The score of each file that is kept for it, 0-dim."""
+        return {path: torch.tensor(score) for path, score in self._best.scores.items()}
+
+    @property
+    def kth_best_model_path(self) -> str:
+        """The next to be removed; empty while there is room."""
+        return self._best.next_out
+
+    @property
+    def kth_value(self) -> Tensor:
+        return torch.tensor(self._best.scores.get(self._best.next_out, self._best.worst_score))
+
+    def format_checkpoint_name(
+        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+    ) -> str:
+        """The path of a file for these metrics; one that is missing counts as 0."""
+        pattern = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
+        name = fill(pattern, metrics, equals=self.CHECKPOINT_EQUALS_CHAR if self.auto_insert_metric_name else None)
+        parts = [prefix, name, None if ver is None else f"v{ver}"]
+        name = self.CHECKPOINT_JOIN_CHAR.join(part for part in parts if part is not None)
+        return os.path.join(self.dirpath or "", name + self.FILE_EXTENSION)
+
+    # When it saves
+
+    def on_start(self, run: Run) -> None:
+        if run.state.stage != "fit":
+            return
+        if self.dirpath is None:
+            self.dirpath = os.path.join(os.path.abspath(run.log_dir), "checkpoints")
+        if self._unapplied_state is not None:
+            self.load_state_dict(self._unapplied_state)
+            self._unapplied_state = None
+        is_own = self._is_automatic or self.newest_model_path or run.plan.is_dev_run
+        if not is_own and self.save_top_k != 0 and os.path.isdir(self.dirpath) and os.listdir(self.dirpath):
+            warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
+
+    def on_train_start(self, run: Run) -> None:
+        self._step_saved = 0
+        self._step_validated = None
+        self._is_deferred = False
+        self._clock.start(run.state.progress.global_step)
+
+    def next_pause_step(self, run: Run) -> int | None:
+        if run.plan.is_dev_run:
+            return None
+        step, interval = run.state.progress.global_step, self._every_n_train_steps
+        return (step // interval + 1) * interval if interval else self._clock.next_step(step)
+
+    def on_train_pause(self, run: Run) -> None:
+        step, interval = run.state.progress.global_step, self._every_n_train_steps
+        is_due = self._clock.is_due() or (interval > 0 and step % interval == 0)
+        if not is_due or self._is_saved_or_unwanted(run):
+            return
+        is_early = self._is_missing(run) or (self.monitor is not None and is_validation_next(run))
+        self._save_or_defer(run, is_deferred=is_early)
+
+    def on_validation_end(self, run: Run) -> None:
+        if run.state.is_sanity_checking:
+            return
+        self._step_validated = run.state.progress.global_step
+        if self._is_saved_or_unwanted(run):
+            return
+        if self._is_deferred or self._clock.is_due():
+            self._save_or_defer(run, is_deferred=self._is_missing(run))  # it may be an epoch's metric of the training
+        elif not self._is_saving_at_epoch_end(run):
+            self._save(run, is_ranked=self._is_epoch_due(run))
+
+    def on_train_epoch_end(self, run: Run) -> None:
+        if self._is_saved_or_unwanted(run):
+            return
+        if self._is_deferred or self._clock.is_due():
+            is_early = self._step_validated is None and run.state.has_validation
+            self._save_or_defer(run, is_deferred=is_early and self._is_missing(run))
+        elif self._is_automatic or self._is_saving_at_epoch_end(run):
+            self._save(run, is_ranked=self._is_epoch_due(run))
+
+    def on_train_end(self, run: Run) -> None:
+        if self.save_last and self._step_saved == 0 and not self._is_saved_or_unwanted(run):
+            self._save(run, is_ranked=False)
+
+    # State
+
+    @property
+    def state_key(self) -> str:
+        arguments = {
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "every_n_train_steps": self._every_n_train_steps,
+            "every_n_epochs": self._every_n_epochs,
+            "train_time_interval": self._train_time_interval,
+        }
+        return f"{type(self).__qualname__}{arguments!r}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "monitor": self.monitor,
+            "best_model_score": self._best.scores.get(self.best_model_path),
+            "best_model_path": self.best_model_path,
+            "current_score": self._current_score,
+            "dirpath": self.dirpath,
+            "best_k_models": dict(self._best.scores),
+            "kth_best_model_path": self.kth_best_model_path,
+            "kth_value": self.kth_value.item(),
+            "last_model_path": self.last_model_path,
+            "newest_model_path": self.newest_model_path,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Everything where the directory is still the same, else the best file's path alone.
+
+        Before `on_start` has settled the directory the state is put by until then.
+        """
+        if self.dirpath is None:
+            self._unapplied_state = state_dict
+            return
+        directory = state_dict.get("dirpath", self.dirpath)
+        if directory == self.dirpath:
+            self._best.scores = {path: float(score) for path, score in state_dict.get("best_k_models", {}).items()}
+            self.last_model_path = state_dict.get("last_model_path", "")
+            self.newest_model_path = self._resumed_path = state_dict.get("newest_model_path", "")
+        else:
+            warnings.warn(
+                f"checkpoints go to {self.dirpath}, those of the resumed run went to {directory}: its best_model_path "
+                "is taken over, its other files and scores are not",
+                stacklevel=2,
+            )
+        self.best_model_path = state_dict["best_model_path"]
+
+    # Helpers, in the order in which they are called
+
+    def _check_arguments(self) -> None:
+        num_given = (
+            (self._every_n_train_steps > 0) + (self._every_n_epochs > 0) + (self._train_time_interval is not None)
+        )
+        for is_wrong, message in (
+            (self.mode not in ("min", "max"), f"mode={self.mode!r}: must be 'min' or 'max'"),
+            (self.save_top_k < -1, f"save_top_k={self.save_top_k}: must be -1 (all), 0 (none) or a count"),
+            (self.save_last not in (None, True, False, "link"), f"save_last={self.save_last!r}: allowed: True, 'link'"),
+            (self._every_n_train_steps < 0, f"every_n_train_steps={self._every_n_train_steps}: must be at least 0"),
+            (self._every_n_epochs < 0, f"every_n_epochs={self._every_n_epochs}: must be at least 0"),
+            (num_given > 1, "give one of every_n_train_steps, every_n_epochs and train_time_interval"),
+            (self.monitor is None and self.save_top_k > 1, f"save_top_k={self.save_top_k}: best by what? Give monitor"),
+        ):
+            if is_wrong:
+                raise ConfigError(f"ModelCheckpoint: {message}")
+
+    def _is_saved_or_unwanted(self, run: Run) -> bool:
+        state = run.state
+        is_unwanted = run.plan.is_dev_run or state.stage != "fit" or state.is_sanity_checking
+        return is_unwanted or self._step_saved == state.progress.global_step
+
+    def _is_missing(self, run: Run) -> bool:
+        return self.monitor is not None and self.monitor not in _metrics(run)
+
+    def _save_or_defer(self, run: Run, *, is_deferred: bool) -> None:
+        self._is_deferred = is_deferred
+        if not is_deferred:
+            self._save(run)
+
+    def _is_saving_at_epoch_end(self, run: Run) -> bool:
+        if self._save_on_train_epoch_end is not None:
+            return self._save_on_train_epoch_end
+        return is_validated_by_epoch_end(run)
+
+    def _is_epoch_due(self, run: Run) -> bool:
+        return self._every_n_epochs > 0 and (run.state.progress.epoch + 1) % self._every_n_epochs == 0
+
+    def _save(self, run: Run, *, is_ranked: bool = True) -> None:
+        """Write what is due, then remove what has lost its place: a crash in between leaves a file too many."""
+        metrics = _metrics(run)
+        losers = []
+        if self.save_last:  # named before anything is written, as the name is part of what is written
+            losers.append(self.last_model_path)
+            self.last_model_path = self._free_path(metrics, self.CHECKPOINT_NAME_LAST, reusable=self.last_model_path)
+        if self._is_automatic:
+            losers += self._save_automatically(run, metrics)
+        elif is_ranked and self.save_top_k != 0:
+            losers += self._save_latest(run, metrics) if self.monitor is None else self._save_if_good(run, metrics)
+        if self.save_last and not self._is_linked():
+            self._write(run, self.last_model_path)
+        for path in dict.fromkeys(losers):
+            if self._is_removable(path):
+                run.remove_checkpoint(path)
+
+    def _save_latest(self, run: Run, metrics: Mapping[str, float]) -> list[str]:
+        previous = self.best_model_path
+        self.best_model_path = self._free_path(metrics, reusable=previous)
+        self._write(run, self.best_model_path)
+        return [previous] if self.save_top_k == 1 else []
+
+    def _save_if_good(self, run: Run, metrics: Mapping[str, float]) -> list[str]:
+        assert self.monitor is not None
+        if self.monitor not in metrics:
+            self._miss(sorted(metrics))
+            return []
+        score = metrics[self.monitor]
+        if not self._best.admits(score):
+            self._say(f"{self.monitor}={score:g} is not among the best {self.save_top_k}")
+            return []
+        path = self._free_path(metrics, reusable=self._best.next_out)
+        losers = self._best.make_room()
+        self._rank(path, score)
+        self._write(run, path)
+        return losers
+
+    def _save_automatically(self, run: Run, metrics: Mapping[str, float]) -> list[str]:
+        losers = [self.newest_model_path]
+        path = self._free_path(metrics)
+        score = next((metrics[name] for name in _AUTOMATIC_MONITORS if name in metrics), None)
+        # A score from before these weights has been offered before, and is not better than itself.
+        if score is not None and self._best.admits(score):
+            losers += self._best.make_room()
+            self._rank(path, score)
+        elif not self._best.scores:
+            self.best_model_path = path
+        self._write(run, path)
+        return losers
+
+    def _miss(self, names: list[str]) -> None:
+        message = (
+            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric has been logged; there are: "
+            f"{', '.join(names)}. Log it with self.log, or monitor one of these"
+        )
+        if self._step_validated is not None:
+            raise ConfigError(message)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{message}. Nothing is saved until then", stacklevel=2)
+
+    def _rank(self, path: str, score: float) -> None:
+        self._best.add(path, score)
+        self._current_score = self._best.scores[path]
+        self.best_model_path = self._best.best
+
+    def _write(self, run: Run, path: str) -> None:
+        self.newest_model_path = path  # before it is written, as it is part of what is written
+        if path != self.last_model_path:
+            self._linkable_path = path
+        run.save_checkpoint(path, is_weights_only=self.save_weights_only)
+        self._step_saved = run.state.progress.global_step
+        self._say(f"step {self._step_saved}: saved {path}")
+
+    def _is_linked(self) -> bool:
+        is_wanted = self.save_last == "link" and self._linkable_path != ""
+        return is_wanted and files.link(self._linkable_path, self.last_model_path)
+
+    def _free_path(self, metrics: Mapping[str, float], filename: str | None = None, *, reusable: str = "") -> str:
+        """The file's path, with the first version that no file has yet; `reusable` may be overwritten."""
+        path = self.format_checkpoint_name(metrics, filename)
+        versions = itertools.count(self.STARTING_VERSION)
+        while self._enable_version_counter and path != reusable and files.exists(path):
+            path = self.format_checkpoint_name(metrics, filename, ver=next(versions))
+        return path
+
+    def _is_removable(self, path: str) -> bool:
+        """It is this directory's, has no other use, and the run was not resumed from it."""
+        is_kept = path in (self.best_model_path, self.last_model_path, self._resumed_path, *self._best.scores)
+        return path != "" and not is_kept and Path(self.dirpath or "") in Path(path).parents
+
+    def _say(self, message: str) -> None:
+        if self.verbose:
+            _log.info(message)
+
+
+def _tensor(score: float | None) -> Tensor | None:
+    return None if score is None else torch.tensor(score)
+
+
+def _metrics(run: Run) -> dict[str, float]:
+    """What a file name or `monitor` may refer to; a logged `epoch` or `step` wins over the run's."""
+    metrics = dict(run.state.callback_metrics)
+    metrics["epoch"] = int(metrics.get("epoch", run.state.progress.epoch))
+    metrics["step"] = int(metrics.get("step", run.state.progress.global_step))
+    return metrics

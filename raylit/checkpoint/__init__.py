@@ -1,0 +1,1 @@
+"""Checkpoints: what is in one (format) and how it gets to disk and back (files). Both sides."""

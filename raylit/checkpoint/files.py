@@ -1,0 +1,179 @@
+"""Checkpoint files: written whole or not at all, read with damage told apart from danger. Driver.
+
+Every path passes through `_local`, and nothing outside this module opens a checkpoint.
+"""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from raylit.checkpoint.format import FORMAT
+from raylit.errors import CheckpointError
+
+
+def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write to a hidden file in the same directory, flush it to the disk and rename it.
+
+    Directories are made as needed. A symbolic link at `path` is replaced, not followed. CheckpointError: what stood at
+    `path` stands there still.
+    """
+    target = _local(path)
+    temporary = target.parent / f".{uuid4().hex}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _save(checkpoint, temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
+        raise CheckpointError(f"cannot write the checkpoint {target}: {error}") from error
+    _sync_directory(target.parent)
+
+
+def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
+    """The checkpoint, its tensors on the CPU; Lightning's own files too.
+
+    `allow_pickle` unpickles any object, which can run code: for trusted files. CheckpointError: no such file, damaged,
+    not a checkpoint, of a newer format, or pickled without `allow_pickle`.
+    """
+    source = _local(path)
+    if source.is_dir():
+        raise CheckpointError(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
+    if not source.exists():
+        raise CheckpointError(f"there is no checkpoint {source}.{_nearby(source.parent)}")
+    checkpoint = _load(source, allow_pickle)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{source} is not a checkpoint: it holds {_contents(checkpoint)}, but no 'state_dict'. Load weights alone "
+            "with module.load_state_dict(torch.load(path))"
+        )
+    if "raylit" not in checkpoint:
+        return checkpoint
+    if (damaged := _first_damaged(source)) is not None:
+        raise CheckpointError(
+            f"{source} is damaged: {damaged} does not match its checksum. Use the checkpoint before it"
+        )
+    if checkpoint["raylit"]["format"] > FORMAT:
+        raise CheckpointError(
+            f"{source} was written by raylit {checkpoint.get('raylit_version')} in format "
+            f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
+        )
+    return checkpoint
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """A file is there; a link that leads nowhere is none."""
+    return _local(path).exists()
+
+
+def link(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
+    """Put a relative symbolic link to `target` in the place of `path`. False: that cannot be done here."""
+    place = _local(path)
+    temporary = place.parent / f".{uuid4().hex}.tmp"
+    try:
+        temporary.symlink_to(os.path.relpath(_local(target), place.parent))
+        os.replace(temporary, place)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file or link; a missing one is fine."""
+    target = _local(path)
+    try:
+        target.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot remove the checkpoint {target}: {error}") from error
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    return Path(path).expanduser()
+
+
+def _save(checkpoint: Mapping[str, Any], temporary: Path) -> None:
+    # torch.load checks no checksums; `read` does, so they have to be there whatever the user has set.
+    has_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        with open(temporary, "xb") as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        torch.serialization.set_crc32_options(has_checksums)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename in it outlive a power failure, where the file system can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems know no fsync of a directory; the file is whole either way
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load(source: Path, allow_pickle: bool) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=not allow_pickle)
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read the checkpoint {source}: {error}") from error
+    except Exception as error:
+        # Damage first: damaged names look like foreign classes, and nobody should trust a damaged file for that.
+        if zipfile.is_zipfile(source) and (damaged := _first_damaged(source)) is not None:
+            message = f"{source} is damaged: {damaged}. Use another checkpoint"
+        elif allow_pickle and isinstance(error, (ImportError, AttributeError)):
+            message = f"{source} holds an object whose class is not importable here: {error}"
+        elif not allow_pickle and (objects := _pickled_objects(source, error)):
+            message = (
+                f"{source} holds pickled objects ({objects}), whose loading can run code. If you trust the file, pass "
+                "weights_only=False"
+            )
+        else:
+            reason = str(error) or type(error).__name__
+            message = f"{source} is damaged, or not a checkpoint: {reason}. Use another checkpoint"
+        raise CheckpointError(message) from error
+
+
+def _pickled_objects(source: Path, error: Exception) -> str:
+    """What weights_only has refused, by name; empty where that is not what went wrong."""
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(source))))
+    except Exception:  # damaged, or of torch's format before 1.6, which that function does not read
+        return "in torch's old format" if "Unsupported global" in str(error) else ""
+
+
+def _first_damaged(source: Path) -> str | None:
+    """What is wrong with the first record that its checksum does not fit; None: sound. About 2 GB/s."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            record = archive.testzip()
+    except zipfile.BadZipFile as error:
+        return str(error)
+    return None if record is None else f"{record} does not match its checksum"
+
+
+def _nearby(directory: Path, *, count: int = 10) -> str:
+    """What checkpoints the directory has, for an error's end."""
+    if not directory.is_dir():
+        return f" Nor is there a directory {directory}"
+    names = sorted(entry.name for entry in directory.iterdir() if entry.suffix == ".ckpt")
+    if not names:
+        return f" No *.ckpt is in {directory}"
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f" In {directory}: {', '.join(names[:count])}{more}"
+
+
+def _contents(value: Any) -> str:
+    return f"the keys {list(value)[:5]}" if isinstance(value, dict) else f"an object of type {type(value).__name__}"

@@ -1,0 +1,252 @@
+"""The checkpoint as a dict: Lightning's key names, in values that torch.load(weights_only=True) reads. Both sides."""
+
+import enum
+import importlib
+import random
+import sys
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+from raylit.errors import CheckpointError
+from raylit.messages import Saved
+from raylit.state import Progress
+
+FORMAT = 1
+"""Goes up when an older raylit could no longer resume from what this one writes."""
+
+_WRAPPER = "__raylit__"
+"""Marks a dict that stands for a hyper-parameter of another type."""
+
+_AS_IT_IS = (type(None), bool, float, str, complex, bytearray, torch.Size, torch.dtype, torch.device, torch.layout)
+_MAX_INT_BITS = 8 * 255 - 1
+"""What the pickle protocol of torch.save stores of an integer in the form that weights_only reads."""
+
+
+def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole checkpoint: rank 0's part, what each rank has alone, and the driver's part, which wins.
+
+    `progress` (Progress.to_dict()) and `seed` (of the order of samples) in either part go to `raylit`. CheckpointError:
+    a value that is not plain, or two callbacks under one key.
+    """
+    parts = sorted(saved, key=lambda part: part.rank)
+    assert [part.rank for part in parts] == list(range(len(parts))), "one part of each rank"
+    checkpoint = {**parts[0].checkpoint, **driver_part}
+    of_workers, of_driver = parts[0].checkpoint.get("callbacks", {}), driver_part.get("callbacks", {})
+    if clash := sorted(of_workers.keys() & of_driver.keys()):
+        raise CheckpointError(
+            f"a Callback and a DriverCallback share the state key {clash[0]!r}: override `state_key` in one of them"
+        )
+    if "callbacks" in checkpoint:
+        checkpoint["callbacks"] = {**of_workers, **of_driver}
+    progress = checkpoint.pop("progress", None) or progress_of(checkpoint).to_dict()
+    checkpoint["raylit_version"] = _version()
+    checkpoint["raylit"] = {
+        "format": FORMAT,
+        "progress": progress,
+        "seed": checkpoint.pop("seed", None),
+        "ranks": [part.of_rank for part in parts],
+    }
+    whole: dict[str, Any] = plain(checkpoint, "checkpoint")
+    return whole
+
+
+def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
+    """Where the saved run stood.
+
+    Lightning's own checkpoints: the loops' counters tell whether it was inside an epoch; without them it was at the end
+    of one, as with Lightning's defaults.
+    """
+    if "raylit" in checkpoint:
+        known = {field.name for field in fields(Progress)}
+        return Progress(**{name: value for name, value in checkpoint["raylit"]["progress"].items() if name in known})
+    epoch, global_step = checkpoint.get("epoch", 0), checkpoint.get("global_step", 0)
+    batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    num_done = batches.get("current", {}).get("completed", 0)
+    is_inside = num_done > 0 and not batches.get("is_last_batch", True)
+    return Progress(epoch=epoch, global_step=global_step, batch=num_done, is_epoch_ended=not is_inside)
+
+
+def ranks_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each rank of the saved run had alone, in rank order; empty in Lightning's own checkpoints."""
+    ranks: list[dict[str, Any]] = checkpoint.get("raylit", {}).get("ranks", [])
+    return ranks
+
+
+def seed_of(checkpoint: Mapping[str, Any]) -> int | None:
+    """The seed that the saved run's order of samples follows; None in Lightning's own checkpoints."""
+    seed: int | None = checkpoint.get("raylit", {}).get("seed")
+    return seed
+
+
+def plain(value: Any, where: str) -> Any:
+    """The value in types that weights_only reads; `where` is how errors call it.
+
+    Containers are rebuilt, tensors keep their storage (so that shared weights are stored once) but lose gradient and
+    attributes. NumPy values become Python's and tensors, paths strings, subclasses of dict a dict (OrderedDict and
+    Counter stay). CheckpointError: anything else.
+    """
+    kind = type(value)
+    if kind in _AS_IT_IS:
+        return value
+    if isinstance(value, Tensor):
+        if kind not in (Tensor, nn.Parameter):
+            raise _not_plain(value, where, "store an ordinary tensor")
+        return value.detach()
+    if isinstance(value, dict):
+        return _plain_dict(value, where)
+    if kind in (list, tuple):
+        return kind(plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if kind is set:
+        return {plain(item, f"an element of {where}") for item in value}
+    return _plain_leaf(value, where)
+
+
+def pack_hyper_parameters(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values under their own names; others cloudpickled in a uint8 tensor, which weights_only reads as data.
+
+    What cannot be pickled either is left out with a warning, as the constructor's caller can give it again.
+    """
+    packed = {}
+    for name, value in hparams.items():
+        try:
+            packed[name] = _pack(value, name)
+        except Exception as error:
+            warnings.warn(
+                f"the hyper-parameter {name!r} ({type(value).__name__}) cannot be pickled and is left out of the "
+                f"checkpoint: {error}. Pass save_hyperparameters(ignore=[{name!r}]) and give it again on loading",
+                stacklevel=2,
+            )
+    return packed
+
+
+def unpack_hyper_parameters(packed: Mapping[str, Any], *, allow_pickle: bool = False) -> dict[str, Any]:
+    """The inverse of `pack_hyper_parameters`. CheckpointError: a pickled value without `allow_pickle`."""
+    pickled = [name for name, value in packed.items() if _wrapped_kind(value) == "pickle"]
+    if pickled and not allow_pickle:
+        raise CheckpointError(
+            "these hyper-parameters are pickled objects, whose loading can run code: "
+            + ", ".join(f"{name} ({packed[name]['type']})" for name in pickled)
+            + ". For a file that you trust, pass load_from_checkpoint(..., weights_only=False)"
+        )
+    return {name: _unpack(value, name) for name, value in packed.items()}
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's generators: Python, torch (CPU, current CUDA device), NumPy where it is in use."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        state["numpy"] = plain(sys.modules["numpy"].random.get_state(legacy=False), "numpy.random")
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Continue from `random_state()`; the CUDA part is for a process that has CUDA, without effect in another."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        importlib.import_module("numpy").random.set_state(_with_arrays(state["numpy"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _version() -> str:
+    try:
+        return metadata.version("raylit")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _plain_dict(value: dict[Any, Any], where: str) -> dict[Any, Any]:
+    items = {}
+    for key, item in value.items():
+        plain_key = plain(key, f"the key {key!r} of {where}")
+        if isinstance(plain_key, Tensor):
+            raise _not_plain(key, f"a key of {where}", "use its .item()")
+        items[plain_key] = plain(item, f"{where}[{key!r}]")
+    if type(value) is Counter:  # MultiStepLR's milestones
+        return Counter(items)
+    if not isinstance(value, OrderedDict):
+        return items
+    ordered = OrderedDict(items)
+    vars(ordered).update(plain(vars(value), f"vars({where})"))  # a state dict's _metadata: versions of its modules
+    return ordered
+
+
+def _plain_leaf(value: Any, where: str) -> Any:
+    if isinstance(value, enum.Enum):
+        raise _not_plain(value, where, "store its .value")
+    if isinstance(value, PurePath):
+        return str(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
+        # A copy in the machine's byte order: torch takes neither the other one, nor negative strides, nor read-only.
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
+    if numpy is not None and isinstance(value, numpy.generic) and type(item := value.item()) is not type(value):
+        return plain(item, where)
+    if isinstance(value, bytes):
+        return value or bytearray()  # empty bytes are stored by a call that weights_only refuses
+    if isinstance(value, int) and value.bit_length() <= _MAX_INT_BITS:
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise _not_plain(value, where, "store numbers, strings, tensors, lists or dicts of it")
+
+
+def _not_plain(value: Any, where: str, advice: str) -> CheckpointError:
+    kind = type(value)
+    return CheckpointError(
+        f"{where} is of type {kind.__module__}.{kind.__qualname__}, which torch.load(weights_only=True) refuses to "
+        f"read: {advice}, in the state_dict or on_save_checkpoint that it comes from"
+    )
+
+
+def _pack(value: Any, name: str) -> Any:
+    if isinstance(value, PurePath):
+        return {_WRAPPER: "path", "data": str(value)}
+    if _wrapped_kind(value) is None:
+        try:
+            return plain(value, name)
+        except CheckpointError:
+            pass  # pickled instead
+    data = torch.frombuffer(bytearray(cloudpickle.dumps(value)), dtype=torch.uint8)
+    return {_WRAPPER: "pickle", "type": f"{type(value).__module__}.{type(value).__qualname__}", "data": data}
+
+
+def _unpack(value: Any, name: str) -> Any:
+    kind = _wrapped_kind(value)
+    if kind == "path":
+        return Path(value["data"])
+    if kind != "pickle":
+        return value
+    try:
+        return cloudpickle.loads(bytes(value["data"].tolist()))
+    except Exception as error:
+        raise CheckpointError(
+            f"the hyper-parameter {name!r} ({value['type']}) cannot be unpickled here: {error}. Make its class and "
+            "what belongs to it importable, as it was when the checkpoint was written"
+        ) from error
+
+
+def _wrapped_kind(value: Any) -> str | None:
+    return value.get(_WRAPPER) if isinstance(value, dict) else None
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {name: _with_arrays(item) for name, item in value.items()}
+    return value

@@ -1,0 +1,26 @@
+"""File names of checkpoints: patterns that metrics fill in. Driver only."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from raylit.errors import ConfigError
+
+_FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
+
+
+def fill(pattern: str, metrics: Mapping[str, Any], *, equals: str | None) -> str:
+    """The pattern with each `{name}` or `{name:spec}` filled in, 0 where there is no such metric.
+
+    With `equals` ("=") the metric's name comes first: `{epoch:02}` becomes `epoch=07`. ConfigError: an unfit spec.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        name, spec = match[1], match[2] or ""
+        try:
+            value = format(metrics.get(name, 0), spec)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"the checkpoint's file name {pattern!r}: {match[0]} does not fit: {error}") from error
+        return value if equals is None else f"{name}{equals}{value}"
+
+    return _FIELD.sub(filled, pattern)

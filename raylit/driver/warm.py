@@ -1,0 +1,108 @@
+"""Warm workers: groups that outlive a run, for the next one that asks for the same. Driver."""
+
+import threading
+from collections.abc import Iterator
+
+import ray
+
+from raylit.driver import cluster
+from raylit.driver.actors import ActorGroup, pickle_job
+from raylit.messages import Command, Report
+from raylit.plan import Plan, Workers
+from raylit.worker.context import Job
+
+_MAX_IDLE = 2
+"""Groups that wait; the one that has waited longest goes first."""
+
+
+class WarmGroup:
+    """A run's loan of an ActorGroup."""
+
+    is_in_driver = False
+
+    def __init__(self, plan: Plan, job: Job) -> None:
+        pickled = pickle_job(job)
+        self._keep_s = plan.workers.keep_s
+        self._group: ActorGroup | None = _pool.borrow(plan.workers)
+        try:
+            self._group.assign(plan, pickled)
+        except BaseException:
+            self.release()
+            raise
+
+    def run(self, command: Command) -> Iterator[tuple[int, Report]]:
+        assert self._group is not None
+        yield from self._group.run(command)
+
+    def release(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            _pool.give_back(group, keep_s=self._keep_s)
+
+
+class _Pool:
+    """The idle groups of this process, each with a timer that ends it."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[Workers, ActorGroup, threading.Timer]] = []
+        self._lock = threading.Lock()
+
+    def borrow(self, workers: Workers) -> ActorGroup:
+        """An idle group of these workers, else a new one; idle ones make room for it where they must."""
+        cluster.connect()
+        with self._lock:
+            for entry in self._idle:
+                if entry[0] == workers:
+                    self._idle.remove(entry)
+                    entry[2].cancel()
+                    return entry[1]
+        if not cluster.is_embedded():
+            # On a shared cluster idle workers may hold the very resources that the new ones need.
+            self.clear()
+        return ActorGroup(workers)
+
+    def give_back(self, group: ActorGroup, *, keep_s: float | None) -> None:
+        """Keep a group whose workers are as good as new; end any other."""
+        if keep_s is None:
+            keep_s = 300.0 if cluster.is_embedded() else 30.0
+        if keep_s > 0 and group.is_usable and ray.is_initialized():
+            group.dismiss()
+        else:
+            group.is_usable = False
+        if not group.is_usable:
+            group.end()
+            return
+        timer = threading.Timer(keep_s, self._expire, [group])
+        timer.daemon = True
+        with self._lock:
+            self._idle.append((group.workers, group, timer))
+            surplus = self._idle[:-_MAX_IDLE]
+            del self._idle[:-_MAX_IDLE]
+        timer.start()
+        self._end(surplus)
+
+    def clear(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        self._end(idle)
+
+    def _expire(self, group: ActorGroup) -> None:
+        with self._lock:
+            expired = [entry for entry in self._idle if entry[1] is group]
+            self._idle = [entry for entry in self._idle if entry[1] is not group]
+        self._end(expired)
+
+    def _end(self, entries: list[tuple[Workers, ActorGroup, threading.Timer]]) -> None:
+        for _, group, timer in entries:
+            timer.cancel()
+            if ray.is_initialized():
+                group.end()
+
+
+_pool = _Pool()
+
+
+def shutdown() -> None:
+    """End the idle workers and the embedded node; a cluster of the user's is left alone."""
+    _pool.clear()
+    cluster.shutdown()

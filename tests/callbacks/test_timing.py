@@ -1,0 +1,105 @@
+"""When epochs, validations and time intervals are due."""
+
+import math
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from raylit.callbacks.timing import Clock, is_validated_by_epoch_end, is_validation_next
+from raylit.plan import Plan, Validation
+from raylit.state import Progress, RunState
+
+
+class RecordedRun:
+    """A run at a batch border."""
+
+    def __init__(
+        self,
+        *,
+        interval: float = 1.0,
+        every_n_epochs: int = 1,
+        epoch: int = 0,
+        batch: int = 4,
+        num_batches: float = 4,
+        has_validation: bool = True,
+    ) -> None:
+        self.plan = Plan(validation=Validation(interval=interval, every_n_epochs=every_n_epochs))
+        self.state = RunState(stage="fit", num_training_batches=num_batches, has_validation=has_validation)
+        self.state.progress = Progress(epoch=epoch, batch=batch)
+        self.loggers: list[Any] = []
+        self.log_dir = "."
+
+    def stop(self, reason: str) -> None: ...
+    def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None: ...
+    def remove_checkpoint(self, path: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"batch": 3}, False),
+        ({"has_validation": False}, False),
+        ({"every_n_epochs": 2}, False),
+        ({"every_n_epochs": 2, "epoch": 1}, True),
+        ({"interval": 0.5, "batch": 2}, True),
+        ({"interval": 0.5, "batch": 3}, False),
+        ({"interval": 0.3, "num_batches": 10, "batch": 9}, True),
+        ({"interval": 0.01, "batch": 3}, True),
+        ({"interval": 3, "batch": 3}, True),
+        ({"interval": 3, "batch": 4}, False),
+        ({"interval": 3, "num_batches": math.inf, "batch": 6}, True),
+        ({"num_batches": math.inf}, False),
+    ],
+    ids=repr,
+)
+def test_where_validation_comes_next(settings: dict[str, Any], expected: bool) -> None:
+    assert is_validation_next(RecordedRun(**settings)) is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"interval": 0.5}, False),
+        ({"interval": 1}, False),
+        ({"every_n_epochs": 2}, False),
+        ({"every_n_epochs": 2, "interval": 1, "has_validation": False}, True),
+    ],
+    ids=repr,
+)
+def test_where_an_epochs_end_has_all_metrics(settings: dict[str, Any], expected: bool) -> None:
+    assert is_validated_by_epoch_end(RecordedRun(**settings)) is expected
+
+
+def test_without_an_interval_nothing_is_ever_due() -> None:
+    clock = Clock(None)
+    assert (clock.is_due(), clock.next_step(5)) == (False, None)
+
+
+def test_an_interval_is_due_once_each_time_it_has_passed() -> None:
+    clock = Clock(timedelta(seconds=0.05))
+    clock.start(0)
+    assert not clock.is_due()
+    time.sleep(0.06)
+    assert clock.is_due()
+    assert not clock.is_due()
+
+
+def test_the_next_step_is_estimated_from_the_steps_since_the_start() -> None:
+    clock = Clock(timedelta(seconds=1000))
+    clock.start(10)
+    assert clock.next_step(10) == 11
+    time.sleep(0.1)
+    step = clock.next_step(30)  # at most 200 steps a second
+    assert step is not None
+    assert 10_000 < step <= 30 + 200_000
+
+
+def test_an_interval_that_has_passed_asks_for_the_next_step() -> None:
+    clock = Clock(timedelta(seconds=0.01))
+    clock.start(0)
+    time.sleep(0.02)
+    assert clock.next_step(100) == 101

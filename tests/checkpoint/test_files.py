@@ -1,0 +1,350 @@
+"""Checkpoint files: whole or not at all, and what is wrong with one is told apart."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raylit.checkpoint import files, format
+from raylit.errors import CheckpointError
+from raylit.messages import Saved
+
+
+class Custom:
+    """Something that weights_only refuses."""
+
+
+def a_checkpoint(value: float = 1.0, *, size: int = 1000) -> dict[str, Any]:
+    part = Saved(rank=0, checkpoint={"state_dict": {"weight": torch.full((size,), value)}}, of_rank={})
+    return format.merge([part], {})
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "directory" / "a.ckpt"
+    files.write(a_checkpoint(2.0), path)
+    assert torch.equal(files.read(path)["state_dict"]["weight"], torch.full((1000,), 2.0))
+    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["weight"], torch.full((1000,), 2.0))
+    assert os.listdir(path.parent) == ["a.ckpt"]
+
+
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        files.write(a_checkpoint(), tmp_path / "a.ckpt")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "a.ckpt").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_is_replaced_and_its_target_left_alone(tmp_path: Path) -> None:
+    files.write(a_checkpoint(1.0), tmp_path / "target.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("target.ckpt")
+    files.write(a_checkpoint(2.0), tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").is_symlink()
+    assert files.read(tmp_path / "target.ckpt")["state_dict"]["weight"][0] == 1.0
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files.write(a_checkpoint(), "~/a.ckpt")
+    assert (tmp_path / "a.ckpt").exists()
+    files.remove("~/a.ckpt")
+    assert not (tmp_path / "a.ckpt").exists()
+
+
+# Writing fails
+
+
+def _unpicklable(path: Path) -> None:
+    files.write({**a_checkpoint(2.0), "hook": lambda: 0}, path)
+
+
+def _disk_full(path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        files.write(a_checkpoint(2.0, size=1_000_000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("fail", [_unpicklable, _disk_full])
+def test_a_failed_write_leaves_the_previous_file_and_no_other(fail: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    files.write(a_checkpoint(1.0), path)
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*a\.ckpt"):
+        fail(path)
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert files.read(path)["state_dict"]["weight"][0] == 1.0
+
+
+def test_an_interrupted_write_leaves_no_file(tmp_path: Path) -> None:
+    class Interrupting:
+        def __reduce__(self) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write({"state_dict": {}, "x": Interrupting()}, tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["file.txt/a.ckpt", "directory"])
+def test_a_place_that_cannot_hold_a_file_is_an_error(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        files.write(a_checkpoint(), tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["directory", "file.txt"]
+
+
+def test_checksums_are_written_whatever_torch_is_set_to(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        files.write(a_checkpoint(), tmp_path / "a.ckpt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    files.read(tmp_path / "a.ckpt")
+
+
+# Killed while writing
+
+_WRITERS = """
+import os, sys, torch
+from raylit.checkpoint import files, format
+from raylit.messages import Saved
+
+def write_on(number):
+    torch.set_num_threads(1)
+    while True:
+        number += 1
+        weights = {"weight": torch.full((5_000_000,), float(number))}
+        part = Saved(rank=0, checkpoint={"global_step": number, "state_dict": weights}, of_rank={})
+        files.write(format.merge([part], {}), sys.argv[1])
+        print("written", number, flush=True)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        write_on(int(line))
+    print("pid", pid, flush=True)
+    os.waitpid(pid, 0)
+    print("dead", 0, flush=True)
+"""
+"""For each line, a number to start at, a process that writes checkpoints of 20 MB until it is killed."""
+
+
+def _kill_while_writing(writers: subprocess.Popen[str], *, start: int, delay_s: float) -> int:
+    """The number of the last checkpoint whose writing had ended when the writer was killed."""
+    assert writers.stdin is not None
+    assert writers.stdout is not None
+    writers.stdin.write(f"{start}\n")
+    writers.stdin.flush()
+    seen = dict.fromkeys(("pid", "written"), 0)
+    while not all(seen.values()):
+        word, number = writers.stdout.readline().split()
+        seen[word] = int(number)
+    time.sleep(delay_s)
+    os.kill(seen["pid"], signal.SIGKILL)
+    while "dead" not in seen:
+        word, number = writers.stdout.readline().split()
+        seen[word] = int(number)
+    return seen["written"]
+
+
+def test_the_file_is_whole_whenever_the_writer_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    delays = random.Random(0)
+    number = num_broken_off = 0
+    command = [sys.executable, "-c", _WRITERS, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as writers:
+        for _ in range(10):
+            written = _kill_while_writing(writers, start=number, delay_s=delays.uniform(0, 0.1))
+            checkpoint = files.read(path)
+            number = checkpoint["global_step"]
+            assert number in (written, written + 1)  # renamed, but killed before it could tell
+            assert torch.equal(checkpoint["state_dict"]["weight"], torch.full((5_000_000,), float(number)))
+            leftovers = list(tmp_path.glob(".*.tmp"))
+            num_broken_off += len(leftovers)
+            for leftover in leftovers:
+                leftover.unlink()
+        assert writers.stdin is not None
+        writers.stdin.close()
+    assert num_broken_off > 0, "no kill fell into a write"
+
+
+# Reading fails
+
+
+def test_a_missing_file_is_named_with_those_beside_it(tmp_path: Path) -> None:
+    for name in ("epoch=0.ckpt", "epoch=1.ckpt", "notes.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*epoch=2\.ckpt.*: epoch=0\.ckpt, epoch=1\.ckpt$"):
+        files.read(tmp_path / "epoch=2.ckpt")
+    with pytest.raises(CheckpointError, match="Nor is there a directory"):
+        files.read(tmp_path / "nowhere" / "a.ckpt")
+
+
+def test_a_long_list_of_neighbours_is_cut(tmp_path: Path) -> None:
+    for index in range(15):
+        (tmp_path / f"{index:02}.ckpt").write_text("")
+    with pytest.raises(CheckpointError, match=r"09\.ckpt and 5 more$"):
+        files.read(tmp_path / "a.ckpt")
+
+
+def test_a_directory_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    files.write(a_checkpoint(), tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"is a directory.*a\.ckpt"):
+        files.read(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 200, 0.5, -1])
+def test_a_truncated_file_is_damaged(kept: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    files.write(a_checkpoint(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(CheckpointError, match=r"a\.ckpt is damaged"):
+        files.read(path)
+
+
+def test_one_wrong_bit_anywhere_in_the_data_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    files.write(a_checkpoint(), path)
+    data = path.read_bytes()
+    places = [data.index(b"weight"), data.index(b"\x00\x00\x80\x3f" * 8) + 2]  # a name, a value
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            files.read(path)
+
+
+def test_a_damaged_name_is_not_taken_for_a_pickled_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    files.write(a_checkpoint(), path)
+    data = path.read_bytes()
+    assert b"_rebuild_tensor_v2" in data
+    path.write_bytes(data.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_w2"))
+    with pytest.raises(CheckpointError, match="is damaged") as caught:
+        files.read(path)
+    assert "trust" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "contents"),
+    [({"weight": torch.ones(1)}, r"the keys \['weight'\]"), (torch.ones(1), "an object of type Tensor")],
+)
+def test_a_file_without_a_state_dict_is_not_a_checkpoint(value: Any, contents: str, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=f"not a checkpoint: it holds {contents}"):
+        files.read(tmp_path / "a.ckpt")
+
+
+def test_something_else_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_text("hello")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        files.read(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old format"])
+def test_pickled_objects_need_consent(is_zip: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {}, "odd": Custom()}, path, _use_new_zipfile_serialization=is_zip)
+    named = r"test_files\.Custom" if is_zip else "old format"
+    with pytest.raises(CheckpointError, match=rf"pickled objects .*{named}.*trust.*weights_only=False"):
+        files.read(path)
+    assert isinstance(files.read(path, allow_pickle=True)["odd"], Custom)
+
+
+def test_an_object_whose_class_is_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {}, "odd": Custom()}, path)
+    kept = Custom
+    del globals()["Custom"]
+    try:
+        with pytest.raises(CheckpointError, match=r"not importable here.*Custom"):
+            files.read(path, allow_pickle=True)
+    finally:
+        globals()["Custom"] = kept
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint()
+    checkpoint["raylit"]["format"] = format.FORMAT + 1
+    checkpoint["raylit_version"] = "9.9"
+    files.write(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"raylit 9\.9 in format 2.*up to format 1.*upgrade"):
+        files.read(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_lightnings_checkpoints_are_read(has_checksums: bool, tmp_path: Path) -> None:
+    checkpoint = {
+        "epoch": 1,
+        "global_step": 8,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": {"weight": torch.ones(2)},
+        "hyper_parameters": {"lr": 0.1},
+    }
+    torch.serialization.set_crc32_options(has_checksums)
+    try:
+        torch.save(checkpoint, tmp_path / "a.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert files.read(tmp_path / "a.ckpt")["hyper_parameters"] == {"lr": 0.1}
+
+
+# Removing
+
+
+def test_removing_takes_a_file_or_a_link_and_passes_over_a_missing_one(tmp_path: Path) -> None:
+    files.write(a_checkpoint(), tmp_path / "a.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("a.ckpt")
+    files.remove(tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    files.remove(tmp_path / "a.ckpt")
+    files.remove(tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) == []
+
+
+def test_removing_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot remove"):
+        files.remove(tmp_path)
+
+
+# Links
+
+
+def test_a_link_takes_the_place_of_a_file_or_link(tmp_path: Path) -> None:
+    files.write(a_checkpoint(1.0), tmp_path / "one.ckpt")
+    files.write(a_checkpoint(2.0), tmp_path / "two.ckpt")
+    files.write(a_checkpoint(3.0), tmp_path / "last.ckpt")
+    for name, value in (("one.ckpt", 1.0), ("two.ckpt", 2.0)):
+        assert files.link(tmp_path / name, tmp_path / "last.ckpt")
+        assert os.readlink(tmp_path / "last.ckpt") == name
+        assert files.read(tmp_path / "last.ckpt")["state_dict"]["weight"][0] == value
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_link_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").mkdir()
+    assert not files.link(tmp_path / "one.ckpt", tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_link_that_leads_nowhere_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    assert not files.exists(tmp_path / "last.ckpt")
+    files.write(a_checkpoint(), tmp_path / "gone.ckpt")
+    assert files.exists(tmp_path / "last.ckpt")

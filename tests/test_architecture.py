@@ -1,0 +1,132 @@
+"""The rules of the house, checked by parsing the source: layers, where Ray may be imported, sizes, public names."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "raylit"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = (
+    {"errors", "messages", "plan", "state"},
+    {"accelerators", "precision", "strategies"},
+    {"callbacks", "checkpoint", "datamodule", "hparams", "loggers", "module", "profilers", "results", "seed"},
+    {"worker"},
+    {"driver"},
+    {"api", "arguments", "trainer"},
+    {"tune"},
+    {"__init__"},
+)
+"""From the bottom up. A module imports from its own layer and those below it."""
+
+RAY_IS_ALLOWED_IN = {"driver", "tune"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def part_of(file: pathlib.Path) -> str:
+    """`driver` for raylit/driver/group.py, `plan` for raylit/plan.py."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer_of(part: str) -> int:
+    for number, parts in enumerate(LAYERS):
+        if part in parts:
+            return number
+    raise AssertionError(f"raylit/{part} is in no layer: put it into LAYERS")
+
+
+def imports_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything imported, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{place(file, node.lineno)}: imports are absolute"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def imported_part(name: str) -> str | None:
+    """`driver` for raylit.driver.group, `__init__` for a name of the package itself, None outside of raylit."""
+    package, _, rest = name.partition(".")
+    if package != "raylit":
+        return None
+    part = rest.partition(".")[0]
+    is_part = part != "" and ((PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file())
+    return part if is_part else "__init__"
+
+
+def place(file: pathlib.Path, line: int) -> str:
+    return f"{file.relative_to(ROOT)}:{line}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: pathlib.Path) -> None:
+    own = layer_of(part_of(file))
+    upward = [
+        f"{place(file, line)} imports {name}"
+        for line, name in imports_of(file)
+        if (part := imported_part(name)) is not None and layer_of(part) > own
+    ]
+    assert upward == []
+
+
+def test_the_layers_are_told_apart() -> None:
+    assert imported_part("raylit.driver.group.WorkerGroup") == "driver"
+    assert imported_part("raylit.plan.Plan") == "plan"
+    assert imported_part("raylit.Trainer") == "__init__"
+    assert imported_part("raylit") == "__init__"
+    assert imported_part("torch.nn") is None
+
+
+def test_only_driver_and_tune_import_ray() -> None:
+    found = [
+        f"{place(file, line)} imports {name}"
+        for file in FILES
+        if part_of(file) not in RAY_IS_ALLOWED_IN
+        for line, name in imports_of(file)
+        if name.split(".")[0] == "ray"
+    ]
+    assert found == []
+
+
+def test_files_are_short() -> None:
+    sizes = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {name: size for name, size in sizes.items() if size >= MAX_FILE_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    """Without the signature: a list of arguments is as long as it is."""
+    sizes = {
+        f"{place(file, node.lineno)} {node.name}": (node.end_lineno or 0) - node.body[0].lineno + 1
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: size for name, size in sizes.items() if size >= MAX_FUNCTION_LINES} == {}
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    import raylit
+
+    assert raylit.__all__ == sorted(raylit.__all__)
+    assert [name for name in raylit.__all__ if not hasattr(raylit, name)] == []
+
+
+def test_importing_raylit_leaves_slow_packages_alone() -> None:
+    code = "import sys, raylit; print([name for name in ('ray', 'tensorboard', 'yaml') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE)
+    assert [command.rsplit(" ", 1)[1] for command in commands] == ["examples/digits.py", "pytest"]
+    assert commands[1] in [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]

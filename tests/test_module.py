@@ -1,0 +1,88 @@
+"""LightningModule: an ordinary nn.Module with hooks, hyper-parameters and checkpoints."""
+
+import copy
+import pickle
+from argparse import Namespace
+
+import pytest
+import torch
+from models import Regression, RegressionData, assert_same_weights, weights_of
+
+import raylit as pl
+
+
+def test_is_an_ordinary_module():
+    model = Regression()
+    model.eval()
+    x = torch.randn(4, 8)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    assert set(model.state_dict()) == {"net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"}
+
+
+def test_hyperparameters_are_the_constructors_arguments():
+    model = Regression(width=5, lr=0.5)
+    assert model.hparams == {"width": 5, "dropout": 0.0, "lr": 0.5, "optimizer": "sgd"}
+    assert model.hparams.width == 5
+
+
+class Child(Regression):
+    def __init__(self, depth, *, name="x", **kwargs):
+        super().__init__(**kwargs)
+        self.depth = depth
+
+
+def test_hyperparameters_of_a_subclass_are_found_from_the_parents_call():
+    assert Child(3, width=4).hparams == {
+        "depth": 3,
+        "name": "x",
+        "width": 4,
+        "dropout": 0.0,
+        "lr": 0.05,
+        "optimizer": "sgd",
+    }
+
+
+class FromNamespace(pl.LightningModule):
+    def __init__(self, args, unused=1):
+        super().__init__()
+        self.save_hyperparameters(args)
+        self.layer = torch.nn.Linear(args.width, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0][:, :2]).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"), [(Regression, {"width": 5}), (FromNamespace, {"args": Namespace(width=2)})]
+)
+def test_load_from_checkpoint_rebuilds_the_model(cls, arguments, quiet):
+    model = cls(**arguments)
+    trainer = pl.Trainer(max_epochs=1, **{**quiet, "enable_checkpointing": True})
+    with pytest.warns(UserWarning, match="validation is skipped") if cls is FromNamespace else _nothing():
+        trainer.fit(model, RegressionData())
+    loaded = cls.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert_same_weights(weights_of(loaded), weights_of(model))
+    assert loaded.hparams == model.hparams
+
+
+def test_load_from_a_checkpoint_of_another_model_names_the_keys(quiet):
+    trainer = pl.Trainer(max_epochs=1, **{**quiet, "enable_checkpointing": True})
+    trainer.fit(Regression(), RegressionData())
+    path = trainer.checkpoint_callback.best_model_path
+    with pytest.raises(pl.CheckpointError, match=r"layer\.weight.*unexpected net\.0\.weight"):
+        FromNamespace.load_from_checkpoint(path, args=Namespace(width=2))
+
+
+def test_log_outside_a_run_says_so():
+    with pytest.raises(RuntimeError, match="no Trainer runs this module"):
+        Regression().log("x", 1.0)
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
