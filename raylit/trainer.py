@@ -11,26 +11,23 @@ import torch
 from torch import Tensor
 
 from raylit.arguments import check_interval, parse_limits, parse_optimization, parse_workers, refuse_unknown
+from raylit.attachments import build_loggers, sorted_callbacks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.checkpoint import files, format
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
-from raylit.errors import ConfigError, ModuleError
-from raylit.loggers import Logger, TensorBoardLogger
+from raylit.errors import ConfigError
+from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit, Plan, Reporting, Validation
+from raylit.requirements import check_module, require
 from raylit.state import RunState, Stage
 from raylit.worker import handback
 from raylit.worker.context import Job
-from raylit.worker.hooks import is_overridden
-from raylit.worker.sources import HOOKS, has_loader
-
-_STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
 class Trainer:
@@ -130,12 +127,12 @@ class Trainer:
             is_dev_run=bool(fast_dev_run),
             inference_mode=inference_mode,
         )
-        self._callbacks, self._driver_callbacks = _sorted_callbacks(
+        self._callbacks, self._driver_callbacks = sorted_callbacks(
             callbacks,
             is_checkpointing=enable_checkpointing and not fast_dev_run,
             is_showing_progress=enable_progress_bar,
         )
-        self.loggers: list[Logger] = [] if fast_dev_run else _loggers(logger, self._plan.default_root_dir)
+        self.loggers: list[Logger] = [] if fast_dev_run else build_loggers(logger, self._plan.default_root_dir)
         self._state = RunState(stage="fit")
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
@@ -156,7 +153,7 @@ class Trainer:
         `train_dataloaders` may be a DataModule. `ckpt_path`: a file, "best" or "last", whose run is continued.
         """
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
-        _require(job, "fit")
+        require(job, "fit")
         checkpoint = self._checkpoint(ckpt_path)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         finished = self._coordinator("fit", job, seed=seed).fit(checkpoint=checkpoint)
@@ -195,7 +192,7 @@ class Trainer:
         where there are several."""
         checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
-        _require(job, "predict")
+        require(job, "predict")
         outputs, finished = self._coordinator("predict", job).predict(checkpoint=checkpoint)
         self._take_back(job, finished)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -282,7 +279,7 @@ class Trainer:
             model = self._model
         if model is None:
             raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
-        _check_module(model)
+        check_module(model)
         if isinstance(loaders, DataModule):
             loaders, datamodule = None, loaders
         if datamodule is None and loaders is None and model is self._model:
@@ -321,7 +318,7 @@ class Trainer:
     ) -> list[dict[str, float]]:
         checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
-        _require(job, stage)
+        require(job, stage)
         results, finished = self._coordinator(stage, job).evaluate(checkpoint=checkpoint)
         self._take_back(job, finished)
         if verbose:
@@ -356,58 +353,3 @@ class Trainer:
                 warnings.warn(f"not brought back from the workers, as they cannot be pickled: {left_out}", stacklevel=4)
         if finished.state_dict:
             job.module.load_state_dict(finished.state_dict)
-
-
-def _check_module(model: Any) -> None:
-    if isinstance(model, type):
-        raise ModuleError(f"the class {model.__name__} was passed: pass an instance, {model.__name__}(...)")
-    if not isinstance(model, LightningModule):
-        raise ModuleError(f"model is a {type(model).__name__}: must be a raylit.LightningModule")
-
-
-def _require(job: Job, stage: Stage) -> None:
-    """ModuleError, before anything starts, for a step or a loader that the stage cannot do without."""
-    module, step = job.module, _STEPS[stage]
-    name = type(module).__name__
-    if stage != "predict" and not is_overridden(step, module, LightningModule):
-        raise ModuleError(f"{name} has no {step}: define {step}(self, batch, batch_idx)")
-    if stage == "fit" and not is_overridden("configure_optimizers", module, LightningModule):
-        raise ModuleError(f"{name} has no configure_optimizers: define it and return an optimizer")
-    source = "train" if stage == "fit" else stage
-    if not has_loader(job, source):
-        raise ModuleError(
-            f"{stage} has no data: pass a loader or a DataModule to {stage}(), or define {HOOKS[source]} in {name}"
-        )
-    if stage == "fit":
-        has_step = is_overridden("validation_step", module, LightningModule)
-        if has_step != has_loader(job, "validate"):
-            has, lacks = ("a validation_step", "loader") if has_step else ("a validation loader", "validation_step")
-            warnings.warn(f"{name} runs with {has} but no {lacks}: validation is skipped", stacklevel=3)
-
-
-def _sorted_callbacks(given: Any, *, is_checkpointing: bool, is_showing_progress: bool) -> tuple[list[Any], list[Any]]:
-    """The workers' callbacks and the driver's; checkpointing comes last, so that it sees what the others decided."""
-    callbacks = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    for callback in callbacks:
-        if not isinstance(callback, (Callback, DriverCallback)):
-            raise ConfigError(f"callbacks holds a {type(callback).__name__}: must be a Callback or a DriverCallback")
-    on_workers = [callback for callback in callbacks if isinstance(callback, Callback)]
-    on_driver = [callback for callback in callbacks if isinstance(callback, DriverCallback)]
-    checkpoints = [callback for callback in on_driver if isinstance(callback, ModelCheckpoint)]
-    if checkpoints and not is_checkpointing:
-        checkpoints, on_driver = [], [c for c in on_driver if not isinstance(c, ModelCheckpoint)]
-    if is_checkpointing and not checkpoints:
-        checkpoints = [ModelCheckpoint.automatic()]
-    if is_showing_progress and not any(isinstance(callback, ProgressBar) for callback in on_driver):
-        on_driver.insert(0, ProgressBar())
-    return on_workers, [*(c for c in on_driver if not isinstance(c, ModelCheckpoint)), *checkpoints]
-
-
-def _loggers(logger: bool | Logger | Sequence[Logger], default_root_dir: str) -> list[Logger]:
-    if isinstance(logger, bool):
-        loggers: list[Logger] = [TensorBoardLogger()] if logger else []
-    else:
-        loggers = [logger] if isinstance(logger, Logger) else list(logger)
-    for each in loggers:
-        each.bind(default_root_dir)
-    return loggers

@@ -19,7 +19,7 @@ LAYERS = (
     {"callbacks", "checkpoint", "datamodule", "hparams", "loggers", "module", "profilers", "results", "seed"},
     {"worker"},
     {"driver"},
-    {"api", "arguments", "trainer"},
+    {"api", "arguments", "attachments", "requirements", "trainer"},
     {"tune"},
     {"__init__"},
 )

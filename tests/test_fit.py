@@ -88,7 +88,7 @@ def test_a_default_run_leaves_checkpoint_curves_and_metrics(num_workers, tmp_pat
 def test_the_checkpoint_holds_the_whole_run_and_reads_without_unpickling_code(tmp_path):
     model = Regression(optimizer="adam")
     trainer = pl.fit(model, RegressionData(batch_size=4), num_workers=2, max_epochs=2, enable_progress_bar=False)
-    checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    checkpoint = torch.load(trainer.checkpoint_callback.newest_model_path, weights_only=True)
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, 12)
     assert_same_weights(checkpoint["state_dict"], weights_of(model))
     assert checkpoint["hyper_parameters"]["optimizer"] == "adam"
@@ -108,7 +108,7 @@ class Worsening(Regression):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_early_stopping_stops_and_the_best_checkpoint_is_tested(num_workers, tmp_path):
     model = Worsening()
-    best = pl.ModelCheckpoint(monitor="score", filename="{epoch}-{score:.1f}")
+    best = pl.ModelCheckpoint(monitor="score", filename="{epoch}-{score:.1f}", save_last=True)
     trainer = pl.fit(
         model,
         RegressionData(),

@@ -232,15 +232,15 @@ class Coordinator:
                 self._take_metrics(report.metrics, is_logged=False)
             case Evaluated():
                 state.progress = self._schedule.validated(state)
-                self._take_metrics(report.metrics)
+                self._take_metrics(report.metrics, is_flushed=True)
             case EpochEnded():
                 state.progress = report.progress
-                self._take_metrics(report.metrics)
+                self._take_metrics(report.metrics, is_flushed=True)
             case Started():
                 state.progress = report.progress
                 self._schedule.set_sizes(state, report)
 
-    def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True) -> None:
+    def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
         state = self.state
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
         state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
@@ -250,6 +250,8 @@ class Coordinator:
         state.logged_metrics.update(logged)
         for logger in self.loggers:
             logger.log_metrics({**logged, "epoch": float(state.progress.epoch)}, step=state.log_step)
+            if is_flushed:
+                logger.save()
 
     def _log_hyperparams(self) -> None:
         module, datamodule = self._job.module, self._job.datamodule

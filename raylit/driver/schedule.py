@@ -1,6 +1,7 @@
 """Schedule: the rules by which a fit validates and ends, from the plan and the sizes of the loaders. Driver."""
 
 import math
+import warnings
 from dataclasses import replace
 
 from raylit.errors import ConfigError
@@ -20,6 +21,12 @@ class Schedule:
         """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
         state.num_training_batches = started.num_training_batches
         state.num_val_batches = started.num_eval_batches
+        if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches != 0:
+            warnings.warn(
+                "the training loader has no batch for the workers: its data set is empty, or drop_last drops it all. "
+                "Nothing is trained",
+                stacklevel=2,
+            )
         state.has_validation = state.stage == "fit" and any(num > 0 for num in started.num_eval_batches)
         if not state.has_validation:
             return

@@ -20,9 +20,9 @@ class Peers:
         """A float64 CPU vector of one length on every rank, as the rows of a (world_size, length) matrix."""
         if self.world_size == 1:
             return values[None]
-        rows = torch.empty((self.world_size, *values.shape), dtype=torch.float64)
-        dist.all_gather_into_tensor(rows.view(-1), values)
-        return rows
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
 
     def gather_counts(self, count: int) -> list[int]:
         """An integer of every rank, in rank order."""

@@ -92,7 +92,7 @@ class TrainLoop:
     def end_epoch(self, command: EndEpoch) -> Iterator[Report]:
         """The epoch's last hooks, its metrics, its schedulers."""
         session, view = self._session, self._view
-        self.metrics.is_training_batch = False
+        self.metrics.is_training_batch, self.metrics.batch = False, None
         session.hooks.call("on_train_epoch_end")
         metrics, _ = self.metrics.read_epoch()
         view.receive(metrics)
@@ -123,7 +123,7 @@ class TrainLoop:
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
         self._is_stop_agreed = view.should_stop = False
-        self.metrics.is_training_batch = False
+        self.metrics.is_training_batch, self.metrics.batch = False, None
         if not self._has_started:
             self._has_started = True
             hooks.call("on_train_start")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
@@ -51,6 +52,8 @@ class Worker:
         self._train_loop: TrainLoop | None = None
         self._eval_loop: EvalLoop | None = None
         self._saving: Saving | None = None
+        self._has_new_weights = False
+        """By training, or from a checkpoint: the driver's module is to have them too."""
         self._state_keys = frozenset(job.module.state_dict())
         self._handlers: dict[type, Callable[[Any], Iterator[Report]]] = {
             Start: self._start,
@@ -86,6 +89,7 @@ class Worker:
             accelerator=self._accelerator,
         )
         session.set_up()
+        self._has_new_weights = command.stage == "fit" or command.checkpoint is not None
         if command.stage == "fit":
             yield from self._start_fit(session, command)
             return
@@ -135,6 +139,9 @@ class Worker:
         loader = loader_of(self._job, "train")
         if loader is None:
             raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
+        members = loader if isinstance(loader, (list, tuple)) else ()
+        if isinstance(loader, dict) or any(isinstance(member, DataLoader) for member in members):
+            raise ModuleError(f"a {type(loader).__name__} of training loaders is not supported yet: return one loader")
         session.view.train_dataloader = loader
         return TrainData(
             loader,
@@ -176,7 +183,7 @@ class Worker:
         if self._is_in_driver or self._context.rank > 0:
             yield Finished()
             return
-        state_dict = session.module.state_dict() if self._train_loop is not None else {}
+        state_dict = session.module.state_dict() if self._has_new_weights else {}
         attributes = handback.pack(session.module, self._job.callbacks, state_keys=self._state_keys)
         yield Finished(state_dict=state_dict, attributes=attributes)
 

@@ -463,6 +463,13 @@ def test_a_time_interval_is_kept_inside_a_long_epoch(tmp_path: Path) -> None:
     assert len(run.pauses) < 40
 
 
+def test_a_time_interval_begins_with_the_training(tmp_path: Path) -> None:
+    run = RecordedRun(tmp_path, ModelCheckpoint(tmp_path, train_time_interval=timedelta(seconds=0.5)))
+    time.sleep(0.55)
+    run.fit(epochs=1)
+    assert run.saved == []
+
+
 def test_no_time_is_every_batch(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, train_time_interval=timedelta(0))
     run = RecordedRun(tmp_path, callback, has_validation=False)
@@ -502,6 +509,7 @@ def test_a_save_by_steps_waits_for_an_epochs_training_metric(settings: dict[str,
     assert run.saved == ["step=4.ckpt", "step=6.ckpt"]
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_save_by_steps_waits_over_epochs_without_validation(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{step}", monitor="val_loss", every_n_train_steps=3, save_top_k=-1)
     run = RecordedRun(tmp_path, callback, every_n_epochs=2)

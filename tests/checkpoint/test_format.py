@@ -306,6 +306,7 @@ def test_generators_continue_from_their_stored_state() -> None:
     format.set_random_state(before)
 
 
+@pytest.mark.filterwarnings("error")
 def test_numpys_generator_may_be_another_one() -> None:
     kept = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(1))

@@ -1,0 +1,40 @@
+"""What a stage needs of the user's objects, checked before anything starts. Driver."""
+
+import warnings
+from typing import Any
+
+from raylit.errors import ModuleError
+from raylit.module import LightningModule
+from raylit.state import Stage
+from raylit.worker.context import Job
+from raylit.worker.hooks import is_overridden
+from raylit.worker.sources import HOOKS, has_loader
+
+_STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+
+def check_module(model: Any) -> None:
+    if isinstance(model, type):
+        raise ModuleError(f"the class {model.__name__} was passed: pass an instance, {model.__name__}(...)")
+    if not isinstance(model, LightningModule):
+        raise ModuleError(f"model is a {type(model).__name__}: must be a raylit.LightningModule")
+
+
+def require(job: Job, stage: Stage) -> None:
+    """ModuleError, before anything starts, for a step or a loader that the stage cannot do without."""
+    module, step = job.module, _STEPS[stage]
+    name = type(module).__name__
+    if stage != "predict" and not is_overridden(step, module, LightningModule):
+        raise ModuleError(f"{name} has no {step}: define {step}(self, batch, batch_idx)")
+    if stage == "fit" and not is_overridden("configure_optimizers", module, LightningModule):
+        raise ModuleError(f"{name} has no configure_optimizers: define it and return an optimizer")
+    source = "train" if stage == "fit" else stage
+    if not has_loader(job, source):
+        raise ModuleError(
+            f"{stage} has no data: pass a loader or a DataModule to {stage}(), or define {HOOKS[source]} in {name}"
+        )
+    if stage == "fit":
+        has_step = is_overridden("validation_step", module, LightningModule)
+        if has_step != has_loader(job, "validate"):
+            has, lacks = ("a validation_step", "loader") if has_step else ("a validation loader", "validation_step")
+            warnings.warn(f"{name} runs with {has} but no {lacks}: validation is skipped", stacklevel=4)
