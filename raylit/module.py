@@ -241,7 +241,8 @@ class LightningModule(nn.Module):
         the file is missing, damaged or of another model.
         """
         checkpoint = files.read(checkpoint_path, allow_pickle=not weights_only)
-        hparams = format.unpack_hyper_parameters(checkpoint.get("hyper_parameters", {}), allow_pickle=not weights_only)
+        packed = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if k not in overrides}
+        hparams = format.unpack_hyper_parameters(packed, allow_pickle=not weights_only)
         arguments = constructor_arguments(cls, hparams, checkpoint.get("hparams_name", "kwargs"))
         try:
             module = cls(**{**arguments, **overrides})

@@ -20,7 +20,7 @@ def check_module(model: Any) -> None:
         raise ModuleError(f"model is a {type(model).__name__}: must be a raylit.LightningModule")
 
 
-def require(job: Job, stage: Stage) -> None:
+def require(job: Job, stage: Stage, *, is_validating: bool = False) -> None:
     """ModuleError, before anything starts, for a step or a loader that the stage cannot do without."""
     module, step = job.module, _STEPS[stage]
     name = type(module).__name__
@@ -33,7 +33,7 @@ def require(job: Job, stage: Stage) -> None:
         raise ModuleError(
             f"{stage} has no data: pass a loader or a DataModule to {stage}(), or define {HOOKS[source]} in {name}"
         )
-    if stage == "fit":
+    if is_validating:
         has_step = is_overridden("validation_step", module, LightningModule)
         if has_step != has_loader(job, "validate"):
             has, lacks = ("a validation_step", "loader") if has_step else ("a validation loader", "validation_step")

@@ -136,7 +136,6 @@ class Trainer:
         self._state = RunState(stage="fit")
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
-        self._loaders: dict[str, Any] = {}
 
     # The entry points
 
@@ -153,7 +152,7 @@ class Trainer:
         `train_dataloaders` may be a DataModule. `ckpt_path`: a file, "best" or "last", whose run is continued.
         """
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
-        require(job, "fit")
+        require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         checkpoint = self._checkpoint(ckpt_path)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         finished = self._coordinator("fit", job, seed=seed).fit(checkpoint=checkpoint)

@@ -179,7 +179,8 @@ class Stream(IterableDataset):
 def test_an_iterable_of_unknown_length_is_shared_out_and_ends(num_workers, quiet):
     model = Regression()
     loader = DataLoader(Stream(22), batch_size=4)
-    trainer = pl.fit(model, loader, num_workers=num_workers, max_epochs=2, accumulate_grad_batches=2, **quiet)
+    arguments = {"num_workers": num_workers, "accumulate_grad_batches": 2, "limit_val_batches": 0, **quiet}
+    trainer = pl.fit(model, loader, max_epochs=2, **arguments)
     # 6 batches: with two workers 3 of each, in windows of two
     assert trainer.global_step == (2 * 3 if num_workers == 0 else 2 * 2)
     assert len(model.losses) == (12 if num_workers == 0 else 6)

@@ -164,7 +164,8 @@ def test_a_run_resumed_in_mid_epoch_is_bit_identical_to_one_that_was_not_interru
     # 52 samples in 7 steps an epoch: step 12 is in the middle of the second epoch
     pl.seed_everything(99, verbose=False)
     resumed_from = tmp_path / "a" / "step=12.ckpt"
-    resumed = pl.fit(fresh, dm, callbacks=[checkpoints("b")], ckpt_path=resumed_from, **arguments)
+    with pytest.warns(UserWarning, match="checkpoints go to"):
+        resumed = pl.fit(fresh, dm, callbacks=[checkpoints("b")], ckpt_path=resumed_from, **arguments)
     assert_same_weights(weights_of(fresh), weights_of(model))
     assert resumed.global_step == uninterrupted.global_step == 21
     assert resumed.callback_metrics == uninterrupted.callback_metrics

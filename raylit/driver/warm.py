@@ -11,8 +11,8 @@ from raylit.messages import Command, Report
 from raylit.plan import Plan, Workers
 from raylit.worker.context import Job
 
-_MAX_IDLE = 2
-"""Groups that wait; the one that has waited longest goes first."""
+_MAX_IDLE_WORKERS = 8
+"""Beyond these, the group that has waited longest goes; the newest always stays."""
 
 
 class WarmGroup:
@@ -76,8 +76,9 @@ class _Pool:
         timer.daemon = True
         with self._lock:
             self._idle.append((group.workers, group, timer))
-            surplus = self._idle[:-_MAX_IDLE]
-            del self._idle[:-_MAX_IDLE]
+            surplus = []
+            while len(self._idle) > 1 and sum(entry[0].num_workers for entry in self._idle) > _MAX_IDLE_WORKERS:
+                surplus.append(self._idle.pop(0))
         timer.start()
         self._end(surplus)
 
