@@ -9,8 +9,9 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import cloudpickle
 import ray
@@ -59,7 +60,7 @@ class WorkerActor:
         self._outbox: list[Mail] = []
         self._has_mail = asyncio.Event()
         self._is_urgent = asyncio.Event()
-        self._inbox: queue.SimpleQueue[Callable[[], tuple[str, ...] | None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._context = WorkerContext()
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
@@ -79,19 +80,19 @@ class WorkerActor:
     async def join(self, context: WorkerContext, meeting: Meeting | None, backend: str) -> None:
         """Become a rank and meet the others."""
         self._context = context
-        self._inbox.put(lambda: self._join(meeting, backend))
+        self._inbox.put((self._join, meeting, backend))
 
     async def assign(self, assignment: Assignment, job: bytes) -> None:
         """Take a run up, whose Job comes pickled."""
-        self._inbox.put(lambda: self._take_up(assignment, job))
+        self._inbox.put((self._take_up, assignment, job))
 
     async def dismiss(self) -> None:
         """Let go of the run; what is left of it comes with the CommandDone."""
-        self._inbox.put(self._let_go)
+        self._inbox.put((self._let_go,))
 
     async def submit(self, command: Command) -> None:
         """Carry a command out."""
-        self._inbox.put(lambda: self._carry_out(command))
+        self._inbox.put((self._carry_out, command))
 
     async def reports(self) -> AsyncIterator[list[Mail]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""
@@ -114,8 +115,10 @@ class WorkerActor:
 
     def _work(self) -> None:
         while (task := self._inbox.get()) is not None:
+            # A tuple, not a closure, whose frame would stand above every step of the user's.
+            function, *arguments = task
             try:
-                leftovers = task() or ()
+                leftovers = function(*arguments) or ()
             except BaseException as error:  # a user's SystemExit must reach the driver too
                 self._report(_failure(error, self._context))
             else:

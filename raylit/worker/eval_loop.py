@@ -24,8 +24,8 @@ from raylit.worker.transfer import to_cpu
 _PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
 
 
-class EvalLoop:
-    """Evaluates batch i on rank i modulo the number of ranks, so every sample counts exactly once."""
+class _SharedLoop:
+    """Batch i goes to rank i modulo the number of ranks, so that every sample is met exactly once."""
 
     def __init__(self, session: Session, *, stage: Stage) -> None:
         context, plan = session.context, session.plan
@@ -43,43 +43,6 @@ class EvalLoop:
             for loader in loaders_of(session.job, stage)
         ]
         self.num_batches = tuple(limited(loader.num_batches, self._limit) for loader in self._loaders)
-
-    def run(self, command: Evaluate) -> Iterator[Report]:
-        """The whole loop with its hooks; its metrics reduced over the ranks."""
-        session, view, hooks = self._session, self._session.view, self._session.hooks
-        metrics = MetricBuffer(session.peers)
-        with self._as_stage(metrics, is_sanity_check=command.is_sanity_check), self._evaluating():
-            if command.is_sanity_check:
-                hooks.call("on_sanity_check_start")
-            self._call("start")
-            self._call("epoch_start")
-            for index in range(len(self._loaders)):
-                metrics.dataloader_idx = index if len(self._loaders) > 1 else None
-                yield from self._run_loader(index, metrics, self._batches_of(index, command.is_sanity_check))
-            metrics.dataloader_idx, metrics.batch = None, None
-            self._call("epoch_end")
-            reduced, loaders = metrics.read_epoch()
-            view.receive({} if command.is_sanity_check else reduced)
-            self._call("end")
-            if command.is_sanity_check:
-                hooks.call("on_sanity_check_end")
-        if session.stage == "fit" and not command.is_sanity_check:
-            view.validated_batch = view.num_batches_done
-        per_loader: tuple[dict[str, float], ...] = tuple({} for _ in self._loaders)
-        for name, metric in reduced.items():
-            if not metric.is_alias:
-                per_loader[loaders[name]][name] = metric.value
-        yield Evaluated(
-            stage=self._stage,
-            metrics={} if command.is_sanity_check else reduced,
-            per_loader=per_loader,
-            stop_reason="trainer.should_stop was set" if view.should_stop else None,
-        )
-
-    def _run_loader(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[Report]:
-        for _ in self._outputs(index, metrics, num_batches):
-            if (tick := self._tick(index)) is not None:
-                yield tick
 
     def _outputs(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[tuple[int, Any]]:
         """Each batch's place in the data set and its step's output."""
@@ -166,13 +129,54 @@ class EvalLoop:
         return torch.inference_mode() if self._session.plan.inference_mode else torch.no_grad()
 
 
-class PredictLoop(EvalLoop):
+class EvalLoop(_SharedLoop):
+    """Validation or test: metrics over every sample of every rank."""
+
+    def run(self, command: Evaluate) -> Iterator[Report]:
+        """The whole loop with its hooks; its metrics reduced over the ranks."""
+        session, view, hooks = self._session, self._session.view, self._session.hooks
+        metrics = MetricBuffer(session.peers)
+        with self._as_stage(metrics, is_sanity_check=command.is_sanity_check), self._evaluating():
+            if command.is_sanity_check:
+                hooks.call("on_sanity_check_start")
+            self._call("start")
+            self._call("epoch_start")
+            for index in range(len(self._loaders)):
+                metrics.dataloader_idx = index if len(self._loaders) > 1 else None
+                yield from self._run_loader(index, metrics, self._batches_of(index, command.is_sanity_check))
+            metrics.dataloader_idx, metrics.batch = None, None
+            self._call("epoch_end")
+            reduced, loaders = metrics.read_epoch()
+            view.receive({} if command.is_sanity_check else reduced)
+            self._call("end")
+            if command.is_sanity_check:
+                hooks.call("on_sanity_check_end")
+        if session.stage == "fit" and not command.is_sanity_check:
+            view.validated_batch = view.num_batches_done
+        per_loader: tuple[dict[str, float], ...] = tuple({} for _ in self._loaders)
+        for name, metric in reduced.items():
+            if not metric.is_alias:
+                per_loader[loaders[name]][name] = metric.value
+        yield Evaluated(
+            stage=self._stage,
+            metrics={} if command.is_sanity_check else reduced,
+            per_loader=per_loader,
+            stop_reason="trainer.should_stop was set" if view.should_stop else None,
+        )
+
+    def _run_loader(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[Report]:
+        for _ in self._outputs(index, metrics, num_batches):
+            if (tick := self._tick(index)) is not None:
+                yield tick
+
+
+class PredictLoop(_SharedLoop):
     """Collects what `predict_step` returns, with each batch's place in the data set."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session, stage="predict")
 
-    def predict(self, command: Predict) -> Iterator[Report]:
+    def run(self, command: Predict) -> Iterator[Report]:
         session = self._session
         metrics = MetricBuffer(session.peers)
         collected: list[tuple[tuple[int, Any], ...]] = []

@@ -50,17 +50,13 @@ class Worker:
         self._accelerator = build_accelerator(plan.workers.accelerator)
         self._session: Session | None = None
         self._train_loop: TrainLoop | None = None
-        self._eval_loop: EvalLoop | None = None
         self._saving: Saving | None = None
         self._has_new_weights = False
         """By training, or from a checkpoint: the driver's module is to have them too."""
         self._state_keys = frozenset(job.module.state_dict())
+        # The loops' own methods join when a stage starts: no frame of ours stands between `run` and them.
         self._handlers: dict[type, Callable[[Any], Iterator[Report]]] = {
             Start: self._start,
-            Train: self._train,
-            EndEpoch: self._end_epoch,
-            Evaluate: self._evaluate,
-            Predict: self._predict,
             Save: self._save,
             Finish: self._finish,
         }
@@ -94,7 +90,7 @@ class Worker:
             yield from self._start_fit(session, command)
             return
         loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
-        self._eval_loop = loop
+        self._handlers[Predict if isinstance(loop, PredictLoop) else Evaluate] = loop.run
         self._saving = Saving(session, optimizers=[], schedules=[], loop=None)
         if command.checkpoint is not None:
             self._saving.apply(command.checkpoint, is_resuming=False)
@@ -105,7 +101,7 @@ class Worker:
         optimizer, schedules = configured(session.module)
         session.view.optimizers = [optimizer]
         session.view.lr_schedulers = [schedule.scheduler for schedule in schedules]
-        self._train_loop = TrainLoop(
+        loop = self._train_loop = TrainLoop(
             session,
             data=self._train_data(session),
             optimization=AutomaticOptimization(
@@ -118,20 +114,23 @@ class Worker:
             ),
             schedules=schedules,
         )
+        self._handlers.update({Train: loop.run, EndEpoch: loop.end_epoch})
+        num_eval_batches: tuple[float, ...] = ()
         if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
-            self._eval_loop = EvalLoop(session, stage="validate")
-        num_eval_batches = self._eval_loop.num_batches if self._eval_loop is not None else ()
-        session.view.num_training_batches = self._train_loop.num_batches
+            validation = EvalLoop(session, stage="validate")
+            self._handlers[Evaluate] = validation.run
+            num_eval_batches = validation.num_batches
+        session.view.num_training_batches = loop.num_batches
         session.view.num_val_batches = list(num_eval_batches)
         session.seed_rank()
-        self._saving = Saving(session, optimizers=[optimizer], schedules=schedules, loop=self._train_loop)
+        self._saving = Saving(session, optimizers=[optimizer], schedules=schedules, loop=loop)
         if command.checkpoint is not None:
             self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
         _enable_training(session.module)
         session.hooks.call("on_fit_start")
         yield Started(
             progress=session.view.progress,
-            num_training_batches=self._train_loop.num_batches,
+            num_training_batches=loop.num_batches,
             num_eval_batches=num_eval_batches,
         )
 
@@ -151,22 +150,6 @@ class Worker:
             shard=self._plan.use_distributed_sampler,
             agree=self._peers.gather_counts,
         )
-
-    def _train(self, command: Train) -> Iterator[Report]:
-        assert self._train_loop is not None
-        yield from self._train_loop.run(command)
-
-    def _end_epoch(self, command: EndEpoch) -> Iterator[Report]:
-        assert self._train_loop is not None
-        yield from self._train_loop.end_epoch(command)
-
-    def _evaluate(self, command: Evaluate) -> Iterator[Report]:
-        assert self._eval_loop is not None
-        yield from self._eval_loop.run(command)
-
-    def _predict(self, command: Predict) -> Iterator[Report]:
-        assert isinstance(self._eval_loop, PredictLoop)
-        yield from self._eval_loop.predict(command)
 
     def _save(self, command: Save) -> Iterator[Report]:
         assert self._saving is not None
