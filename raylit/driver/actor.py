@@ -83,7 +83,7 @@ class WorkerActor:
         self._inbox.put((self._join, meeting, backend))
 
     async def assign(self, assignment: Assignment, job: bytes) -> None:
-        """Take a run up, whose Job comes pickled."""
+        """Take a run up, whose Job comes pickled; what this process is too old for comes with the CommandDone."""
         self._inbox.put((self._take_up, assignment, job))
 
     async def dismiss(self) -> None:
@@ -137,11 +137,14 @@ class WorkerActor:
             torch.set_num_threads(context.num_threads)
         self._process = ProcessState()
 
-    def _take_up(self, assignment: Assignment, pickled_job: bytes) -> None:
+    def _take_up(self, assignment: Assignment, pickled_job: bytes) -> tuple[str, ...]:
+        if changed := self._process.changed_modules():
+            return changed
         sys.path.extend(path for path in assignment.import_path if path not in sys.path)
         job = cloudpickle.loads(pickled_job)
         self._module = weakref.ref(job.module)
         self._worker = Worker(plan=assignment.plan, context=self._context, job=job, is_in_driver=False)
+        return ()
 
     def _let_go(self) -> tuple[str, ...]:
         self._worker = None

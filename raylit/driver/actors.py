@@ -53,10 +53,14 @@ class ActorGroup:
             raise
 
     def assign(self, plan: Plan, pickled_job: bytes) -> None:
-        """Make the workers ready for the commands of a run. The user's objects travel once, not once per worker."""
+        """Make the workers ready for the commands of a run. The user's objects travel once, not once per worker.
+
+        `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
+        """
         reference = ray.put(pickled_job)
         assignment = Assignment(plan=plan, import_path=tuple(os.path.abspath(path) for path in sys.path))
         self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
+        self.is_usable = self.is_usable and not self._leftovers
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.

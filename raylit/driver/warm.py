@@ -26,6 +26,10 @@ class WarmGroup:
         self._group: ActorGroup | None = _pool.borrow(plan.workers)
         try:
             self._group.assign(plan, pickled)
+            if not self._group.is_usable:
+                self.release()
+                self._group = _pool.borrow(plan.workers)
+                self._group.assign(plan, pickled)
         except BaseException:
             self.release()
             raise

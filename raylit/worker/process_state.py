@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+
 
 class ProcessState:
     """A worker's process as it was before its first run."""
@@ -23,9 +25,8 @@ class ProcessState:
         self._dtype = torch.get_default_dtype()
         self._num_threads = torch.get_num_threads()
         self._directory = os.getcwd()
-        self._library = tuple(
-            {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sys.prefix, sys.base_prefix}
-        )
+        self._user_files: dict[str, tuple[str, float]] = {}
+        """Path and time of the last change, by module."""
 
     def restore(self, module: "weakref.ref[Any]") -> tuple[str, ...]:
         """Undo what can be undone; names what is left of the run: of its module, threads, processes, device memory."""
@@ -38,19 +39,27 @@ class ProcessState:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False
         torch.autograd.set_detect_anomaly(False)
-        self._forget_user_modules()
+        self._note_user_modules()
         sys.path[:] = self._import_path
         # An exception's traceback may hold the run's last frames.
         sys.last_value = sys.last_traceback = None
         gc.collect()
         return tuple(self._leftovers(module))
 
-    def _forget_user_modules(self) -> None:
-        """The user's files may have changed before the next run, which is to see them as a new process would."""
-        for name in set(sys.modules) - self._modules:
+    def changed_modules(self) -> tuple[str, ...]:
+        """The user's modules whose files have changed since a run imported them: a new process would see them as they
+        are now. They are not imported anew here, as what they have registered with torch would clash with itself."""
+        return tuple(
+            f"the module {name}, whose file has changed"
+            for name, (path, modified) in self._user_files.items()
+            if _modified(path) != modified
+        )
+
+    def _note_user_modules(self) -> None:
+        for name in set(sys.modules) - self._modules - set(self._user_files):
             path = getattr(sys.modules[name], "__file__", None)
-            if path is not None and not path.startswith(self._library):
-                del sys.modules[name]
+            if path is not None and not _is_installed(path):
+                self._user_files[name] = (path, _modified(path))
 
     def _leftovers(self, module: "weakref.ref[Any]") -> list[str]:
         left = []
@@ -59,7 +68,7 @@ class ProcessState:
         left += [
             f"the thread {thread.name}"
             for thread in threading.enumerate()
-            if thread not in self._threads and not _is_torchs_own(thread)
+            if thread not in self._threads and not _is_of_the_process(thread)
         ]
         left += [f"the process {child.name}" for child in multiprocessing.active_children()]
         hooks = torch.nn.modules.module
@@ -72,5 +81,20 @@ class ProcessState:
         return left
 
 
-def _is_torchs_own(thread: threading.Thread) -> bool:
-    return thread.name.startswith(("Thread-", "QueueFeederThread", "Dummy", "asyncio_", "ThreadPoolExecutor"))
+def _is_of_the_process(thread: threading.Thread) -> bool:
+    """Autograd's threads show up when they call Python, asyncio's belong to the actor, and the process's first executor
+    is the one in which Ray runs the actor's stream of reports."""
+    return thread.name.startswith(("Dummy-", "asyncio_", "ThreadPoolExecutor-0_"))
+
+
+def _is_installed(path: str) -> bool:
+    """A library's or the interpreter's, which nobody edits between two runs."""
+    parts = set(os.path.normpath(path).split(os.sep))
+    return not parts.isdisjoint({"site-packages", "dist-packages"}) or path.startswith(_STANDARD_LIBRARY)
+
+
+def _modified(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
