@@ -38,6 +38,8 @@ class DDPStrategy(SingleStrategy):
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if not trained:
+            return
         present = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
         dist.all_reduce(present)
         for parameter, num_present in zip(trained, present.tolist(), strict=True):
