@@ -5,10 +5,12 @@ import sys
 from typing import Any
 
 from raylit.datamodule import DataModule
+from raylit.errors import shows_user_frames
 from raylit.module import LightningModule
 from raylit.trainer import Trainer
 
 
+@shows_user_frames
 def fit(
     model: LightningModule,
     train_dataloaders: Any = None,
@@ -24,6 +26,7 @@ def fit(
     return trainer
 
 
+@shows_user_frames
 def validate(
     model: LightningModule,
     dataloaders: Any = None,
@@ -36,6 +39,7 @@ def validate(
     return Trainer(**trainer_arguments).validate(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule)
 
 
+@shows_user_frames
 def test(
     model: LightningModule,
     dataloaders: Any = None,
@@ -48,6 +52,7 @@ def test(
     return Trainer(**trainer_arguments).test(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule)
 
 
+@shows_user_frames
 def predict(
     model: LightningModule,
     dataloaders: Any = None,

@@ -2,15 +2,26 @@
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from raylit.driver.where import is_on_cluster
 from raylit.errors import ConfigError, UnknownArgumentError
-from raylit.plan import AcceleratorName, BatchLimit, Limits, Optimization, PrecisionName, StrategyName, Workers
+from raylit.plan import (
+    AcceleratorName,
+    BatchLimit,
+    Limits,
+    Optimization,
+    PlacementName,
+    PrecisionName,
+    StrategyName,
+    Validation,
+    Workers,
+)
 
 _PRECISIONS: dict[str, PrecisionName] = {
     "32": "32-true",
@@ -21,6 +32,9 @@ _PRECISIONS: dict[str, PrecisionName] = {
 }
 _ACCELERATORS: dict[str, AcceleratorName] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 _STRATEGIES = ("auto", "single", "ddp")
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL_KEY = re.compile(rf"([a-zA-Z0-9.-]+/)?{_LABEL}")
+_LABEL_CONDITION = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 
 
 def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
@@ -41,16 +55,28 @@ def parse_workers(
     devices: int | str | list[int],
     strategy: str,
     resources_per_worker: dict[str, float] | None,
+    placement: str | None,
+    label_selector: dict[str, str] | None,
     start_timeout_s: float,
+    ping_timeout_s: float,
     keep_s: float | None,
 ) -> Workers:
     """How many workers of which kind. Nothing asked for: this process, or a worker per GPU where there are several."""
     _at_least(1, num_nodes=num_nodes)
+    if ping_timeout_s < 0:
+        raise ConfigError(f"ping_timeout_s={ping_timeout_s}: must be a number of seconds, or 0 for no limit")
     name = _accelerator(accelerator, gpus=gpus, num_processes=num_processes, devices=devices, num_workers=num_workers)
     per_node = _devices_per_node(gpus, num_processes, devices, name)
     total = None if per_node is None else per_node * num_nodes
     if num_workers is None:
         num_workers = _default_num_workers(total, name)
+        if num_workers == 0:
+            _refuse_without_workers(
+                num_nodes=num_nodes,
+                resources_per_worker=resources_per_worker,
+                placement=placement,
+                label_selector=label_selector,
+            )
     elif num_workers < 0:
         raise ConfigError(f"num_workers={num_workers}: must be 0 (this process) or the number of workers")
     elif total is not None and total != max(1, num_workers):
@@ -76,8 +102,11 @@ def parse_workers(
         num_nodes=num_nodes if num_nodes > 1 else None,
         accelerator=name,
         strategy=chosen,
-        resources_per_worker=dict(resources_per_worker or {}),
+        resources_per_worker=_resources(resources_per_worker or {}, name),
+        placement=_placement(placement, num_nodes=num_nodes),
+        label_selector=_label_selector(label_selector or {}),
         start_timeout_s=start_timeout_s,
+        ping_timeout_s=ping_timeout_s,
         keep_s=keep_s,
     )
 
@@ -162,12 +191,12 @@ def parse_optimization(
     )
 
 
-def check_interval(interval: BatchLimit) -> BatchLimit:
-    """val_check_interval: a fraction of the epoch above 0, or a positive count of batches."""
+def parse_validation(interval: BatchLimit, every_n_epochs: int, *, is_dev_run: bool) -> Validation:
+    """`interval`: a fraction of the epoch above 0, or a positive count of batches."""
     is_fraction = isinstance(interval, float)
     if (is_fraction and not 0 < interval <= 1) or (not is_fraction and interval < 1) or isinstance(interval, bool):
         raise ConfigError(f"val_check_interval={interval!r}: must be a float in (0, 1] or an int of at least 1")
-    return interval
+    return Validation(interval=1.0 if is_dev_run else interval, every_n_epochs=every_n_epochs)
 
 
 def _at_least(least: int, **named: int) -> None:
@@ -235,3 +264,67 @@ def _default_num_workers(total: int | None, name: AcceleratorName) -> int:
         num_gpus = torch.cuda.device_count() if name == "cuda" else 0
         return num_gpus if num_gpus > 1 else 0
     return 0 if total == 1 and name == "cpu" else total
+
+
+def _refuse_without_workers(*, num_nodes: int, **given: Any) -> None:
+    """What is said of workers means that there are to be some."""
+    named = [f"{name}={value!r}" for name, value in given.items() if value]
+    if num_nodes > 1:
+        named.append(f"num_nodes={num_nodes}")
+    if named:
+        raise ConfigError(
+            f"{', '.join(named)} without workers: say how many with num_workers, or with gpus or num_processes (per "
+            "node); num_workers=0 runs the loop in this process whatever is asked for workers"
+        )
+
+
+def _resources(resources: dict[str, float], name: AcceleratorName) -> dict[str, float]:
+    for key, amount in resources.items():
+        is_number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+        if not isinstance(key, str) or not is_number or not 0 <= amount < float("inf"):
+            raise ConfigError(f"resources_per_worker={resources!r}: must be amounts of 0 or more by Ray's names")
+        if key == "GPU" and amount > 1 and amount != int(amount):
+            raise ConfigError(f"resources_per_worker={resources!r}: more than one GPU must be a whole number of them")
+        if key == "object_store_memory":
+            raise ConfigError(
+                f"resources_per_worker={resources!r}: Ray gives out object_store_memory itself; leave it out"
+            )
+    near = {"cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU", "gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU"}
+    for key in resources:
+        if key.lower() in near and key not in near.values():
+            raise ConfigError(f"resources_per_worker={resources!r}: did you mean {near[key.lower()]!r}?")
+    if name == "cuda" and resources.get("GPU", 1) == 0:
+        raise ConfigError(f"resources_per_worker={resources!r} leaves workers without the GPU that they are to use")
+    if name == "cpu" and resources.get("GPU", 0) > 0:
+        raise ConfigError(
+            f"resources_per_worker={resources!r} and accelerator='cpu': say accelerator='gpu' where workers are to use "
+            "the GPU, else leave it out"
+        )
+    if name == "cpu" and resources.get("CPU", 1) == 0 and not any(resources.values()):
+        raise ConfigError(f"resources_per_worker={resources!r} asks for nothing: give a share of a CPU, such as 0.01")
+    return dict(resources)
+
+
+def _placement(placement: str | None, *, num_nodes: int) -> PlacementName:
+    names: dict[str, PlacementName] = {name: name for name in get_args(PlacementName)}
+    if placement is None:
+        return "PACK"
+    if placement not in names:
+        raise ConfigError(f"placement={placement!r}: must be one of {', '.join(map(repr, names))}")
+    if num_nodes > 1:
+        raise ConfigError(
+            f"placement={placement!r} and num_nodes={num_nodes}: num_nodes says where workers go, leave one out"
+        )
+    return names[placement]
+
+
+def _label_selector(selector: dict[str, str]) -> dict[str, str]:
+    for key, condition in selector.items():
+        if not (isinstance(key, str) and isinstance(condition, str)):
+            raise ConfigError(f"label_selector={selector!r}: must be strings by string, such as {{'zone': 'a'}}")
+        if not _LABEL_KEY.fullmatch(key) or not _LABEL_CONDITION.fullmatch(condition):
+            raise ConfigError(
+                f"label_selector={selector!r}: {key!r}: {condition!r} is no label of Ray's with a condition like "
+                "'a', '!a', 'in(a, b)' or '!in(a, b)'"
+            )
+    return dict(selector)

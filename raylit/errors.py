@@ -1,5 +1,15 @@
 """The exceptions of raylit, one tree. Raised in the driver wherever the driver can know; never swallowed."""
 
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
 
 class RaylitError(Exception):
     """Base of everything that raylit raises on its own account."""
@@ -55,3 +65,48 @@ class RemoteTraceback(Exception):
 
 def _worker_died(rank: int, host: str, reason: str) -> WorkerDied:
     return WorkerDied(rank=rank, host=host, reason=reason)
+
+
+_HIDDEN = tuple(
+    os.path.dirname(spec.origin) + os.sep
+    for spec in map(importlib.util.find_spec, ("raylit", "ray"))
+    if spec is not None and spec.origin is not None
+)
+
+
+def is_traceback_full() -> bool:
+    """The user wants to see raylit's and Ray's frames as well."""
+    return os.environ.get("RAYLIT_FULL_TRACEBACK", "0") not in ("", "0")
+
+
+def is_frame_hidden(path: str) -> bool:
+    """A file of raylit's or Ray's."""
+    return path.startswith(_HIDDEN) and not is_traceback_full()
+
+
+def shows_user_frames(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorates what users call: raylit's frames are taken out of the traceback of what it raises."""
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            error.__traceback__ = _without_hidden(error.__traceback__)
+            # A raise without arguments adds no frame to what is there, so that this one is hidden as well.
+            raise
+
+    return call
+
+
+def _without_hidden(frames: TracebackType | None) -> TracebackType | None:
+    kept: TracebackType | None = None
+    shown = []
+    while frames is not None:
+        if not is_frame_hidden(frames.tb_frame.f_code.co_filename):
+            shown.append(frames)
+        frames = frames.tb_next
+    for frame in reversed(shown):
+        frame.tb_next = kept
+        kept = frame
+    return kept

@@ -1,7 +1,7 @@
 """Every type that crosses between driver and worker: commands down, reports up. Frozen, plain values, CPU tensors."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from raylit.state import Progress, Stage
 
@@ -59,6 +59,9 @@ class Save:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
     """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
+
+    interruption: Literal["SIGINT", "SIGTERM"] | None = None
+    """The signal to the driver that ends the run before its time."""
 
 
 Command = Start | Train | EndEpoch | Evaluate | Predict | Save | Finish
@@ -137,6 +140,8 @@ class Evaluated:
     per_loader: tuple[dict[str, float], ...] = ()
     """For each loader, what `validate` and `test` return and print."""
     stop_reason: str | None = None
+    is_broken_off: bool = False
+    """The run is being interrupted: there are no metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,12 +188,23 @@ class Failed:
     rank: int
     host: str
     traceback: str
-    """As the interpreter would have printed it."""
+    """As the interpreter would have printed it, without the frames that are raylit's or Ray's."""
+    summary: str
+    """Its last line: type and message."""
+    is_consequence: bool
+    """Probably only because another rank has gone."""
     error: bytes | None
     """cloudpickle of the exception; None where it cannot travel."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Printed:
+    """What a worker process has printed: whole lines, each with the stream it was written to."""
+
+    lines: tuple[tuple[Literal["stdout", "stderr"], str], ...]
+
+
 Report = Started | Ticked | Stepped | Paused | EpochEnded | Evaluated | Predicted | Saved | Finished
 
-Mail = Report | CommandDone | Failed
+Mail = Report | CommandDone | Failed | Printed
 """What an actor streams to the driver."""

@@ -7,6 +7,7 @@ BatchLimit = int | float
 """A float is a fraction of the loader (1.0: all of it), an int a count of batches per worker."""
 
 AcceleratorName = Literal["cpu", "cuda"]
+PlacementName = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 StrategyName = Literal["single", "ddp"]
 PrecisionName = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
@@ -22,8 +23,14 @@ class Workers:
     accelerator: AcceleratorName = "cpu"
     strategy: StrategyName = "single"
     resources_per_worker: dict[str, float] = field(default_factory=dict)
-    """What each actor asks Ray for, by Ray's names. Empty: one CPU (and one GPU with accelerator="cuda")."""
+    """What each actor asks Ray for, by Ray's names. Unless named: one CPU (and one GPU with accelerator="cuda")."""
+    placement: PlacementName = "PACK"
+    """Ray's strategy for the workers: few hosts or many, as far as possible or strictly. num_nodes says it exactly."""
+    label_selector: dict[str, str] = field(default_factory=dict)
+    """Only on hosts with these labels; Ray's conditions: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
     start_timeout_s: float = 600.0
+    ping_timeout_s: float = 10.0
+    """A worker that answers nothing for so long counts as dead; 0: never."""
     keep_s: float | None = None
     """How long idle workers stay for the next run; None: 5 minutes on the embedded node, 30 s on a cluster."""
 

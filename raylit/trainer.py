@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raylit.arguments import check_interval, parse_limits, parse_optimization, parse_workers, refuse_unknown
+from raylit.arguments import parse_limits, parse_optimization, parse_validation, parse_workers, refuse_unknown
 from raylit.attachments import build_loggers, sorted_callbacks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
@@ -19,11 +19,11 @@ from raylit.callbacks.results_table import print_results_table
 from raylit.checkpoint import files, format
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
-from raylit.errors import ConfigError
+from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
-from raylit.plan import BatchLimit, Plan, Reporting, Validation
+from raylit.plan import BatchLimit, Plan, Reporting
 from raylit.requirements import check_module, require
 from raylit.state import RunState, Stage
 from raylit.worker import handback
@@ -48,7 +48,10 @@ class Trainer:
         strategy: str = "auto",
         precision: int | str = 32,
         resources_per_worker: dict[str, float] | None = None,
+        placement: str | None = None,
+        label_selector: dict[str, str] | None = None,
         start_timeout_s: float = 600.0,
+        ping_timeout_s: float = 10.0,
         keep_workers_s: float | None = None,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
@@ -91,7 +94,10 @@ class Trainer:
             devices=devices,
             strategy=strategy,
             resources_per_worker=resources_per_worker,
+            placement=placement,
+            label_selector=label_selector,
             start_timeout_s=start_timeout_s,
+            ping_timeout_s=ping_timeout_s,
             keep_s=keep_workers_s,
         )
         self._plan = Plan(
@@ -108,10 +114,7 @@ class Trainer:
                 num_sanity_val_steps=num_sanity_val_steps,
                 fast_dev_run=fast_dev_run,
             ),
-            validation=Validation(
-                interval=1.0 if fast_dev_run else check_interval(val_check_interval),
-                every_n_epochs=check_val_every_n_epoch,
-            ),
+            validation=parse_validation(val_check_interval, check_val_every_n_epoch, is_dev_run=bool(fast_dev_run)),
             optimization=parse_optimization(
                 accumulate_grad_batches=accumulate_grad_batches,
                 gradient_clip_val=gradient_clip_val,
@@ -139,6 +142,7 @@ class Trainer:
 
     # The entry points
 
+    @shows_user_frames
     def fit(
         self,
         model: LightningModule,
@@ -155,9 +159,15 @@ class Trainer:
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         checkpoint = self._checkpoint(ckpt_path)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
-        finished = self._coordinator("fit", job, seed=seed).fit(checkpoint=checkpoint)
-        self._take_back(job, finished)
+        coordinator = self._coordinator("fit", job, seed=seed)
+        try:
+            coordinator.fit(checkpoint=checkpoint)
+        finally:
+            # Of an interrupted run, too: what is trained so far.
+            if coordinator.finished is not None:
+                self._take_back(job, coordinator.finished)
 
+    @shows_user_frames
     def validate(
         self,
         model: LightningModule | None = None,
@@ -169,6 +179,7 @@ class Trainer:
         """The metrics of the validation loop, a dict for each loader; exact over the whole data set."""
         return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)
 
+    @shows_user_frames
     def test(
         self,
         model: LightningModule | None = None,
@@ -180,6 +191,7 @@ class Trainer:
         """The metrics of the test loop, a dict for each loader. Without a model: the best weights of the last fit."""
         return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)
 
+    @shows_user_frames
     def predict(
         self,
         model: LightningModule | None = None,
@@ -224,7 +236,7 @@ class Trainer:
 
     @property
     def interrupted(self) -> bool:
-        """The last run ended by Ctrl-C."""
+        """The last run ended by Ctrl-C or SIGTERM."""
         return self._state.is_interrupted
 
     @property

@@ -65,6 +65,8 @@ class Callback:
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None: ...
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None: ...
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None: ...
+    def on_keyboard_interrupt(self, trainer: Any, pl_module: Any) -> None:
+        """Ctrl-C has ended the run, after the step; `on_exception` follows."""
 
     @property
     def state_key(self) -> str:
@@ -135,6 +137,9 @@ class DriverCallback:
     def on_train_end(self, run: Run) -> None: ...
     def on_end(self, run: Run) -> None:
         """The stage is over, well or not: release what is held. Called exactly once after `on_start`."""
+
+    def on_interrupt(self, run: Run) -> None:
+        """Ctrl-C or SIGTERM ends a fit that stands at a batch border: the last time to save. `on_exception` follows."""
 
     def on_exception(self, run: Run, error: BaseException) -> None: ...
 

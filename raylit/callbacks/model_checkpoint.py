@@ -16,7 +16,7 @@ from typing_extensions import Self
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import Clock, is_validated_by_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.naming import fill
+from raylit.checkpoint.naming import fields, fill
 from raylit.checkpoint.retention import BestFiles
 from raylit.errors import ConfigError
 
@@ -37,6 +37,7 @@ class ModelCheckpoint(DriverCallback):
       the first one where the monitored metric is not there yet.
     - What stays: the `save_top_k` best by `monitor` (-1: all, 0: none); without one the latest. `save_last` keeps
       `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
+    - On Ctrl-C and SIGTERM the run is saved where it stands, in `last.ckpt` if there is one, else under the usual name.
     """
 
     CHECKPOINT_JOIN_CHAR = "-"
@@ -151,6 +152,7 @@ class ModelCheckpoint(DriverCallback):
         if self._unapplied_state is not None:
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None
+        files.remove_abandoned(self.dirpath)
         is_own = self._is_automatic or self.newest_model_path or run.plan.is_dev_run
         if not is_own and self.save_top_k != 0 and os.path.isdir(self.dirpath) and os.listdir(self.dirpath):
             warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
@@ -198,6 +200,14 @@ class ModelCheckpoint(DriverCallback):
     def on_train_end(self, run: Run) -> None:
         if self.save_last and self._step_saved == 0 and not self._is_saved_or_unwanted(run):
             self._save(run, is_ranked=False)
+
+    def on_interrupt(self, run: Run) -> None:
+        if self._is_saved_or_unwanted(run) or (self.save_top_k == 0 and not self.save_last):
+            return
+        if self.monitor is None or self.save_last:
+            self._save(run, is_ranked=self.monitor is None)
+        else:  # no rank among the best: the metric is of earlier weights
+            self._write(run, self._free_path(fields(run.state)))
 
     # State
 
@@ -271,7 +281,7 @@ class ModelCheckpoint(DriverCallback):
         return is_unwanted or self._step_saved == state.progress.global_step
 
     def _is_missing(self, run: Run) -> bool:
-        return self.monitor is not None and self.monitor not in _metrics(run)
+        return self.monitor is not None and self.monitor not in fields(run.state)
 
     def _save_or_defer(self, run: Run, *, is_deferred: bool) -> None:
         self._is_deferred = is_deferred
@@ -288,7 +298,7 @@ class ModelCheckpoint(DriverCallback):
 
     def _save(self, run: Run, *, is_ranked: bool = True) -> None:
         """Write what is due, then remove what has lost its place: a crash in between leaves a file too many."""
-        metrics = _metrics(run)
+        metrics = fields(run.state)
         losers = []
         if self.save_last:  # named before anything is written, as the name is part of what is written
             losers.append(self.last_model_path)
@@ -385,11 +395,3 @@ class ModelCheckpoint(DriverCallback):
 
 def _tensor(score: float | None) -> Tensor | None:
     return None if score is None else torch.tensor(score)
-
-
-def _metrics(run: Run) -> dict[str, float]:
-    """What a file name or `monitor` may refer to; a logged `epoch` or `step` wins over the run's."""
-    metrics = dict(run.state.callback_metrics)
-    metrics["epoch"] = int(metrics.get("epoch", run.state.progress.epoch))
-    metrics["step"] = int(metrics.get("step", run.state.progress.global_step))
-    return metrics

@@ -5,6 +5,7 @@ Every path passes through `_local`, and nothing outside this module opens a chec
 
 import os
 import pickle
+import socket
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,7 +26,7 @@ def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     `path` stands there still.
     """
     target = _local(path)
-    temporary = target.parent / f".{uuid4().hex}.tmp"
+    temporary = target.parent / _temporary_name()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,7 +79,7 @@ def exists(path: str | os.PathLike[str]) -> bool:
 def link(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
     """Put a relative symbolic link to `target` in the place of `path`. False: that cannot be done here."""
     place = _local(path)
-    temporary = place.parent / f".{uuid4().hex}.tmp"
+    temporary = place.parent / _temporary_name()
     try:
         temporary.symlink_to(os.path.relpath(_local(target), place.parent))
         os.replace(temporary, place)
@@ -95,6 +96,30 @@ def remove(path: str | os.PathLike[str]) -> None:
         target.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot remove the checkpoint {target}: {error}") from error
+
+
+def remove_abandoned(directory: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of processes of this host that ended while they wrote."""
+    for file in _local(directory).glob(f".{socket.gethostname()}.*.tmp"):
+        pid = file.name.split(".")[-3]
+        if pid.isdigit() and not _is_running(int(pid)):
+            with suppress(OSError):  # another run may have been faster
+                file.unlink()
+
+
+def _temporary_name() -> str:
+    """Hidden, and telling whose it is."""
+    return f".{socket.gethostname()}.{os.getpid()}.{uuid4().hex}.tmp"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

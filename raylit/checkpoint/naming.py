@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylit.errors import ConfigError
+from raylit.state import RunState
 
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
 
@@ -24,3 +25,11 @@ def fill(pattern: str, metrics: Mapping[str, Any], *, equals: str | None) -> str
         return value if equals is None else f"{name}{equals}{value}"
 
     return _FIELD.sub(filled, pattern)
+
+
+def fields(state: RunState) -> dict[str, float]:
+    """What a file name or `monitor` may refer to; a logged `epoch` or `step` wins over the run's."""
+    metrics = dict(state.callback_metrics)
+    metrics["epoch"] = int(metrics.get("epoch", state.progress.epoch))
+    metrics["step"] = int(metrics.get("step", state.progress.global_step))
+    return metrics

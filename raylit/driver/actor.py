@@ -7,23 +7,26 @@ import queue
 import socket
 import sys
 import threading
-import traceback
 import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-import cloudpickle
 import ray
 import torch
 import torch.distributed as dist
 
+from raylit.driver.failures import failure
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
+from raylit.driver.shared import Parcel, unpickle_job
 from raylit.messages import Command, CommandDone, Failed, Mail, Ticked
 from raylit.plan import Plan
+from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
+from raylit.worker.output import Output
 from raylit.worker.process_state import ProcessState
+from raylit.worker.shared_memory import SharedMemory
 from raylit.worker.worker import Worker
 
 _COALESCE_S = 0.05
@@ -62,7 +65,11 @@ class WorkerActor:
         self._is_urgent = asyncio.Event()
         self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
+        self._shared: SharedMemory | None = None
+        self._brake = Brake()
+        self._num_commands = 0
         self._context = WorkerContext()
+        self._output = Output(on_lines=self._announce_lines)
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
 
@@ -82,7 +89,7 @@ class WorkerActor:
         self._context = context
         self._inbox.put((self._join, meeting, backend))
 
-    async def assign(self, assignment: Assignment, job: bytes) -> None:
+    async def assign(self, assignment: Assignment, job: Parcel) -> None:
         """Take a run up, whose Job comes pickled; what this process is too old for comes with the CommandDone."""
         self._inbox.put((self._take_up, assignment, job))
 
@@ -90,9 +97,24 @@ class WorkerActor:
         """Let go of the run; what is left of it comes with the CommandDone."""
         self._inbox.put((self._let_go,))
 
-    async def submit(self, command: Command) -> None:
-        """Carry a command out."""
+    async def submit(self, command: Command, number: int) -> None:
+        """Carry a command out, the `number`th of this group."""
+        self._brake.reset()  # here, not in the thread: a hold that comes next must not be undone
+        self._num_commands = number
         self._inbox.put((self._carry_out, command))
+
+    async def ping(self) -> None:
+        """A sign of life, also while a step runs."""
+
+    async def hold(self, number: int) -> int:
+        """Have the loop of the `number`th command wait at its next border; returns the one it will not pass."""
+        while self._num_commands < number:  # a command comes through the object store, later than a call like this
+            await asyncio.sleep(0.01)
+        return self._brake.hold()
+
+    async def go_on(self, limit: int) -> None:
+        """Let a held loop run up to a border."""
+        self._brake.release(limit)
 
     async def reports(self) -> AsyncIterator[list[Mail]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""
@@ -102,6 +124,8 @@ class WorkerActor:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._is_urgent.wait(), timeout=_COALESCE_S)
             reports, self._outbox = self._outbox, []
+            if (printed := self._output.take()) is not None:
+                reports.insert(0, printed)
             self._has_mail.clear()
             self._is_urgent.clear()
             yield [packed(report) for report in reports]
@@ -120,8 +144,10 @@ class WorkerActor:
             try:
                 leftovers = function(*arguments) or ()
             except BaseException as error:  # a user's SystemExit must reach the driver too
-                self._report(_failure(error, self._context))
+                self._output.finish_lines()
+                self._report(failure(error, self._context))
             else:
+                self._output.finish_lines()
                 self._report(CommandDone(rank=self._context.rank, leftovers=leftovers))
         self._worker = None
         if dist.is_initialized():
@@ -137,26 +163,39 @@ class WorkerActor:
             torch.set_num_threads(context.num_threads)
         self._process = ProcessState()
 
-    def _take_up(self, assignment: Assignment, pickled_job: bytes) -> tuple[str, ...]:
+    def _take_up(self, assignment: Assignment, parcel: Parcel) -> tuple[str, ...]:
         if changed := self._process.changed_modules():
             return changed
         sys.path.extend(path for path in assignment.import_path if path not in sys.path)
-        job = cloudpickle.loads(pickled_job)
+        job, self._shared = unpickle_job(parcel)
         self._module = weakref.ref(job.module)
-        self._worker = Worker(plan=assignment.plan, context=self._context, job=job, is_in_driver=False)
+        self._worker = Worker(
+            plan=assignment.plan, context=self._context, job=job, is_in_driver=False, brake=self._brake
+        )
         return ()
 
     def _let_go(self) -> tuple[str, ...]:
         self._worker = None
-        return self._process.restore(self._module)
+        shared, self._shared = self._shared, None
+        leftovers = self._process.restore(self._module)
+        if shared is None:
+            return leftovers
+        shared.check()  # the worker processes of loaders have ended
+        return (*leftovers, *shared.release())
 
     def _carry_out(self, command: Command) -> None:
-        assert self._worker is not None
+        assert self._worker is not None and self._shared is not None
         for report in self._worker.run(unpacked(command, is_copying=True)):
+            self._shared.check(is_due=False)
             self._report(report)
+        self._shared.check()
 
     def _report(self, report: Mail) -> None:
         self._loop.call_soon_threadsafe(self._deliver, report)
+
+    def _announce_lines(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
+            self._loop.call_soon_threadsafe(self._has_mail.set)
 
     # In the event loop
 
@@ -168,14 +207,3 @@ class WorkerActor:
         self._has_mail.set()
         if isinstance(report, (CommandDone, Failed)):
             self._is_urgent.set()
-
-
-def _failure(error: BaseException, context: WorkerContext) -> Failed:
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    pickled: bytes | None
-    try:
-        pickled = cloudpickle.dumps(error)
-        cloudpickle.loads(pickled)
-    except Exception:
-        pickled = None
-    return Failed(rank=context.rank, host=context.host, traceback=text, error=pickled)

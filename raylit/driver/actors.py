@@ -7,25 +7,37 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raylit.accelerators import build_accelerator
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
-from raylit.driver.failures import raise_failures
+from raylit.driver.exit_status import ExitStatus
+from raylit.driver.failures import raise_failures, reason_of_death
+from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
 from raylit.driver.rendezvous import Rendezvous
-from raylit.errors import ModuleError, ResourcesError, WorkerDied
-from raylit.messages import Command, CommandDone, Failed, Mail, Report
+from raylit.driver.shared import Parcel
+from raylit.driver.watch import Watch
+from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
+from raylit.messages import Command, CommandDone, Evaluate, Failed, Mail, Predict, Printed, Report, Start, Train
 from raylit.plan import Plan, Workers
-from raylit.worker.context import Job, WorkerContext
+from raylit.worker.context import WorkerContext
 
 _STOP_S = 5.0
 """For a worker to end by itself before it is killed."""
+_WAKE_S = 0.5
+"""Between two looks at what does not arrive by itself: silence, a wish to stop."""
+_PREPARING_S = 120.0
+"""The least limit on a worker's silence while it starts."""
+_LOOPS = (Train, Evaluate, Predict)
 _TOGETHER_S = 0.5
 """Ranks that fail on the same line do so within this time and are one error."""
+_BLAME_S = 5.0
+"""For the cause to arrive, when the first to fail is a collective whose peer has gone."""
+_EXIT_S = 1.0
+"""For the kernel to have a dead process's exit status."""
 
 
 class ActorGroup:
@@ -41,10 +53,16 @@ class ActorGroup:
         self._calls: list[Any] = []
         """What was asked of actors without waiting; it says nothing unless it fails to arrive."""
         self._contexts: list[WorkerContext] = []
+        self._exits: list[ExitStatus | None] = []
+        self._printouts = Printouts(num_workers=workers.num_workers)
         self._placement: Placement | None = Placement(workers)
         self._leftovers: list[str] = []
         self.is_usable = True
+        """Every worker is alive and as good as new."""
+        self.is_at_rest = True
         """Every worker is alive and at the end of its last command."""
+        self._num_commands = 0
+        self._is_braking = False
         try:
             self._spawn()
             self._form()
@@ -52,21 +70,33 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, pickled_job: bytes) -> None:
+    def assign(self, plan: Plan, parcel: Parcel) -> None:
         """Make the workers ready for the commands of a run. The user's objects travel once, not once per worker.
 
         `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
         """
-        reference = ray.put(pickled_job)
+        reference = ray.put(parcel)
         assignment = Assignment(plan=plan, import_path=tuple(os.path.abspath(path) for path in sys.path))
+        self._is_braking = False
         self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
         self.is_usable = self.is_usable and not self._leftovers
+
+    def is_within_reach(self) -> bool:
+        """Its resources are those that this process would be given now."""
+        return self._placement is not None and self._placement.is_within_reach()
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
         reference = ray.put(packed(command))
-        self._calls = [actor.submit.remote(reference) for actor in self._actors]
-        yield from self._until_done()
+        self._num_commands += 1
+        self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
+        # What a start prepares may hold the interpreter for long: data sets unpickled, kernels compiled.
+        limit_s = self.workers.ping_timeout_s
+        limit_s = max(limit_s, _PREPARING_S) if isinstance(command, Start) and limit_s > 0 else limit_s
+        yield from self._until_done(Watch(self._actors, limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
+
+    def brake(self) -> None:
+        self._is_braking = True  # seen as soon as the wait for reports wakes up
 
     def dismiss(self) -> None:
         """End the run in the workers. `is_usable` tells whether nothing of it is left in any of them."""
@@ -79,7 +109,8 @@ class ActorGroup:
         actors, self._actors = self._actors, []
         self._streams = []
         with contextlib.suppress(RayError):
-            farewells = [actor.stop.remote() for actor in actors]
+            # Busy ones may wait in a collective for ever: there is nothing to say goodbye to.
+            farewells = [actor.stop.remote() for actor in actors if self.is_at_rest]
             if farewells:
                 ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
         self._kill(actors)
@@ -102,10 +133,14 @@ class ActorGroup:
                 f"the workers were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}"
             ) from error
         except RayActorError as error:
-            raise ResourcesError(f"a worker's process could not start: {_reason(error)}") from error
+            raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
         self._contexts = _contexts([places[index] for index in order])
+        own = ray.get_runtime_context().get_node_id()
+        self._exits = [
+            ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
+        ]
 
     def _form(self) -> None:
         """Give every actor its rank and let them form the process group."""
@@ -128,13 +163,19 @@ class ActorGroup:
         for _ in self._until_done():
             raise AssertionError("only a command reports")
 
-    def _until_done(self) -> Iterator[tuple[int, Report]]:
+    def _until_done(self, watch: Watch | None = None, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
         self._leftovers = []
         is_usable, self.is_usable = self.is_usable, False
+        self.is_at_rest = False
         while waiting:
-            for rank, report in self._received(timeout_s=1.0):
+            if watch is not None and (silent := watch.silent_rank()) is not None:
+                raise self._silence(silent, watch.limit_s)
+            if is_braked and self._is_braking:
+                is_braked = False
+                self._brake()
+            for rank, report in self._received(timeout_s=_WAKE_S):
                 if isinstance(report, Failed):
                     self._fail(report)
                 elif isinstance(report, CommandDone):
@@ -142,9 +183,25 @@ class ActorGroup:
                     self._leftovers += report.leftovers
                 else:
                     yield rank, report
+        self._printouts.show_due(is_end=True)
         self.is_usable = is_usable
+        self.is_at_rest = True
 
-    def _received(self, *, timeout_s: float) -> Iterator[tuple[int, Mail]]:
+    def _brake(self) -> None:
+        """Let the loops of all ranks end at the furthest border that any of them will reach."""
+        holds = [actor.hold.remote(self._num_commands) for actor in self._actors]
+        limit_s = self.workers.ping_timeout_s or None
+        try:
+            limit = max(ray.get(holds, timeout=limit_s))
+            ray.get([actor.go_on.remote(limit) for actor in self._actors])
+        except GetTimeoutError as error:
+            answered, _ = ray.wait(holds, num_returns=len(holds), timeout=0)
+            rank = next(rank for rank, hold in enumerate(holds) if hold not in answered)
+            raise self._silence(rank, self.workers.ping_timeout_s) from error
+        except RayActorError:
+            return  # the stream tells of a death
+
+    def _received(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
         """What has arrived, waiting for the first of it at most `timeout_s`."""
         ready: list[Any]
         ready, _ = ray.wait([*self._calls, *self._streams], num_returns=1, timeout=timeout_s, fetch_local=False)
@@ -158,26 +215,54 @@ class ActorGroup:
             try:
                 reports: list[Mail] = ray.get(next(stream))
             except (RayActorError, StopIteration) as error:
-                raise self._death(rank, error) from error
+                raise self._death(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
-                yield rank, unpacked(report)
+                if isinstance(report, Printed):
+                    self._printouts.take_in(rank, report)
+                else:
+                    yield rank, unpacked(report)
+        self._printouts.show_due()
+
+    def _silence(self, rank: int, limit_s: float) -> WorkerDied:
+        return WorkerDied(
+            rank=rank,
+            host=self._contexts[rank].host,
+            reason=(
+                f"it has not answered for {limit_s:g} s: its process is stopped or hangs, or its host is lost. If it "
+                "was only busy in code that holds Python's lock, raise ping_timeout_s (0: wait for ever)"
+            ),
+        )
 
     def _death(self, rank: int, error: BaseException) -> WorkerDied:
-        return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=_reason(error))
+        self._printouts.show_due(is_end=True)
+        deadline = time.monotonic() + _EXIT_S
+        exit_status, words = self._exits[rank], None
+        while exit_status is not None and (words := exit_status.in_words()) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason_of_death(error, words))
 
     def _fail(self, first: Failed) -> None:
-        """Raise the user's exception, with those of other ranks that fail at the same time."""
+        """Raise the user's exception, with those of other ranks that fail at the same time; or WorkerDied, where the
+        exceptions only follow from that."""
         failures = {first.rank: first}
-        deadline = time.monotonic() + _TOGETHER_S
+        death: WorkerDied | None = None
+        started = time.monotonic()
         try:
-            while len(failures) < len(self._actors) and (left_s := deadline - time.monotonic()) > 0:
-                for rank, report in self._received(timeout_s=left_s):
+            while len(failures) < len(self._actors):
+                grace_s = _BLAME_S if all(it.is_consequence for it in failures.values()) else _TOGETHER_S
+                left_s = started + grace_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                for rank, report in self._received(timeout_s=min(left_s, _TOGETHER_S)):
                     if isinstance(report, Failed):
                         failures[rank] = report
-        except WorkerDied:
-            pass
+        except WorkerDied as error:
+            death = error
         # The others may wait in a collective for ever: there is nothing to say goodbye to.
         self._kill(self._actors)
+        self._printouts.show_due(is_end=True)
+        if death is not None and all(it.is_consequence for it in failures.values()):
+            raise death
         raise_failures(list(failures.values()), num_workers=len(self._contexts))
 
     def _kill(self, actors: list[Any]) -> None:
@@ -186,17 +271,6 @@ class ActorGroup:
                 ray.kill(actor)
             except RayError:
                 continue
-
-
-def pickle_job(job: Job) -> bytes:
-    """The user's objects as one. ModuleError: they cannot travel."""
-    try:
-        return cloudpickle.dumps(job)
-    except Exception as error:
-        raise ModuleError(
-            f"the module, data or callbacks cannot travel to the workers: {error}. Make what cannot be pickled (open "
-            "files, locks, connections) in setup(), which runs in every worker, or use num_workers=0"
-        ) from error
 
 
 def _rank_order(places: list[Whereabouts]) -> list[int]:
@@ -236,11 +310,3 @@ def _num_threads(place: Whereabouts, local_world_size: int) -> int:
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() else max(1, place.num_cores // local_world_size)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, ActorUnavailableError):
-        return "it cannot be reached"
-    if isinstance(error, ActorDiedError):
-        return " ".join(str(error).split())
-    return f"its stream of reports ended ({error or type(error).__name__})"

@@ -14,6 +14,7 @@ class _EmbeddedNode:
 
     def __init__(self) -> None:
         self.is_running = False
+        self.address = ""
         self._variables: dict[str, str | None] = {}
 
     def start(self) -> None:
@@ -27,7 +28,13 @@ class _EmbeddedNode:
         for name, value in _DEFAULTS.items():
             if name not in os.environ:
                 self._set(name, value)
-        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+        os.environ[_MARK] = "1"
+        try:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        finally:
+            # The node's processes have it now; others that this process may start are not of the node.
+            del os.environ[_MARK]
+        self.address = ray.get_runtime_context().gcs_address
         self.is_running = True
 
     def stop(self) -> None:
@@ -54,6 +61,9 @@ _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+_MARK = "RAYLIT_EMBEDDED_NODE"
+"""In the environment of the embedded node's processes: tasks and actors know by it where they are."""
+
 _node = _EmbeddedNode()
 
 
@@ -68,8 +78,17 @@ def connect() -> None:
 
 
 def is_embedded() -> bool:
-    """The node is raylit's own: nobody else waits for its resources."""
-    return _node.is_running and ray.is_initialized()
+    """The node is raylit's own: nobody else waits for its resources. Inside a placement group there, room is scarce."""
+    if not ray.is_initialized() or ray.util.get_current_placement_group() is not None:
+        return False
+    if is_in_worker():
+        return _MARK in os.environ
+    return _node.is_running and ray.get_runtime_context().gcs_address == _node.address
+
+
+def is_in_worker() -> bool:
+    """This process runs a task or an actor of Ray's."""
+    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def shutdown() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from raylit.callbacks.base import DriverCallback
 from raylit.checkpoint import files, format
 from raylit.driver.group import WorkerGroup, build_group
+from raylit.driver.interrupts import Interrupts
 from raylit.driver.schedule import Schedule
 from raylit.errors import RaylitError
 from raylit.loggers.base import Logger
@@ -56,10 +57,13 @@ class Coordinator:
         self._callbacks = callbacks
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
+        self._interrupts = Interrupts(on_first=self._brake)
+        self.finished: Finished | None = None
+        """What the workers have handed back at the end of the run; of an interrupted one, too."""
 
     # The entry points
 
-    def fit(self, *, checkpoint: dict[str, Any] | None = None) -> Finished:
+    def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
         """Train to the end; continue from a checkpoint's position where one is given."""
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
@@ -68,7 +72,7 @@ class Coordinator:
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()
             self._notify("on_train_end")
-            return self._finish()
+            self._finish()
 
     def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> tuple[list[dict[str, float]], Finished]:
         """Validate or test: for each loader its metrics by name."""
@@ -81,6 +85,7 @@ class Coordinator:
         with self._running(checkpoint, is_resuming=False):
             self._notify("on_evaluation_start", "predict")
             parts = [report for report in self._run(Predict()) if isinstance(report, Predicted)]
+            self._interrupts.check()
             self._notify("on_evaluation_end", "predict")
             num_loaders = len(parts[0].outputs)
             placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(num_loaders)]
@@ -123,7 +128,9 @@ class Coordinator:
     def _train(self) -> Paused:
         wishes = [step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None]
         until_step = min([self._schedule.last_step, *wishes])
+        self._interrupts.check()
         paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
+        self._interrupts.check()
         assert isinstance(paused, Paused)
         return paused
 
@@ -137,16 +144,31 @@ class Coordinator:
         self.state.is_sanity_checking = False
 
     def _evaluate(self, stage: Stage, *, is_sanity_check: bool = False) -> Evaluated:
+        self._interrupts.check()
         self._notify("on_evaluation_start", stage)
         evaluated = self._one(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
+        self._interrupts.check()
         assert isinstance(evaluated, Evaluated)
         self._notify("on_evaluation_end", stage)
         return evaluated
 
     def _finish(self) -> Finished:
-        finished = self._one(Finish())
+        finished = self._one(Finish(interruption=self._interrupts.pending))
         assert isinstance(finished, Finished)
+        self.finished = finished
         return finished
+
+    def _brake(self) -> None:
+        if self._group is not None:
+            self._group.brake()
+
+    def _break_off(self) -> None:
+        """Save and hand back what an interrupted run has, where its workers stand still and can still be asked."""
+        if self._group is None or not self._group.is_at_rest or self.finished is not None:
+            return
+        if self.state.stage == "fit":
+            self._notify("on_interrupt")
+        self._finish()
 
     # The workers
 
@@ -155,27 +177,37 @@ class Coordinator:
         """The group and everyone who listens, from the start to an end of whatever kind."""
         started: list[DriverCallback] = []
         status = "failed"
+        self._interrupts.install()
         try:
-            self._group = build_group(self.plan, self._job)
+            self._group = build_group(self.plan, self._job, on_connected=self._interrupts.install)
             self._start(checkpoint, is_resuming=is_resuming)
+            self._interrupts.is_deferring = True
             for callback in self._callbacks:
                 started.append(callback)
                 callback.on_start(self)
             yield
+            self._interrupts.check()
             status = "success"
         except BaseException as error:
-            self.state.is_interrupted = isinstance(error, KeyboardInterrupt)
+            self.state.is_interrupted = self._interrupts.pending is not None or isinstance(error, KeyboardInterrupt)
             status = "interrupted" if self.state.is_interrupted else "failed"
-            for callback in started:
-                callback.on_exception(self, error)
+            try:
+                if self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    self._break_off()
+            finally:
+                for callback in started:
+                    callback.on_exception(self, error)
             raise
         finally:
-            for callback in started:
-                callback.on_end(self)
-            for logger in self.loggers:
-                logger.finalize(status)
-            if self._group is not None:
-                self._group.release()
+            try:
+                for callback in started:
+                    callback.on_end(self)
+                for logger in self.loggers:
+                    logger.finalize(status)
+            finally:
+                if self._group is not None:
+                    self._group.release(is_kept=not self.state.is_interrupted)
+                self._interrupts.restore()
 
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
@@ -230,7 +262,7 @@ class Coordinator:
             case Paused():
                 state.progress = report.progress
                 self._take_metrics(report.metrics, is_logged=False)
-            case Evaluated():
+            case Evaluated() if not report.is_broken_off:
                 state.progress = self._schedule.validated(state)
                 self._take_metrics(report.metrics, is_flushed=True)
             case EpochEnded():

@@ -1,19 +1,106 @@
-"""What went wrong in the workers, as one exception in the driver. Driver."""
+"""What went wrong in the workers, as one exception in the driver. Driver, and `failure` in the worker process."""
 
+import itertools
+import os
+import re
+import traceback
 from collections.abc import Sequence
 
 import cloudpickle
+import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from raylit.errors import RemoteTraceback, WorkerFailed
+from raylit.driver.exit_status import memory_in_use
+from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed
+from raylit.worker.context import WorkerContext
+
+
+def failure(error: BaseException, context: WorkerContext) -> Failed:
+    """For the driver, in the worker."""
+    told = traceback.TracebackException.from_exception(error)
+    _hide_frames(told)
+    pickled: bytes | None
+    try:
+        pickled = cloudpickle.dumps(error)
+        cloudpickle.loads(pickled)
+    except Exception:
+        pickled = None
+    return Failed(
+        rank=context.rank,
+        host=context.host,
+        traceback="".join(told.format()),
+        summary="".join(told.format_exception_only()).strip().splitlines()[0],
+        error=pickled,
+        is_consequence=isinstance(error, Exception) and _is_consequence(error),
+    )
 
 
 def raise_failures(failures: Sequence[Failed], *, num_workers: int) -> None:
-    """Raise the exception of the lowest failed rank as itself, its cause being the traceback in the worker."""
-    first = min(failures, key=lambda failure: failure.rank)
-    ranks = ", ".join(str(failure.rank) for failure in sorted(failures, key=lambda failure: failure.rank))
-    where = f"{'rank' if len(failures) == 1 else 'ranks'} {ranks} of {num_workers} on host {first.host}"
-    cause = RemoteTraceback(f"In {where}:\n{first.traceback}")
+    """Raise one exception as itself, its cause being the traceback in the worker: of those that came first the lowest
+    rank's, rather not one that follows from another. The others are listed below it."""
+    primary = [failure for failure in failures if not failure.is_consequence] or list(failures)
+    # The first to arrive, together with the ranks that failed in the same way.
+    same = sorted((it for it in primary if it.summary == primary[0].summary), key=lambda failure: failure.rank)
+    first = same[0]
+    ranks = ", ".join(str(failure.rank) for failure in same)
+    where = f"{'rank' if len(same) == 1 else 'ranks'} {ranks} of {num_workers} on host {first.host}"
+    others = [f"rank {failure.rank}: {failure.summary}" for failure in failures if failure not in same]
+    text = f"In {where}:\n{first.traceback}" + "".join(f"\nMeanwhile in {line}" for line in others)
+    cause = RemoteTraceback(text)
     if first.error is None:
-        raise WorkerFailed(f"an exception that cannot be pickled ended {where}") from cause
+        raise WorkerFailed(f"an exception that cannot be pickled ended {where}: {first.summary}") from cause
     raise cloudpickle.loads(first.error) from cause
+
+
+def reason_of_death(error: BaseException, exit_words: str | None) -> str:
+    """From what Ray says of it and, where it is known, how the process has ended."""
+    if isinstance(error, ActorUnavailableError):
+        return exit_words or "it cannot be reached"
+    if not isinstance(error, ActorDiedError):
+        return exit_words or f"its stream of reports ended ({error or type(error).__name__})"
+    text = " ".join(str(error).split())
+    if _MEMORY_MONITOR.search(text):
+        return f"killed by Ray's memory monitor, as its host ran out of memory ({memory_in_use()})"
+    if exit_words is not None:
+        return exit_words
+    if (code := re.search(r"exits with an exit code (-?\d+)", text)) is not None:
+        by = ", after a SIGTERM" if "receives a SIGTERM" in text else ""
+        return f"its process ended with exit code {code[1]}{by}"
+    if "Worker unexpectedly exits with a connection error" in text:
+        return (
+            "its process ended without a word: killed (out of memory?), crashed in a library, or ended by os._exit. "
+            "The kernel's log on its host (dmesg) tells of the first two"
+        )
+    return text.partition("The actor is dead because ")[2] or text
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+# As of Ray 2.60: the exit type, and the sentence of its memory monitor.
+_MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
+_CONSEQUENCE = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|\bgloo\b|\bNCCL\b|ProcessGroup|TCPStore|watchdog",
+    re.IGNORECASE,
+)
+
+
+def _is_consequence(error: Exception) -> bool:
+    """What a collective says when a peer has left."""
+    kinds = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+    return type(error).__name__ in kinds or (type(error) is RuntimeError and bool(_CONSEQUENCE.search(str(error))))
+
+
+def _hide_frames(told: traceback.TracebackException | None) -> None:
+    """Of an exception and all that led to it."""
+    while told is not None:
+        if not is_traceback_full():
+            shown = [frame for frame in told.stack if not is_frame_hidden(frame.filename)]
+            # What stands between raylit and the user's first line: torch's wrappers around a module.
+            inner = list(itertools.dropwhile(lambda frame: frame.filename.startswith(_TORCH), shown))
+            if shown or (told.exc_type is not None and issubclass(told.exc_type, RaylitError)):
+                told.stack[:] = inner or shown
+            # Else it is a mistake of raylit's own, which only its frames can explain.
+        for member in getattr(told, "exceptions", None) or ():
+            _hide_frames(member)
+        _hide_frames(told.__cause__)
+        told = told.__context__

@@ -1,6 +1,6 @@
 """WorkerGroup: the workers as the coordinator sees them. Driver."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from raylit.driver.inline import InlineGroup
@@ -15,6 +15,18 @@ class WorkerGroup(Protocol):
     is_in_driver: bool
     """The workers' objects are the driver's own."""
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Every worker is through with its last command and can take another."""
+        ...
+
+    def brake(self) -> None:
+        """Have the command under way, and any later one, end its loop after the step or batch that has begun.
+
+        Returns at once; called in a signal handler.
+        """
+        ...
+
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         """Have every worker carry the command out; yields (rank, report) as they come, until all are through.
 
@@ -22,16 +34,19 @@ class WorkerGroup(Protocol):
         """
         ...
 
-    def release(self) -> None:
-        """Let go of the workers, however the run has ended. May be called more than once."""
+    def release(self, *, is_kept: bool = True) -> None:
+        """Let go of the workers, however the run has ended. May be called more than once.
+
+        `is_kept`: good workers may wait for another run.
+        """
         ...
 
 
-def build_group(plan: Plan, job: Job) -> WorkerGroup:
-    """The workers that the plan asks for, ready for commands."""
+def build_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> WorkerGroup:
+    """The workers that the plan asks for, ready for commands. `on_connected` is called once Ray is there."""
     if plan.workers.num_workers == 0:
         return InlineGroup(plan, job)
     # Ray takes half a second to import, which a run without it need not pay.
     from raylit.driver.warm import WarmGroup
 
-    return WarmGroup(plan, job)
+    return WarmGroup(plan, job, on_connected=on_connected)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from raylit.messages import Command, Report
 from raylit.plan import Plan
+from raylit.worker.brake import Brake
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.worker import Worker
 
@@ -12,10 +13,23 @@ class InlineGroup:
     is_in_driver = True
 
     def __init__(self, plan: Plan, job: Job) -> None:
-        self._worker = Worker(plan=plan, context=WorkerContext(), job=job, is_in_driver=True)
+        self.is_at_rest = True
+        self._is_braking = False
+        self._brake = Brake()
+        self._worker = Worker(plan=plan, context=WorkerContext(), job=job, is_in_driver=True, brake=self._brake)
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
+        self.is_at_rest = False
+        self._brake.reset()
+        if self._is_braking:
+            self.brake()
         for report in self._worker.run(command):
             yield 0, report
+        self.is_at_rest = True
 
-    def release(self) -> None: ...
+    def brake(self) -> None:
+        # In the thread of the loop itself, between two of its instructions: nobody needs to be held.
+        self._is_braking = True
+        self._brake.release(self._brake.num_done + 1)
+
+    def release(self, *, is_kept: bool = True) -> None: ...

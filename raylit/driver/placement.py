@@ -1,4 +1,4 @@
-"""Placement: one placement group for the workers of a run, all of them or none. Driver."""
+"""Placement: room for the workers of a run, all of them or none, in one placement group. Driver."""
 
 import math
 from typing import Any
@@ -7,77 +7,176 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raylit.driver import cluster
-from raylit.errors import ResourcesError
+from raylit.driver import borrowed, cluster, ray_private
+from raylit.driver.demand import Demand, Host, Resources, in_words
+from raylit.driver.waiting import Waiting
+from raylit.errors import ConfigError, ResourcesError
 from raylit.plan import Workers
+
+_HOPELESS_S = 10.0
+"""An autoscaler that says for so long that no node of its could serve the demand is believed: it looks every 5 s."""
 
 
 class Placement:
-    """The bundles of a group: one for each worker."""
+    """The bundles of the workers: of a placement group of their own, or of the one that this process runs in."""
 
     def __init__(self, workers: Workers) -> None:
         """ResourcesError: the cluster has not what is asked for, or did not offer it in time."""
-        self._bundle = _bundle(workers)
-        self._group: PlacementGroup = placement_group(
-            [dict(self._bundle) for _ in range(workers.num_workers)], strategy="PACK"
-        )
-        try:
-            is_placed = self._group.wait(workers.start_timeout_s)
-        except BaseException:
-            self.remove()
-            raise
-        if not is_placed:
-            self.remove()
-            raise ResourcesError(
-                f"{workers.num_workers} workers of {_in_words(self._bundle)} each were not free within "
-                f"{workers.start_timeout_s:g} s; free now: {_in_words(ray.available_resources())}. "
-                "Ask for fewer workers or resources, or end what holds them"
-            )
+        current = ray.util.get_current_placement_group()
+        self._is_own = current is None
+        if current is not None:
+            self._each = _each(workers, cpu=1.0)
+            self._group = current
+            self._bundles = borrowed.bundles_for(Demand(workers=workers, each=self._each), current)
+        else:
+            demand = _demand(workers)
+            self._each = demand.each
+            self._group = _placed(demand)
+            self._bundles = demand.bundle_of_worker
 
     def options(self, index: int) -> dict[str, Any]:
-        """Ray's options for the actor of this bundle."""
-        custom = {name: amount for name, amount in self._bundle.items() if name not in ("CPU", "GPU")}
+        """Ray's options for the actor of this worker."""
+        named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         return {
-            "num_cpus": self._bundle.get("CPU", 0),
-            "num_gpus": self._bundle.get("GPU", 0),
-            "resources": custom,
+            "num_cpus": 0,
+            **{named[name]: amount for name, amount in self._each.items() if name in named},
+            "resources": {name: amount for name, amount in self._each.items() if name not in named},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=index
+                placement_group=self._group, placement_group_bundle_index=self._bundles[index]
             ),
         }
 
+    def is_within_reach(self) -> bool:
+        """The process still stands where it stood: a process of Ray's runs tasks of several groups, one by one."""
+        current = ray.util.get_current_placement_group()
+        return current is None if self._is_own else current is not None and current.id == self._group.id
+
     def remove(self) -> None:
-        remove_placement_group(self._group)
+        """Give the room back; a group that was there before is left alone."""
+        if self._is_own:
+            remove_placement_group(self._group)
 
 
-def _bundle(workers: Workers) -> dict[str, float]:
-    """What a worker asks for. CPU processes share the cores where there are fewer of these than of them."""
-    total = ray.cluster_resources()
-    bundle = dict(workers.resources_per_worker)
-    if not bundle:
-        bundle = {"CPU": _cpu_share(total.get("CPU", 0.0), workers.num_workers)}
-        if workers.accelerator == "cuda":
-            bundle["GPU"] = 1.0
-    for name, amount in bundle.items():
-        needed = amount * workers.num_workers
-        if needed > total.get(name, 0.0) + 1e-6:
-            raise ResourcesError(
-                f"{workers.num_workers} workers of {_in_words(bundle)} each need {needed:g} {name}; the cluster has "
-                f"{total.get(name, 0.0):g}: ask for fewer workers, or connect to a larger cluster (RAY_ADDRESS)"
-            )
-    return bundle
-
-
-def _cpu_share(num_cpus: float, num_workers: int) -> float:
-    """A CPU for each worker, or less where there are fewer: more processes than cores are allowed."""
+def _demand(workers: Workers) -> Demand:
+    """What the workers ask for. ResourcesError: nothing can meet it."""
+    hosts = _hosts()
     if cluster.is_embedded():
         # The node is ours alone. A small share leaves room beside warm workers that wait for their next run.
-        return 0.01
-    share = num_cpus / num_workers
-    return 1.0 if share >= 1 else max(0.001, math.floor(share * 1000) / 1000)
+        demand = Demand(workers=workers, each=_each(workers, cpu=0.01))
+    else:
+        demand = Demand(workers=workers, each=_each(workers, cpu=1.0))
+    if demand.fits(hosts):
+        return demand
+    if ray_private.autoscaling() is not None:
+        return demand
+    # More processes than cores are allowed: they share.
+    cpu = 0.5
+    while "CPU" not in workers.resources_per_worker and cpu >= 0.001:
+        shared = Demand(workers=workers, each=_each(workers, cpu=math.floor(cpu * 1000) / 1000))
+        if shared.fits(hosts):
+            return shared
+        cpu /= 2
+    raise ResourcesError(
+        f"{demand} {_are(workers)} asked for, which this cluster of {_in_words(hosts)} can never offer, and no "
+        f"autoscaler adds to it.{_note_on_own()} Ask for fewer workers or resources (num_workers, "
+        "resources_per_worker, num_nodes, placement, label_selector), or connect to a larger cluster (RAY_ADDRESS)"
+    )
 
 
-def _in_words(resources: dict[str, float]) -> str:
-    """Amounts by name, without Ray's internal ones."""
-    named = {name: amount for name, amount in resources.items() if ":" not in name and "memory" not in name}
-    return ", ".join(f"{amount:g} {name}" for name, amount in named.items()) or "nothing"
+def _each(workers: Workers, *, cpu: float) -> Resources:
+    """What a worker asks for: what is named, and what every worker needs where it is not named."""
+    each = {"CPU": cpu, **({"GPU": 1.0} if workers.accelerator == "cuda" else {}), **workers.resources_per_worker}
+    return {name: float(amount) for name, amount in each.items() if amount}
+
+
+def _placed(demand: Demand) -> PlacementGroup:
+    """A group that is there. Whatever ends the wait early leaves no demand behind."""
+    group = _group(demand)
+    timeout_s = demand.workers.start_timeout_s
+    waiting = Waiting(timeout_s=timeout_s)
+    hopeless_since_s: float | None = None
+    try:
+        # In slices, as a wait of Ray's does not notice Ctrl-C.
+        while not group.wait(waiting.slice_s):
+            is_line_due = waiting.is_line_due
+            scaler = ray_private.autoscaling()
+            is_hopeless = scaler is not None and group.id.hex() in scaler.infeasible_groups
+            if not is_hopeless or demand.fits(_hosts()):
+                hopeless_since_s = None
+            elif hopeless_since_s is None:
+                hopeless_since_s = waiting.waited_s
+            elif waiting.waited_s - hopeless_since_s >= _HOPELESS_S:
+                raise ResourcesError(
+                    f"{demand} {_are(demand.workers)} asked for, which this cluster of {_in_words(_hosts())} cannot "
+                    "offer, and its autoscaler says that no nodes it may start could: ask for fewer workers or "
+                    "resources, or give the cluster larger or more worker nodes (available_node_types, max_workers)"
+                )
+            missing = f"{demand}; free now: {in_words(ray.available_resources())} of {_in_words(_hosts())}"
+            if waiting.is_over:
+                raise ResourcesError(
+                    f"{missing}: not free within start_timeout_s={timeout_s:g}. Ask for fewer workers or resources, "
+                    "end what holds them, or wait longer"
+                )
+            if is_line_due:
+                waiting.say(f"{missing}; {_hope(demand, scaler)}")
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def _group(demand: Demand) -> PlacementGroup:
+    selector = demand.workers.label_selector
+    options = {"bundle_label_selector": [dict(selector) for _ in demand.bundles]} if selector else {}
+    try:
+        return placement_group(demand.bundles, strategy=demand.strategy, **options)
+    except ValueError as error:
+        raise ConfigError(f"Ray does not take resources_per_worker or label_selector as they are: {error}") from error
+
+
+def _hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
+    """Whence the missing may come."""
+    if demand.fits(_hosts()):
+        return "others hold the rest"
+    if scaler is None:
+        return "the cluster has lost what it had"
+    if not scaler.starting:
+        return "the autoscaler has been asked for more nodes"
+    return "the autoscaler starts " + ", ".join(f"{count} {name}" for name, count in scaler.starting.items())
+
+
+def _hosts() -> list[Host]:
+    """The cluster's hosts with all they have, less what this very task or actor holds while it waits."""
+    own_id, own = _own()
+    hosts = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            taken = own if node["NodeID"] == own_id else {}
+            resources = {name: amount - taken.get(name, 0.0) for name, amount in node["Resources"].items()}
+            hosts.append(Host(resources=resources, labels=node["Labels"]))
+    return hosts
+
+
+def _own() -> tuple[str, Resources]:
+    """Where this process is and, in a task or an actor, what that holds."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), dict(context.get_assigned_resources()) if cluster.is_in_worker() else {}
+
+
+def _note_on_own() -> str:
+    held = in_words(_own()[1])
+    if held == "nothing":
+        return ""
+    return f" The task or actor that waits for them holds {held} itself, which its num_cpus=0 would leave to them."
+
+
+def _in_words(hosts: list[Host]) -> str:
+    total: Resources = {}
+    for host in hosts:
+        for name, amount in host.resources.items():
+            total[name] = total.get(name, 0.0) + amount
+    return f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} with {in_words(total)}"
+
+
+def _are(workers: Workers) -> str:
+    return "is" if workers.num_workers == 1 else "are"

@@ -1,12 +1,13 @@
 """Warm workers: groups that outlive a run, for the next one that asks for the same. Driver."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 
 from raylit.driver import cluster
-from raylit.driver.actors import ActorGroup, pickle_job
+from raylit.driver.actors import ActorGroup
+from raylit.driver.shared import pickle_job
 from raylit.messages import Command, Report
 from raylit.plan import Plan, Workers
 from raylit.worker.context import Job
@@ -20,16 +21,18 @@ class WarmGroup:
 
     is_in_driver = False
 
-    def __init__(self, plan: Plan, job: Job) -> None:
-        pickled = pickle_job(job)
+    def __init__(self, plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> None:
+        parcel = pickle_job(job)
+        cluster.connect()
+        on_connected()
         self._keep_s = plan.workers.keep_s
         self._group: ActorGroup | None = _pool.borrow(plan.workers)
         try:
-            self._group.assign(plan, pickled)
+            self._group.assign(plan, parcel)
             if not self._group.is_usable:
                 self.release()
                 self._group = _pool.borrow(plan.workers)
-                self._group.assign(plan, pickled)
+                self._group.assign(plan, parcel)
         except BaseException:
             self.release()
             raise
@@ -38,10 +41,18 @@ class WarmGroup:
         assert self._group is not None
         yield from self._group.run(command)
 
-    def release(self) -> None:
+    @property
+    def is_at_rest(self) -> bool:
+        return self._group is not None and self._group.is_at_rest
+
+    def brake(self) -> None:
+        if self._group is not None:
+            self._group.brake()
+
+    def release(self, *, is_kept: bool = True) -> None:
         group, self._group = self._group, None
         if group is not None:
-            _pool.give_back(group, keep_s=self._keep_s)
+            _pool.give_back(group, keep_s=self._keep_s if is_kept else 0.0)
 
 
 class _Pool:
@@ -56,7 +67,7 @@ class _Pool:
         cluster.connect()
         with self._lock:
             for entry in self._idle:
-                if entry[0] == workers:
+                if entry[0] == workers and entry[1].is_within_reach():
                     self._idle.remove(entry)
                     entry[2].cancel()
                     return entry[1]

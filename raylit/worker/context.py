@@ -7,6 +7,7 @@ from typing import Any
 from raylit.callbacks.base import Callback
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
+from raylit.worker.shared_memory import SharedMemory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,3 +36,5 @@ class Job:
     loaders: dict[str, Any] = field(default_factory=dict)
     """What was given to fit and the others: by stage "train", "validate", "test", "predict"."""
     log_dir: str = "."
+    shared_memory: SharedMemory | None = None
+    """In an actor: where the data lies. It stays out of what goes back to the driver, which has it."""

@@ -53,7 +53,8 @@ class _SharedLoop:
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
         batches = iter(self._loaders[index])
-        while self._num_done < num_batches:
+        brake = session.brake
+        while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_go_on()):
             try:
                 place, batch = next(batches)
             except StopIteration:
@@ -68,6 +69,7 @@ class _SharedLoop:
             for hook in on_end:
                 hook(output, batch, self._num_done, *extra)
             self._num_done += 1
+            brake.num_done += 1
             yield place, output
 
     def _step(self) -> Callable[..., Any]:
@@ -151,6 +153,10 @@ class EvalLoop(_SharedLoop):
             self._call("end")
             if command.is_sanity_check:
                 hooks.call("on_sanity_check_end")
+        # Every rank has come to the metrics by now, so a brake that has ended any of them early is on here.
+        if session.brake.is_on:
+            yield Evaluated(stage=self._stage, metrics={}, is_broken_off=True)
+            return
         if session.stage == "fit" and not command.is_sanity_check:
             view.validated_batch = view.num_batches_done
         per_loader: tuple[dict[str, float], ...] = tuple({} for _ in self._loaders)

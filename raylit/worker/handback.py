@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import Callback
+from raylit.worker.shared_memory import SharedMemory
 
 _NN_INTERNAL = frozenset(nn.Module().__dict__)
 _LEFT_BEHIND = (DataLoader, Dataset, nn.Module)
@@ -27,14 +28,16 @@ class Attributes:
     """The whole module, where hooks have added or removed parts that the driver's lacks or still has."""
 
 
-def pack(module: nn.Module, callbacks: Sequence[Callback], *, state_keys: Set[str]) -> bytes:
+def pack(
+    module: nn.Module, callbacks: Sequence[Callback], *, state_keys: Set[str], shared: SharedMemory | None = None
+) -> bytes:
     """Pickle the attributes as one, so that what they share stays shared; what cannot travel is left out and named.
 
-    `state_keys`: those of the module's state as it came from the driver.
+    `state_keys`: those of the module's state as it came from the driver, which also has what is in the `shared` memory.
     """
     attributes = Attributes(
-        modules={name: _own_attributes(child) for name, child in module.named_modules()},
-        callbacks=[dict(_state(callback)) for callback in callbacks],
+        modules={name: _without(shared, _own_attributes(child)) for name, child in module.named_modules()},
+        callbacks=[_without(shared, _state(callback)) for callback in callbacks],
         grown_module=module if set(module.state_dict()) != state_keys else None,
     )
     try:
@@ -62,6 +65,10 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
         for name, value in _state(module).items()
         if (name not in _NN_INTERNAL or name == "training") and not isinstance(value, _LEFT_BEHIND)
     }
+
+
+def _without(shared: SharedMemory | None, attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if shared is None or not shared.contains(value)}
 
 
 def _state(owner: Any) -> dict[str, Any]:

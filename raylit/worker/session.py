@@ -13,6 +13,7 @@ from raylit.plan import Plan
 from raylit.precision import build_precision
 from raylit.state import Stage
 from raylit.strategies import build_strategy
+from raylit.worker.brake import Brake
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks
 from raylit.worker.peers import Peers
@@ -27,13 +28,22 @@ class Session:
     """The user's objects on this rank with what they need to run: view, hooks, strategy, precision, device."""
 
     def __init__(
-        self, *, stage: Stage, plan: Plan, context: WorkerContext, job: Job, peers: Peers, accelerator: Accelerator
+        self,
+        *,
+        stage: Stage,
+        plan: Plan,
+        context: WorkerContext,
+        job: Job,
+        peers: Peers,
+        accelerator: Accelerator,
+        brake: Brake,
     ) -> None:
         self.stage = stage
         self.plan = plan
         self.context = context
         self.job = job
         self.peers = peers
+        self.brake = brake
         self.module = job.module
         self.device = accelerator.device()
         self.precision = build_precision(plan.optimization.precision, self.device)

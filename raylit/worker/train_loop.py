@@ -46,6 +46,7 @@ class TrainLoop:
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
         move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
+        brake = session.brake
         window = session.plan.optimization.accumulate_batches
         log_every = session.plan.reporting.log_every_n_steps or math.inf
         period_s = session.plan.reporting.refresh_period_s if session.context.rank == 0 else math.inf
@@ -53,7 +54,12 @@ class TrainLoop:
         until_batch = min(command.until_batch, num_batches)
         is_stopping = is_exhausted = False
 
-        while view.num_batches_done < until_batch and view.global_step < command.until_step and not is_stopping:
+        while (
+            view.num_batches_done < until_batch
+            and view.global_step < command.until_step
+            and not is_stopping
+            and (brake.num_done < brake.limit or brake.may_go_on())
+        ):
             batch = next(feed, _END)
             if batch is _END:
                 is_exhausted = True
@@ -73,6 +79,7 @@ class TrainLoop:
             view.num_batches_done = batch_idx + 1
             if is_step_due:
                 view.global_step += 1
+                brake.num_done += 1
                 if self._step_schedules:
                     self._step_schedulers(self._step_schedules, view.global_step)
             if batch is not None:

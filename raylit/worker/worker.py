@@ -25,6 +25,7 @@ from raylit.messages import (
 from raylit.module import LightningModule
 from raylit.plan import Plan
 from raylit.worker import handback
+from raylit.worker.brake import Brake
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.data import TrainData
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
@@ -41,8 +42,9 @@ from raylit.worker.train_loop import TrainLoop
 class Worker:
     """One stage of one run on one rank. The collective group, if there is one, is up before it is made."""
 
-    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, is_in_driver: bool) -> None:
+    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, is_in_driver: bool, brake: Brake) -> None:
         self._plan = plan
+        self._brake = brake
         self._context = context
         self._job = job
         self._is_in_driver = is_in_driver
@@ -83,6 +85,7 @@ class Worker:
             job=self._job,
             peers=self._peers,
             accelerator=self._accelerator,
+            brake=self._brake,
         )
         session.set_up()
         self._has_new_weights = command.stage == "fit" or command.checkpoint is not None
@@ -158,7 +161,9 @@ class Worker:
     def _finish(self, command: Finish) -> Iterator[Report]:
         assert self._session is not None
         session = self._session
-        if self._train_loop is not None:
+        if command.interruption is not None:
+            _tell(session, KeyboardInterrupt() if command.interruption == "SIGINT" else SystemExit())
+        elif self._train_loop is not None:
             self._train_loop.end()
             session.hooks.call("on_fit_end")
         session.tear_down()
@@ -167,7 +172,9 @@ class Worker:
             yield Finished()
             return
         state_dict = session.module.state_dict() if self._has_new_weights else {}
-        attributes = handback.pack(session.module, self._job.callbacks, state_keys=self._state_keys)
+        attributes = handback.pack(
+            session.module, self._job.callbacks, state_keys=self._state_keys, shared=self._job.shared_memory
+        )
         yield Finished(state_dict=state_dict, attributes=attributes)
 
     def _fail(self, error: BaseException) -> None:
@@ -176,7 +183,7 @@ class Worker:
         if session is None:
             return
         try:
-            session.hooks.call("on_exception", error)
+            _tell(session, error)
         finally:
             session.module._view = session.module._metrics = None
 
@@ -186,6 +193,13 @@ class Worker:
         if self._plan.benchmark is not None:
             torch.backends.cudnn.benchmark = self._plan.benchmark
         self._accelerator.set_up(num_threads=self._context.num_threads)
+
+
+def _tell(session: Session, error: BaseException) -> None:
+    """The hooks for an end before its time."""
+    if isinstance(error, KeyboardInterrupt):
+        session.hooks.call("on_keyboard_interrupt")
+    session.hooks.call("on_exception", error)
 
 
 def _enable_training(module: LightningModule) -> None:

@@ -1,0 +1,105 @@
+"""Interrupts: Ctrl-C and SIGTERM during a run: the first asks for an orderly end, more of them end at once. Driver."""
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+SignalName = Literal["SIGINT", "SIGTERM"]
+
+_NAMES: dict[signal.Signals, SignalName] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+_REPEAT_S = 0.3
+"""Whoever passes a signal on to a process and to its group (timeout, job managers) sends it twice; nobody types so."""
+_NOTICE = {
+    signal.SIGINT: b"\nraylit: Ctrl-C: the run ends after this step and is saved; once more ends it at once\n",
+    signal.SIGTERM: b"\nraylit: SIGTERM: the run ends after this step and is saved\n",
+}
+
+
+class Interrupts:
+    """Takes the two signals for the time of a run, in the main thread and where they have their default effect: a
+    handler of the user's own stays.
+
+    While `is_deferring`, the first signal is only noted and `on_first` called, in the handler. Otherwise, and for a
+    second Ctrl-C, the exception is raised where the main thread is: KeyboardInterrupt, or SystemExit with the exit code
+    that a SIGTERM's victim has in a shell, so that `finally` and `atexit` still run.
+    """
+
+    def __init__(self, *, on_first: Callable[[], None]) -> None:
+        self.is_deferring = False
+        self._on_first = on_first
+        self._first: signal.Signals | None = None
+        self._first_at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def pending(self) -> SignalName | None:
+        """The first signal that has come."""
+        return None if self._first is None else _NAMES[self._first]
+
+    def install(self) -> None:
+        """May be called again: connecting to Ray puts a handler of Ray's in this one's place."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _NOTICE:
+            current = signal.getsignal(number)
+            if current != self._receive and _is_default(current):
+                self._before.setdefault(number, current)
+                signal.signal(number, self._receive)
+
+    def restore(self) -> None:
+        before, self._before = self._before, {}
+        for number, handler in before.items():
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise for a signal that was only noted."""
+        if self._first is not None:
+            raise _exception(self._first)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first, self._first_at = signal.Signals(number), time.monotonic()
+            if self.is_deferring:
+                os.write(2, _NOTICE[self._first])  # print may be what the signal has interrupted
+                self._on_first()
+                return
+        elif number != signal.SIGINT or time.monotonic() - self._first_at < _REPEAT_S:
+            return
+        raise _exception(signal.Signals(number))
+
+
+def _is_default(handler: Any) -> bool:
+    """Nobody but Python or Ray has set it. Ray's own ends the process with exit code 15."""
+    if handler in (signal.SIG_DFL, signal.default_int_handler):
+        return True
+    return str(getattr(handler, "__module__", "")).partition(".")[0] == "ray"
+
+
+def _exception(number: signal.Signals) -> BaseException:
+    if number != signal.SIGINT:
+        return SystemExit(128 + number)
+    if "ray" in sys.modules:
+        _end_uncaught_by_signal()
+    return KeyboardInterrupt()
+
+
+def _end_uncaught_by_signal() -> None:
+    """Python ends by SIGINT (130 in a shell) where nobody catches a KeyboardInterrupt, but with 1 once Ray 2.60 is
+    imported: do what Python would have done."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        if issubclass(kind, KeyboardInterrupt):
+            atexit._run_exitfuncs()  # among them Ray's, which ends an embedded node
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sys.excepthook = hook

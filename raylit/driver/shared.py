@@ -1,0 +1,179 @@
+"""A Job as a parcel: data as buffers that a host keeps once, weights as copies. Driver packs, actors unpack.
+
+Data is what the module's own attributes, the data module and the loaders lead to. What training writes to travels as a
+copy for each worker: parameters, buffers, whatever other modules than the user's own (metrics!) and callbacks hold.
+"""
+
+import dataclasses
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raylit.errors import ModuleError
+from raylit.worker.context import Job
+from raylit.worker.shared_memory import SharedMemory
+
+_MIN_SHARED_BYTES = 64 * 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Parcel:
+    """A pickled Job. The buffers are views of the user's memory until Ray's store has copied them."""
+
+    pickled: NDArray[np.uint8]
+    buffers: list[NDArray[np.uint8]]
+    labels: list[str]
+    """What each buffer is, for messages."""
+
+
+def pickle_job(job: Job) -> Parcel:
+    """The user's objects as one: what they share stays shared. ModuleError: they cannot travel."""
+    writable = {_key(tensor) for tensor in _written_by_training(job.module, is_top=True)}
+    try:
+        while True:
+            file = io.BytesIO()
+            pickler = _Pickler(file, writable, top=job.module)
+            pickler.dump((job.module, job.datamodule, job.loaders))
+            pickler.is_sharing = False
+            # Refers to the above; only callbacks are new.
+            pickler.dump(job)
+            if not pickler.shared & writable:
+                break
+            # A module came after data that is its own weights: once more, now that they are known.
+    except Exception as error:
+        raise ModuleError(
+            f"the module, data or callbacks cannot travel to the workers: {error}. Make what cannot be pickled (open "
+            "files, locks, connections) in setup(), which runs in every worker, or use num_workers=0"
+        ) from error
+    pickled = np.frombuffer(file.getbuffer(), dtype=np.uint8)
+    return Parcel(pickled=pickled, buffers=pickler.buffers, labels=pickler.labels)
+
+
+def unpickle_job(parcel: Parcel) -> tuple[Job, SharedMemory]:
+    """The Job, with its data in the shared memory."""
+    memory = SharedMemory(parcel.buffers, labels=parcel.labels)
+    unpickler = pickle.Unpickler(io.BytesIO(parcel.pickled.tobytes()), buffers=memory.views)
+    unpickler.load()
+    job: Job = unpickler.load()
+    job.shared_memory = memory
+    return job, memory
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Two dumps with one memo: the first shares data, the second copies what it is the first to meet."""
+
+    def __init__(self, file: io.BytesIO, writable: set[int], *, top: nn.Module) -> None:
+        super().__init__(file, protocol=5, buffer_callback=self._is_in_band)
+        self.is_sharing = True
+        self.buffers: list[NDArray[np.uint8]] = []
+        self.labels: list[str] = []
+        self.shared: set[int] = set()
+        """Storages that travel as shared ones."""
+        self._top = top
+        self._writable = writable
+        """Storages that may not. It grows while modules are met."""
+        self._storages: dict[int, _Storage] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is Tensor and self.is_sharing and _is_plain(obj):
+            return _tensor, (self._storage(obj), obj.dtype, obj.storage_offset(), obj.size(), obj.stride())
+        if issubclass(kind, (nn.Module, nn.Parameter, torch.optim.Optimizer)) and not isinstance(obj, type):
+            self._writable.update(_key(tensor) for tensor in _written_by_training(obj, is_top=obj is self._top))
+        elif kind is _Storage:
+            return (_copied if obj.key in self._writable else _shared), (pickle.PickleBuffer(obj.data),)
+        return super().reducer_override(obj)
+
+    def _storage(self, tensor: Tensor) -> "_Storage":
+        """One for all tensors that share it."""
+        key = _key(tensor)
+        if key not in self._storages:
+            data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+            label = f"a tensor of shape {tuple(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}"
+            self._storages[key] = _Storage(key, data, label)
+            if key not in self._writable:
+                self.shared.add(key)
+        return self._storages[key]
+
+    def _is_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        data = np.frombuffer(buffer.raw(), dtype=np.uint8)
+        storage = self._storages.get(address := data.__array_interface__["data"][0])
+        is_weights = storage is None and address in self._writable
+        if not self.is_sharing or data.nbytes < _MIN_SHARED_BYTES or is_weights:
+            return True
+        self.buffers.append(data)
+        self.labels.append(f"a NumPy array of {data.nbytes} bytes" if storage is None else storage.label)
+        return False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Storage:
+    """A tensor's storage, to be pickled once."""
+
+    key: int
+    data: NDArray[np.uint8]
+    label: str
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """A dense tensor whose bytes are all there is to it, of a size that is worth it, and not in torch's shared memory,
+    which somebody means to write to."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or vars(tensor))
+        and tensor.untyped_storage().nbytes() >= _MIN_SHARED_BYTES
+        and not tensor.is_shared()
+    )
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _written_by_training(owner: Any, *, is_top: bool) -> Iterator[Tensor]:
+    """Strided CPU tensors that training may write to. The user's own module also has data: `is_top`."""
+    if isinstance(owner, nn.Module):
+        candidates: list[Any] = [*owner.parameters(), *owner.buffers()]
+        # Metrics keep their state in plain attributes.
+        candidates += [list(vars(child).values()) for child in owner.modules() if not (is_top and child is owner)]
+    elif isinstance(owner, torch.optim.Optimizer):
+        candidates = [value for state in owner.state.values() for value in state.values()]
+    else:
+        candidates = [owner]
+    for tensor in _tensors_of(candidates, depth=4):
+        if tensor.layout is torch.strided and tensor.device.type == "cpu":
+            yield tensor
+
+
+def _tensors_of(value: Any, *, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth > 0 and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_of(item, depth=depth - 1)
+
+
+def _tensor(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: torch.Size, stride: tuple[int, ...]
+) -> Tensor:
+    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+
+
+def _shared(data: Any) -> torch.UntypedStorage:
+    with warnings.catch_warnings():
+        # torch cannot mark it as read-only; SharedMemory sees to that.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+
+
+def _copied(data: Any) -> torch.UntypedStorage:
+    return _shared(data).clone()

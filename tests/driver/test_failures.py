@@ -1,0 +1,125 @@
+"""What a user sees of an exception in a worker, and of a worker's death."""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+
+import pytest
+from models import Regression, RegressionData
+from ray.exceptions import ActorDiedError
+
+import raylit as pl
+from raylit.driver.exit_status import describe
+from raylit.driver.failures import failure, raise_failures, reason_of_death
+from raylit.worker.context import WorkerContext
+
+
+def crash():
+    ctypes.string_at(0)
+
+
+DEEDS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+    "crash": crash,
+    "sys.exit": lambda: sys.exit(4),
+    "interrupt": lambda: signal.raise_signal(signal.SIGINT),
+}
+
+
+class Does(Regression):
+    def __init__(self, deed):
+        super().__init__()
+        self.deed = deed
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.global_rank == self.trainer.world_size - 1:
+            DEEDS[self.deed]()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("deed", "words"),
+    [
+        ("kill", r"killed by SIGKILL|without a word"),
+        ("exit", r"exit code 3|without a word"),
+        ("crash", r"segmentation fault|without a word"),
+    ],
+)
+def test_a_death_is_told_in_words(deed, words, quiet):
+    with pytest.raises(pl.WorkerDied, match=words) as caught:
+        pl.fit(Does(deed), RegressionData(batch_size=4), num_workers=2, **quiet)
+    assert caught.value.rank == 1
+    assert "ray.exceptions" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_systemexit_of_a_hook_is_raised_as_itself(quiet):
+    with pytest.raises(SystemExit) as caught:
+        pl.fit(Does("sys.exit"), RegressionData(batch_size=4), num_workers=1, **quiet)
+    assert caught.value.code == 4
+
+
+class Wrong(Regression):
+    def training_step(self, batch, batch_idx):
+        raise ValueError("wrong on purpose")
+
+
+def test_in_this_process_the_users_frame_is_the_last_and_raylit_s_are_not_there(quiet, monkeypatch):
+    def files():
+        with pytest.raises(ValueError, match="on purpose") as caught:
+            pl.fit(Wrong(), RegressionData(), num_workers=0, **quiet)
+        return [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+    assert files() == [__file__, __file__]
+    monkeypatch.setenv("RAYLIT_FULL_TRACEBACK", "1")
+    assert any(file.endswith("coordinator.py") for file in files())
+
+
+def failed(error, rank):
+    try:
+        raise error
+    except Exception as caught:
+        return failure(caught, WorkerContext(rank=rank, world_size=4, host="here"))
+
+
+def test_the_users_error_goes_before_the_collective_errors_that_follow_from_it():
+    closed = RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.1]:4711")
+    reports = [failed(closed, 0), failed(KeyError("x"), 2), failed(ValueError("odd"), 3)]
+    with pytest.raises(KeyError) as caught:
+        raise_failures(reports, num_workers=4)
+    text = str(caught.value.__cause__)
+    assert "In rank 2 of 4 on host here" in text
+    assert "Meanwhile in rank 3: ValueError: odd" in text
+    assert "Meanwhile in rank 0: RuntimeError: [../gloo" in text
+
+
+def test_an_exit_status_is_told_in_words():
+    assert describe(3 << 8, num_oom_kills=0) == "its process ended with exit code 3"
+    assert "segmentation fault" in describe(signal.SIGSEGV | 0x80, num_oom_kills=0)
+    assert describe(signal.SIGKILL, num_oom_kills=1).startswith("killed by the kernel, probably out of memory")
+    assert describe(signal.SIGKILL, num_oom_kills=0).startswith("killed by SIGKILL")
+    assert "signal 10" in describe(signal.SIGUSR1, num_oom_kills=0)
+
+
+def died(text):
+    """As Ray 2.60 words it."""
+    error = ActorDiedError()
+    error.error_msg = "The actor died unexpectedly before finishing this task.\n\tclass_name: WorkerActor\n" + text
+    error.args = (error.error_msg,)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Worker exits unexpectedly. Worker exits with an exit code 4.", "its process ended with exit code 4"),
+        ("Worker exits with an exit code 1. The process receives a SIGTERM.", "exit code 1, after a SIGTERM"),
+        ("Worker unexpectedly exits with a connection error code 2. End of file. Some common", "without a word"),
+        ("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed", "Ray's memory monitor"),
+    ],
+)
+def test_a_death_that_only_ray_knows_of_is_told_in_words(text, words):
+    assert words in reason_of_death(died(text), None)
+    assert "class_name" not in reason_of_death(died(text), None)

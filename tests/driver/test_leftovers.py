@@ -1,0 +1,163 @@
+"""Whatever ends a run, nothing of it is left: no process, no shared memory, no half-written checkpoint."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from models import Regression, RegressionData
+
+import raylit as pl
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+from torch.utils.data import DataLoader
+from models import Regression, make_data
+import raylit as pl
+
+
+class Slow(Regression):
+    def training_step(self, batch, batch_idx):
+        open(os.path.join({place!r}, "steps-%d" % self.trainer.global_rank), "a").write("step\\n")
+        time.sleep(0.1)
+        return super().training_step(batch, batch_idx)
+
+
+trainer = pl.Trainer(num_workers=2, max_steps={max_steps}, logger=False, enable_progress_bar=False)
+try:
+    trainer.fit(Slow(), DataLoader(make_data(480), batch_size=8, num_workers=1))
+finally:
+    print("interrupted", trainer.interrupted, trainer.global_step, flush=True)
+"""
+
+
+class Driver:
+    """A script of the user's with a Ray node of its own, in a process group of its own, as in a terminal."""
+
+    def __init__(self, place, *, max_steps, address=None):
+        # Ray keeps sockets there, whose paths may not exceed 107 characters.
+        self.mark = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
+        self.place = place
+        script = place / "script.py"
+        tests = str(Path(__file__).parents[1])
+        script.write_text(SCRIPT.format(tests=tests, place=str(place), max_steps=max_steps))
+        environment = {**os.environ, "RAY_TMPDIR": self.mark, "RAYLIT_TEST_MARK": self.mark}
+        self.output = place / "output"
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script)],
+                cwd=place,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_for_steps(self, count):
+        files = [self.place / f"steps-{rank}" for rank in range(2)]
+        wait_until(lambda: all(file.exists() and file.read_text().count("\n") >= count for file in files), 90)
+
+    def end(self, *, within_s):
+        """The exit code, as subprocess has it."""
+        return self.process.wait(timeout=within_s)
+
+    def processes(self):
+        """Command lines of everything that descends from the driver, adopted by others or not."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"RAYLIT_TEST_MARK={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue  # it has just ended
+        # After a kill -9 these two of Ray's own wait for their head before they end by themselves: up to 90 s seen.
+        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        return [line for line in found if line and not line.startswith(agents)]
+
+    def clean_up(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.mark, ignore_errors=True)
+
+
+def wait_until(is_true, limit_s):
+    deadline = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start_driver(tmp_path):
+    drivers = []
+
+    def start(*, max_steps):
+        drivers.append(Driver(tmp_path, max_steps=max_steps))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.clean_up()
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code"),
+    [
+        ("normal", 0),
+        ("terminal's Ctrl-C", -signal.SIGINT),
+        pytest.param("SIGTERM", 128 + signal.SIGTERM, marks=pytest.mark.slow),
+        ("SIGKILL", -signal.SIGKILL),
+    ],
+)
+def test_nothing_is_left(end, exit_code, start_driver, tmp_path):
+    shared_before = set(os.listdir("/dev/shm"))
+    driver = start_driver(max_steps=4 if end == "normal" else -1)
+    driver.wait_for_steps(3)
+    if end != "normal":  # each actor has a loader process, which bears its name
+        assert sum("ray::WorkerActor" in line for line in driver.processes()) >= 2
+    if end == "terminal's Ctrl-C":
+        os.killpg(driver.process.pid, signal.SIGINT)
+    elif end != "normal":
+        driver.process.send_signal(getattr(signal, end))
+    assert driver.end(within_s=30) == exit_code, driver.output.read_text()
+    is_saved = end != "SIGKILL"
+    assert [file.suffix for file in tmp_path.rglob("*.ckpt")] == [".ckpt"] * is_saved
+    if is_saved:
+        assert f"interrupted {end != 'normal'}" in driver.output.read_text()
+    # torch's loader processes look for their parent every 5 s, Ray's agents wait as long for their head.
+    wait_until(lambda: driver.processes() == [], 30)
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint directory .* is not empty")
+def test_the_next_run_removes_what_a_killed_one_was_writing(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(timeout=60)
+    abandoned = tmp_path / f".{socket.gethostname()}.{ended.pid}.0123.tmp"
+    others = [
+        tmp_path / f".{socket.gethostname()}.{os.getpid()}.0123.tmp",
+        tmp_path / f".another-host.{ended.pid}.0123.tmp",
+        tmp_path / "model.ckpt",
+    ]
+    for file in (abandoned, *others):
+        file.touch()
+    pl.fit(
+        Regression(),
+        RegressionData(),
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[pl.ModelCheckpoint(dirpath=tmp_path, every_n_epochs=5, save_last=None)],
+    )
+    assert not abandoned.exists()
+    assert all(file.exists() for file in others)
