@@ -155,3 +155,17 @@ def test_a_training_step_without_a_loss_says_what_to_return(quiet):
 
     with pytest.raises(pl.ModuleError, match="without a tensor under loss"):
         pl.fit(NoLoss(), DataLoader(make_data()), limit_val_batches=0, **quiet)
+
+
+class Complains(pl.DriverCallback):
+    def on_train_epoch_end(self, run):
+        raise Unlucky(7)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_exception_in_the_driver_leaves_an_ordinary_module_behind(num_workers, quiet):
+    model = Regression()
+    with pytest.raises(Unlucky, match="number 7"):
+        pl.fit(model, RegressionData(), num_workers=num_workers, max_epochs=1, callbacks=[Complains()], **quiet)
+    with pytest.raises(RuntimeError, match="not inside a run"):
+        _ = model.trainer

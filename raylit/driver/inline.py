@@ -32,4 +32,5 @@ class InlineGroup:
         self._is_braking = True
         self._brake.release(self._brake.num_done + 1)
 
-    def release(self, *, is_kept: bool = True) -> None: ...
+    def release(self, *, is_kept: bool = True) -> None:
+        self._worker.abandon()

@@ -1,6 +1,7 @@
 """Warm workers: groups that outlive a run, for the next one that asks for the same. Driver."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 import ray
@@ -81,7 +82,11 @@ class _Pool:
         if keep_s is None:
             keep_s = 300.0 if cluster.is_embedded() else 30.0
         if keep_s > 0 and group.is_usable and ray.is_initialized():
-            group.dismiss()
+            try:
+                group.dismiss()
+            except Exception as error:
+                # The run itself is over and has ended well; only its workers cannot be used again.
+                warnings.warn(f"the workers are replaced, as the run's end failed in them: {error}", stacklevel=2)
         else:
             group.is_usable = False
         if not group.is_usable:

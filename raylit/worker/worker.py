@@ -177,15 +177,19 @@ class Worker:
         )
         yield Finished(state_dict=state_dict, attributes=attributes)
 
+    def abandon(self) -> None:
+        """After an end outside the worker's commands: the module is an ordinary one again."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.module._view = session.module._metrics = None
+
     def _fail(self, error: BaseException) -> None:
         """`on_exception` of everyone; the module is an ordinary one again."""
-        session, self._session = self._session, None
-        if session is None:
-            return
         try:
-            _tell(session, error)
+            if self._session is not None:
+                _tell(self._session, error)
         finally:
-            session.module._view = session.module._metrics = None
+            self.abandon()
 
     def _prepare_process(self) -> None:
         if self._plan.deterministic:

@@ -1,6 +1,6 @@
 """Steps per second of two CPU workers on a network of 3 million parameters, against a hand-written DDP script.
 
-    python tests/benchmarks/ddp_throughput.py
+python tests/benchmarks/ddp_throughput.py
 """
 
 import argparse
