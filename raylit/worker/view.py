@@ -35,7 +35,6 @@ class TrainerView:
         self.num_training_batches: float = 0
         self.num_val_batches: list[float] = []
         self.train_dataloader: Any = None
-        self.val_dataloaders: Any = None
         self.logger: Any = None
         self.strategy: Any = None
 
