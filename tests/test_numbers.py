@@ -173,3 +173,22 @@ def test_a_run_resumed_in_mid_epoch_is_bit_identical_to_one_that_was_not_interru
     assert_same_weights(left["state_dict"], right["state_dict"])
     for index, state in left["optimizer_states"][0]["state"].items():
         assert_same_weights(state, right["optimizer_states"][0]["state"][index])
+
+
+def test_a_run_goes_on_with_another_number_of_workers_from_the_end_of_an_epoch(quiet, tmp_path):
+    model = Regression(optimizer="adam")
+    fresh = copy.deepcopy(model)
+    saving = pl.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    arguments = {**quiet, "enable_checkpointing": True, "max_epochs": 2}
+    pl.fit(model, RegressionData(8), num_workers=0, callbacks=[saving], **arguments)
+    resumed_from = tmp_path / "epoch=0.ckpt"
+    pl.fit(fresh, RegressionData(4), num_workers=2, ckpt_path=resumed_from, **{**quiet, "max_epochs": 2})
+    assert_same_weights(weights_of(fresh), weights_of(model), **ROUNDING)
+
+
+def test_fit_cannot_go_on_from_weights_alone(quiet, tmp_path):
+    weights = pl.ModelCheckpoint(tmp_path, save_weights_only=True)
+    arguments = {**quiet, "enable_checkpointing": True, "max_epochs": 1}
+    pl.fit(Regression(), RegressionData(), callbacks=[weights], **arguments)
+    with pytest.raises(pl.CheckpointError, match="weights only"):
+        pl.fit(Regression(), RegressionData(), ckpt_path=weights.newest_model_path, **quiet)

@@ -1,5 +1,6 @@
 """A rank's part of a checkpoint, taken from and applied to its session. Worker."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -95,7 +96,18 @@ class Saving:
         progress = format.progress_of(checkpoint)
         session.view.move_to(progress)
         ranks = format.ranks_of(checkpoint)
-        if len(ranks) != session.context.world_size or self._loop is None:
+        if not ranks or self._loop is None:
+            return
+        if len(ranks) != session.context.world_size:
+            # What the samplers' own generators stood at is alike on all ranks; the rest belongs to ranks that were.
+            self._loop.load_data_state(ranks[0])
+            if _is_inside_epoch(progress) and session.context.rank == 0:
+                warnings.warn(
+                    f"the checkpoint was taken inside an epoch of {len(ranks)} workers and goes on with "
+                    f"{session.context.world_size}: its batches are cut anew, so that samples of this epoch may be "
+                    "repeated or left out",
+                    stacklevel=2,
+                )
             return
         of_rank = ranks[session.context.rank]
         self._loop.load_state_of_rank(of_rank)

@@ -121,6 +121,9 @@ class TrainLoop:
 
     def load_state_of_rank(self, state: dict[str, Any]) -> None:
         self.metrics.load_state_dict(state["metrics"])
+        self.load_data_state(state)
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
         self._data.load_state_dict(state["data"])
 
     # Helpers, in the order in which they are called
