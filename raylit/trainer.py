@@ -3,7 +3,8 @@
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -159,13 +160,8 @@ class Trainer:
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         checkpoint = self._checkpoint(ckpt_path)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
-        coordinator = self._coordinator("fit", job, seed=seed)
-        try:
+        with self._coordinated("fit", job, seed=seed) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
-        finally:
-            # Of an interrupted run, too: what is trained so far.
-            if coordinator.finished is not None:
-                self._take_back(job, coordinator.finished)
 
     @shows_user_frames
     def validate(
@@ -204,8 +200,8 @@ class Trainer:
         checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
-        outputs, finished = self._coordinator("predict", job).predict(checkpoint=checkpoint)
-        self._take_back(job, finished)
+        with self._coordinated("predict", job) as coordinator:
+            outputs = coordinator.predict(checkpoint=checkpoint)
         return outputs[0] if len(outputs) == 1 else outputs
 
     # What the last run has left
@@ -306,7 +302,9 @@ class Trainer:
             log_dir=self.log_dir,
         )
 
-    def _coordinator(self, stage: Stage, job: Job, *, seed: int | None = None) -> Coordinator:
+    @contextmanager
+    def _coordinated(self, stage: Stage, job: Job, *, seed: int | None = None) -> Iterator[Coordinator]:
+        """The run's coordinator; afterwards, of an interrupted run too, the user's objects hold what it has left."""
         # The order of samples follows the seed that torch was given last; a continued run's goes on as it was.
         plan = replace(self._plan, seed=torch.initial_seed() % 2**63 if seed is None else seed)
         coordinator = Coordinator(
@@ -316,7 +314,11 @@ class Trainer:
             coordinator.state.progress = self._state.progress
             coordinator.state.callback_metrics = dict(self._state.callback_metrics)
         self._state = coordinator.state
-        return coordinator
+        try:
+            yield coordinator
+        finally:
+            if coordinator.finished is not None:
+                self._take_back(job, coordinator.finished)
 
     def _evaluate(
         self,
@@ -330,8 +332,8 @@ class Trainer:
         checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
         require(job, stage)
-        results, finished = self._coordinator(stage, job).evaluate(checkpoint=checkpoint)
-        self._take_back(job, finished)
+        with self._coordinated(stage, job) as coordinator:
+            results = coordinator.evaluate(checkpoint=checkpoint)
         if verbose:
             print_results_table(stage, results)
         return results

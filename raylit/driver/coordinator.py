@@ -74,13 +74,14 @@ class Coordinator:
             self._notify("on_train_end")
             self._finish()
 
-    def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> tuple[list[dict[str, float]], Finished]:
+    def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> list[dict[str, float]]:
         """Validate or test: for each loader its metrics by name."""
         with self._running(checkpoint, is_resuming=False):
             evaluated = self._evaluate(self.state.stage)
-            return [dict(metrics) for metrics in evaluated.per_loader], self._finish()
+            self._finish()
+            return [dict(metrics) for metrics in evaluated.per_loader]
 
-    def predict(self, *, checkpoint: dict[str, Any] | None = None) -> tuple[list[list[Any]], Finished]:
+    def predict(self, *, checkpoint: dict[str, Any] | None = None) -> list[list[Any]]:
         """For each loader the outputs of its batches, in data-set order."""
         with self._running(checkpoint, is_resuming=False):
             self._notify("on_evaluation_start", "predict")
@@ -89,8 +90,8 @@ class Coordinator:
             self._notify("on_evaluation_end", "predict")
             num_loaders = len(parts[0].outputs)
             placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(num_loaders)]
-            outputs = [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
-            return outputs, self._finish()
+            self._finish()
+            return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
 
     # What a driver callback may ask for
 
@@ -152,11 +153,10 @@ class Coordinator:
         self._notify("on_evaluation_end", stage)
         return evaluated
 
-    def _finish(self) -> Finished:
+    def _finish(self) -> None:
         finished = self._one(Finish(interruption=self._interrupts.pending))
         assert isinstance(finished, Finished)
         self.finished = finished
-        return finished
 
     def _brake(self) -> None:
         if self._group is not None:
