@@ -82,9 +82,10 @@ def num_slots(resources: Resources, each: Resources) -> int:
 
 
 def in_words(resources: Resources) -> str:
-    """Amounts by name, without Ray's internal ones."""
+    """Amounts by name, CPU and GPU first, without Ray's internal ones. Ray itself lists them in no order."""
     named = {name: amount for name, amount in resources.items() if ":" not in name and "memory" not in name}
-    return ", ".join(f"{round(amount, 4):g} {name}" for name, amount in named.items() if amount > 0) or "nothing"
+    ordered = sorted(named, key=lambda name: (name != "CPU", name != "GPU", name))
+    return ", ".join(f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0) or "nothing"
 
 
 def _is_selected(label: str | None, condition: str) -> bool:
