@@ -184,7 +184,7 @@ def parse_optimization(
         warnings.warn("precision='16-mixed' needs a GPU; 'bf16-mixed' is used on CPU", stacklevel=4)
         name = "bf16-mixed"
     return Optimization(
-        accumulate_batches=accumulate_grad_batches,
+        accumulation=((0, accumulate_grad_batches),),
         clip_val=gradient_clip_val or None,
         clip_algorithm=algorithm,
         precision=name,

@@ -9,6 +9,7 @@ BatchLimit = int | float
 AcceleratorName = Literal["cpu", "cuda"]
 PlacementName = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 StrategyName = Literal["single", "ddp"]
+CombinationName = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 PrecisionName = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 
@@ -22,6 +23,10 @@ class Workers:
     """Hosts that share the workers evenly; None: wherever there is room."""
     accelerator: AcceleratorName = "cpu"
     strategy: StrategyName = "single"
+    is_finding_unused: bool = False
+    """DDP looks for parameters that the loss does not depend on; else such a parameter is an error."""
+    is_syncing_batchnorm: bool = False
+    """Batch norm layers take their statistics over all ranks."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
     """What each actor asks Ray for, by Ray's names. Unless named: one CPU (and one GPU with accelerator="cuda")."""
     placement: PlacementName = "PACK"
@@ -53,6 +58,10 @@ class Limits:
     val_batches: BatchLimit = 1.0
     test_batches: BatchLimit = 1.0
     predict_batches: BatchLimit = 1.0
+    overfit_batches: BatchLimit = 0.0
+    """The same few batches for training and validation, unshuffled; 0.0: not so."""
+    max_time_s: float | None = None
+    """Training ends at the next batch border after so many seconds."""
     sanity_val_batches: int = 2
     """Validation batches run before training to find bugs early; -1: all."""
 
@@ -63,17 +72,31 @@ class Validation:
 
     interval: BatchLimit = 1.0
     """A float: a fraction of the training epoch; an int: training batches."""
-    every_n_epochs: int = 1
+    every_n_epochs: int | None = 1
+    """None: the interval counts batches across epochs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimization:
     """What happens between the loss and the next weights."""
 
-    accumulate_batches: int = 1
+    accumulation: tuple[tuple[int, int], ...] = ((0, 1),)
+    """(first epoch, batches in a window) pairs, ascending; the first is of epoch 0."""
     clip_val: float | None = None
     clip_algorithm: Literal["norm", "value"] = "norm"
     precision: PrecisionName = "32-true"
+    truncated_steps: int | None = None
+    """Length of the pieces of truncated back-propagation; None: whole batches, unless the module has a length."""
+    grad_norm_order: float | None = None
+    """Gradients' norms are logged at logging steps: 2.0, inf, ...; None: they are not."""
+    is_ending_on_nan: bool = False
+    """A loss or weight that is not finite is an error."""
+    is_detecting_anomaly: bool = False
+    """torch.autograd's anomaly detection."""
+
+    def window_in(self, epoch: int) -> int:
+        """Batches whose gradients are added up before a step."""
+        return next(window for first, window in reversed(self.accumulation) if epoch >= first)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +118,12 @@ class Plan:
     optimization: Optimization = Optimization()
     reporting: Reporting = Reporting()
     default_root_dir: str = "."
+    reload_loaders_every_n_epochs: int = 0
+    """The loader hooks are called again after so many epochs; 0: never."""
+    combination: CombinationName = "max_size_cycle"
+    """How several training loaders become one where the user has not combined them."""
+    prepares_per_node: bool = True
+    """prepare_data runs once per host, else once in all."""
     seed: int = 0
     """Seed of the data order: global batch k of epoch e is a function of seed, e and k."""
     use_distributed_sampler: bool = True

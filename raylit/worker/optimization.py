@@ -40,7 +40,7 @@ class AutomaticOptimization:
         self._after_backward = hooks.of("on_after_backward")
         self._before_step = hooks.of("on_before_optimizer_step")
         self._is_window_start = True
-        self._is_plain = precision.is_plain and precision.scaler is None and plan.accumulate_batches == 1
+        self._is_plain = precision.is_plain and precision.scaler is None and plan.window_in(0) == 1
         self._is_stepping_plainly = precision.scaler is None and plan.clip_val is None
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool) -> Any:
@@ -89,7 +89,7 @@ class AutomaticOptimization:
         for hook in self._before_backward:
             hook(loss)
         if not self._is_plain or weight != 1.0:
-            loss = loss * (weight / self._plan.accumulate_batches)
+            loss = loss * (weight / self._plan.window_in(0))
             if self._precision.scaler is not None:
                 loss = self._precision.scaler.scale(loss)
         loss.backward()

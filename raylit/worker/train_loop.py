@@ -47,7 +47,7 @@ class TrainLoop:
         on_batch_end = session.hooks.of("on_train_batch_end")
         move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
         brake = session.brake
-        window = session.plan.optimization.accumulate_batches
+        window = session.plan.optimization.window_in(view.current_epoch)
         log_every = session.plan.reporting.log_every_n_steps or math.inf
         period_s = session.plan.reporting.refresh_period_s if session.context.rank == 0 else math.inf
         next_tick = monotonic() + period_s

@@ -145,7 +145,7 @@ class TrainerView:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        return self._plan.optimization.accumulate_batches
+        return self._plan.optimization.window_in(self.current_epoch)
 
     @property
     def fast_dev_run(self) -> bool:
