@@ -1,0 +1,215 @@
+"""TrainResult and EvalResult: what a step may return instead of a loss or a dict. User's objects, made on workers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylit.errors import ModuleError
+
+_RESERVED = ("minimize", "early_stop_on", "checkpoint_on", "hiddens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One value with what `log` was told about it."""
+
+    value: Any
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+    reduce_fx: Any
+    tbptt_reduce_fx: Any
+
+
+class Result(Mapping[str, Any]):
+    """What both results share. Reads like a dict of the values: `result["val_loss"]`."""
+
+    _on_step: bool
+    _on_epoch: bool
+
+    def __init__(self, *, early_stop_on: Tensor | None, checkpoint_on: Tensor | None, hiddens: Any) -> None:
+        for name, value in (("early_stop_on", early_stop_on), ("checkpoint_on", checkpoint_on)):
+            self._check_scalar(name, value)
+        self.early_stop_on = early_stop_on
+        self.checkpoint_on = checkpoint_on
+        self.hiddens = hiddens
+        self.records: dict[str, Record] = {}
+
+    def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
+        """`log` for each entry; keywords as there."""
+        for name, value in dictionary.items():
+            self.log(name, value, **kwargs)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def _record(self, name: str, value: Any, *, enable_graph: bool, sync_dist_op: Any, **arguments: Any) -> None:
+        kind = type(self).__name__
+        if not isinstance(name, str) or name in _RESERVED:
+            raise ModuleError(
+                f"{kind}.log({name!r}, ...): the name must be a string, and {', '.join(_RESERVED)} are arguments of "
+                f"{kind}(...)"
+            )
+        if sync_dist_op not in ("mean", "avg", "sum", "min", "max") and not callable(sync_dist_op):
+            raise ModuleError(
+                f"{kind}.log({name!r}, sync_dist_op={sync_dist_op!r}): must be 'mean', 'sum', 'min' or 'max'; what "
+                "reduces over batches and workers alike is reduce_fx"
+            )
+        if isinstance(value, Tensor) and not enable_graph:
+            value = value.detach()
+        self.records[name] = Record(value=value, **arguments)
+
+    def _check_scalar(self, name: str, value: Any) -> None:
+        if value is not None and not (isinstance(value, Tensor) and value.numel() == 1):
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ModuleError(f"{type(self).__name__}({name}=...) got {given}: must be a tensor with one element")
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.records:
+            return self.records[name].value
+        value = getattr(self, name, None) if name in _RESERVED else None
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in _RESERVED if getattr(self, name, None) is not None)
+        yield from self.records
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({dict(self)!r})"
+
+
+class TrainResult(Result):
+    """What `training_step` may return: the loss to minimize and what is logged with it.
+
+    `checkpoint_on` and `early_stop_on` are what ModelCheckpoint and EarlyStopping follow where nothing else is
+    monitored; `checkpoint_on` is the loss unless it is given.
+    """
+
+    def __init__(
+        self,
+        minimize: Tensor | None = None,
+        early_stop_on: Tensor | None = None,
+        checkpoint_on: Tensor | None = None,
+        hiddens: Any = None,
+    ) -> None:
+        self._check_scalar("minimize", minimize)
+        if minimize is not None and not minimize.requires_grad:
+            raise ModuleError(
+                "TrainResult(minimize=...) got a tensor without a gradient: pass the loss as it was computed, without "
+                "detach() or item(); in validation_step and test_step, where there are no gradients, return an "
+                "EvalResult"
+            )
+        self.minimize = minimize
+        self.is_checkpoint_default = checkpoint_on is None and minimize is not None
+        if checkpoint_on is None and minimize is not None:
+            checkpoint_on = minimize.detach()
+        super().__init__(early_stop_on=early_stop_on, checkpoint_on=checkpoint_on, hiddens=hiddens)
+
+    def log(  # type: ignore[override]
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool = True,
+        on_step: bool = True,
+        on_epoch: bool = False,
+        reduce_fx: Any = torch.mean,
+        tbptt_reduce_fx: Any = torch.mean,
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_op: Any = "mean",
+        sync_dist_group: Any = None,
+    ) -> None:
+        """As `self.log` of the module. `tbptt_reduce_fx` makes one value of those of a batch's pieces in truncated
+        back-propagation. What is read is always reduced over the workers, `sync_dist` or not."""
+        self._record(
+            name,
+            value,
+            prog_bar=prog_bar,
+            logger=logger,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            reduce_fx=reduce_fx,
+            tbptt_reduce_fx=tbptt_reduce_fx,
+            enable_graph=enable_graph,
+            sync_dist_op=sync_dist_op,
+        )
+
+
+class EvalResult(Result):
+    """What `validation_step` and `test_step` may return: what is logged, and rows for a file of predictions."""
+
+    def __init__(
+        self,
+        early_stop_on: Tensor | None = None,
+        checkpoint_on: Tensor | None = None,
+        hiddens: Any = None,
+    ) -> None:
+        super().__init__(early_stop_on=early_stop_on, checkpoint_on=checkpoint_on, hiddens=hiddens)
+        self.columns: dict[str, dict[str, Any]] = {}
+        """For each file its columns by name, each with a row for every sample of the batch."""
+
+    def log(  # type: ignore[override]
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool = True,
+        on_step: bool = False,
+        on_epoch: bool = True,
+        reduce_fx: Any = torch.mean,
+        tbptt_reduce_fx: Any = torch.mean,
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_op: Any = "mean",
+        sync_dist_group: Any = None,
+    ) -> None:
+        """As `self.log` of the module. What is read is always reduced over the workers, `sync_dist` or not."""
+        self._record(
+            name,
+            value,
+            prog_bar=prog_bar,
+            logger=logger,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            reduce_fx=reduce_fx,
+            tbptt_reduce_fx=tbptt_reduce_fx,
+            enable_graph=enable_graph,
+            sync_dist_op=sync_dist_op,
+        )
+
+    def write(self, name: str, values: Any, filename: str = "predictions.pt") -> None:
+        """A column of the rows that the test loop's end writes to `filename`: one value per sample of the batch.
+
+        The file is a list of dicts in data-set order, of all workers; `torch.load` reads it. The driver writes it: a
+        path is relative to its directory, or an fsspec URL.
+        """
+        if isinstance(values, Tensor) and values.ndim > 0:
+            values = values.detach()
+        elif not isinstance(values, Sequence) or isinstance(values, str):
+            raise ModuleError(
+                f"EvalResult.write({name!r}, ...) got a {type(values).__name__}: pass a tensor or a list with one "
+                "value per sample of the batch"
+            )
+        columns = self.columns.setdefault(filename, {})
+        for other, others in columns.items():
+            if len(others) != len(values):
+                raise ModuleError(
+                    f"EvalResult.write({name!r}, ...) got {len(values)} values, but {other!r} has {len(others)} for "
+                    f"the same batch of {filename}"
+                )
+        columns[name] = values
+
+    def write_dict(self, predictions_dict: Mapping[str, Any], filename: str = "predictions.pt") -> None:
+        """`write` for each entry."""
+        for name, values in predictions_dict.items():
+            self.write(name, values, filename)
