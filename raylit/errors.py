@@ -27,6 +27,10 @@ class ModuleError(RaylitError, TypeError):
     """A module, data module or loader that lacks something the asked-for run needs."""
 
 
+class NotFiniteError(RaylitError, ValueError):
+    """A loss or weight that is nan or infinite, where the Trainer was told to end on that."""
+
+
 class CheckpointError(RaylitError):
     """A checkpoint that cannot be written, read or applied."""
 

@@ -1,7 +1,7 @@
 """LightningModule: the hooks a user writes, on a plain nn.Module. User's class, used on both sides."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import Self
 from raylit.checkpoint import files, format
 from raylit.errors import CheckpointError
 from raylit.hparams import AttributeDict, constructor_arguments, init_arguments, select_hyperparameters
+from raylit.sequences import split_along_time
 
 _OF_THE_RUN = ("_view", "_metrics")
 """Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
@@ -25,6 +26,10 @@ class LightningModule(nn.Module):
     _hparams: AttributeDict | None = None
     _hparams_name: str = "kwargs"
     example_input_array: Any = None
+    automatic_optimization: bool = True
+    """False: `training_step` runs backward passes and optimizers itself (`optimizers`, `manual_backward`)."""
+    truncated_bptt_steps: int | None = None
+    """Length of the pieces of truncated back-propagation, as the Trainer's argument of this name."""
 
     # The steps
 
@@ -45,7 +50,8 @@ class LightningModule(nn.Module):
         return self(args[0])
 
     def configure_optimizers(self) -> Any:
-        """An optimizer; or `[optimizer], [scheduler]`; or a dict with `optimizer` and `lr_scheduler`."""
+        """An optimizer; a list of them; `[optimizers], [schedulers]`; a dict with `optimizer`, `lr_scheduler` and
+        `frequency`; several such dicts; or None."""
         raise NotImplementedError(f"{type(self).__name__} has no configure_optimizers")
 
     # Data
@@ -194,9 +200,47 @@ class LightningModule(nn.Module):
         tensor = next(iter(self.parameters()), None)
         return tensor.dtype if tensor is not None else torch.get_default_dtype()
 
-    def optimizers(self) -> Any:
-        """The run's optimizer; a list where there are several."""
-        optimizers = self.trainer.optimizers
+    # Optimization: what may be overridden
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass, of automatic optimization and of `manual_backward`."""
+        loss.backward(*args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """At the end of each window. `optimizer_closure` runs `training_step` and the backward pass and returns the
+        loss: whoever overrides this calls it, by `optimizer.step(closure=optimizer_closure)` or directly."""
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Before each step of automatic optimization, with the Trainer's arguments."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: float | None) -> None:
+        """`metric`: the value that a ReduceLROnPlateau follows, else None."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def tbptt_split_batch(self, batch: Any, split_size: int) -> list[Any]:
+        """The pieces of a batch for truncated back-propagation: `[:, t : t + split_size]` of every tensor that has a
+        time dimension; of a list, of each of its sequences."""
+        return split_along_time(batch, split_size)
+
+    # Optimization: what may be called
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The run's optimizer; a list where there are several. Its `step` runs hooks and the gradient scaler and counts
+        the step; without `use_pl_optimizer` it is torch's own object."""
+        trainer = self.trainer
+        optimizers = list(trainer.handles.optimizers) if use_pl_optimizer else trainer.optimizers
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def lr_schedulers(self) -> Any:
@@ -205,6 +249,26 @@ class LightningModule(nn.Module):
         if not schedulers:
             return None
         return schedulers[0] if len(schedulers) == 1 else schedulers
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """In manual optimization instead of `loss.backward()`: scales the loss, runs the hooks, and averages the
+        gradients over the workers."""
+        self.trainer.handles.backward(loss, *args, **kwargs)
+
+    def clip_gradients(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip this optimizer's gradients: by their total L2 norm ("norm", the default) or each element ("value")."""
+        if gradient_clip_val:
+            algorithm = gradient_clip_algorithm or "norm"
+            self.trainer.handles.clip(optimizer, limit=gradient_clip_val, algorithm=algorithm)
+
+    def toggle_optimizer(self, optimizer: Any) -> None:
+        """Freeze the parameters of the other optimizers, until `untoggle_optimizer`."""
+        self.trainer.handles.toggle(optimizer)
+
+    def untoggle_optimizer(self, optimizer: Any) -> None:
+        self.trainer.handles.untoggle(optimizer)
 
     # Hyper-parameters, weights
 

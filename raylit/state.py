@@ -1,7 +1,7 @@
 """Where a run stands: Progress (frozen, on both sides, in checkpoints) and RunState (the driver's, one writer)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Stage = Literal["fit", "validate", "test", "predict"]
@@ -15,8 +15,12 @@ class Progress:
     """Index of the epoch under way; once `is_epoch_ended`, of the one just finished."""
     batch: int = 0
     """Batches of this epoch that each worker has finished."""
+    batch_in_all: int = 0
+    """Batches that each worker has finished, over all epochs."""
     global_step: int = 0
-    """Optimizer steps so far."""
+    """Optimizer steps so far, of all optimizers."""
+    window: int = 0
+    """Batches, or windows of accumulated batches, after which there was a step; what `log_every_n_steps` counts."""
     validated_batch: int = 0
     """`batch` at the last validation inside this epoch, so that a resumed run does not repeat it."""
     is_epoch_ended: bool = False
@@ -26,7 +30,7 @@ class Progress:
         """Where the next batch belongs: this epoch, or the start of the next one."""
         if not self.is_epoch_ended:
             return self
-        return Progress(epoch=self.epoch + 1, global_step=self.global_step)
+        return replace(self, epoch=self.epoch + 1, batch=0, validated_batch=0, is_epoch_ended=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""

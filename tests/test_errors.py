@@ -153,7 +153,7 @@ def test_a_training_step_without_a_loss_says_what_to_return(quiet):
         def training_step(self, batch, batch_idx):
             return {"los": 1}
 
-    with pytest.raises(pl.ModuleError, match="without a tensor under loss"):
+    with pytest.raises(pl.ModuleError, match="without a tensor under 'loss'"):
         pl.fit(NoLoss(), DataLoader(make_data()), limit_val_batches=0, **quiet)
 
 

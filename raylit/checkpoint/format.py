@@ -72,7 +72,9 @@ def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
     batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     num_done = batches.get("current", {}).get("completed", 0)
     is_inside = num_done > 0 and not batches.get("is_last_batch", True)
-    return Progress(epoch=epoch, global_step=global_step, batch=num_done, is_epoch_ended=not is_inside)
+    return Progress(
+        epoch=epoch, global_step=global_step, window=global_step, batch=num_done, is_epoch_ended=not is_inside
+    )
 
 
 def ranks_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ class Schedule:
         return replace(state.progress, validated_batch=state.progress.batch)
 
     def _is_validation_epoch(self, state: RunState) -> bool:
-        return state.has_validation and (state.progress.epoch + 1) % self._plan.validation.every_n_epochs == 0
+        return state.has_validation and (state.progress.epoch + 1) % (self._plan.validation.every_n_epochs or 1) == 0
 
     def _is_out_of_reach(self, state: RunState) -> bool:
         """Nothing is left to train."""

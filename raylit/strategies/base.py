@@ -1,26 +1,54 @@
 """Strategy: the small interface between the loop and how gradients and state are shared."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
 TrainingStep = Callable[..., Any]
-"""(batch, batch_idx) to what the user's training_step returns."""
+"""(batch, batch_idx, ...) to what the user's training_step returns."""
+
+
+class Skipped(dict[str, Any]):
+    """What a wrapped step returns where the user's returned None: under `loss` one whose gradients are all zero, so
+    that this rank takes its part in the reduction that the others wait for."""
+
+
+class PendingGradients(Protocol):
+    """What backward passes outside a wrapped step have added on this rank alone."""
+
+    def average(self) -> None:
+        """Make it the mean over the ranks. Collective, unless no backward pass has run since the last time."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Strategy(Protocol):
-    def wrap(self, module: nn.Module, training_step: TrainingStep) -> TrainingStep:
-        """The step to call so that its backward pass syncs gradients. Collective."""
+    def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
+        """The step to call so that its backward pass syncs the gradients of the trained parameters. Collective."""
         ...
 
-    def without_sync(self) -> AbstractContextManager[object]:
+    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
+        """What tells, after a backward pass of a wrapped step, that all gradients have been synced. ModuleError names
+        those that the loss does not depend on. None: there is nothing to check."""
+        ...
+
+    def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:
         """Around forward and backward of a batch whose gradients are only accumulated."""
         ...
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Mean of the gradients over the ranks, where the backward pass has not synced them. Collective."""
+        ...
+
+    def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
+        """For backward passes that the module runs itself; None: they need nothing."""
+        ...
+
+    def share_weights(self, module: nn.Module) -> None:
+        """Give every rank rank 0's parameters and buffers, where no step is wrapped. Collective."""
         ...
 
     def sync_buffers(self, module: nn.Module) -> None:

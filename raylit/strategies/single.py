@@ -1,22 +1,30 @@
 """One worker: nothing to share. Worker."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 from torch import nn
 
-from raylit.strategies.base import TrainingStep
+from raylit.strategies.base import PendingGradients, TrainingStep
 
 
 class SingleStrategy:
-    def wrap(self, module: nn.Module, training_step: TrainingStep) -> TrainingStep:
+    def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         return training_step
 
-    def without_sync(self) -> AbstractContextManager[object]:
+    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
+        return None
+
+    def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:
         return nullcontext()
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None: ...
+
+    def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
+        return None
+
+    def share_weights(self, module: nn.Module) -> None: ...
 
     def sync_buffers(self, module: nn.Module) -> None: ...
 

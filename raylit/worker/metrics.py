@@ -79,12 +79,18 @@ class MetricBuffer:
         self._step_layout: _Layout = []
         self.is_training_batch = False
         """Inside a training batch: `on_step` is the default; else `on_epoch` is."""
+        self.is_muted = False
+        """What is logged counts for nothing."""
         self.batch: Any = None
         """The batch under way; its size weighs the epoch's means."""
         self._sized_batch: Any = None
         self._size = 1
         self.dataloader_idx: int | None = None
         """Set where an evaluation has several loaders: names then get `/dataloader_idx_N`."""
+
+    def log_step(self, name: str, value: Any) -> None:
+        """A value of this step alone, for the loggers."""
+        self.log(name, value, False, True, True, False, "mean", None, False)
 
     def log(
         self,
@@ -99,6 +105,8 @@ class MetricBuffer:
         add_dataloader_idx: bool,
     ) -> None:
         """Keep a value. A tensor stays on its device."""
+        if self.is_muted:
+            return
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
         # A function may be made anew in every step; only its being one is compared.

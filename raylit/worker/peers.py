@@ -24,6 +24,14 @@ class Peers:
         dist.all_gather(rows, values)
         return torch.stack(rows)
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Of a tensor of one shape and device on every rank."""
+        if self.world_size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
     def gather_counts(self, count: int) -> list[int]:
         """An integer of every rank, in rank order."""
         return [int(value) for value in self.gather_vector(torch.tensor([float(count)], dtype=torch.float64))[:, 0]]

@@ -10,7 +10,7 @@ from raylit.errors import CheckpointError
 from raylit.messages import Saved
 from raylit.module import load_weights
 from raylit.state import Progress
-from raylit.worker.optimizers import Schedule
+from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
 from raylit.worker.transfer import to_cpu

@@ -47,7 +47,7 @@ class Session:
         self.module = job.module
         self.device = accelerator.device()
         self.precision = build_precision(plan.optimization.precision, self.device)
-        self.strategy = build_strategy(plan.workers.strategy)
+        self.strategy = build_strategy(plan.workers)
         self.view = TrainerView(plan=plan, context=context, job=job)
         self.view.stage = stage
         self.view.strategy = self.strategy

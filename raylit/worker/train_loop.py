@@ -9,8 +9,9 @@ from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticke
 from raylit.plan import BatchLimit
 from raylit.worker.data import Feed, TrainData
 from raylit.worker.metrics import MetricBuffer
-from raylit.worker.optimization import AutomaticOptimization
-from raylit.worker.optimizers import Schedule
+from raylit.worker.optimization import Optimization
+from raylit.worker.optimization.configured import Schedule
+from raylit.worker.returns import detached
 from raylit.worker.session import Session
 
 _END = object()
@@ -24,9 +25,11 @@ class TrainLoop:
         session: Session,
         *,
         data: TrainData,
-        optimization: AutomaticOptimization,
+        optimization: Optimization,
         schedules: list[Schedule],
+        metrics: MetricBuffer,
     ) -> None:
+        """`schedules`: those that step by themselves."""
         self._session = session
         self._view = session.view
         self._data = data
@@ -36,7 +39,7 @@ class TrainLoop:
         self._feed: Feed | None = None
         self._has_started = False
         self._is_stop_agreed = False
-        self.metrics = MetricBuffer(session.peers)
+        self.metrics = metrics
         self.num_batches = limited(data.num_batches, session.plan.limits.train_batches)
 
     def run(self, command: Train) -> Iterator[Report]:
@@ -45,6 +48,7 @@ class TrainLoop:
         feed = self._begin()
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
+        run_batch, run_share = optimization.run_batch, optimization.run_share
         move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
         brake = session.brake
         window = session.plan.optimization.window_in(view.current_epoch)
@@ -73,19 +77,20 @@ class TrainLoop:
                 is_exhausted = True
                 break
             if feed.weight == 1.0:
-                outputs = optimization.run_batch(batch, batch_idx, is_step_due)
+                outputs = run_batch(batch, batch_idx, is_step_due)
             else:
-                outputs = optimization.run_share(batch, batch_idx, is_step_due, feed.weight)
+                outputs = run_share(batch, batch_idx, is_step_due, feed.weight)
             view.num_batches_done = batch_idx + 1
+            view.num_batches_in_all += 1
             if is_step_due:
-                view.global_step += 1
+                view.num_windows += 1
                 brake.num_done += 1
                 if self._step_schedules:
-                    self._step_schedulers(self._step_schedules, view.global_step)
+                    self._step_schedulers(self._step_schedules, view.num_windows)
             if batch is not None:
                 for hook in on_batch_end:
-                    hook(_detached(outputs), batch, batch_idx)
-            if is_step_due and view.global_step % log_every == 0:
+                    hook(detached(outputs), batch, batch_idx)
+            if is_step_due and view.num_windows % log_every == 0:
                 yield from self._report_step()
             is_stopping = view.should_stop and (is_alone or self._is_stop_agreed)
             if monotonic() >= next_tick:
@@ -93,7 +98,7 @@ class TrainLoop:
                 next_tick = monotonic() + period_s
 
         if is_exhausted and optimization.finish_window():
-            view.global_step += 1
+            view.num_windows += 1
         yield self._pause(is_epoch_finished=is_exhausted or view.num_batches_done >= num_batches)
 
     def end_epoch(self, command: EndEpoch) -> Iterator[Report]:
@@ -112,6 +117,7 @@ class TrainLoop:
         yield EpochEnded(progress=view.progress, metrics=metrics, stop_reason=self._stop_reason())
 
     def end(self) -> None:
+        """After the last epoch."""
         if self._has_started:
             self._session.hooks.call("on_train_end")
 
@@ -141,6 +147,7 @@ class TrainLoop:
         if self._feed is None:
             if view.num_batches_done == 0:
                 hooks.call("on_train_epoch_start")
+            self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
             self._feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
@@ -172,8 +179,11 @@ class TrainLoop:
 
     def _step_schedulers(self, schedules: list[Schedule], count: int) -> None:
         for schedule in schedules:
-            if count % schedule.frequency == 0:
+            if count % schedule.frequency == 0 and (schedule.interval == "epoch" or self._has_turn(schedule)):
                 schedule.step(self._view.metric_values() if schedule.reduce_on_plateau else {})
+
+    def _has_turn(self, schedule: Schedule) -> bool:
+        return self._optimization.is_active(schedule.opt_idx)
 
 
 def limited(num_batches: float, limit: BatchLimit) -> float:
@@ -181,10 +191,3 @@ def limited(num_batches: float, limit: BatchLimit) -> float:
     if isinstance(limit, int):
         return min(num_batches, limit)
     return num_batches if limit == 1.0 or math.isinf(num_batches) else int(num_batches * limit)
-
-
-def _detached(outputs: Any) -> Any:
-    """What `on_train_batch_end` gets: Lightning's dict with the detached loss."""
-    if isinstance(outputs, dict):
-        return {**outputs, "loss": outputs["loss"].detach()}
-    return {"loss": outputs.detach()}

@@ -24,6 +24,8 @@ class TrainerView:
         self.current_epoch = 0
         self.global_step = 0
         self.num_batches_done = 0
+        self.num_batches_in_all = 0
+        self.num_windows = 0
         self.validated_batch = 0
         self.is_epoch_ended = False
         self.stage: Stage | None = None
@@ -31,6 +33,8 @@ class TrainerView:
         self.should_stop = False
         self.metrics: MetricBuffer | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.handles: Any = None
+        """What the module's optimization methods reach."""
         self.lr_schedulers: list[Any] = []
         self.num_training_batches: float = 0
         self.num_val_batches: list[float] = []
@@ -49,7 +53,9 @@ class TrainerView:
         return Progress(
             epoch=self.current_epoch,
             batch=self.num_batches_done,
+            batch_in_all=self.num_batches_in_all,
             global_step=self.global_step,
+            window=self.num_windows,
             validated_batch=self.validated_batch,
             is_epoch_ended=self.is_epoch_ended,
         )
@@ -58,7 +64,9 @@ class TrainerView:
         """Take up a position from a checkpoint."""
         self.current_epoch = progress.epoch
         self.num_batches_done = progress.batch
+        self.num_batches_in_all = progress.batch_in_all
         self.global_step = progress.global_step
+        self.num_windows = progress.window
         self.validated_batch = progress.validated_batch
         self.is_epoch_ended = progress.is_epoch_ended
 

@@ -30,8 +30,8 @@ from raylit.worker.context import Job, WorkerContext
 from raylit.worker.data import TrainData
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
 from raylit.worker.hooks import is_overridden
-from raylit.worker.optimization import AutomaticOptimization
-from raylit.worker.optimizers import configured
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization import build_optimization, configured
 from raylit.worker.peers import Peers
 from raylit.worker.saving import Saving
 from raylit.worker.session import Session
@@ -101,21 +101,17 @@ class Worker:
         yield Started(progress=session.view.progress, num_eval_batches=loop.num_batches)
 
     def _start_fit(self, session: Session, command: Start) -> Iterator[Report]:
-        optimizer, schedules = configured(session.module)
-        session.view.optimizers = [optimizer]
-        session.view.lr_schedulers = [schedule.scheduler for schedule in schedules]
+        optimizers = configured(session.module)
+        session.view.optimizers = optimizers.optimizers
+        session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
+        data = self._train_data(session)
+        metrics = MetricBuffer(session.peers)
         loop = self._train_loop = TrainLoop(
             session,
-            data=self._train_data(session),
-            optimization=AutomaticOptimization(
-                module=session.module,
-                optimizer=optimizer,
-                strategy=session.strategy,
-                precision=session.precision,
-                plan=self._plan.optimization,
-                hooks=session.hooks,
-            ),
-            schedules=schedules,
+            data=data,
+            optimization=build_optimization(session, optimizers, metrics=metrics),
+            schedules=optimizers.schedules if session.module.automatic_optimization else [],
+            metrics=metrics,
         )
         self._handlers.update({Train: loop.run, EndEpoch: loop.end_epoch})
         num_eval_batches: tuple[float, ...] = ()
@@ -126,7 +122,7 @@ class Worker:
         session.view.num_training_batches = loop.num_batches
         session.view.num_val_batches = list(num_eval_batches)
         session.seed_rank()
-        self._saving = Saving(session, optimizers=[optimizer], schedules=schedules, loop=loop)
+        self._saving = Saving(session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop)
         if command.checkpoint is not None:
             self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
         _enable_training(session.module)

@@ -155,7 +155,7 @@ with FakeAutoscalingCluster(head={"CPU": 1}, workers=small) as cluster, contextl
     lines = printed.getvalue().splitlines()
     assert took_s < 2 or lines[0].startswith("raylit: waiting since"), (took_s, lines)
     # How many of its nodes have come by then differs.
-    what = r".* for 2 workers of 2 CPU each; free now: \\d CPU of \\d hosts? with \\d CPU; (the autoscaler|others hold) .*"
+    what = r".* for 2 workers of 2 CPU each; free now: \\d CPU of \\d hosts? with \\d CPU; (the autosc|others hold).*"
     assert took_s < 2 or re.fullmatch(what, lines[0]), lines
     assert len(lines) <= 1 + took_s / 10, lines
     room.remove()

@@ -1,0 +1,82 @@
+"""Gradients averaged over the ranks by hand, where no DDP runs around the backward pass. Worker."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 25 * 2**20
+"""As DDP's: gradients travel together up to this size."""
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None) -> None:
+    """The mean of the gradients over the ranks, in place. Collective; the same parameters on every rank.
+
+    `is_touched`: whose gradients have changed on this rank; by default all that there are. A parameter that no rank
+    has touched keeps what it has, as it would in one process.
+    """
+    if not parameters:
+        return
+    own = [parameter.grad is not None for parameter in parameters] if is_touched is None else is_touched
+    present = torch.tensor([float(flag) for flag in own], device=parameters[0].device)
+    dist.all_reduce(present)
+    gradients = []
+    for parameter, num_present in zip(parameters, present.tolist(), strict=True):
+        if num_present == 0:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    world_size = dist.get_world_size()
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= world_size
+        for gradient, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+class TouchedGradients:
+    """Knows which parameters' gradients backward passes have changed since they were last averaged."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._touched: set[int] = set()
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._touch, index))
+            for index, parameter in enumerate(self._parameters)
+        ]
+
+    def average(self) -> None:
+        if not self._touched:
+            return
+        is_touched = [index in self._touched for index in range(len(self._parameters))]
+        self._touched.clear()
+        average_gradients(self._parameters, is_touched)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _touch(self, index: int, parameter: Tensor) -> None:
+        self._touched.add(index)
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Of one kind and place each, at most the size of a bucket unless a single one is larger."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_kind[gradient.dtype, gradient.device].append(gradient)
+    for alike in by_kind.values():
+        bucket: list[Tensor] = []
+        size_bytes = 0
+        for gradient in alike:
+            if bucket and size_bytes + gradient.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, size_bytes = [], 0
+            bucket.append(gradient)
+            size_bytes += gradient.nbytes
+        yield bucket

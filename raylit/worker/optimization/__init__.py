@@ -1,0 +1,49 @@
+"""From a batch to new weights: one kind of optimization is picked before the loop runs. Worker."""
+
+from raylit.errors import ModuleError
+from raylit.module import LightningModule
+from raylit.worker.hooks import is_overridden
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.automatic import AutomaticOptimization
+from raylit.worker.optimization.base import Optimization
+from raylit.worker.optimization.closure import ClosureOptimization, needs_closure
+from raylit.worker.optimization.configured import Configured, configured
+from raylit.worker.optimization.handles import Handles
+from raylit.worker.optimization.manual import ManualOptimization
+from raylit.worker.optimization.several import SeveralOptimizers
+from raylit.worker.optimization.stepper import Stepper
+from raylit.worker.optimization.training_step import step_of
+from raylit.worker.optimization.truncated import TruncatedOptimization
+from raylit.worker.session import Session
+
+__all__ = ["Configured", "Optimization", "build_optimization", "configured"]
+
+
+def build_optimization(session: Session, optimizers: Configured, *, metrics: MetricBuffer) -> Optimization:
+    """The kind that the module and the plan ask for. Collective."""
+    module, plan = session.module, session.plan.optimization
+    is_manual = not module.automatic_optimization
+    steppers = [Stepper(optimizer, session=session, metrics=metrics) for optimizer in optimizers.optimizers]
+    handles = session.view.handles = Handles(session, steppers, is_manual=is_manual)
+    length = plan.truncated_steps or module.truncated_bptt_steps
+    if is_manual:
+        if length:
+            raise ModuleError(
+                "truncated back-propagation is automatic: with automatic_optimization = False split by hand"
+            )
+        step = step_of(module, optimizer_idx=None, is_truncated=False)
+        return ManualOptimization(session, handles=handles, training_step=step, metrics=metrics)
+    turns: list[Optimization] = []
+    for index, stepper in enumerate(steppers):
+        step = step_of(module, optimizer_idx=index if len(steppers) > 1 else None, is_truncated=bool(length))
+        if needs_closure(stepper.optimizer) or is_overridden("optimizer_step", module, LightningModule):
+            handle = handles.optimizers[index]
+            turns.append(ClosureOptimization(session, stepper, handle=handle, training_step=step, metrics=metrics))
+        else:
+            turns.append(AutomaticOptimization(session, stepper, training_step=step, metrics=metrics))
+    kind = turns[0]
+    if len(turns) > 1:
+        kind = SeveralOptimizers(turns, handles=handles, frequencies=optimizers.frequencies, view=session.view)
+    if length:
+        return TruncatedOptimization(kind, module=module, length=length, peers=session.peers)
+    return kind

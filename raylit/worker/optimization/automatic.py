@@ -1,0 +1,114 @@
+"""AutomaticOptimization: one optimizer, driven by the loss that `training_step` returns. Worker; the hot path."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from raylit.module import LightningModule
+from raylit.strategies import Skipped
+from raylit.worker.hooks import is_overridden
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.gradient_sync import GradientSync
+from raylit.worker.optimization.stepper import Stepper, loss_check, parameters_of
+from raylit.worker.returns import hiddens_of, loss_of
+from raylit.worker.session import Session
+from raylit.worker.transfer import map_tensors
+
+Step = Callable[..., Any]
+
+
+class AutomaticOptimization:
+    """Forward, backward and, at a window's end, the optimizer's step."""
+
+    def __init__(self, session: Session, stepper: Stepper, *, training_step: Step, metrics: MetricBuffer) -> None:
+        module, hooks = session.module, session.hooks
+        self._module = module
+        self._stepper = stepper
+        self._strategy = session.strategy
+        self._precision = session.precision
+        self._metrics = metrics
+        self._own_step = training_step
+        self._sync = GradientSync(session, training_step, trained=parameters_of(stepper.optimizer))
+        self._synced_step, self._check_synced = self._sync.step, self._sync.check
+        self._before_backward = (*loss_check(session), *hooks.of("on_before_backward"))
+        self._after_backward = hooks.of("on_after_backward")
+        self._own_backward = module.backward if is_overridden("backward", module, LightningModule) else None
+        self._is_window_start = True
+        self._window = 1
+        self._is_plain = False
+
+    def start_epoch(self, *, window: int) -> None:
+        if self._sync.is_outdated:
+            self._sync.renew()
+            self._synced_step, self._check_synced = self._sync.step, self._sync.check
+        self._window = window
+        self._is_plain = self._precision.is_plain and self._precision.scaler is None and window == 1
+
+    def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
+        if self._is_plain:
+            outputs = self._synced_step(batch, batch_idx, *extra)
+            self._backward(outputs if isinstance(outputs, Tensor) else loss_of(outputs, self._metrics), 1.0)
+        else:
+            with nullcontext() if is_window_end else self._sync.paused():
+                with self._precision.around_step():
+                    outputs = self._synced_step(batch, batch_idx, *extra)
+                self._backward(loss_of(outputs, self._metrics), 1.0)
+        if is_window_end:
+            if self._check_synced is not None:
+                self._check_synced()
+            if not self._is_window_start:
+                self._is_window_start = True
+                self._stepper.step()
+        return None if type(outputs) is Skipped else outputs
+
+    def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
+        # DDP's own reduction runs in a backward pass and so needs a batch on every rank: by hand.
+        outputs = None
+        if batch is None:
+            if self._is_window_start:
+                self._start_window()
+        else:
+            with self._precision.around_step():
+                outputs = self._own_step(batch, batch_idx, *extra)
+            self._backward(loss_of(outputs, self._metrics), weight)
+        if is_window_end:
+            self.finish_window()
+        return outputs
+
+    def finish_window(self) -> bool:
+        if self._is_window_start:
+            return False
+        self._is_window_start = True
+        self._strategy.reduce_gradients(self._module.parameters())
+        self._stepper.step()
+        return True
+
+    def is_active(self, optimizer_idx: int | None) -> bool:
+        return True
+
+    def hiddens_of(self, outputs: Any) -> Any:
+        return map_tensors(hiddens_of(outputs), Tensor.detach)
+
+    def _backward(self, loss: Tensor | None, weight: float) -> None:
+        if self._is_window_start:
+            self._start_window()
+        if loss is None:
+            return
+        for hook in self._before_backward:
+            hook(loss)
+        if not self._is_plain or weight != 1.0:
+            loss = loss * (weight / self._window)
+            if self._precision.scaler is not None:
+                loss = self._precision.scaler.scale(loss)
+        if self._own_backward is None:
+            loss.backward()
+        else:
+            self._own_backward(loss)
+        for hook in self._after_backward:
+            hook()
+
+    def _start_window(self) -> None:
+        self._is_window_start = False
+        self._stepper.start_window()

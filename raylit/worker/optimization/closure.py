@@ -1,0 +1,146 @@
+"""ClosureOptimization: an optimizer that evaluates the loss itself, or one whose step the module has taken over."""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.optim import LBFGS, Optimizer
+
+from raylit.errors import ConfigError
+from raylit.module import LightningModule
+from raylit.strategies import Skipped
+from raylit.worker.hooks import is_overridden
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.gradient_sync import GradientSync
+from raylit.worker.optimization.handles import OptimizerHandle
+from raylit.worker.optimization.stepper import Stepper, loss_check, parameters_of
+from raylit.worker.returns import hiddens_of, loss_of
+from raylit.worker.session import Session
+from raylit.worker.transfer import map_tensors
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step evaluates the loss, as far as can be told: torch's own only do in LBFGS."""
+    return isinstance(optimizer, LBFGS) or not type(optimizer).__module__.startswith(("torch.optim", "raylit."))
+
+
+class ClosureOptimization:
+    """Forward and backward run inside the optimizer's step, as often as it asks for them."""
+
+    def __init__(
+        self,
+        session: Session,
+        stepper: Stepper,
+        *,
+        handle: OptimizerHandle,
+        training_step: Callable[..., Any],
+        metrics: MetricBuffer,
+    ) -> None:
+        if isinstance(stepper.optimizer, LBFGS) and session.precision.scaler is not None:
+            raise ConfigError("LBFGS evaluates its loss several times in a step, which a gradient scaler cannot follow")
+        self._module = session.module
+        self._view = session.view
+        self._peers = session.peers
+        self._stepper = stepper
+        self._strategy = session.strategy
+        self._precision = session.precision
+        self._handle = handle
+        self._metrics = metrics
+        self._own_step = training_step
+        self._sync = GradientSync(session, training_step, trained=parameters_of(stepper.optimizer))
+        self._before_backward = (*loss_check(session), *session.hooks.of("on_before_backward"))
+        self._after_backward = session.hooks.of("on_after_backward")
+        self._own_backward = self._module.backward
+        self._is_evaluating = needs_closure(stepper.optimizer)
+        self._is_overridden = is_overridden("optimizer_step", session.module, LightningModule)
+        self._is_window_start = True
+        self._window = 1
+
+    def start_epoch(self, *, window: int) -> None:
+        if self._is_evaluating and not self._is_overridden and window > 1:
+            raise ConfigError(
+                f"accumulate_grad_batches={window} with {type(self._stepper.optimizer).__name__}: it evaluates the "
+                "loss of one batch in its step; use 1, and larger batches"
+            )
+        if self._sync.is_outdated:
+            self._sync.renew()
+        self._window = window
+
+    def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
+        evaluation = _Evaluation(functools.partial(self._sync.step, batch, batch_idx, *extra))
+        with nullcontext() if is_window_end else self._sync.paused():
+            self._run(functools.partial(self._evaluate, evaluation, 1.0), batch_idx, is_window_end)
+        return None if type(evaluation.outputs) is Skipped else evaluation.outputs
+
+    def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
+        evaluation = _Evaluation(
+            None if batch is None else functools.partial(self._own_step, batch, batch_idx, *extra),
+            is_synced_by_hand=is_window_end,
+        )
+        self._run(functools.partial(self._evaluate, evaluation, weight), batch_idx, is_window_end)
+        return evaluation.outputs
+
+    def finish_window(self) -> bool:
+        if self._is_window_start:
+            return False
+        evaluation = _Evaluation(None, is_synced_by_hand=True)
+        self._run(functools.partial(self._evaluate, evaluation, 0.0), self._view.num_batches_done, True)
+        return True
+
+    def is_active(self, optimizer_idx: int | None) -> bool:
+        return True
+
+    def hiddens_of(self, outputs: Any) -> Any:
+        return map_tensors(hiddens_of(outputs), torch.Tensor.detach)
+
+    def _run(self, closure: Callable[[], Any], batch_idx: int, is_window_end: bool) -> None:
+        if not is_window_end:
+            closure()
+            return
+        self._module.optimizer_step(self._view.current_epoch, batch_idx, self._handle, closure)
+        self._is_window_start = True
+
+    def _evaluate(self, evaluation: "_Evaluation", weight: float) -> Any:
+        """The closure: gradients of the batch, and its loss, which is that of all ranks for an optimizer that decides
+        by it."""
+        if self._is_window_start or (self._is_evaluating and self._window == 1):
+            self._is_window_start = False
+            self._stepper.start_window()
+        loss = None
+        with torch.enable_grad():
+            if evaluation.step is not None:
+                with self._precision.around_step():
+                    evaluation.outputs = evaluation.step()
+                loss = loss_of(evaluation.outputs, self._metrics)
+            if loss is not None:
+                self._backward(loss, weight)
+        if evaluation.is_synced_by_hand:
+            self._strategy.reduce_gradients(self._module.parameters())
+        elif self._sync.check is not None:
+            self._sync.check()
+        if not self._is_evaluating:
+            return loss
+        share = torch.zeros(()) if loss is None else loss.detach() * weight
+        return self._peers.mean(share)
+
+    def _backward(self, loss: torch.Tensor, weight: float) -> None:
+        for hook in self._before_backward:
+            hook(loss)
+        if weight != 1.0 or self._window > 1:
+            loss = loss * (weight / self._window)
+        if self._precision.scaler is not None:
+            loss = self._precision.scaler.scale(loss)
+        self._own_backward(loss)
+        for hook in self._after_backward:
+            hook()
+
+
+class _Evaluation:
+    """One batch's evaluations: the step to run, and what it returned last."""
+
+    def __init__(self, step: Callable[[], Any] | None, *, is_synced_by_hand: bool = False) -> None:
+        self.step = step
+        self.is_synced_by_hand = is_synced_by_hand
+        self.outputs: Any = None

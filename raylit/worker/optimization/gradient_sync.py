@@ -1,0 +1,38 @@
+"""GradientSync: the training step whose backward pass averages gradients over the ranks, for one optimizer. Worker."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from raylit.worker.session import Session
+
+
+class GradientSync:
+    """Follows which of the parameters are trained: a freeze or thaw takes effect with the next epoch."""
+
+    def __init__(self, session: Session, training_step: Callable[..., Any], *, trained: Sequence[nn.Parameter]) -> None:
+        self._module = session.module
+        self._strategy = session.strategy
+        self._training_step = training_step
+        self._parameters = trained
+        self.renew()
+
+    def renew(self) -> None:
+        """Wrap the step for the parameters that are trained now. Collective."""
+        self._trained = self._now_trained()
+        self.step = self._strategy.wrap(self._module, self._training_step, trained=self._trained)
+        self.check = self._strategy.synced_check(self.step)
+        """To be called after a backward pass that has synced; None: there is nothing to check."""
+
+    @property
+    def is_outdated(self) -> bool:
+        return [id(parameter) for parameter in self._now_trained()] != [id(parameter) for parameter in self._trained]
+
+    def paused(self) -> AbstractContextManager[object]:
+        """Around forward and backward of a batch whose gradients are only added up."""
+        return self._strategy.without_sync(self.step)
+
+    def _now_trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]

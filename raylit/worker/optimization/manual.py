@@ -1,0 +1,54 @@
+"""ManualOptimization: the module's own backward passes and steps. Worker."""
+
+from collections.abc import Callable
+from typing import Any
+
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.handles import Handles
+from raylit.worker.returns import file_metrics
+from raylit.worker.session import Session
+
+
+class ManualOptimization:
+    """`training_step` of a module with `automatic_optimization = False`; gradients are synced in `manual_backward`."""
+
+    def __init__(
+        self, session: Session, *, handles: Handles, training_step: Callable[..., Any], metrics: MetricBuffer
+    ) -> None:
+        session.strategy.share_weights(session.module)
+        self._peers = session.peers
+        self._precision = session.precision
+        self._handles = handles
+        self._training_step = training_step
+        self._metrics = metrics
+
+    def start_epoch(self, *, window: int) -> None: ...
+
+    def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
+        with self._precision.around_step():
+            outputs = self._training_step(batch, batch_idx)
+        file_metrics(outputs, self._metrics)
+        return outputs
+
+    def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
+        """A rank without a batch follows the others through their backward passes and steps with a batch of theirs,
+        which counts for nothing."""
+        offers = self._peers.gather_objects(batch)
+        own = next(offer for offer in offers if offer is not None) if batch is None else batch
+        self._handles.weight = weight
+        self._metrics.is_muted = batch is None
+        try:
+            outputs = self.run_batch(own, batch_idx, is_window_end)
+        finally:
+            self._handles.weight = 1.0
+            self._metrics.is_muted = False
+        return None if batch is None else outputs
+
+    def finish_window(self) -> bool:
+        return False
+
+    def is_active(self, optimizer_idx: int | None) -> bool:
+        return False
+
+    def hiddens_of(self, outputs: Any) -> Any:
+        return None

@@ -1,0 +1,151 @@
+"""Stepper: one optimizer's way from gradients to new weights, with the hooks on it. Worker."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raylit.errors import NotFiniteError
+from raylit.module import LightningModule
+from raylit.worker.hooks import is_overridden
+from raylit.worker.metrics import MetricBuffer
+from raylit.worker.session import Session
+
+Call = Callable[[], None]
+
+
+class Stepper:
+    """Zeroes gradients, prepares them for the step, steps. Counts `global_step`."""
+
+    def __init__(self, optimizer: Optimizer, *, session: Session, metrics: MetricBuffer) -> None:
+        self.optimizer = optimizer
+        self.is_unscaled = False
+        """The gradients have been divided by the scaler's factor since the last step."""
+        self._view = session.view
+        self._scaler = session.precision.scaler
+        self._before_zero_grad = session.hooks.of("on_before_zero_grad")
+        self._before_step = session.hooks.of("on_before_optimizer_step")
+        self._zero_grad: Call = self._overridden_zero_grad(session.module) or optimizer.zero_grad
+        self._inspect: list[Call] = _inspections(session, metrics)
+        self._clip = self._clipping(session)
+        self._after_step = _weight_check(session)
+        is_plain = self._scaler is None and self._clip is None and not self._inspect and self._after_step is None
+        self.step: Call = self._step_plainly if is_plain else self._step_prepared
+        """With gradients that are the whole window's, of all ranks."""
+
+    @property
+    def has_scaler(self) -> bool:
+        return self._scaler is not None
+
+    def start_window(self) -> None:
+        for hook in self._before_zero_grad:
+            hook(self.optimizer)
+        self._zero_grad()
+
+    def prepare(self, *, is_clipping: bool = True) -> None:
+        """The gradients as the optimizer is to see them."""
+        self.unscale()
+        for inspect in self._inspect:
+            inspect()
+        if is_clipping and self._clip is not None:
+            self._clip()
+        for hook in self._before_step:
+            hook(self.optimizer)
+
+    def unscale(self) -> None:
+        if self._scaler is not None and not self.is_unscaled:
+            self._scaler.unscale_(self.optimizer)
+            self.is_unscaled = True
+
+    def finish(self) -> None:
+        """The optimizer's own step with prepared gradients; with a scaler only where they are finite."""
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            self.is_unscaled = False
+        self.count_step()
+
+    def count_step(self) -> None:
+        self._view.global_step += 1
+        if self._after_step is not None:
+            self._after_step()
+
+    def _step_plainly(self) -> None:
+        for hook in self._before_step:
+            hook(self.optimizer)
+        self.optimizer.step()
+        self._view.global_step += 1
+
+    def _step_prepared(self) -> None:
+        if self._scaler is not None and all(p.grad is None for p in parameters_of(self.optimizer)):
+            return  # every batch of the window was skipped; a scaler refuses to step with nothing
+        self.prepare()
+        self.finish()
+
+    def _overridden_zero_grad(self, module: LightningModule) -> Call | None:
+        if not is_overridden("optimizer_zero_grad", module, LightningModule):
+            return None
+        view = self._view
+        return lambda: module.optimizer_zero_grad(view.current_epoch, view.num_batches_done, self.optimizer)
+
+    def _clipping(self, session: Session) -> Call | None:
+        module, plan, strategy = session.module, session.plan.optimization, session.strategy
+        limit, algorithm = plan.clip_val, plan.clip_algorithm
+        if is_overridden("configure_gradient_clipping", module, LightningModule):
+            return lambda: module.configure_gradient_clipping(self.optimizer, limit, algorithm)
+        if limit is None:
+            return None
+        return lambda: strategy.clip_gradients(parameters_of(self.optimizer), limit=limit, algorithm=algorithm)
+
+
+def parameters_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def loss_check(session: Session) -> tuple[Callable[[Tensor], None], ...]:
+    """What looks at each loss before its backward pass. Waits for the device: only where it was asked for."""
+    if not session.plan.optimization.is_ending_on_nan:
+        return ()
+
+    def check(loss: Tensor) -> None:
+        if not torch.isfinite(loss).all():
+            raise NotFiniteError(f"the loss is {loss.item()} in batch {session.view.num_batches_done} of this epoch")
+
+    return (check,)
+
+
+def _weight_check(session: Session) -> Call | None:
+    if not session.plan.optimization.is_ending_on_nan:
+        return None
+
+    def check() -> None:
+        for name, parameter in session.module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NotFiniteError(f"the weight {name} is not finite after step {session.view.global_step}")
+
+    return check
+
+
+def _inspections(session: Session, metrics: MetricBuffer) -> list[Call]:
+    """`track_grad_norm`: each parameter's and the total norm of the gradients, at logging steps."""
+    order = session.plan.optimization.grad_norm_order
+    log_every = session.plan.reporting.log_every_n_steps
+    view = session.view
+    if order is None or not log_every:
+        return []
+
+    def log_norms() -> None:
+        if (view.num_windows + 1) % log_every:
+            return
+        graded = {name: p.grad.detach() for name, p in session.module.named_parameters() if p.grad is not None}
+        if not graded:
+            return
+        norms = torch._foreach_norm(list(graded.values()), order)
+        for name, norm in zip(graded, norms, strict=True):
+            metrics.log_step(f"grad_{order}_norm/{name}", norm)
+        metrics.log_step(f"grad_{order}_norm_total", torch.linalg.vector_norm(torch.stack(norms), order))
+
+    return [log_norms]

@@ -1,0 +1,66 @@
+"""TruncatedOptimization: back-propagation through pieces of a sequence, one after the other. Worker."""
+
+from typing import Any
+
+import torch
+
+from raylit.module import LightningModule
+from raylit.worker.optimization.base import Optimization
+from raylit.worker.peers import Peers
+
+
+class TruncatedOptimization:
+    """Splits a batch along time and runs each piece as a batch of its own, which gets the hiddens of the one before."""
+
+    def __init__(self, inner: Optimization, *, module: LightningModule, length: int, peers: Peers) -> None:
+        self._inner = inner
+        self._module = module
+        self._length = length
+        self._peers = peers
+
+    def start_epoch(self, *, window: int) -> None:
+        self._inner.start_epoch(window=window)
+
+    def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
+        return self._run(batch, batch_idx, is_window_end, 1.0)
+
+    def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
+        return self._run(batch, batch_idx, is_window_end, weight)
+
+    def finish_window(self) -> bool:
+        return self._inner.finish_window()
+
+    def is_active(self, optimizer_idx: int | None) -> bool:
+        return self._inner.is_active(optimizer_idx)
+
+    def hiddens_of(self, outputs: Any) -> Any:
+        return None
+
+    def _run(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float) -> list[Any] | None:
+        """What the step returned for each piece; None where this rank has no batch."""
+        pieces = [] if batch is None else list(self._module.tbptt_split_batch(batch, self._length))
+        weights = self._weights(len(pieces), weight)
+        outputs: list[Any] = []
+        hiddens = None
+        for index, piece_weight in enumerate(weights):
+            piece = pieces[index] if index < len(pieces) else None
+            if piece_weight == 1.0:
+                output = self._inner.run_batch(piece, batch_idx, is_window_end, hiddens)
+            else:
+                output = self._inner.run_share(piece, batch_idx, is_window_end, piece_weight, hiddens)
+            if piece is not None:
+                hiddens = self._inner.hiddens_of(output)
+                outputs.append(output)
+        return None if batch is None else outputs
+
+    def _weights(self, num_pieces: int, weight: float) -> list[float]:
+        """This rank's weight in each piece that any rank has: sequences differ in length. Collective, once a batch."""
+        if self._peers.world_size == 1:
+            return [weight] * num_pieces
+        rows = self._peers.gather_vector(torch.tensor([num_pieces, weight], dtype=torch.float64))
+        weights = []
+        for index in range(int(rows[:, 0].max())):
+            has_it = rows[:, 0] > index
+            share = weight * len(rows) / float(rows[has_it, 1].sum())
+            weights.append(share if index < num_pieces else 0.0)
+        return weights
