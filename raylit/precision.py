@@ -1,6 +1,7 @@
 """Precision: autocast, conversion of weights, gradient scaler. Worker."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,10 @@ class Precision:
         return self.weights_dtype is None and self.autocast_dtype is None
 
     def around_step(self) -> AbstractContextManager[object]:
-        """The context in which a step runs."""
+        """The context in which a step runs: tensors that it makes are of the weights' type."""
         if self.autocast_dtype is not None:
             return torch.autocast(self.device_type, dtype=self.autocast_dtype)
-        return nullcontext()
+        return nullcontext() if self.weights_dtype is None else _default_dtype(self.weights_dtype)
 
 
 def build_precision(name: PrecisionName, device: torch.device) -> Precision:
@@ -41,3 +42,13 @@ def build_precision(name: PrecisionName, device: torch.device) -> Precision:
         scaler=torch.amp.GradScaler(device.type) if name == "16-mixed" else None,
         device_type=device.type,
     )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -3,8 +3,9 @@
 import warnings
 from typing import Any
 
-from raylit.errors import ModuleError
+from raylit.errors import ConfigError, ModuleError
 from raylit.module import LightningModule
+from raylit.plan import Optimization
 from raylit.state import Stage
 from raylit.worker.context import Job
 from raylit.worker.hooks import is_overridden
@@ -18,6 +19,22 @@ def check_module(model: Any) -> None:
         raise ModuleError(f"the class {model.__name__} was passed: pass an instance, {model.__name__}(...)")
     if not isinstance(model, LightningModule):
         raise ModuleError(f"model is a {type(model).__name__}: must be a raylit.LightningModule")
+
+
+def require_automatic(module: LightningModule, plan: Optimization) -> None:
+    """ConfigError for what only automatic optimization can do, asked of a module that optimizes by hand."""
+    if module.automatic_optimization:
+        return
+    if plan.accumulation != ((0, 1),):
+        raise ConfigError(
+            "accumulate_grad_batches with automatic_optimization = False: the module decides when to step; call "
+            "optimizer.step() every so many batches in training_step"
+        )
+    if plan.clip_val is not None:
+        raise ConfigError(
+            "gradient_clip_val with automatic_optimization = False: call self.clip_gradients(optimizer, "
+            "gradient_clip_val=..., gradient_clip_algorithm=...) in training_step, before the step"
+        )
 
 
 def require(job: Job, stage: Stage, *, is_validating: bool = False) -> None:

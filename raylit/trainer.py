@@ -25,7 +25,7 @@ from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit, Plan, Reporting
-from raylit.requirements import check_module, require
+from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, Stage
 from raylit.worker import handback
 from raylit.worker.context import Job
@@ -158,6 +158,7 @@ class Trainer:
         """
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
+        require_automatic(model, self._plan.optimization)
         checkpoint = self._checkpoint(ckpt_path)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", job, seed=seed) as coordinator:

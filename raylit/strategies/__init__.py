@@ -8,7 +8,9 @@ from raylit.strategies.single import SingleStrategy
 
 def build_strategy(workers: Workers) -> Strategy:
     if workers.strategy == "ddp":
-        return DDPStrategy(is_finding_unused=workers.is_finding_unused)
+        return DDPStrategy(
+            is_finding_unused=workers.is_finding_unused, is_syncing_batch_norm=workers.is_syncing_batchnorm
+        )
     return SingleStrategy()
 
 

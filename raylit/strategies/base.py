@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 TrainingStep = Callable[..., Any]
@@ -26,6 +27,23 @@ class PendingGradients(Protocol):
 
 
 class Strategy(Protocol):
+    @property
+    def is_forward_collective(self) -> bool:
+        """A forward pass in train mode waits for the other ranks: each has to run one in every step."""
+        ...
+
+    def set_up(self, module: nn.Module, *, device: torch.device) -> None:
+        """Before training, with the module on its device. Collective."""
+        ...
+
+    def tear_down(self) -> None:
+        """The module is the user's own again."""
+        ...
+
+    def silence(self, *, is_silent: bool) -> None:
+        """Whether this rank's forward passes count for nothing in those of the others, which only wait for them."""
+        ...
+
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         """The step to call so that its backward pass syncs the gradients of the trained parameters. Collective."""
         ...

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raylit.errors import ModuleError
 from raylit.strategies.averaging import TouchedGradients, average_gradients
 from raylit.strategies.base import PendingGradients, Skipped, TrainingStep
+from raylit.strategies.batch_norm import SyncedBatchNorms
 from raylit.strategies.single import SingleStrategy
 
 _FIND_UNUSED = 'strategy="ddp_find_unused_parameters_true"'
@@ -20,8 +22,26 @@ _FIND_UNUSED = 'strategy="ddp_find_unused_parameters_true"'
 class DDPStrategy(SingleStrategy):
     """Every rank holds the whole model; gradients are averaged during the backward pass."""
 
-    def __init__(self, *, is_finding_unused: bool = False) -> None:
+    def __init__(self, *, is_finding_unused: bool = False, is_syncing_batch_norm: bool = False) -> None:
         self._is_finding_unused = is_finding_unused
+        self._is_syncing_batch_norm = is_syncing_batch_norm
+        self._batch_norms: SyncedBatchNorms | None = None
+
+    @property
+    def is_forward_collective(self) -> bool:  # type: ignore[override]
+        return self._is_syncing_batch_norm
+
+    def set_up(self, module: nn.Module, *, device: torch.device) -> None:
+        if self._is_syncing_batch_norm:
+            self._batch_norms = SyncedBatchNorms(module, device=device)
+
+    def tear_down(self) -> None:
+        if self._batch_norms is not None:
+            self._batch_norms.restore()
+
+    def silence(self, *, is_silent: bool) -> None:
+        if self._batch_norms is not None:
+            self._batch_norms.silence(is_silent=is_silent)
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         wanted = {id(parameter) for parameter in trained}

@@ -4,12 +4,21 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import torch
 from torch import nn
 
 from raylit.strategies.base import PendingGradients, TrainingStep
 
 
 class SingleStrategy:
+    is_forward_collective = False
+
+    def set_up(self, module: nn.Module, *, device: torch.device) -> None: ...
+
+    def tear_down(self) -> None: ...
+
+    def silence(self, *, is_silent: bool) -> None: ...
+
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         return training_step
 

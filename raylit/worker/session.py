@@ -72,6 +72,8 @@ class Session:
         self.hooks.set_up(self.stage, job.datamodule)
         self.module.configure_model()
         self.module.to(device=self.device, dtype=self.precision.weights_dtype)
+        if self.stage == "fit":
+            self.strategy.set_up(self.module, device=self.device)
 
     def seed_rank(self) -> None:
         """Give every rank but the first random numbers of its own: the same dropout masks everywhere would waste
@@ -96,6 +98,9 @@ class Session:
         try:
             self.hooks.tear_down(self.stage, self.job.datamodule)
         finally:
+            if self.view.handles is not None:
+                self.view.handles.close()
+            self.strategy.tear_down()
             self.module.to("cpu")
             self.module._view = self.module._metrics = None
             if self.job.datamodule is not None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
+import torch
+
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
 from raylit.worker.data import Feed, TrainData
@@ -100,6 +102,11 @@ class TrainLoop:
         if is_exhausted and optimization.finish_window():
             view.num_windows += 1
         yield self._pause(is_epoch_finished=is_exhausted or view.num_batches_done >= num_batches)
+
+    def run_detecting_anomaly(self, command: Train) -> Iterator[Report]:
+        """`run`; a backward pass that makes nan is an error which shows the forward pass that it belongs to."""
+        with torch.autograd.set_detect_anomaly(True):
+            yield from self.run(command)
 
     def end_epoch(self, command: EndEpoch) -> Iterator[Report]:
         """The epoch's last hooks, its metrics, its schedulers."""

@@ -113,7 +113,8 @@ class Worker:
             schedules=optimizers.schedules if session.module.automatic_optimization else [],
             metrics=metrics,
         )
-        self._handlers.update({Train: loop.run, EndEpoch: loop.end_epoch})
+        run = loop.run_detecting_anomaly if self._plan.optimization.is_detecting_anomaly else loop.run
+        self._handlers.update({Train: run, EndEpoch: loop.end_epoch})
         num_eval_batches: tuple[float, ...] = ()
         if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
             validation = EvalLoop(session, stage="validate")

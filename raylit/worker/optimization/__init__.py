@@ -8,6 +8,7 @@ from raylit.worker.optimization.automatic import AutomaticOptimization
 from raylit.worker.optimization.base import Optimization
 from raylit.worker.optimization.closure import ClosureOptimization, needs_closure
 from raylit.worker.optimization.configured import Configured, configured
+from raylit.worker.optimization.following import FollowingOptimization
 from raylit.worker.optimization.handles import Handles
 from raylit.worker.optimization.manual import ManualOptimization
 from raylit.worker.optimization.several import SeveralOptimizers
@@ -32,7 +33,8 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
                 "truncated back-propagation is automatic: with automatic_optimization = False split by hand"
             )
         step = step_of(module, optimizer_idx=None, is_truncated=False)
-        return ManualOptimization(session, handles=handles, training_step=step, metrics=metrics)
+        manual = ManualOptimization(session, handles=handles, training_step=step, metrics=metrics)
+        return FollowingOptimization(manual, session=session, metrics=metrics)
     turns: list[Optimization] = []
     for index, stepper in enumerate(steppers):
         step = step_of(module, optimizer_idx=index if len(steppers) > 1 else None, is_truncated=bool(length))
@@ -44,6 +46,6 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
     kind = turns[0]
     if len(turns) > 1:
         kind = SeveralOptimizers(turns, handles=handles, frequencies=optimizers.frequencies, view=session.view)
-    if length:
-        return TruncatedOptimization(kind, module=module, length=length, peers=session.peers)
-    return kind
+    if session.strategy.is_forward_collective:
+        kind = FollowingOptimization(kind, session=session, metrics=metrics)
+    return TruncatedOptimization(kind, module=module, length=length, peers=session.peers) if length else kind

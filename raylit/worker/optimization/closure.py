@@ -43,6 +43,7 @@ class ClosureOptimization:
         self._module = session.module
         self._view = session.view
         self._peers = session.peers
+        self._device = session.device
         self._stepper = stepper
         self._strategy = session.strategy
         self._precision = session.precision
@@ -105,15 +106,15 @@ class ClosureOptimization:
     def _evaluate(self, evaluation: "_Evaluation", weight: float) -> Any:
         """The closure: gradients of the batch, and its loss, which is that of all ranks for an optimizer that decides
         by it."""
-        if self._is_window_start or (self._is_evaluating and self._window == 1):
-            self._is_window_start = False
-            self._stepper.start_window()
         loss = None
         with torch.enable_grad():
             if evaluation.step is not None:
                 with self._precision.around_step():
                     evaluation.outputs = evaluation.step()
                 loss = loss_of(evaluation.outputs, self._metrics)
+            if self._is_window_start or (self._is_evaluating and self._window == 1):
+                self._is_window_start = False
+                self._stepper.start_window()
             if loss is not None:
                 self._backward(loss, weight)
         if evaluation.is_synced_by_hand:
@@ -122,8 +123,9 @@ class ClosureOptimization:
             self._sync.check()
         if not self._is_evaluating:
             return loss
-        share = torch.zeros(()) if loss is None else loss.detach() * weight
-        return self._peers.mean(share)
+        # In one type on every rank, those without a batch included.
+        share = torch.zeros((), dtype=torch.float64, device=self._device)
+        return self._peers.mean(share if loss is None else share + loss.detach() * weight)
 
     def _backward(self, loss: torch.Tensor, weight: float) -> None:
         for hook in self._before_backward:

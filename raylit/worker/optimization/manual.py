@@ -16,7 +16,6 @@ class ManualOptimization:
         self, session: Session, *, handles: Handles, training_step: Callable[..., Any], metrics: MetricBuffer
     ) -> None:
         session.strategy.share_weights(session.module)
-        self._peers = session.peers
         self._precision = session.precision
         self._handles = handles
         self._training_step = training_step
@@ -31,18 +30,11 @@ class ManualOptimization:
         return outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        """A rank without a batch follows the others through their backward passes and steps with a batch of theirs,
-        which counts for nothing."""
-        offers = self._peers.gather_objects(batch)
-        own = next(offer for offer in offers if offer is not None) if batch is None else batch
         self._handles.weight = weight
-        self._metrics.is_muted = batch is None
         try:
-            outputs = self.run_batch(own, batch_idx, is_window_end)
+            return self.run_batch(batch, batch_idx, is_window_end)
         finally:
             self._handles.weight = 1.0
-            self._metrics.is_muted = False
-        return None if batch is None else outputs
 
     def finish_window(self) -> bool:
         return False
