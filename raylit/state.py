@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raylit.summary import Summary
+
 Stage = Literal["fit", "validate", "test", "predict"]
 
 
@@ -19,6 +21,8 @@ class Progress:
     """Optimizer steps so far."""
     validated_batch: int = 0
     """`batch` at the last validation inside this epoch, so that a resumed run does not repeat it."""
+    batches_before: int = 0
+    """Batches of the epochs before this one."""
     is_epoch_ended: bool = False
     """The epoch's last hooks and schedulers have run; the next batch belongs to `epoch + 1`."""
 
@@ -26,7 +30,9 @@ class Progress:
         """Where the next batch belongs: this epoch, or the start of the next one."""
         if not self.is_epoch_ended:
             return self
-        return Progress(epoch=self.epoch + 1, global_step=self.global_step)
+        return Progress(
+            epoch=self.epoch + 1, global_step=self.global_step, batches_before=self.batches_before + self.batch
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
@@ -50,6 +56,8 @@ class RunState:
     """The latest reduced value of every metric, whatever was asked of it."""
     logged_metrics: dict[str, float] = field(default_factory=dict)
     progress_bar_metrics: dict[str, float] = field(default_factory=dict)
+    summary: Summary | None = None
+    """Of a fit's model as it starts, where the plan asks for one."""
     stop_reason: str | None = None
     """Why the run is to end early; None: it is not."""
     is_interrupted: bool = False

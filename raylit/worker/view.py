@@ -25,6 +25,7 @@ class TrainerView:
         self.global_step = 0
         self.num_batches_done = 0
         self.validated_batch = 0
+        self.batches_before = 0
         self.is_epoch_ended = False
         self.stage: Stage | None = None
         self.sanity_checking = False
@@ -51,6 +52,7 @@ class TrainerView:
             batch=self.num_batches_done,
             global_step=self.global_step,
             validated_batch=self.validated_batch,
+            batches_before=self.batches_before,
             is_epoch_ended=self.is_epoch_ended,
         )
 
@@ -60,6 +62,7 @@ class TrainerView:
         self.num_batches_done = progress.batch
         self.global_step = progress.global_step
         self.validated_batch = progress.validated_batch
+        self.batches_before = progress.batches_before
         self.is_epoch_ended = progress.is_epoch_ended
 
     @property
