@@ -4,7 +4,9 @@ from raylit.api import fit, predict, shutdown, test, validate
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
+from raylit.callbacks.timer import Timer
 from raylit.datamodule import DataModule, LightningDataModule
 from raylit.errors import (
     CheckpointError,
@@ -34,6 +36,7 @@ __all__ = [
     "LightningModule",
     "Logger",
     "ModelCheckpoint",
+    "ModelSummary",
     "ModuleError",
     "NotFiniteError",
     "ProgressBar",
@@ -41,6 +44,7 @@ __all__ = [
     "ResourcesError",
     "TQDMProgressBar",
     "TensorBoardLogger",
+    "Timer",
     "Trainer",
     "UnknownArgumentError",
     "WorkerDied",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raylit.state import Progress, Stage
+from raylit.summary import Summary
 
 # Commands
 
@@ -92,6 +93,8 @@ class Started:
     num_training_batches: float = 0
     num_eval_batches: tuple[float, ...] = ()
     """Of each validation, test or predict loader."""
+    summary: Summary | None = None
+    """Rank 0's, where the plan asks for one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

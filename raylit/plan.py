@@ -106,6 +106,8 @@ class Reporting:
     log_every_n_steps: int = 50
     refresh_period_s: float = 0.1
     """Least time between two progress reports of a worker."""
+    summary_depth: int | None = None
+    """How deep the model's layers are summarized at a fit's start; -1: all of them, None: not at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

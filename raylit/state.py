@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from raylit.summary import Summary
+
 Stage = Literal["fit", "validate", "test", "predict"]
 
 
@@ -25,6 +27,11 @@ class Progress:
     """`batch` at the last validation inside this epoch, so that a resumed run does not repeat it."""
     is_epoch_ended: bool = False
     """The epoch's last hooks and schedulers have run; the next batch belongs to `epoch + 1`."""
+
+    @property
+    def batches_before(self) -> int:
+        """Batches of the epochs before this one."""
+        return self.batch_in_all - self.batch
 
     def at_next_batch(self) -> "Progress":
         """Where the next batch belongs: this epoch, or the start of the next one."""
@@ -54,6 +61,8 @@ class RunState:
     """The latest reduced value of every metric, whatever was asked of it."""
     logged_metrics: dict[str, float] = field(default_factory=dict)
     progress_bar_metrics: dict[str, float] = field(default_factory=dict)
+    summary: Summary | None = None
+    """Of a fit's model as it starts, where the plan asks for one."""
     stop_reason: str | None = None
     """Why the run is to end early; None: it is not."""
     is_interrupted: bool = False

@@ -1,6 +1,5 @@
 """Trainer: arguments in, a frozen Plan out; each entry point hands it to the driver's Coordinator. Driver."""
 
-import inspect
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,13 +9,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from raylit.arguments import parse_limits, parse_optimization, parse_validation, parse_workers, refuse_unknown
+from raylit.arguments import EarlierNames, Given, accepts_earlier_names, settled
 from raylit.attachments import build_loggers, sorted_callbacks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.model_summary import ModelSummary
+from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
+from raylit.callbacks.timer import Duration
 from raylit.checkpoint import files, format
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
@@ -24,7 +27,7 @@ from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
-from raylit.plan import BatchLimit, Plan, Reporting
+from raylit.plan import BatchLimit
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, Stage
 from raylit.worker import handback
@@ -37,17 +40,20 @@ class Trainer:
     The Trainer stays in the driver; hooks and callbacks on the workers see a light view of the run in its place.
     """
 
+    @accepts_earlier_names
     def __init__(
         self,
         *,
         num_workers: int | None = None,
         gpus: int | str | list[int] | None = None,
+        tpu_cores: int | str | list[int] | None = None,
         num_nodes: int = 1,
         num_processes: int | None = None,
         accelerator: str = "auto",
         devices: int | str | list[int] = "auto",
         strategy: str = "auto",
         precision: int | str = 32,
+        sync_batchnorm: bool = False,
         resources_per_worker: dict[str, float] | None = None,
         placement: str | None = None,
         label_selector: dict[str, str] | None = None,
@@ -58,85 +64,56 @@ class Trainer:
         min_epochs: int | None = None,
         max_steps: int = -1,
         min_steps: int | None = None,
+        max_time: Duration | None = None,
         limit_train_batches: BatchLimit = 1.0,
         limit_val_batches: BatchLimit = 1.0,
         limit_test_batches: BatchLimit = 1.0,
         limit_predict_batches: BatchLimit = 1.0,
+        overfit_batches: BatchLimit = 0.0,
         val_check_interval: BatchLimit = 1.0,
-        check_val_every_n_epoch: int = 1,
+        check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
-        log_every_n_steps: int = 50,
-        accumulate_grad_batches: int = 1,
+        reload_dataloaders_every_n_epochs: int = 0,
+        use_distributed_sampler: bool = True,
+        prepare_data_per_node: bool = True,
+        accumulate_grad_batches: int | dict[int, int] = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
+        truncated_bptt_steps: int | None = None,
+        track_grad_norm: float | str = -1,
+        terminate_on_nan: bool = False,
+        detect_anomaly: bool = False,
         callbacks: Callback | DriverCallback | Sequence[Callback | DriverCallback] | None = None,
         logger: bool | Logger | Sequence[Logger] = True,
-        enable_checkpointing: bool = True,
-        enable_progress_bar: bool = True,
+        log_every_n_steps: int = 50,
+        enable_checkpointing: bool | ModelCheckpoint = True,
+        enable_progress_bar: bool | ProgressBar = True,
+        enable_model_summary: bool | ModelSummary = True,
+        early_stop_callback: bool | EarlyStopping = False,
+        resume_from_checkpoint: str | os.PathLike[str] | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         deterministic: bool | Literal["warn"] = False,
         benchmark: bool | None = None,
-        use_distributed_sampler: bool = True,
         inference_mode: bool = True,
-        **unknown: Any,
+        profiler: str | None = None,
+        auto_lr_find: bool | str = False,
+        auto_scale_batch_size: bool | str = False,
+        **earlier: Unpack[EarlierNames],
     ) -> None:
         """Every argument has Lightning's meaning; `num_workers` is the number of Ray actors in all.
 
-        ConfigError: a value, or a combination, that cannot work. UnknownArgumentError names the nearest argument.
+        What Lightning 0.9 called otherwise may be called so (`EarlierNames`). ConfigError: a value, or a combination,
+        that cannot work. UnknownArgumentError names the nearest argument.
         """
-        refuse_unknown(unknown, inspect.signature(Trainer).parameters)
-        workers = parse_workers(
-            num_workers=num_workers,
-            gpus=gpus,
-            num_nodes=num_nodes,
-            num_processes=num_processes,
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            resources_per_worker=resources_per_worker,
-            placement=placement,
-            label_selector=label_selector,
-            start_timeout_s=start_timeout_s,
-            ping_timeout_s=ping_timeout_s,
-            keep_s=keep_workers_s,
-        )
-        self._plan = Plan(
-            workers=workers,
-            limits=parse_limits(
-                max_epochs=max_epochs,
-                min_epochs=min_epochs,
-                max_steps=max_steps,
-                min_steps=min_steps,
-                limit_train_batches=limit_train_batches,
-                limit_val_batches=limit_val_batches,
-                limit_test_batches=limit_test_batches,
-                limit_predict_batches=limit_predict_batches,
-                num_sanity_val_steps=num_sanity_val_steps,
-                fast_dev_run=fast_dev_run,
-            ),
-            validation=parse_validation(val_check_interval, check_val_every_n_epoch, is_dev_run=bool(fast_dev_run)),
-            optimization=parse_optimization(
-                accumulate_grad_batches=accumulate_grad_batches,
-                gradient_clip_val=gradient_clip_val,
-                gradient_clip_algorithm=gradient_clip_algorithm,
-                precision=precision,
-                accelerator=workers.accelerator,
-            ),
-            reporting=Reporting(log_every_n_steps=log_every_n_steps),
-            default_root_dir=os.fspath(default_root_dir or os.getcwd()),
-            use_distributed_sampler=use_distributed_sampler,
-            deterministic=deterministic,
-            benchmark=benchmark,
-            is_dev_run=bool(fast_dev_run),
-            inference_mode=inference_mode,
-        )
-        self._callbacks, self._driver_callbacks = sorted_callbacks(
-            callbacks,
-            is_checkpointing=enable_checkpointing and not fast_dev_run,
-            is_showing_progress=enable_progress_bar,
-        )
-        self.loggers: list[Logger] = [] if fast_dev_run else build_loggers(logger, self._plan.default_root_dir)
+        given = Given({name: value for name, value in locals().items() if name not in ("self", "earlier")})
+        plan = given.plan()
+        self._callbacks, self._driver_callbacks = given.to(sorted_callbacks)
+        summary = next((callback for callback in self._driver_callbacks if isinstance(callback, ModelSummary)), None)
+        depth = None if summary is None else summary.max_depth
+        self._plan = replace(plan, reporting=replace(plan.reporting, summary_depth=depth))
+        self.loggers = given.to(build_loggers, default_root_dir=plan.default_root_dir)
+        self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
@@ -151,11 +128,16 @@ class Trainer:
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        *,
+        train_dataloader: Any = None,
     ) -> None:
         """Train; afterwards `model` holds the trained weights and what hooks have left on it.
 
-        `train_dataloaders` may be a DataModule. `ckpt_path`: a file, "best" or "last", whose run is continued.
+        `train_dataloaders`, in Lightning 0.9 `train_dataloader`, may be a DataModule. `ckpt_path`: a file, "best" or
+        "last", whose run is continued; by default the Trainer's `resume_from_checkpoint`.
         """
+        train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
+        ckpt_path = settled(ckpt_path=ckpt_path, resume_from_checkpoint=self._resume_from_checkpoint)
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         require_automatic(model, self._plan.optimization)
@@ -172,8 +154,12 @@ class Trainer:
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
+        *,
+        val_dataloaders: Any = None,
     ) -> list[dict[str, float]]:
-        """The metrics of the validation loop, a dict for each loader; exact over the whole data set."""
+        """The metrics of the validation loop, a dict for each loader; exact over the whole data set. `val_dataloaders`
+        is Lightning 0.9's name of `dataloaders`."""
+        dataloaders = settled(dataloaders=dataloaders, val_dataloaders=val_dataloaders)
         return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)
 
     @shows_user_frames
@@ -184,8 +170,12 @@ class Trainer:
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
+        *,
+        test_dataloaders: Any = None,
     ) -> list[dict[str, float]]:
-        """The metrics of the test loop, a dict for each loader. Without a model: the best weights of the last fit."""
+        """The metrics of the test loop, a dict for each loader. Without a model: the best weights of the last fit, or
+        else its last. `test_dataloaders` is Lightning 0.9's name of `dataloaders`."""
+        dataloaders = settled(dataloaders=dataloaders, test_dataloaders=test_dataloaders)
         return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)
 
     @shows_user_frames
@@ -366,4 +356,4 @@ class Trainer:
             if left_out:
                 warnings.warn(f"not brought back from the workers, as they cannot be pickled: {left_out}", stacklevel=4)
         if finished.state_dict:
-            job.module.load_state_dict(finished.state_dict)
+            handback.apply_weights(finished.state_dict, job.module)

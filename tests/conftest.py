@@ -36,7 +36,8 @@ def _clean_process(tmp_path, monkeypatch):
 @pytest.fixture
 def quiet():
     """Trainer arguments for a run that writes and shows nothing."""
-    return {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return dict.fromkeys(switches, False)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from raylit.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
+_AUTOMATIC_MONITORS = ("early_stop_on", "val_loss")
+
 
 class EarlyStoppingReason(enum.Enum):
     """Why training was asked to end."""
@@ -29,6 +31,8 @@ class EarlyStoppingReason(enum.Enum):
 class EarlyStopping(DriverCallback):
     """Stops the run after `patience` checks in a row without a gain of more than `min_delta`.
 
+    Without `monitor` it follows `early_stop_on` where that is logged, else `val_loss`.
+
     A check comes after each validation, or with `check_on_train_epoch_end` after each training epoch; None takes the
     epoch's end where validation runs once in every epoch, or never. `check_finite` stops at NaN and infinity,
     `stopping_threshold` at a value that is good enough and `divergence_threshold` at one that is too bad, both strictly
@@ -38,7 +42,7 @@ class EarlyStopping(DriverCallback):
 
     def __init__(
         self,
-        monitor: str,
+        monitor: str | None = None,
         min_delta: float = 0.0,
         patience: int = 3,
         verbose: bool = False,
@@ -114,11 +118,12 @@ class EarlyStopping(DriverCallback):
     def _check(self, run: Run) -> None:
         if run.plan.is_dev_run or run.state.stage != "fit" or run.state.is_sanity_checking:
             return
-        value = run.state.callback_metrics.get(self.monitor)
-        if value is None:
-            self._miss(sorted(run.state.callback_metrics))
+        metrics = run.state.callback_metrics
+        name = self.monitor or next((name for name in _AUTOMATIC_MONITORS if name in metrics), _AUTOMATIC_MONITORS[-1])
+        if name not in metrics:
+            self._miss(name, sorted(metrics))
             return
-        reason, message = self._judge(value)
+        reason, message = self._judge(name, metrics[name])
         if reason is not EarlyStoppingReason.NOT_STOPPED:
             self.stopped_epoch = run.state.progress.epoch
             self.stopping_reason = reason
@@ -127,18 +132,18 @@ class EarlyStopping(DriverCallback):
         if message and self.verbose:
             _log.info(message)
 
-    def _miss(self, names: list[str]) -> None:
+    def _miss(self, name: str, names: list[str]) -> None:
         message = (
-            f"EarlyStopping(monitor={self.monitor!r}): no such metric has been logged; there are: "
+            f"EarlyStopping(monitor={name!r}): no such metric has been logged; there are: "
             f"{', '.join(names) or 'none'}. Log it with self.log, or monitor one of these"
         )
         if self.strict:
             raise ConfigError(f"{message}; strict=False passes over it")
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def _judge(self, value: float) -> tuple[EarlyStoppingReason, str]:
+    def _judge(self, name: str, value: float) -> tuple[EarlyStoppingReason, str]:
         """Takes the value in; whether to stop, and what to say about it (nothing: an empty string)."""
-        shown = f"{self.monitor}={value:g}"
+        shown = f"{name}={value:g}"
         if self.check_finite and not math.isfinite(value):
             return EarlyStoppingReason.NON_FINITE_METRIC, f"{shown} is not finite; the best was {self._best_score:g}"
         limit = self.stopping_threshold
@@ -154,7 +159,7 @@ class EarlyStopping(DriverCallback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return EarlyStoppingReason.NOT_STOPPED, ""
-        message = f"{self.monitor}: no gain in {self.wait_count} checks; the best was {self._best_score:g}"
+        message = f"{name}: no gain in {self.wait_count} checks; the best was {self._best_score:g}"
         return EarlyStoppingReason.PATIENCE_EXHAUSTED, message
 
     def _is_better(self, value: float, other: float) -> bool:

@@ -17,10 +17,11 @@ def is_validated_by_epoch_end(run: Run) -> bool:
 def is_validation_next(run: Run) -> bool:
     """Validation is due at this batch border."""
     progress, validation, num_batches = run.state.progress, run.plan.validation, run.state.num_training_batches
-    if not run.state.has_validation or (progress.epoch + 1) % validation.every_n_epochs != 0:
+    every = validation.every_n_epochs
+    if not run.state.has_validation or (every is not None and (progress.epoch + 1) % every != 0):
         return False
     if isinstance(validation.interval, int):
-        return progress.batch % validation.interval == 0
+        return (progress.batch + (progress.batches_before if every is None else 0)) % validation.interval == 0
     if validation.interval == 1.0:
         return progress.batch >= num_batches
     return progress.batch % max(1, int(num_batches * validation.interval)) == 0

@@ -98,6 +98,9 @@ class ActorGroup:
     def brake(self) -> None:
         self._is_braking = True  # seen as soon as the wait for reports wakes up
 
+    def unbrake(self) -> None:
+        self._is_braking = False
+
     def dismiss(self) -> None:
         """End the run in the workers. `is_usable` tells whether nothing of it is left in any of them."""
         self._ask([actor.dismiss.remote() for actor in self._actors])

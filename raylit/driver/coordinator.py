@@ -58,6 +58,8 @@ class Coordinator:
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
         self._interrupts = Interrupts(on_first=self._brake)
+        self._is_training = False
+        """The workers carry out a Train command."""
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
 
@@ -96,7 +98,9 @@ class Coordinator:
     # What a driver callback may ask for
 
     def stop(self, reason: str) -> None:
-        self.state.stop_reason = self.state.stop_reason or reason
+        self._note_stop(reason)
+        if self._is_training and self._schedule.may_stop(self.state):
+            self._brake()
 
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
         saved = [report for report in self._run(Save(is_weights_only=is_weights_only)) if isinstance(report, Saved)]
@@ -127,11 +131,15 @@ class Coordinator:
         self._notify("on_train_epoch_end")
 
     def _train(self) -> Paused:
+        assert self._group is not None
         wishes = [step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None]
-        until_step = min([self._schedule.last_step, *wishes])
+        until_step = min([self._schedule.next_decision_step(self.state), *wishes])
         self._interrupts.check()
+        self._is_training = True
         paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
+        self._is_training = False
         self._interrupts.check()
+        self._group.unbrake()
         assert isinstance(paused, Paused)
         return paused
 
@@ -152,6 +160,9 @@ class Coordinator:
         assert isinstance(evaluated, Evaluated)
         self._notify("on_evaluation_end", stage)
         return evaluated
+
+    def _note_stop(self, reason: str) -> None:
+        self.state.stop_reason = self.state.stop_reason or reason
 
     def _finish(self) -> None:
         finished = self._one(Finish(interruption=self._interrupts.pending))
@@ -242,7 +253,7 @@ class Coordinator:
         assert self._group is not None
         for rank, report in self._group.run(command):
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
-                self.stop(report.stop_reason)
+                self._note_stop(report.stop_reason)
             if rank == 0:
                 self._receive(report)
             if only_rank is None or rank == only_rank:
@@ -270,6 +281,7 @@ class Coordinator:
                 self._take_metrics(report.metrics, is_flushed=True)
             case Started():
                 state.progress = report.progress
+                state.summary = report.summary
                 self._schedule.set_sizes(state, report)
 
     def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:

@@ -27,6 +27,10 @@ class WorkerGroup(Protocol):
         """
         ...
 
+    def unbrake(self) -> None:
+        """Let later commands run to their own ends again."""
+        ...
+
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         """Have every worker carry the command out; yields (rank, report) as they come, until all are through.
 

@@ -32,5 +32,8 @@ class InlineGroup:
         self._is_braking = True
         self._brake.release(self._brake.num_done + 1)
 
+    def unbrake(self) -> None:
+        self._is_braking = False
+
     def release(self, *, is_kept: bool = True) -> None:
         self._worker.abandon()

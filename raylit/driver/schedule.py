@@ -21,36 +21,26 @@ class Schedule:
         """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
         state.num_training_batches = started.num_training_batches
         state.num_val_batches = started.num_eval_batches
-        if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches != 0:
+        if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches == 1.0:
             warnings.warn(
                 "the training loader has no batch for the workers: its data set is empty, or drop_last drops it all. "
                 "Nothing is trained",
                 stacklevel=2,
             )
         state.has_validation = state.stage == "fit" and any(num > 0 for num in started.num_eval_batches)
-        if not state.has_validation:
-            return
-        interval, num_batches = self._plan.validation.interval, started.num_training_batches
-        if isinstance(interval, int):
-            if interval > num_batches:
-                raise ConfigError(
-                    f"val_check_interval={interval} is more than the {num_batches:g} training batches of an epoch: "
-                    "lower it, or give a fraction of the epoch"
-                )
-            self._validation_batches = interval
-        elif interval == 1.0:
-            self._validation_batches = num_batches
-        elif math.isinf(num_batches):
-            raise ConfigError(
-                f"val_check_interval={interval} of a training loader without a length: give an int, or 1.0"
-            )
-        else:
-            self._validation_batches = max(1, int(num_batches * interval))
+        self._check_limits(state)
+        if state.has_validation:
+            self._validation_batches = self._interval_in_batches(started.num_training_batches)
 
     @property
     def last_step(self) -> float:
         max_steps = self._plan.limits.max_steps
         return math.inf if max_steps is None else max_steps
+
+    def next_decision_step(self, state: RunState) -> float:
+        """The optimizer step at which training may have to end: where it must, or the least after which it may."""
+        min_steps = self._plan.limits.min_steps
+        return min(self.last_step, min_steps) if state.progress.global_step < min_steps else self.last_step
 
     def has_sanity_check(self, state: RunState) -> bool:
         return state.has_validation and self._plan.limits.sanity_val_batches != 0 and not self._is_out_of_reach(state)
@@ -75,7 +65,9 @@ class Schedule:
         """The batch of this epoch, counted from 1, after which validation is due."""
         if not self._is_validation_epoch(state) or math.isinf(self._validation_batches):
             return math.inf
-        return (state.progress.batch // self._validation_batches + 1) * self._validation_batches
+        before = self._batches_before(state.progress)
+        done = before + state.progress.batch
+        return (done // self._validation_batches + 1) * self._validation_batches - before
 
     def is_validation_due(self, state: RunState, paused: Paused) -> bool:
         progress = state.progress
@@ -83,7 +75,8 @@ class Schedule:
             return False
         if math.isinf(self._validation_batches):
             return paused.is_epoch_finished
-        return progress.batch % self._validation_batches == 0 or self.may_stop(state)
+        done = self._batches_before(progress) + progress.batch
+        return done % self._validation_batches == 0 or self.may_stop(state)
 
     def validated(self, state: RunState) -> Progress:
         """The progress after an evaluation."""
@@ -92,7 +85,52 @@ class Schedule:
         return replace(state.progress, validated_batch=state.progress.batch)
 
     def _is_validation_epoch(self, state: RunState) -> bool:
-        return state.has_validation and (state.progress.epoch + 1) % (self._plan.validation.every_n_epochs or 1) == 0
+        every = self._plan.validation.every_n_epochs
+        return state.has_validation and (every is None or (state.progress.epoch + 1) % every == 0)
+
+    def _batches_before(self, progress: Progress) -> int:
+        """Batches before this epoch, where the interval counts them."""
+        return progress.batches_before if self._plan.validation.every_n_epochs is None else 0
+
+    def _interval_in_batches(self, num_batches: float) -> float:
+        validation = self._plan.validation
+        interval = validation.interval
+        if isinstance(interval, int):
+            if interval > num_batches and validation.every_n_epochs is not None:
+                raise ConfigError(
+                    f"val_check_interval={interval} is more than the {num_batches:g} training batches of an epoch: "
+                    "lower it, give a fraction of the epoch, or count batches across epochs with "
+                    "check_val_every_n_epoch=None"
+                )
+            return interval
+        if interval == 1.0:
+            return num_batches
+        if math.isinf(num_batches):
+            raise ConfigError(
+                f"val_check_interval={interval} of a training loader without a length: give an int, or 1.0"
+            )
+        return max(1, int(num_batches * interval))
+
+    def _check_limits(self, state: RunState) -> None:
+        """ConfigError: a fraction of a loader without a length, or one that leaves no batch."""
+        limits = self._plan.limits
+        of_evaluation = {"test": ("test", limits.test_batches), "predict": ("predict", limits.predict_batches)}
+        name, limit = of_evaluation.get(state.stage, ("val", limits.val_batches))
+        loaders = [(name, limit, num_batches) for num_batches in state.num_val_batches]
+        if state.stage == "fit":
+            loaders.append(("train", limits.train_batches, state.num_training_batches))
+        for name, limit, num_batches in loaders:
+            if not isinstance(limit, float) or limit in (0.0, 1.0):
+                continue
+            if math.isinf(num_batches):
+                raise ConfigError(
+                    f"limit_{name}_batches={limit} of a {name} loader without a length: give an int, or 1.0"
+                )
+            if num_batches == 0:
+                raise ConfigError(
+                    f"limit_{name}_batches={limit} of the {name} loader is less than one batch for each worker: raise "
+                    "it, or give a count of batches"
+                )
 
     def _is_out_of_reach(self, state: RunState) -> bool:
         """Nothing is left to train."""

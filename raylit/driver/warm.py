@@ -50,6 +50,10 @@ class WarmGroup:
         if self._group is not None:
             self._group.brake()
 
+    def unbrake(self) -> None:
+        if self._group is not None:
+            self._group.unbrake()
+
     def release(self, *, is_kept: bool = True) -> None:
         group, self._group = self._group, None
         if group is not None:

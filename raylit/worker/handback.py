@@ -1,6 +1,6 @@
 """What hooks left on modules and callbacks, on its way back to the driver's objects. Worker packs, driver applies."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,15 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
     for callback, state in zip(callbacks, attributes.callbacks, strict=True):
         callback.__dict__.update(state)
     return attributes.left_out
+
+
+def apply_weights(state_dict: Mapping[str, Any], module: nn.Module) -> None:
+    """Load what was trained into the driver's own tensors, in the precision that it was trained in."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        trained = state_dict.get(name)
+        if isinstance(tensor, Tensor) and isinstance(trained, Tensor) and tensor.dtype != trained.dtype:
+            tensor.data = tensor.data.to(trained.dtype)
+    module.load_state_dict(state_dict)
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:

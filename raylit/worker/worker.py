@@ -1,5 +1,6 @@
 """Worker: carries out the driver's commands on one rank, in an actor or in the driver's process. Worker."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from raylit.messages import (
 )
 from raylit.module import LightningModule
 from raylit.plan import Plan
+from raylit.summary import Summary, summarized
 from raylit.worker import handback
 from raylit.worker.brake import Brake
 from raylit.worker.context import Job, WorkerContext
@@ -132,7 +134,12 @@ class Worker:
             progress=session.view.progress,
             num_training_batches=loop.num_batches,
             num_eval_batches=num_eval_batches,
+            summary=self._summary(session.module),
         )
+
+    def _summary(self, module: LightningModule) -> Summary | None:
+        depth = self._plan.reporting.summary_depth
+        return None if depth is None or self._context.rank > 0 else summarized(module, max_depth=depth)
 
     def _train_data(self, session: Session) -> TrainData:
         loader = loader_of(self._job, "train")
@@ -190,9 +197,11 @@ class Worker:
 
     def _prepare_process(self) -> None:
         if self._plan.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for of deterministic cuBLAS
             torch.use_deterministic_algorithms(True, warn_only=self._plan.deterministic == "warn")
-        if self._plan.benchmark is not None:
-            torch.backends.cudnn.benchmark = self._plan.benchmark
+        if self._plan.benchmark is not None or self._plan.deterministic:
+            # The fastest kernel of a benchmark may be another one in each run.
+            torch.backends.cudnn.benchmark = bool(self._plan.benchmark)
         self._accelerator.set_up(num_threads=self._context.num_threads)
 
 

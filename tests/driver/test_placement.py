@@ -102,7 +102,7 @@ def test_labels_are_refused_where_ray_refuses_them(condition):
 
 
 def test_so_many_on_each_of_so_many_nodes(monkeypatch):
-    monkeypatch.setattr("raylit.arguments.is_on_cluster", lambda: True)
+    monkeypatch.setattr("raylit.arguments.workers.is_on_cluster", lambda: True)
     processes = pl.Trainer(num_processes=8, num_nodes=2)._plan.workers
     assert (processes.num_workers, processes.num_nodes, processes.accelerator) == (16, 2, "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -575,9 +575,10 @@ def test_an_optimizer_that_needs_a_closure_gets_one(num_workers):
     model = Module()
     by_hand = copy.deepcopy(model).double()
     optimizer = by_hand.configure_optimizers()
-    for _, _, (x, y) in batches(num_samples=49):
+    for _, _, batch in batches(num_samples=49):
+        x, y = (tensor.double() for tensor in batch)
 
-        def closure(x=x.double(), y=y.double()):
+        def closure(x=x, y=y):
             optimizer.zero_grad()
             loss = functional.mse_loss(by_hand(x), y)
             loss.backward()

@@ -1,0 +1,6 @@
+"""From the Trainer's arguments to a Plan: names settled, values parsed, checked and explained. Driver."""
+
+from raylit.arguments.given import Given
+from raylit.arguments.names import EarlierNames, accepts_earlier_names, settled
+
+__all__ = ["EarlierNames", "Given", "accepts_earlier_names", "settled"]

@@ -1,0 +1,86 @@
+"""Given: the Trainer's arguments as they came, handed to the parsers that each ask for some of them. Driver."""
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from raylit.arguments.checks import check_count, check_switch
+from raylit.arguments.limits import parse_limits, parse_validation
+from raylit.arguments.optimization import parse_optimization
+from raylit.arguments.workers import parse_workers
+from raylit.errors import ConfigError
+from raylit.plan import Plan, Reporting
+
+_Result = TypeVar("_Result")
+
+_NOT_THERE_YET = {
+    "profiler": "leave it out, and use torch.profiler inside the hooks of interest",
+    "auto_lr_find": "leave it out, and set the learning rate",
+    "auto_scale_batch_size": "leave it out, and set the batch size",
+}
+
+
+class Given:
+    """Arguments under today's names, each with a value."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._arguments = arguments
+
+    def to(self, parser: Callable[..., _Result], **more: Any) -> _Result:
+        """What a parser makes of those arguments that its signature names; `more` it gets beside them."""
+        named = [p.name for p in inspect.signature(parser).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        return parser(**{name: self._arguments[name] for name in named if name not in more}, **more)
+
+    def plan(self) -> Plan:
+        """ConfigError: a value, or a combination, that cannot work."""
+        for name, advice in _NOT_THERE_YET.items():
+            if self._arguments[name] not in (None, False):
+                raise ConfigError(f"{name}={self._arguments[name]!r}: this raylit does not have it yet; {advice}")
+        workers = self.to(parse_workers)
+        return self.to(
+            _assembled,
+            workers=workers,
+            limits=self.to(parse_limits),
+            validation=self.to(parse_validation),
+            optimization=self.to(parse_optimization, accelerator=workers.accelerator),
+        )
+
+
+def _assembled(
+    *,
+    log_every_n_steps: int,
+    default_root_dir: str | os.PathLike[str] | None,
+    use_distributed_sampler: bool,
+    prepare_data_per_node: bool,
+    reload_dataloaders_every_n_epochs: int,
+    deterministic: bool | Literal["warn"],
+    benchmark: bool | None,
+    inference_mode: bool,
+    fast_dev_run: bool | int,
+    **parsed: Any,
+) -> Plan:
+    check_count(
+        0,
+        log_every_n_steps=log_every_n_steps,
+        reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+    )
+    check_switch(
+        use_distributed_sampler=use_distributed_sampler,
+        prepare_data_per_node=prepare_data_per_node,
+        inference_mode=inference_mode,
+        benchmark=bool(benchmark) if benchmark is None else benchmark,
+        deterministic=deterministic if deterministic != "warn" else True,
+    )
+    return Plan(
+        **parsed,
+        reporting=Reporting(log_every_n_steps=log_every_n_steps),
+        default_root_dir=os.fspath(default_root_dir or os.getcwd()),
+        use_distributed_sampler=use_distributed_sampler,
+        reload_loaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+        prepares_per_node=prepare_data_per_node,
+        deterministic=deterministic,
+        benchmark=benchmark,
+        inference_mode=inference_mode,
+        is_dev_run=bool(fast_dev_run),
+    )

@@ -1,0 +1,86 @@
+"""What happens between the loss and the next weights. Driver."""
+
+import math
+import warnings
+from typing import Literal
+
+from raylit.arguments.checks import check_count, check_switch
+from raylit.errors import ConfigError
+from raylit.plan import AcceleratorName, Optimization, PrecisionName
+
+_PRECISIONS: dict[str, PrecisionName] = {
+    "32": "32-true",
+    "64": "64-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    **{name: name for name in ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")},
+}
+
+
+def parse_optimization(
+    *,
+    accumulate_grad_batches: int | dict[int, int],
+    gradient_clip_val: float | None,
+    gradient_clip_algorithm: str | None,
+    truncated_bptt_steps: int | None,
+    track_grad_norm: float | str,
+    terminate_on_nan: bool,
+    detect_anomaly: bool,
+    precision: int | str,
+    accelerator: AcceleratorName,
+) -> Optimization:
+    """A clip value of 0 means none, as it always has in Lightning."""
+    if gradient_clip_val is not None and not gradient_clip_val >= 0:
+        raise ConfigError(f"gradient_clip_val={gradient_clip_val}: must be 0 (no clipping) or more")
+    algorithm: Literal["norm", "value"] = "value" if gradient_clip_algorithm == "value" else "norm"
+    if gradient_clip_algorithm not in (None, "norm", "value"):
+        raise ConfigError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: must be 'norm' or 'value'")
+    if truncated_bptt_steps is not None:
+        check_count(1, truncated_bptt_steps=truncated_bptt_steps)
+    check_switch(terminate_on_nan=terminate_on_nan, detect_anomaly=detect_anomaly)
+    return Optimization(
+        accumulation=_accumulation(accumulate_grad_batches),
+        clip_val=gradient_clip_val or None,
+        clip_algorithm=algorithm,
+        precision=_precision(precision, accelerator),
+        truncated_steps=truncated_bptt_steps,
+        grad_norm_order=_norm_order(track_grad_norm),
+        is_ending_on_nan=terminate_on_nan,
+        is_detecting_anomaly=detect_anomaly,
+    )
+
+
+def _accumulation(given: int | dict[int, int]) -> tuple[tuple[int, int], ...]:
+    if not isinstance(given, dict):
+        check_count(1, accumulate_grad_batches=given)
+        return ((0, given),)
+    for epoch, window in given.items():
+        is_right = all(isinstance(number, int) and not isinstance(number, bool) for number in (epoch, window))
+        if not is_right or epoch < 0 or window < 1:
+            raise ConfigError(
+                f"accumulate_grad_batches={given!r}: must be an int, or a dict of the batches in a window by the epoch "
+                "from which on it is so: {0: 1, 4: 8}"
+            )
+    return tuple(sorted({0: 1, **given}.items()))
+
+
+def _norm_order(given: float | str) -> float | None:
+    if given in (-1, "-1"):
+        return None
+    try:
+        order = float(given)
+    except (TypeError, ValueError):
+        order = math.nan
+    if isinstance(given, bool) or not order > 0:
+        raise ConfigError(f"track_grad_norm={given!r}: must be the norm's order, 2 or 'inf' for example, or -1 (off)")
+    return order
+
+
+def _precision(given: int | str, accelerator: AcceleratorName) -> PrecisionName:
+    if str(given) not in _PRECISIONS:
+        raise ConfigError(f"precision={given!r}: must be one of {', '.join(_PRECISIONS)}")
+    name = _PRECISIONS[str(given)]
+    if name == "16-mixed" and accelerator == "cpu":
+        warnings.warn("precision='16-mixed' needs a GPU; 'bf16-mixed' is used on CPU", stacklevel=6)
+        name = "bf16-mixed"
+    return name

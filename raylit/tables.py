@@ -1,0 +1,39 @@
+"""Tables in box-drawing characters, on stdout or as text. Both sides."""
+
+import sys
+from collections.abc import Sequence
+
+_TO_ASCII = str.maketrans("━─┃│┏┳┓┡╇┩└┴┘", "=-||+++++++++")
+
+
+def drawn(header: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
+    """The lines of a table whose columns have these widths."""
+    return [
+        _line("┏┳┓", ["━" * width for width in widths]),
+        _line("┃┃┃", _centred(header, widths)),
+        _line("┡╇┩", ["━" * width for width in widths]),
+        *(_line("│││", _centred(row, widths)) for row in rows),
+        _line("└┴┘", ["─" * width for width in widths]),
+    ]
+
+
+def fitting_widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Of columns just wide enough for what stands in them."""
+    return [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
+
+
+def printable(text: str) -> str:
+    """A table that stdout cannot encode would end a good run with an exception."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(_TO_ASCII)
+    return text
+
+
+def _line(borders: str, cells: Sequence[str]) -> str:
+    return borders[0] + borders[1].join(cells) + borders[2]
+
+
+def _centred(texts: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [text.center(width) for text, width in zip(texts, widths, strict=True)]
