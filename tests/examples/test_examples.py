@@ -1,0 +1,53 @@
+"""The examples, as a user runs them: each reaches what it promises."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+
+
+def run(tmp_path: pathlib.Path, name: str, *arguments: str) -> str:
+    """What the example prints last."""
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=170,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout.splitlines()[-1]
+
+
+@pytest.mark.timeout(180)
+def test_the_gan_makes_digits_that_a_classifier_knows(tmp_path: pathlib.Path) -> None:
+    last = run(tmp_path, "gan.py", "--num-workers", "2")
+    found = re.fullmatch(r"confidence: (\S+) over (\d+) digits", last)
+    assert found is not None, last
+    assert float(found[1]) > 0.7
+    assert int(found[2]) >= 8
+
+
+@pytest.mark.timeout(180)
+def test_the_gan_is_the_same_when_it_optimizes_by_hand(tmp_path: pathlib.Path) -> None:
+    shape = ("--num-workers", "0", "--max-epochs", "3")
+    assert run(tmp_path, "gan.py", "--manual", *shape) == run(tmp_path, "gan.py", *shape)
+
+
+@pytest.mark.timeout(180)
+def test_the_character_model_learns_what_follows_what(tmp_path: pathlib.Path) -> None:
+    found = re.match(r"(\S+) bits per character, of (\S+) without a model", run(tmp_path, "text_tbptt.py"))
+    assert found is not None
+    assert float(found[1]) < 3.5 < 6 < float(found[2])
+
+
+@pytest.mark.timeout(180)
+def test_the_policy_balances_the_pole(tmp_path: pathlib.Path) -> None:
+    found = re.fullmatch(r"steps balanced: (\d+) of 200", run(tmp_path, "reinforcement.py", "--num-workers", "2"))
+    assert found is not None
+    assert int(found[1]) > 100
