@@ -136,8 +136,9 @@ class _SharedLoop:
 class EvalLoop(_SharedLoop):
     """Validation or test: metrics over every sample of every rank."""
 
-    def __init__(self, session: Session, *, stage: Stage) -> None:
+    def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
         super().__init__(session, stage=stage)
+        self._training_metrics = training_metrics
         self._num_seen = [0] * len(self._loaders)
         """Batches of each loader in the evaluations so far."""
         self._kept: EpochOutputs | None = None
@@ -165,6 +166,8 @@ class EvalLoop(_SharedLoop):
             self._call("epoch_end")
             reduced, loaders = metrics.read_epoch()
             view.receive({} if command.is_sanity_check else reduced)
+            if self._training_metrics is not None and not command.is_sanity_check:
+                self._training_metrics.withhold(reduced)
             session.module._metrics = None
             self._call("end")
             if command.is_sanity_check:

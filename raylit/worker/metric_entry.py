@@ -48,8 +48,8 @@ class Entry:
     """One logged name."""
 
     __slots__ = (
-        "asked", "is_fresh", "is_returned", "last", "name", "object", "on_epoch", "rows", "spec", "total", "values",
-        "weight", "weights",
+        "asked", "is_fresh", "is_returned", "last", "name", "object", "on_epoch", "pieces", "rows", "spec", "total",
+        "values", "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, spec: Spec, asked: tuple[Any, ...] | None) -> None:
@@ -67,6 +67,8 @@ class Entry:
         """In an evaluation, for `on_step`: each value with its batch's place in the data set."""
         self.object: Any = None
         """The torchmetrics object that was logged."""
+        self.pieces: tuple[Any, list[Any]] = (None, [])
+        """A batch, and the values of its pieces so far."""
         self.values: list[Any] = []
         self.weights: list[float] = []
         self.total: Any = None
@@ -78,6 +80,24 @@ class Entry:
         assert self.asked is not None
         self.asked = (self.asked[0] or prog_bar, self.asked[1] or logger, *self.asked[2:])
         self.spec = self.spec._replace(prog_bar=self.spec.prog_bar or prog_bar, logger=self.spec.logger or logger)
+
+    def with_pieces(self, value: Any, batch: Any, reduce_fx: Any) -> Any:
+        """The value of the batch with this piece of it, in the place of the one without."""
+        if self.pieces[0] is not batch:
+            self.start_pieces(value, batch)
+            return value
+        self.pieces[1].append(value)
+        if self.on_epoch:
+            self.values.pop()
+            self.weights.pop()
+        reduction = reduction_of(self.name, reduce_fx)
+        together = stacked(self.pieces[1])
+        return _REDUCTIONS[reduction](together) if isinstance(reduction, str) else reduction(together)
+
+    def start_pieces(self, value: Any, batch: Any) -> None:
+        self.pieces = (batch, [value])
+        if len(self.values) >= NUM_KEPT - 1:
+            self.fold()  # now, as values of this batch may still be replaced
 
     def fold(self) -> None:
         """Add the kept values up, in float64 and without waiting for the device."""

@@ -44,6 +44,8 @@ class MetricBuffer:
         """Inside a training batch: `on_step` is the default; else `on_epoch` is."""
         self.is_muted = False
         """What is logged counts for nothing."""
+        self.is_piece = False
+        """A piece of the batch is under way, in truncated back-propagation."""
         self.batch: Any = None
         """The batch under way; its size weighs the epoch's means."""
         self.place: int | None = None
@@ -54,8 +56,9 @@ class MetricBuffer:
         self._size = 1
         self.dataloader_idx: int | None = None
         """Set where an evaluation has several loaders: names then get `/dataloader_idx_N`."""
-        self.withheld: set[str] = set()
-        """Names that are not published: another loop's values of them count."""
+        self.defaults: set[str] = set()
+        """Names that were logged only because nobody gave a better value."""
+        self._withheld: set[str] = set()
         self.step_rows: list[tuple[int, int, Metrics]] = []
         """Of a finished evaluation: (dataloader_idx, place, metrics) of its batches, for what was logged `on_step`."""
 
@@ -114,17 +117,26 @@ class MetricBuffer:
         on_step: bool | None = None,
         on_epoch: bool | None = None,
         reduce_fx: Any = "mean",
+        piece_fx: Any = None,
     ) -> None:
         """As `log`, for what a step has returned. Where one batch shows a name and another does not, it is shown; a
-        name that the module gives to `self.log` too is left to it."""
+        name that the module gives to `self.log` too is left to it. `piece_fx` makes one value of those of a batch's
+        pieces."""
+        if self.is_muted:
+            return
         entry = self._entries.get(self._full_name(name))
         if entry is not None and entry.asked is not None:
             if not entry.is_returned:
                 return
             entry.widen(prog_bar, logger)
             prog_bar, logger, on_step, on_epoch, _ = entry.asked
+        if self.is_piece and piece_fx is not None and entry is not None:
+            value = entry.with_pieces(value, self.batch, piece_fx)
         self.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, None, True)
-        self._entries[self._full_name(name)].is_returned = True
+        if entry is None:
+            entry = self._entries[self._full_name(name)]
+            entry.start_pieces(value, self.batch)
+        entry.is_returned = True
 
     @contextmanager
     def as_global(self) -> Iterator[None]:
@@ -136,6 +148,13 @@ class MetricBuffer:
             yield
         finally:
             self._entries = batches
+
+    def withhold(self, evaluated: Metrics) -> None:
+        """Do not publish what validation has a better say in: its own `early_stop_on` and `checkpoint_on`, and
+        `val_loss` rather than a loss that is `checkpoint_on` by default."""
+        self._withheld.update({"early_stop_on", "checkpoint_on"} & evaluated.keys())
+        if "val_loss" in evaluated:
+            self._withheld.update(self.defaults)
 
     def _full_name(self, name: str) -> str:
         return name if self.dataloader_idx is None else f"{name}/dataloader_idx_{self.dataloader_idx}"
@@ -244,7 +263,7 @@ class MetricBuffer:
         metrics: Metrics = {}
         loaders: dict[str, int] = {}
         for spec, named in published:
-            shown = {name: metric for name, metric in named.items() if name not in self.withheld}
+            shown = {name: metric for name, metric in named.items() if name not in self._withheld}
             metrics.update(shown)
             loaders.update(dict.fromkeys(shown, spec.dataloader_idx))
         return metrics, loaders

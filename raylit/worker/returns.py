@@ -112,6 +112,16 @@ class EpochOutputs:
         if outputs is not None:
             self._kept[index].append((place, outputs))
 
+    def keep_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """As `on_train_batch_end`: one output, a list of pieces' outputs, or either with a list for the optimizers."""
+        if len(self._kept) == 1:
+            self.keep(batch_idx, outputs)
+            return
+        is_truncated = isinstance(outputs[0], list)
+        for index in range(len(self._kept)):
+            own = [piece[index] for piece in outputs if piece[index] is not None] if is_truncated else outputs[index]
+            self.keep(batch_idx, own or None, index=index)
+
     def call_hook(self) -> None:
         """Call the hook, on every rank with the outputs of all of them in data-set order. Collective.
 
@@ -142,9 +152,11 @@ def _file_end(outputs: Any, metrics: MetricBuffer, *, hook: str) -> None:
 
 
 def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = False) -> None:
+    if isinstance(result, TrainResult) and result.is_checkpoint_default:
+        metrics.defaults.add("checkpoint_on")
     for name in ("early_stop_on", "checkpoint_on"):
         if (value := getattr(result, name)) is not None:
-            metrics.file(name, value, prog_bar=False, logger=False, on_step=False, on_epoch=True)
+            metrics.file(name, value, prog_bar=False, logger=False, on_step=False, on_epoch=True, piece_fx="mean")
     for name, record in result.records.items():
         metrics.file(
             name,
@@ -154,6 +166,7 @@ def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = 
             on_step=record.on_step and not is_epoch_end,
             on_epoch=record.on_epoch or is_epoch_end,
             reduce_fx=record.reduce_fx,
+            piece_fx=record.tbptt_reduce_fx,
         )
 
 

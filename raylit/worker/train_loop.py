@@ -13,7 +13,7 @@ from raylit.worker.data import Feed, TrainData
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.returns import detached
+from raylit.worker.returns import EpochOutputs, detached
 from raylit.worker.session import Session
 
 _END = object()
@@ -42,6 +42,9 @@ class TrainLoop:
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
+        self._kept = EpochOutputs.of(
+            session, hook="training_epoch_end", metrics=metrics, num_lists=optimization.num_outputs
+        )
         self.num_batches = limited(data.num_batches, session.plan.limits.train_batches)
 
     def run(self, command: Train) -> Iterator[Report]:
@@ -50,6 +53,8 @@ class TrainLoop:
         feed = self._begin()
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
+        if self._kept is not None:
+            on_batch_end = (self._kept.keep_batch, *on_batch_end)
         run_batch, run_share = optimization.run_batch, optimization.run_share
         move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
         brake = session.brake
@@ -112,6 +117,8 @@ class TrainLoop:
         """The epoch's last hooks, its metrics, its schedulers."""
         session, view = self._session, self._view
         self.metrics.is_training_batch, self.metrics.batch = False, None
+        if self._kept is not None:
+            self._kept.call_hook()
         session.hooks.call("on_train_epoch_end")
         metrics, _ = self.metrics.read_epoch()
         view.receive(metrics)
@@ -125,6 +132,7 @@ class TrainLoop:
 
     def end(self) -> None:
         """After the last epoch."""
+        self._session.module._metrics = None
         if self._has_started:
             self._session.hooks.call("on_train_end")
 

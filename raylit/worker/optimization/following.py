@@ -16,6 +16,7 @@ class FollowingOptimization:
         self._peers = session.peers
         self._strategy = session.strategy
         self._metrics = metrics
+        self.num_outputs = inner.num_outputs
         self.start_epoch = inner.start_epoch
         self.run_batch = inner.run_batch
         self.finish_window = inner.finish_window
