@@ -21,6 +21,7 @@ from raylit.errors import (
 )
 from raylit.loggers import CSVLogger, Logger, TensorBoardLogger
 from raylit.module import LightningModule
+from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
 from raylit.trainer import Trainer
 
@@ -32,6 +33,7 @@ __all__ = [
     "DataModule",
     "DriverCallback",
     "EarlyStopping",
+    "EvalResult",
     "LightningDataModule",
     "LightningModule",
     "Logger",
@@ -45,6 +47,7 @@ __all__ = [
     "TQDMProgressBar",
     "TensorBoardLogger",
     "Timer",
+    "TrainResult",
     "Trainer",
     "UnknownArgumentError",
     "WorkerDied",
