@@ -1,5 +1,6 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
+from raylit import metrics
 from raylit.api import fit, predict, shutdown, test, validate
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
@@ -53,6 +54,7 @@ __all__ = [
     "WorkerDied",
     "WorkerFailed",
     "fit",
+    "metrics",
     "predict",
     "seed_everything",
     "shutdown",

@@ -69,10 +69,15 @@ def reset(metric: Any) -> None:
         metric.reset()
 
 
+def path_in(module: nn.Module, metric: Any) -> str | None:
+    """The metric's name in the module; None where it is not a part of it."""
+    return next((name for name, part in module.named_modules() if part is metric), None)
+
+
 def states_in(module: nn.Module) -> dict[str, State]:
     """The states of every metric of the module that has any, by its name there: this rank's own."""
-    found = {name: part for name, part in module.named_modules() if is_object(part)}
-    return {name: _state_of(part) for name, part in found.items() if part._update_count > 0}
+    states = {name: _state_of(part) for name, part in module.named_modules() if is_object(part)}
+    return {name: state for name, state in states.items() if state[0] > 0}
 
 
 def load_states(module: nn.Module, states: dict[str, State]) -> None:
@@ -88,7 +93,16 @@ def _parts_of(metric: Any) -> list[Any]:
 
 
 def _state_of(part: Any) -> State:
-    return part._update_count, {name: to_cpu(getattr(part, name)) for name in part._reductions}
+    states = {name: to_cpu(getattr(part, name)) for name in part._reductions}
+    # Wrappers do not count; they may have states all the same.
+    return part._update_count or int(any(_is_changed(part, name) for name in states)), states
+
+
+def _is_changed(part: Any, name: str) -> bool:
+    value, default = getattr(part, name), part._defaults[name]
+    if isinstance(value, list) or isinstance(default, list):
+        return len(value) > 0
+    return not torch.equal(value, default.to(value.device))
 
 
 def _set_state(part: Any, num_updates: int, values: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylit.errors import ConfigError
 from raylit.messages import Metric, Metrics
@@ -91,12 +91,10 @@ class MetricBuffer:
         if isinstance(value, Tensor):
             value = value.detach()
         elif not isinstance(value, (int, float)):
-            if entry.spec.reduction is OBJECT:
-                entry.object, value = value, metric_objects.step_value(name, value)
-                if value is None:
-                    return
-            else:
-                value = float(value)
+            if entry.spec.reduction == OBJECT:
+                self._log_object(entry, value)
+                return
+            value = float(value)
         entry.last = value
         entry.is_fresh = True
         if entry.rows is not None:
@@ -106,6 +104,16 @@ class MetricBuffer:
             entry.weights.append(float(batch_size or self._batch_size()))
             if len(entry.values) >= NUM_KEPT:
                 entry.fold()
+
+    def _log_object(self, entry: Entry, metric: Any) -> None:
+        """A torchmetrics object keeps the epoch's value itself; a batch's is there if the object has computed it."""
+        entry.object = metric
+        value = metric_objects.step_value(entry.name, metric) if entry.spec.on_step else None
+        if value is None:
+            return
+        entry.last, entry.is_fresh = value, True
+        if entry.rows is not None:
+            entry.rows.append((self.place or 0, value))
 
     def file(
         self,
@@ -238,7 +246,7 @@ class MetricBuffer:
             elif weights.any():
                 is_present = weights > 0
                 values[name] = epoch_across(totals[is_present], weights[is_present], spec.reduction)
-        values.update(self._computed({name: entries.get(name) for name, spec in layout if spec.reduction is OBJECT}))
+        values.update(self._computed({name: entries.get(name) for name, spec in layout if spec.reduction == OBJECT}))
         self.step_rows = self._gathered_rows(layout, entries)
         published = [
             (spec, spec.published(name, values[name], suffix="epoch"))
@@ -332,20 +340,27 @@ class MetricBuffer:
 
     # In a checkpoint
 
-    def state_dict(self) -> dict[str, Any]:
-        """The unfinished epoch's sums, in plain values; metrics reduced by a function of the user's are left out."""
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The unfinished epoch's sums, in plain values; metrics reduced by a function of the user's are left out. Of
+        torchmetrics objects their names in the module: their states are its own."""
         state: dict[str, Any] = {}
         for name, entry in self._entries.items():
             entry.fold()
-            if entry.on_epoch and entry.total is not None and isinstance(entry.spec.reduction, str):
+            if entry.object is not None:
+                if (path := metric_objects.path_in(module, entry.object)) is not None:
+                    state[name] = {"spec": tuple(entry.spec), "object": path}
+            elif entry.on_epoch and entry.total is not None and isinstance(entry.spec.reduction, str):
                 state[name] = {"spec": tuple(entry.spec), "total": float(entry.total), "weight": entry.weight}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         for name, kept in state.items():
             entry = self._entries[name] = Entry(name, Spec(*kept["spec"]), None)
-            entry.total = torch.tensor(kept["total"], dtype=torch.float64)
-            entry.weight = kept["weight"]
+            if "object" in kept:
+                entry.object = dict(module.named_modules()).get(kept["object"])
+            else:
+                entry.total = torch.tensor(kept["total"], dtype=torch.float64)
+                entry.weight = kept["weight"]
 
 
 def _belongs_to_epoch(entry: Entry) -> bool:

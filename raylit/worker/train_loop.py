@@ -9,6 +9,7 @@ import torch
 
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
+from raylit.worker import metric_objects
 from raylit.worker.data import Feed, TrainData
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
@@ -138,10 +139,17 @@ class TrainLoop:
 
     def state_of_rank(self) -> dict[str, Any]:
         """What only this rank has of the position: sums of the unfinished epoch, the samplers' generators."""
-        return {"metrics": self.metrics.state_dict(), "data": self._data.state_dict()}
+        module = self._session.module
+        return {
+            "metrics": self.metrics.state_dict(module),
+            "objects": metric_objects.states_in(module),
+            "data": self._data.state_dict(),
+        }
 
     def load_state_of_rank(self, state: dict[str, Any]) -> None:
-        self.metrics.load_state_dict(state["metrics"])
+        module = self._session.module
+        self.metrics.load_state_dict(state["metrics"], module)
+        metric_objects.load_states(module, state.get("objects", {}))
         self.load_data_state(state)
 
     def load_data_state(self, state: dict[str, Any]) -> None:
