@@ -5,6 +5,8 @@ nobody has imported it there is no object of it either.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -86,6 +88,18 @@ def load_states(module: nn.Module, states: dict[str, State]) -> None:
     for name, (num_updates, values) in states.items():
         if is_object(parts.get(name)):
             _set_state(parts[name], num_updates, values)
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Around a step with a batch of another rank's: the module's metrics are to know nothing of it."""
+    parts = [part for part in module.modules() if is_object(part)]
+    before = [_state_of(part) for part in parts]
+    try:
+        yield
+    finally:
+        for part, (num_updates, values) in zip(parts, before, strict=True):
+            _set_state(part, num_updates, values)
 
 
 def _parts_of(metric: Any) -> list[Any]:

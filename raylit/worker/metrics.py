@@ -180,6 +180,10 @@ class MetricBuffer:
                 f"self.log({name!r}) is called with other arguments than before in the same loop: "
                 f"{asked} after {known.asked} (prog_bar, logger, on_step, on_epoch, reduce_fx)"
             )
+        if "/dataloader_idx_" in name.removesuffix(f"/dataloader_idx_{self.dataloader_idx}"):
+            raise ConfigError(
+                f"self.log({name!r}): leave /dataloader_idx_... out, several loaders get it by themselves"
+            )
         prog_bar, logger, on_step, on_epoch, _ = asked
         if on_step and self.batch is None and not self.is_training_batch:
             raise ConfigError(f"self.log({name!r}, on_step=True) outside of a batch: pass on_epoch=True instead")

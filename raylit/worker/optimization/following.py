@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from raylit.worker import metric_objects
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.base import Optimization
 from raylit.worker.session import Session
@@ -13,6 +14,7 @@ class FollowingOptimization:
 
     def __init__(self, inner: Optimization, *, session: Session, metrics: MetricBuffer) -> None:
         self._inner = inner
+        self._module = session.module
         self._peers = session.peers
         self._strategy = session.strategy
         self._metrics = metrics
@@ -31,7 +33,8 @@ class FollowingOptimization:
         self._metrics.is_muted = True
         self._strategy.silence(is_silent=True)
         try:
-            self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
+            with metric_objects.preserved(self._module):
+                self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
         finally:
             self._metrics.is_muted = False
             self._strategy.silence(is_silent=False)
