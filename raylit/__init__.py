@@ -1,5 +1,6 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
+from raylit import metrics
 from raylit.api import fit, predict, shutdown, test, validate
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
@@ -21,6 +22,7 @@ from raylit.errors import (
 )
 from raylit.loggers import CSVLogger, Logger, TensorBoardLogger
 from raylit.module import LightningModule
+from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
 from raylit.trainer import Trainer
 
@@ -32,6 +34,7 @@ __all__ = [
     "DataModule",
     "DriverCallback",
     "EarlyStopping",
+    "EvalResult",
     "LightningDataModule",
     "LightningModule",
     "Logger",
@@ -45,11 +48,13 @@ __all__ = [
     "TQDMProgressBar",
     "TensorBoardLogger",
     "Timer",
+    "TrainResult",
     "Trainer",
     "UnknownArgumentError",
     "WorkerDied",
     "WorkerFailed",
     "fit",
+    "metrics",
     "predict",
     "seed_everything",
     "shutdown",

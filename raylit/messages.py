@@ -145,6 +145,17 @@ class Evaluated:
     stop_reason: str | None = None
     is_broken_off: bool = False
     """The run is being interrupted: there are no metrics."""
+    steps: tuple[tuple[int, Metrics], ...] = ()
+    """Of what was logged `on_step`: the values of each batch, under the number of batches that its loader has given
+    before, in all evaluations of this stage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """A rank's rows for files of predictions."""
+
+    files: dict[str, tuple[tuple[int, int, dict[str, Any]], ...]]
+    """By file: (dataloader_idx, place in the data set, columns) of each batch; a column has a value per sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +218,7 @@ class Printed:
     lines: tuple[tuple[Literal["stdout", "stderr"], str], ...]
 
 
-Report = Started | Ticked | Stepped | Paused | EpochEnded | Evaluated | Predicted | Saved | Finished
+Report = Started | Ticked | Stepped | Paused | EpochEnded | Evaluated | Written | Predicted | Saved | Finished
 
 Mail = Report | CommandDone | Failed | Printed
 """What an actor streams to the driver."""

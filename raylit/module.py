@@ -1,6 +1,7 @@
 """LightningModule: the hooks a user writes, on a plain nn.Module. User's class, used on both sides."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from raylit.checkpoint import files, format
-from raylit.errors import CheckpointError
+from raylit.errors import CheckpointError, ConfigError
 from raylit.hparams import AttributeDict, constructor_arguments, init_arguments, select_hyperparameters
 from raylit.sequences import split_along_time
 
@@ -143,15 +144,31 @@ class LightningModule(nn.Module):
         `sync_dist` is therefore always on; it is accepted, like `sync_dist_group`, for Lightning's sake.
         """
         if self._metrics is None:
-            raise RuntimeError(f"self.log({name!r}) works inside the hooks of a run only; no Trainer runs this module")
+            self._miss_run(name)
+            return
         if rank_zero_only and self._view.global_rank != 0:
             return
         self._metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx)
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
-        """`log` for each entry; keywords as there."""
-        for name, value in dictionary.items():
+        """`log` for each entry, of a dict or a torchmetrics.MetricCollection; keywords as there."""
+        if hasattr(dictionary, "compute_groups"):
+            # The members themselves: copies of their states would not be reset, nor go on.
+            items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
+        else:
+            items = dictionary.items()
+        for name, value in items:
             self.log(name, value, **kwargs)
+
+    def _miss_run(self, name: str) -> None:
+        if self._view is not None:
+            raise ConfigError(
+                f"self.log({name!r}) is called where nothing is collected: log in the hooks of batches and epochs of "
+                "training, validation and test, not before or after the training, nor at the end of a whole "
+                "validation or test, nor in prediction"
+            )
+        # Steps can be tried out by hand.
+        warnings.warn(f"self.log({name!r}) does nothing: no Trainer runs this module", stacklevel=3)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print` on rank 0 only."""

@@ -22,6 +22,7 @@ LAYERS = (
         "datamodule",
         "hparams",
         "loggers",
+        "metrics",
         "module",
         "profilers",
         "results",

@@ -6,6 +6,7 @@ from typing import Any
 
 from raylit.callbacks.base import DriverCallback
 from raylit.checkpoint import files, format
+from raylit.driver import predictions
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
 from raylit.driver.schedule import Schedule
@@ -31,6 +32,7 @@ from raylit.messages import (
     Stepped,
     Ticked,
     Train,
+    Written,
 )
 from raylit.plan import Plan
 from raylit.state import RunState, Stage
@@ -60,6 +62,7 @@ class Coordinator:
         self._interrupts = Interrupts(on_first=self._brake)
         self._is_training = False
         """The workers carry out a Train command."""
+        self._written: list[Written] = []
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
 
@@ -158,6 +161,9 @@ class Coordinator:
         evaluated = self._one(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
         self._interrupts.check()
         assert isinstance(evaluated, Evaluated)
+        if self._written:
+            written, self._written = self._written, []
+            predictions.write(written)
         self._notify("on_evaluation_end", stage)
         return evaluated
 
@@ -254,6 +260,8 @@ class Coordinator:
         for rank, report in self._group.run(command):
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
+            if isinstance(report, Written):
+                self._written.append(report)
             if rank == 0:
                 self._receive(report)
             if only_rank is None or rank == only_rank:
@@ -275,6 +283,8 @@ class Coordinator:
                 self._take_metrics(report.metrics, is_logged=False)
             case Evaluated() if not report.is_broken_off:
                 state.progress = self._schedule.validated(state)
+                for step, metrics in report.steps:
+                    self._log(metrics, step=step)
                 self._take_metrics(report.metrics, is_flushed=True)
             case EpochEnded():
                 state.progress = report.progress
@@ -288,14 +298,19 @@ class Coordinator:
         state = self.state
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
         state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
-        logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
-        if not logged or not is_logged:
-            return
-        state.logged_metrics.update(logged)
-        for logger in self.loggers:
-            logger.log_metrics({**logged, "epoch": float(state.progress.epoch)}, step=state.log_step)
-            if is_flushed:
+        if is_logged and self._log(metrics, step=state.log_step) and is_flushed:
+            for logger in self.loggers:
                 logger.save()
+
+    def _log(self, metrics: Metrics, *, step: int) -> bool:
+        """To the loggers; whether there was anything for them."""
+        logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
+        if not logged:
+            return False
+        self.state.logged_metrics.update(logged)
+        for logger in self.loggers:
+            logger.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
+        return True
 
     def _log_hyperparams(self) -> None:
         module, datamodule = self._job.module, self._job.datamodule

@@ -10,11 +10,13 @@ from torch import nn
 
 from raylit.checkpoint import format
 from raylit.errors import ConfigError
-from raylit.messages import Evaluate, Evaluated, Predict, Predicted, Report, Ticked
+from raylit.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.plan import BatchLimit
+from raylit.results import EvalResult
 from raylit.state import Stage
 from raylit.worker.data import EvalData
 from raylit.worker.metrics import MetricBuffer
+from raylit.worker.returns import EpochOutputs, file_evaluated
 from raylit.worker.session import Session
 from raylit.worker.signatures import accepting_index, num_positional, takes
 from raylit.worker.sources import loaders_of
@@ -61,7 +63,7 @@ class _SharedLoop:
                 return
             if session.move is not None:
                 batch = session.move(batch)
-            metrics.batch = batch
+            metrics.batch, metrics.place = batch, place
             for hook in on_start:
                 hook(batch, self._num_done, *extra)
             with session.around_step():
@@ -134,10 +136,22 @@ class _SharedLoop:
 class EvalLoop(_SharedLoop):
     """Validation or test: metrics over every sample of every rank."""
 
+    def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
+        super().__init__(session, stage=stage)
+        self._training_metrics = training_metrics
+        self._num_seen = [0] * len(self._loaders)
+        """Batches of each loader in the evaluations so far."""
+        self._kept: EpochOutputs | None = None
+        self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+
     def run(self, command: Evaluate) -> Iterator[Report]:
         """The whole loop with its hooks; its metrics reduced over the ranks."""
         session, view, hooks = self._session, self._session.view, self._session.hooks
-        metrics = MetricBuffer(session.peers)
+        metrics = MetricBuffer(session.peers, is_evaluation=True)
+        self._kept = EpochOutputs.of(
+            session, hook=f"{_PREFIXES[self._stage]}_epoch_end", metrics=metrics, num_lists=max(1, len(self._loaders))
+        )
+        self._rows = {}
         with self._as_stage(metrics, is_sanity_check=command.is_sanity_check), self._evaluating():
             if command.is_sanity_check:
                 hooks.call("on_sanity_check_start")
@@ -147,9 +161,14 @@ class EvalLoop(_SharedLoop):
                 metrics.dataloader_idx = index if len(self._loaders) > 1 else None
                 yield from self._run_loader(index, metrics, self._batches_of(index, command.is_sanity_check))
             metrics.dataloader_idx, metrics.batch = None, None
+            if self._kept is not None:
+                self._kept.call_hook()
             self._call("epoch_end")
             reduced, loaders = metrics.read_epoch()
             view.receive({} if command.is_sanity_check else reduced)
+            if self._training_metrics is not None and not command.is_sanity_check:
+                self._training_metrics.withhold(reduced)
+            session.module._metrics = None
             self._call("end")
             if command.is_sanity_check:
                 hooks.call("on_sanity_check_end")
@@ -159,6 +178,8 @@ class EvalLoop(_SharedLoop):
             return
         if session.stage == "fit" and not command.is_sanity_check:
             view.validated_batch = view.num_batches_done
+        if self._rows:
+            yield Written(files={filename: tuple(rows) for filename, rows in self._rows.items()})
         per_loader: tuple[dict[str, float], ...] = tuple({} for _ in self._loaders)
         for name, metric in reduced.items():
             if not metric.is_alias:
@@ -168,12 +189,33 @@ class EvalLoop(_SharedLoop):
             metrics={} if command.is_sanity_check else reduced,
             per_loader=per_loader,
             stop_reason="trainer.should_stop was set" if view.should_stop else None,
+            steps=() if command.is_sanity_check else self._numbered(metrics),
         )
 
     def _run_loader(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[Report]:
-        for _ in self._outputs(index, metrics, num_batches):
+        for place, output in self._outputs(index, metrics, num_batches):
+            if output is not None:
+                self._take(place, output, index, metrics)
+            metrics.num_places[index] = place + 1
             if (tick := self._tick(index)) is not None:
                 yield tick
+
+    def _take(self, place: int, output: Any, index: int, metrics: MetricBuffer) -> None:
+        """What a step has returned: metrics, something for the hook at the end, rows for a file."""
+        step = f"{_PREFIXES[self._stage]}_step"
+        file_evaluated(output, metrics, step=step, has_hook=self._kept is not None)
+        if self._kept is not None:
+            self._kept.keep(place, output, index=index)
+        if self._stage == "test" and isinstance(output, EvalResult):
+            for filename, columns in output.columns.items():
+                self._rows.setdefault(filename, []).append((index, place, to_cpu(columns)))
+
+    def _numbered(self, metrics: MetricBuffer) -> tuple[tuple[int, Metrics], ...]:
+        """Each batch's metrics with its number among all that its loader has given in this run."""
+        numbered = tuple((self._num_seen[index] + place, row) for index, place, row in metrics.step_rows)
+        for index, num_places in metrics.num_places.items():
+            self._num_seen[index] += num_places
+        return numbered
 
 
 class PredictLoop(_SharedLoop):
@@ -187,6 +229,7 @@ class PredictLoop(_SharedLoop):
         metrics = MetricBuffer(session.peers)
         collected: list[tuple[tuple[int, Any], ...]] = []
         with self._as_stage(metrics), self._evaluating():
+            session.module._metrics = None
             self._call("start")
             self._call("epoch_start")
             for index in range(len(self._loaders)):

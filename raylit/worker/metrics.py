@@ -1,92 +1,66 @@
 """MetricBuffer: what `self.log` keeps on the device until an interval's end, and its reduction over ranks. Worker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylit.errors import ConfigError
 from raylit.messages import Metric, Metrics
+from raylit.worker import metric_objects
 from raylit.worker.data import batch_size_of
+from raylit.worker.metric_entry import (
+    NUM_KEPT,
+    OBJECT,
+    Entry,
+    Spec,
+    applied,
+    check_scalar,
+    epoch_across,
+    last_value,
+    reduction_of,
+    stacked,
+    step_across,
+    total_and_weight,
+)
 from raylit.worker.peers import Peers
 
-_NUM_KEPT = 256
-"""Values of an epoch's metric that are kept before they are added up; bounds memory, saves a torch call per step."""
-
-Reduction = str | Callable[[Tensor], Tensor]
-_Spec = tuple[int, Reduction, bool, bool, bool, bool]
-"""dataloader_idx, reduction, prog_bar, logger, on_step, on_epoch: what all ranks must agree on to read a name."""
-_Layout = list[tuple[str, _Spec]]
-
-
-class _Entry:
-    """One logged name."""
-
-    __slots__ = (
-        "asked", "dataloader_idx", "last", "logger", "name", "on_epoch", "on_step", "prog_bar", "reduction", "total",
-        "values", "weight", "weights",
-    )  # fmt: skip
-
-    def __init__(self, name: str, spec: _Spec, asked: tuple[Any, ...] | None) -> None:
-        self.name = name
-        self.asked = asked
-        """The arguments of the first `self.log`, None for an entry that comes from a checkpoint."""
-        self.dataloader_idx, self.reduction, self.prog_bar, self.logger, self.on_step, self.on_epoch = spec
-        self.last: Any = None
-        self.values: list[Any] = []
-        self.weights: list[float] = []
-        self.total: Any = None
-        """Sum, minimum or maximum so far, float64 on the device; for a function of the user's all the values."""
-        self.weight = 0.0
-
-    @property
-    def spec(self) -> _Spec:
-        return self.dataloader_idx, self.reduction, self.prog_bar, self.logger, self.on_step, self.on_epoch
-
-    def fold(self) -> None:
-        """Add the kept values up, in float64 and without waiting for the device."""
-        if not self.values:
-            return
-        values = _stacked(self.values)
-        if self.reduction == "mean":
-            weights = torch.tensor(self.weights, dtype=torch.float64).to(values.device, non_blocking=True)
-            folded = (values * weights).sum()
-        elif isinstance(self.reduction, str):
-            folded = _REDUCTIONS[self.reduction](values)
-        else:
-            folded = values
-        self.total = folded if self.total is None else _combined(self.reduction, self.total, folded)
-        self.weight += sum(self.weights)
-        self.values, self.weights = [], []
-
-
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "min": torch.min,
-    "max": torch.max,
-}
-_SAME = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", min: "min", max: "max", sum: "sum"}
+_Layout = list[tuple[str, Spec]]
 
 
 class MetricBuffer:
     """The metrics of one loop. Reading is collective; logging is local and free of device syncs."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers, *, is_evaluation: bool = False) -> None:
         self._peers = peers
-        self._entries: dict[str, _Entry] = {}
+        self._is_evaluation = is_evaluation
+        self._entries: dict[str, Entry] = {}
+        self._global_entries: dict[str, Entry] = {}
         self._step_layout: _Layout = []
         self.is_training_batch = False
         """Inside a training batch: `on_step` is the default; else `on_epoch` is."""
         self.is_muted = False
         """What is logged counts for nothing."""
+        self.is_piece = False
+        """A piece of the batch is under way, in truncated back-propagation."""
         self.batch: Any = None
         """The batch under way; its size weighs the epoch's means."""
+        self.place: int | None = None
+        """In an evaluation: where the batch stands in the data set."""
+        self.num_places: dict[int, int] = {}
+        """In an evaluation: batches of each loader; of all ranks once there are `step_rows`."""
         self._sized_batch: Any = None
         self._size = 1
         self.dataloader_idx: int | None = None
         """Set where an evaluation has several loaders: names then get `/dataloader_idx_N`."""
+        self.defaults: set[str] = set()
+        """Names that were logged only because nobody gave a better value."""
+        self._withheld: set[str] = set()
+        self.step_rows: list[tuple[int, int, Metrics]] = []
+        """Of a finished evaluation: (dataloader_idx, place, metrics) of its batches, for what was logged `on_step`."""
 
     def log_step(self, name: str, value: Any) -> None:
         """A value of this step alone, for the loggers."""
@@ -117,35 +91,113 @@ class MetricBuffer:
         if isinstance(value, Tensor):
             value = value.detach()
         elif not isinstance(value, (int, float)):
+            if entry.spec.reduction == OBJECT:
+                self._log_object(entry, value)
+                return
             value = float(value)
         entry.last = value
+        entry.is_fresh = True
+        if entry.rows is not None:
+            entry.rows.append((self.place or 0, value))
         if entry.on_epoch:
             entry.values.append(value)
             entry.weights.append(float(batch_size or self._batch_size()))
-            if len(entry.values) >= _NUM_KEPT:
+            if len(entry.values) >= NUM_KEPT:
                 entry.fold()
 
-    def _declare(self, name: str, value: Any, asked: tuple[Any, ...], reduce_fx: Any) -> _Entry:
-        _check_scalar(name, value)
+    def _log_object(self, entry: Entry, metric: Any) -> None:
+        """A torchmetrics object keeps the epoch's value itself; a batch's is there if the object has computed it."""
+        entry.object = metric
+        value = metric_objects.step_value(entry.name, metric) if entry.spec.on_step else None
+        if value is None:
+            return
+        entry.last, entry.is_fresh = value, True
+        if entry.rows is not None:
+            entry.rows.append((self.place or 0, value))
+
+    def file(
+        self,
+        name: str,
+        value: Any,
+        *,
+        prog_bar: bool,
+        logger: bool,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        piece_fx: Any = None,
+    ) -> None:
+        """As `log`, for what a step has returned. Where one batch shows a name and another does not, it is shown; a
+        name that the module gives to `self.log` too is left to it. `piece_fx` makes one value of those of a batch's
+        pieces."""
+        if self.is_muted:
+            return
+        entry = self._entries.get(self._full_name(name))
+        if entry is not None and entry.asked is not None:
+            if not entry.is_returned:
+                return
+            entry.widen(prog_bar, logger)
+            prog_bar, logger, on_step, on_epoch, _ = entry.asked
+        if self.is_piece and piece_fx is not None and entry is not None:
+            value = entry.with_pieces(value, self.batch, piece_fx)
+        self.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, None, True)
+        if entry is None:
+            entry = self._entries[self._full_name(name)]
+            entry.start_pieces(value, self.batch)
+        entry.is_returned = True
+
+    @contextmanager
+    def as_global(self) -> Iterator[None]:
+        """What is logged inside is the value over all ranks already: it is not reduced again, and takes the place of
+        what the batches have logged under the same name."""
+        batches = self._entries
+        self._entries = self._global_entries
+        try:
+            yield
+        finally:
+            self._entries = batches
+
+    def withhold(self, evaluated: Metrics) -> None:
+        """Do not publish what validation has a better say in: its own `early_stop_on` and `checkpoint_on`, and
+        `val_loss` rather than a loss that is `checkpoint_on` by default."""
+        self._withheld.update({"early_stop_on", "checkpoint_on"} & evaluated.keys())
+        if "val_loss" in evaluated:
+            self._withheld.update(self.defaults)
+
+    def _full_name(self, name: str) -> str:
+        return name if self.dataloader_idx is None else f"{name}/dataloader_idx_{self.dataloader_idx}"
+
+    def _declare(self, name: str, value: Any, asked: tuple[Any, ...], reduce_fx: Any) -> Entry:
+        is_object = metric_objects.is_object(value)
+        if not is_object:
+            check_scalar(name, value)
         known = self._entries.get(name)
-        if known is not None and known.asked is None:
-            known.asked = asked
+        if known is not None and (known.asked is None or known.is_returned):
+            known.asked, known.is_returned = asked, False
             return known
         if known is not None:
             raise ConfigError(
                 f"self.log({name!r}) is called with other arguments than before in the same loop: "
                 f"{asked} after {known.asked} (prog_bar, logger, on_step, on_epoch, reduce_fx)"
             )
+        if "/dataloader_idx_" in name.removesuffix(f"/dataloader_idx_{self.dataloader_idx}"):
+            raise ConfigError(
+                f"self.log({name!r}): leave /dataloader_idx_... out, several loaders get it by themselves"
+            )
         prog_bar, logger, on_step, on_epoch, _ = asked
-        spec = (
-            self.dataloader_idx or 0,
-            _reduction(name, reduce_fx),
-            bool(prog_bar),
-            True if logger is None else bool(logger),
-            self.is_training_batch if on_step is None else bool(on_step),
-            not self.is_training_batch if on_epoch is None else bool(on_epoch),
+        if on_step and self.batch is None and not self.is_training_batch:
+            raise ConfigError(f"self.log({name!r}, on_step=True) outside of a batch: pass on_epoch=True instead")
+        spec = Spec(
+            dataloader_idx=self.dataloader_idx or 0,
+            reduction=OBJECT if is_object else reduction_of(name, reduce_fx),
+            prog_bar=bool(prog_bar),
+            logger=True if logger is None else bool(logger),
+            on_step=self.is_training_batch if on_step is None else bool(on_step),
+            on_epoch=not self.is_training_batch if on_epoch is None else bool(on_epoch),
         )
-        entry = self._entries[name] = _Entry(name, spec, asked)
+        entry = self._entries[name] = Entry(name, spec, asked)
+        if spec.on_step and self._is_evaluation:
+            entry.rows = []
         return entry
 
     def _batch_size(self) -> int:
@@ -157,158 +209,172 @@ class MetricBuffer:
 
     def latest(self, *, only_prog_bar: bool = False) -> dict[str, float]:
         """This rank's own last values, by the names that steps go by. Waits for the device."""
-        entries = [entry for entry in self._entries.values() if entry.on_step and entry.last is not None]
-        return {_step_name(entry): float(entry.last) for entry in entries if entry.prog_bar or not only_prog_bar}
+        entries = [entry for entry in self._entries.values() if entry.spec.on_step and entry.last is not None]
+        return {
+            entry.spec.step_name(entry.name): float(entry.last)
+            for entry in entries
+            if entry.spec.prog_bar or not only_prog_bar
+        }
 
     def read_step(self, *, stop_wish: bool = False) -> tuple[Metrics, bool]:
-        """The last values of `on_step` metrics, reduced over the ranks that have one, and whether any rank wishes a
-        stop. One collective; a second one when a rank logs a name for the first time."""
-        entries = {name: entry for name, entry in self._entries.items() if entry.on_step}
-        layout, rows, is_stop_wished = self._gather(entries, self._step_layout, _last_value, stop_wish)
+        """The values of `on_step` metrics that are new since the last reading, reduced over the ranks that have one,
+        and whether any rank wishes a stop. One collective; a second one when a rank logs a name for the first time."""
+        entries = {name: entry for name, entry in self._entries.items() if entry.spec.on_step and entry.is_fresh}
+        layout, rows, is_stop_wished = self._gather(entries, self._step_layout, last_value, stop_wish)
         self._step_layout = layout
         metrics: Metrics = {}
         for index, (name, spec) in enumerate(layout):
             values, is_present = rows[:, 2 * index], rows[:, 2 * index + 1] > 0
             if is_present.any():
-                metrics.update(_published(name, _across(values[is_present], spec[1]), spec, suffix="step"))
+                metrics.update(spec.published(name, step_across(values[is_present], spec.reduction), suffix="step"))
+        for entry in entries.values():
+            entry.is_fresh = False
         return metrics, is_stop_wished
 
     def read_epoch(self) -> tuple[Metrics, dict[str, int]]:
-        """The `on_epoch` metrics over all batches of all ranks, and the loader of each; empties the buffer.
+        """The `on_epoch` metrics over all batches of all ranks, and the loader of each; empties the buffer of them.
 
-        One collective, one more where the names have to be agreed on, one for each reduction that is a function.
+        One collective and one more where the names have to be agreed on, one for each reduction that is a function,
+        two for all torchmetrics objects, one for the `on_step` values of an evaluation.
         """
-        entries = {name: entry for name, entry in self._entries.items() if entry.on_epoch}
+        entries = {name: entry for name, entry in self._entries.items() if _belongs_to_epoch(entry)}
+        entries.update({name: entry for name, entry in self._global_entries.items() if entry.object is not None})
         for entry in entries.values():
             entry.fold()
-        layout, rows, _ = self._gather(entries, [], _total_and_weight, False)
-        metrics: Metrics = {}
-        loaders: dict[str, int] = {}
+        layout, rows, _ = self._gather(entries, [], total_and_weight, False)
+        values: dict[str, float] = {}
         for index, (name, spec) in enumerate(layout):
             totals, weights = rows[:, 2 * index], rows[:, 2 * index + 1]
-            reduction = spec[1]
+            if callable(spec.reduction):
+                values[name] = self._applied(spec.reduction, entries.get(name))
+            elif weights.any():
+                is_present = weights > 0
+                values[name] = epoch_across(totals[is_present], weights[is_present], spec.reduction)
+        values.update(self._computed({name: entries.get(name) for name, spec in layout if spec.reduction == OBJECT}))
+        self.step_rows = self._gathered_rows(layout, entries)
+        published = [
+            (spec, spec.published(name, values[name], suffix="epoch"))
+            for name, spec in layout
+            if name in values and spec.on_epoch
+        ]
+        self._entries = {name: entry for name, entry in self._entries.items() if name not in entries}
+        return self._with_global(published)
+
+    def _with_global(self, published: list[tuple[Spec, Metrics]]) -> tuple[Metrics, dict[str, int]]:
+        """Add what was logged as global: every rank has the same."""
+        entries = [entry for entry in self._global_entries.values() if entry.object is None]
+        self._global_entries = {}
+        for entry in entries:
+            entry.fold()
+            reduction, (total, weight) = entry.spec.reduction, total_and_weight(entry)
             if callable(reduction):
-                value = self._applied(reduction, entries.get(name))
-            elif reduction == "mean":
-                value = float(totals.sum() / weights.sum())
+                value = applied(reduction, entry.total.tolist())
             else:
-                value = _across(totals[weights > 0], reduction)
-            published = _published(name, value, spec, suffix="epoch")
-            metrics.update(published)
-            loaders.update(dict.fromkeys(published, spec[0]))
-        self._entries = {name: entry for name, entry in self._entries.items() if not entry.on_epoch}
+                value = epoch_across(stacked([total]), stacked([weight]), reduction)
+            published.append((entry.spec, entry.spec.published(entry.name, value, suffix="epoch")))
+        metrics: Metrics = {}
+        loaders: dict[str, int] = {}
+        for spec, named in published:
+            shown = {name: metric for name, metric in named.items() if name not in self._withheld}
+            metrics.update(shown)
+            loaders.update(dict.fromkeys(shown, spec.dataloader_idx))
         return metrics, loaders
 
-    def _applied(self, reduction: Callable[[Tensor], Tensor], entry: _Entry | None) -> float:
+    def _applied(self, reduction: Callable[[Tensor], Tensor], entry: Entry | None) -> float:
         own = entry.total.tolist() if entry is not None and entry.total is not None else []
-        values = [value for values in self._peers.gather_objects(own) for value in values]
-        return float(reduction(torch.tensor(values)))
+        # Ranks take turns, as they did with the batches.
+        turns = chain.from_iterable(zip_longest(*self._peers.gather_objects(own)))
+        return applied(reduction, [value for value in turns if value is not None])
+
+    def _computed(self, entries: dict[str, Entry | None]) -> dict[str, float]:
+        """The values of torchmetrics objects over the states of all ranks; resets them."""
+        if not entries:
+            return {}
+        objects = {name: entry.object for name, entry in entries.items() if entry is not None}
+        on_epoch = {name for name, entry in entries.items() if entry is not None and entry.on_epoch}
+        own = {name: metric_objects.states_of(metric) for name, metric in objects.items()}
+        ranked = self._peers.gather_objects(own)
+        values = {
+            name: metric_objects.computed(name, metric, [states[name] for states in ranked if name in states])
+            for name, metric in objects.items()
+            if name in on_epoch
+        }
+        for metric in objects.values():
+            metric_objects.reset(metric)
+        # A rank without a batch has no object, and yet is to know the value.
+        return dict(chain.from_iterable(one.items() for one in reversed(self._peers.gather_objects(values))))
+
+    def _gathered_rows(self, layout: _Layout, entries: dict[str, Entry]) -> list[tuple[int, int, Metrics]]:
+        specs = {name: spec for name, spec in layout if spec.on_step}
+        if not specs or not self._is_evaluation:
+            return []
+        own = {name: _as_numbers(entry.rows) for name, entry in entries.items() if entry.rows}
+        rows: dict[tuple[int, int], Metrics] = {}
+        for named, num_places in self._peers.gather_objects((own, dict(self.num_places))):
+            self.num_places.update(
+                {index: max(num, self.num_places.get(index, 0)) for index, num in num_places.items()}
+            )
+            for name, (places, values) in named.items():
+                spec = specs[name]
+                for place, value in zip(places, values, strict=True):
+                    metric = Metric(value=value, prog_bar=spec.prog_bar, logger=spec.logger)
+                    rows.setdefault((spec.dataloader_idx, place), {})[spec.step_name(name)] = metric
+        return [(loader, place, metrics) for (loader, place), metrics in sorted(rows.items(), key=lambda item: item[0])]
 
     def _gather(
         self,
-        entries: dict[str, _Entry],
+        entries: dict[str, Entry],
         layout: _Layout,
-        number_of: Callable[[_Entry | None], tuple[Any, float]],
+        number_of: Callable[[Entry | None], tuple[Any, float]],
         stop_wish: bool,
     ) -> tuple[_Layout, Tensor, bool]:
         """A row of (value, weight) pairs for each rank, in the order of a layout that all ranks agree on."""
         while True:
-            known = {name for name, _ in layout}
-            unknown = {name: entry.spec for name, entry in entries.items() if name not in known}
+            known = dict(layout)
+            unknown = {name: entry.spec for name, entry in entries.items() if _is_new(entry.spec, known.get(name))}
             pairs = [number_of(entries.get(name)) for name, _ in layout]
             own = [*(number for pair in pairs for number in pair), float(bool(unknown)), float(stop_wish)]
-            rows = self._peers.gather_vector(_stacked(own).cpu())
+            rows = self._peers.gather_vector(stacked(own).cpu())
             if not rows[:, -2].any():
                 return layout, rows, bool(rows[:, -1].any())
-            merged = dict(layout)
             for specs in self._peers.gather_objects(unknown):
-                merged.update(specs)
-            layout = sorted(merged.items(), key=lambda item: item[0])
+                for name, spec in specs.items():
+                    known[name] = spec if name not in known else known[name].joined(spec)
+            layout = sorted(known.items(), key=lambda item: item[0])
 
     # In a checkpoint
 
-    def state_dict(self) -> dict[str, Any]:
-        """The unfinished epoch's sums, in plain values; metrics reduced by a function of the user's are left out."""
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The unfinished epoch's sums, in plain values; metrics reduced by a function of the user's are left out. Of
+        torchmetrics objects their names in the module: their states are its own."""
         state: dict[str, Any] = {}
         for name, entry in self._entries.items():
             entry.fold()
-            if entry.on_epoch and entry.total is not None and isinstance(entry.reduction, str):
-                state[name] = {"spec": entry.spec, "total": float(entry.total), "weight": entry.weight}
+            if entry.object is not None:
+                if (path := metric_objects.path_in(module, entry.object)) is not None:
+                    state[name] = {"spec": tuple(entry.spec), "object": path}
+            elif entry.on_epoch and entry.total is not None and isinstance(entry.spec.reduction, str):
+                state[name] = {"spec": tuple(entry.spec), "total": float(entry.total), "weight": entry.weight}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         for name, kept in state.items():
-            entry = self._entries[name] = _Entry(name, tuple(kept["spec"]), None)
-            entry.total = torch.tensor(kept["total"], dtype=torch.float64)
-            entry.weight = kept["weight"]
+            entry = self._entries[name] = Entry(name, Spec(*kept["spec"]), None)
+            if "object" in kept:
+                entry.object = dict(module.named_modules()).get(kept["object"])
+            else:
+                entry.total = torch.tensor(kept["total"], dtype=torch.float64)
+                entry.weight = kept["weight"]
 
 
-def _last_value(entry: _Entry | None) -> tuple[Any, float]:
-    return (0.0, 0.0) if entry is None or entry.last is None else (entry.last, 1.0)
+def _belongs_to_epoch(entry: Entry) -> bool:
+    return entry.on_epoch or entry.rows is not None or entry.object is not None
 
 
-def _total_and_weight(entry: _Entry | None) -> tuple[Any, float]:
-    if entry is None or entry.total is None or callable(entry.reduction):
-        return 0.0, 0.0
-    return entry.total, entry.weight
+def _is_new(spec: Spec, known: Spec | None) -> bool:
+    return known is None or (spec.prog_bar and not known.prog_bar) or (spec.logger and not known.logger)
 
 
-def _published(name: str, value: float, spec: _Spec, *, suffix: str) -> Metrics:
-    """The names under which a value is seen: `x`, or `x_step` and `x_epoch` where both were asked for."""
-    _, _, prog_bar, logger, on_step, on_epoch = spec
-    if not (on_step and on_epoch):
-        return {name: Metric(value=value, prog_bar=prog_bar, logger=logger)}
-    return {
-        _forked(name, suffix): Metric(value=value, prog_bar=prog_bar, logger=logger),
-        name: Metric(value=value, prog_bar=False, logger=False, is_alias=True),
-    }
-
-
-def _step_name(entry: _Entry) -> str:
-    return _forked(entry.name, "step") if entry.on_epoch else entry.name
-
-
-def _forked(name: str, suffix: str) -> str:
-    base, separator, loader = name.partition("/dataloader_idx_")
-    return f"{base}_{suffix}{separator}{loader}"
-
-
-def _combined(reduction: Reduction, total: Tensor, folded: Tensor) -> Tensor:
-    total = total.to(folded.device)
-    if reduction in ("mean", "sum"):
-        return total + folded
-    if isinstance(reduction, str):
-        return torch.minimum(total, folded) if reduction == "min" else torch.maximum(total, folded)
-    return torch.cat([total, folded])
-
-
-def _across(values: Tensor, reduction: Reduction) -> float:
-    return float(_REDUCTIONS[reduction](values) if isinstance(reduction, str) else reduction(values.float()))
-
-
-def _stacked(values: list[Any]) -> Tensor:
-    """Scalars, on any device, as one float64 vector."""
-    devices = {value.device for value in values if isinstance(value, Tensor)}
-    if not devices:
-        return torch.tensor(values, dtype=torch.float64)
-    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in values])
-
-
-def _check_scalar(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ConfigError(f"self.log({name!r}): a tensor of shape {tuple(value.shape)}; must have one element")
-        return
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"self.log({name!r}, {value!r}): must be a number or a tensor with one element") from None
-
-
-def _reduction(name: str, reduce_fx: Any) -> Reduction:
-    if isinstance(reduce_fx, str) and reduce_fx in ("mean", "avg", "sum", "min", "max"):
-        return "mean" if reduce_fx == "avg" else reduce_fx
-    if callable(reduce_fx):
-        return _SAME.get(reduce_fx, reduce_fx)
-    raise ConfigError(f"self.log({name!r}, reduce_fx={reduce_fx!r}): must be 'mean', 'sum', 'min', 'max' or a function")
+def _as_numbers(rows: list[tuple[int, Any]]) -> tuple[list[int], list[float]]:
+    """Places and values; waits for the device once."""
+    return [place for place, _ in rows], stacked([value for _, value in rows]).tolist()

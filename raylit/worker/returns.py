@@ -1,14 +1,18 @@
 """What steps return: the loss in it, the metrics it carries, and what hooks get to see of it. Worker."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from raylit.errors import ModuleError
+from raylit.module import LightningModule
 from raylit.results import EvalResult, Result, TrainResult
+from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
-from raylit.worker.transfer import map_tensors
+from raylit.worker.session import Session
+from raylit.worker.transfer import map_tensors, to_cpu, to_device
 
 _RESERVED = ("log", "progress_bar", "hiddens")
 """Keys of a returned dict that are no metrics."""
@@ -57,8 +61,7 @@ def detached(outputs: Any) -> Any:
     if isinstance(outputs, list):
         return [detached(one) for one in outputs]
     if isinstance(outputs, TrainResult):
-        values: dict[str, Any] = {} if outputs.minimize is None else {"loss": outputs.minimize}
-        outputs = {**values, **{name: record.value for name, record in outputs.records.items()}}
+        outputs = {**({} if outputs.minimize is None else {"loss": outputs.minimize}), **outputs}
     return map_tensors({name: value for name, value in outputs.items() if name != "hiddens"}, Tensor.detach)
 
 
@@ -66,29 +69,104 @@ def file_metrics(outputs: Any, metrics: MetricBuffer) -> None:
     """The metrics of a dict or result into the buffer that `self.log` fills; tensors and None carry none."""
     if isinstance(outputs, Tensor) or outputs is None:
         return
+    if isinstance(outputs, EvalResult) or not isinstance(outputs, Mapping):
+        raise ModuleError(_wrong_kind("training_step", outputs))
     if isinstance(outputs, Result):
         _file_result(outputs, metrics)
+    else:
+        _file_dict(outputs, metrics)
+
+
+def file_evaluated(outputs: Any, metrics: MetricBuffer, *, step: str, has_hook: bool) -> None:
+    """The metrics of what `step`, of validation or test, has returned. The keys of a dict are left to the hook at the
+    epoch's end where the module has one."""
+    if isinstance(outputs, EvalResult):
+        _file_result(outputs, metrics)
+    elif isinstance(outputs, Result):
+        raise ModuleError(f"{step} returned a TrainResult: return an EvalResult; TrainResult is for training_step")
+    elif isinstance(outputs, Mapping) and not has_hook:
+        _file_dict(outputs, metrics)
+
+
+class EpochOutputs:
+    """What an epoch's steps have returned on this rank, kept for the module's hook that gets those of all ranks."""
+
+    def __init__(self, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1) -> None:
+        """The hook gets a list, or for several loaders or optimizers a list of as many."""
+        self._session = session
+        self._hook = hook
+        self._metrics = metrics
+        self._kept: list[list[tuple[int, Any]]] = [[] for _ in range(num_lists)]
+
+    @classmethod
+    def of(cls, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1) -> "EpochOutputs | None":
+        """None where the module does not define the hook."""
+        if not is_overridden(hook, session.module, LightningModule):
+            return None
+        return cls(session, hook=hook, metrics=metrics, num_lists=num_lists)
+
+    def keep(self, place: int, outputs: Any, *, index: int = 0) -> None:
+        """`place`: the batch's in the data set; `index`: of the loader or optimizer. None is not kept."""
+        if isinstance(outputs, Result):
+            outputs = {name: value for name, value in outputs.items() if name != "hiddens"}
+        if outputs is not None:
+            self._kept[index].append((place, outputs))
+
+    def keep_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """As `on_train_batch_end`: one output, a list of pieces' outputs, or either with a list for the optimizers."""
+        if len(self._kept) == 1:
+            self.keep(batch_idx, outputs)
+            return
+        is_truncated = isinstance(outputs[0], list)
+        for index in range(len(self._kept)):
+            own = [piece[index] for piece in outputs if piece[index] is not None] if is_truncated else outputs[index]
+            self.keep(batch_idx, own or None, index=index)
+
+    def call_hook(self) -> None:
+        """Call the hook, on every rank with the outputs of all of them in data-set order. Collective.
+
+        What it logs or returns is the value over all ranks already.
+        """
+        session, kept = self._session, self._kept
+        self._kept = [[] for _ in kept]
+        ranked = [kept]
+        if session.peers.world_size > 1:
+            ranked = to_device(session.peers.gather_objects(to_cpu(kept)), session.device)
+        lists = [
+            # Sorted by place alone; ranks stay in order where they share a batch.
+            [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda placed: placed[0])]
+            for parts in zip(*ranked, strict=True)
+        ]
+        hook = getattr(session.module, self._hook)
+        with self._metrics.as_global():
+            _file_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
+
+
+def _file_end(outputs: Any, metrics: MetricBuffer, *, hook: str) -> None:
+    if isinstance(outputs, Result):
+        _file_result(outputs, metrics, is_epoch_end=True)
     elif isinstance(outputs, Mapping):
         _file_dict(outputs, metrics)
-    else:
-        raise ModuleError(_wrong_kind("training_step", outputs))
+    elif outputs is not None:
+        raise ModuleError(f"{hook} returned a {type(outputs).__name__}: return a dict of metrics, a result, or None")
 
 
-def _file_result(result: Result, metrics: MetricBuffer) -> None:
+def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = False) -> None:
+    if isinstance(result, TrainResult) and result.is_checkpoint_default:
+        metrics.defaults.add("checkpoint_on")
     for name in ("early_stop_on", "checkpoint_on"):
         if (value := getattr(result, name)) is not None:
-            metrics.log(name, value, False, False, False, True, "mean", None, True)
+            metrics.file(name, value, prog_bar=False, logger=False, on_step=False, on_epoch=True, piece_fx="mean")
     for name, record in result.records.items():
-        metrics.log(
+        metrics.file(
             name,
             record.value,
-            record.prog_bar,
-            record.logger,
-            record.on_step,
-            record.on_epoch,
-            record.reduce_fx,
-            None,
-            True,
+            prog_bar=record.prog_bar,
+            logger=record.logger,
+            on_step=record.on_step and not is_epoch_end,
+            on_epoch=record.on_epoch or is_epoch_end,
+            reduce_fx=record.reduce_fx,
+            piece_fx=record.tbptt_reduce_fx,
         )
 
 
@@ -99,7 +177,7 @@ def _file_dict(outputs: Mapping[str, Any], metrics: MetricBuffer) -> None:
     values.update(shown)
     values.update(logged)
     for name, value in values.items():
-        metrics.log(name, value, name in shown, name in logged, None, None, "mean", None, True)
+        metrics.file(name, value, prog_bar=name in shown, logger=name in logged)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -107,23 +185,9 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _wrong_kind(step: str, outputs: Any) -> str:
-    kind = type(outputs).__name__
     if isinstance(outputs, EvalResult):
         return f"{step} returned an EvalResult: return a TrainResult(minimize=loss); EvalResult is for evaluation"
     return (
-        f"{step} returned a {kind}: return the loss as a tensor with a gradient, a dict with it under 'loss', a "
-        "TrainResult(minimize=loss), or None to skip the batch"
+        f"{step} returned a {type(outputs).__name__}: return the loss as a tensor with a gradient, a dict with it "
+        "under 'loss', a TrainResult(minimize=loss), or None to skip the batch"
     )
-
-
-class EpochOutputs:
-    """The outputs of a training epoch's batches, kept for `training_epoch_end`."""
-
-    def __init__(self, metrics: MetricBuffer) -> None:
-        self._metrics = metrics
-        self._kept: list[tuple[int, Any]] = []
-
-    def keep(self, batch_idx: int, outputs: Any) -> None:
-        """`outputs`: as `detached` gives them."""
-        if outputs is not None:
-            self._kept.append((batch_idx, outputs))

@@ -9,11 +9,12 @@ import torch
 
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
+from raylit.worker import metric_objects
 from raylit.worker.data import Feed, TrainData
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.returns import detached
+from raylit.worker.returns import EpochOutputs, detached
 from raylit.worker.session import Session
 
 _END = object()
@@ -42,6 +43,9 @@ class TrainLoop:
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
+        self._kept = EpochOutputs.of(
+            session, hook="training_epoch_end", metrics=metrics, num_lists=optimization.num_outputs
+        )
         self.num_batches = limited(data.num_batches, session.plan.limits.train_batches)
 
     def run(self, command: Train) -> Iterator[Report]:
@@ -50,6 +54,8 @@ class TrainLoop:
         feed = self._begin()
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
+        if self._kept is not None:
+            on_batch_end = (self._kept.keep_batch, *on_batch_end)
         run_batch, run_share = optimization.run_batch, optimization.run_share
         move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
         brake = session.brake
@@ -112,6 +118,8 @@ class TrainLoop:
         """The epoch's last hooks, its metrics, its schedulers."""
         session, view = self._session, self._view
         self.metrics.is_training_batch, self.metrics.batch = False, None
+        if self._kept is not None:
+            self._kept.call_hook()
         session.hooks.call("on_train_epoch_end")
         metrics, _ = self.metrics.read_epoch()
         view.receive(metrics)
@@ -125,15 +133,23 @@ class TrainLoop:
 
     def end(self) -> None:
         """After the last epoch."""
+        self._session.module._metrics = None
         if self._has_started:
             self._session.hooks.call("on_train_end")
 
     def state_of_rank(self) -> dict[str, Any]:
         """What only this rank has of the position: sums of the unfinished epoch, the samplers' generators."""
-        return {"metrics": self.metrics.state_dict(), "data": self._data.state_dict()}
+        module = self._session.module
+        return {
+            "metrics": self.metrics.state_dict(module),
+            "objects": metric_objects.states_in(module),
+            "data": self._data.state_dict(),
+        }
 
     def load_state_of_rank(self, state: dict[str, Any]) -> None:
-        self.metrics.load_state_dict(state["metrics"])
+        module = self._session.module
+        self.metrics.load_state_dict(state["metrics"], module)
+        metric_objects.load_states(module, state.get("objects", {}))
         self.load_data_state(state)
 
     def load_data_state(self, state: dict[str, Any]) -> None:

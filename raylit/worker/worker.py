@@ -119,7 +119,7 @@ class Worker:
         self._handlers.update({Train: run, EndEpoch: loop.end_epoch})
         num_eval_batches: tuple[float, ...] = ()
         if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
-            validation = EvalLoop(session, stage="validate")
+            validation = EvalLoop(session, stage="validate", training_metrics=metrics)
             self._handlers[Evaluate] = validation.run
             num_eval_batches = validation.num_batches
         session.view.num_training_batches = loop.num_batches

@@ -48,4 +48,6 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
         kind = SeveralOptimizers(turns, handles=handles, frequencies=optimizers.frequencies, view=session.view)
     if session.strategy.is_forward_collective:
         kind = FollowingOptimization(kind, session=session, metrics=metrics)
-    return TruncatedOptimization(kind, module=module, length=length, peers=session.peers) if length else kind
+    if length:
+        return TruncatedOptimization(kind, module=module, length=length, peers=session.peers, metrics=metrics)
+    return kind

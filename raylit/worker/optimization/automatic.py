@@ -22,6 +22,8 @@ Step = Callable[..., Any]
 class AutomaticOptimization:
     """Forward, backward and, at a window's end, the optimizer's step."""
 
+    num_outputs = 1
+
     def __init__(self, session: Session, stepper: Stepper, *, training_step: Step, metrics: MetricBuffer) -> None:
         module, hooks = session.module, session.hooks
         self._module = module

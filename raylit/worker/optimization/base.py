@@ -6,6 +6,9 @@ from typing import Any, Protocol
 class Optimization(Protocol):
     """From a batch to gradients and, at the end of a window of batches, to new weights."""
 
+    num_outputs: int
+    """What `training_step` returns for one batch: 1, or with several optimizers a list of so many."""
+
     def start_epoch(self, *, window: int) -> None:
         """`window`: batches whose gradients are added up before a step."""
         ...

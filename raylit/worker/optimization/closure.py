@@ -29,6 +29,8 @@ def needs_closure(optimizer: Optimizer) -> bool:
 class ClosureOptimization:
     """Forward and backward run inside the optimizer's step, as often as it asks for them."""
 
+    num_outputs = 1
+
     def __init__(
         self,
         session: Session,

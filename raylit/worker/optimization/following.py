@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from raylit.worker import metric_objects
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.base import Optimization
 from raylit.worker.session import Session
@@ -13,9 +14,11 @@ class FollowingOptimization:
 
     def __init__(self, inner: Optimization, *, session: Session, metrics: MetricBuffer) -> None:
         self._inner = inner
+        self._module = session.module
         self._peers = session.peers
         self._strategy = session.strategy
         self._metrics = metrics
+        self.num_outputs = inner.num_outputs
         self.start_epoch = inner.start_epoch
         self.run_batch = inner.run_batch
         self.finish_window = inner.finish_window
@@ -30,7 +33,8 @@ class FollowingOptimization:
         self._metrics.is_muted = True
         self._strategy.silence(is_silent=True)
         try:
-            self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
+            with metric_objects.preserved(self._module):
+                self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
         finally:
             self._metrics.is_muted = False
             self._strategy.silence(is_silent=False)

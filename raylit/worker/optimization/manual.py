@@ -12,6 +12,8 @@ from raylit.worker.session import Session
 class ManualOptimization:
     """`training_step` of a module with `automatic_optimization = False`; gradients are synced in `manual_backward`."""
 
+    num_outputs = 1
+
     def __init__(
         self, session: Session, *, handles: Handles, training_step: Callable[..., Any], metrics: MetricBuffer
     ) -> None:

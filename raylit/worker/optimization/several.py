@@ -15,6 +15,7 @@ class SeveralOptimizers:
     def __init__(
         self, turns: list[Optimization], *, handles: Handles, frequencies: tuple[int, ...] | None, view: TrainerView
     ) -> None:
+        self.num_outputs = len(turns)
         self._turns = turns
         self._handles = handles
         self._view = view

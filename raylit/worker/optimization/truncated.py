@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from raylit.module import LightningModule
+from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.base import Optimization
 from raylit.worker.peers import Peers
 
@@ -12,8 +13,12 @@ from raylit.worker.peers import Peers
 class TruncatedOptimization:
     """Splits a batch along time and runs each piece as a batch of its own, which gets the hiddens of the one before."""
 
-    def __init__(self, inner: Optimization, *, module: LightningModule, length: int, peers: Peers) -> None:
+    def __init__(
+        self, inner: Optimization, *, module: LightningModule, length: int, peers: Peers, metrics: MetricBuffer
+    ) -> None:
+        self.num_outputs = inner.num_outputs
         self._inner = inner
+        self._metrics = metrics
         self._module = module
         self._length = length
         self._peers = peers
@@ -42,6 +47,7 @@ class TruncatedOptimization:
         weights = self._weights(len(pieces), weight)
         outputs: list[Any] = []
         hiddens = None
+        self._metrics.is_piece = True
         for index, piece_weight in enumerate(weights):
             piece = pieces[index] if index < len(pieces) else None
             if piece_weight == 1.0:
@@ -51,6 +57,7 @@ class TruncatedOptimization:
             if piece is not None:
                 hiddens = self._inner.hiddens_of(output)
                 outputs.append(output)
+        self._metrics.is_piece = False
         return None if batch is None else outputs
 
     def _weights(self, num_pieces: int, weight: float) -> list[float]:

@@ -1,0 +1,50 @@
+"""The task of a classification metric, inferred from its arguments or from what is compared. Both sides."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylit.errors import ConfigError
+
+
+def needs_task(function: Callable[..., Any]) -> bool:
+    try:
+        task = inspect.signature(function).parameters.get("task")
+    except (TypeError, ValueError):  # built in
+        return False
+    return task is not None and task.default is inspect.Parameter.empty
+
+
+def task_of_arguments(name: str, arguments: Mapping[str, Any]) -> str:
+    """Of a metric that has not seen anything yet."""
+    if arguments.get("num_labels") is not None:
+        return "multilabel"
+    if arguments.get("num_classes") is not None:
+        return "multiclass"
+    raise ConfigError(
+        f"metrics.{name}() without a task: pass num_classes=... (multiclass), num_labels=... (multilabel) or "
+        "task='binary'"
+    )
+
+
+def task_arguments(name: str, preds: Tensor, target: Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`task` with `num_classes` or `num_labels`. A dimension more in `preds` than in `target`: scores of classes; the
+    same shape: probabilities or logits of one label or of several, or class indices."""
+    if arguments.get("num_labels") is not None:
+        return {"task": "multilabel"}
+    if arguments.get("num_classes") is not None:
+        return {"task": "multiclass"}
+    if preds.ndim == target.ndim + 1:
+        return {"task": "multiclass", "num_classes": preds.shape[1]}
+    if preds.shape != target.shape:
+        raise ConfigError(
+            f"metrics.functional.{name}: preds of shape {tuple(preds.shape)} and target of shape "
+            f"{tuple(target.shape)}: of one shape, or preds with a dimension of classes more"
+        )
+    if preds.is_floating_point():
+        return {"task": "binary"} if preds.ndim == 1 else {"task": "multilabel", "num_labels": preds.shape[1]}
+    both = torch.cat([preds.reshape(-1), target.reshape(-1)])
+    return {"task": "multiclass", "num_classes": max(2, int(both.max()) + 1 if both.numel() else 2)}

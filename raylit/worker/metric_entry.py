@@ -1,0 +1,206 @@
+"""Entry: one logged name, its values so far and how they are reduced over batches and ranks. Worker."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raylit.errors import ConfigError
+from raylit.messages import Metric, Metrics
+
+NUM_KEPT = 256
+"""Values of an epoch's metric that are kept before they are added up; bounds memory, saves a torch call per step."""
+
+Reduction = str | Callable[[Tensor], Tensor]
+OBJECT = "object"
+"""The reduction of a torchmetrics object, which knows itself how to reduce."""
+
+
+class Spec(NamedTuple):
+    """What all ranks must agree on to read a name."""
+
+    dataloader_idx: int
+    reduction: Reduction
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+
+    def joined(self, other: "Spec") -> "Spec":
+        """Shown wherever either of them is."""
+        return self._replace(prog_bar=self.prog_bar or other.prog_bar, logger=self.logger or other.logger)
+
+    def published(self, name: str, value: float, *, suffix: str) -> Metrics:
+        """The names under which a value is seen: `x`, or `x_step` and `x_epoch` where both were asked for."""
+        if not (self.on_step and self.on_epoch):
+            return {name: Metric(value=value, prog_bar=self.prog_bar, logger=self.logger)}
+        return {
+            forked(name, suffix): Metric(value=value, prog_bar=self.prog_bar, logger=self.logger),
+            name: Metric(value=value, prog_bar=False, logger=False, is_alias=True),
+        }
+
+    def step_name(self, name: str) -> str:
+        return forked(name, "step") if self.on_epoch else name
+
+
+class Entry:
+    """One logged name."""
+
+    __slots__ = (
+        "asked", "is_fresh", "is_returned", "last", "name", "object", "on_epoch", "pieces", "rows", "spec", "total",
+        "values", "weight", "weights",
+    )  # fmt: skip
+
+    def __init__(self, name: str, spec: Spec, asked: tuple[Any, ...] | None) -> None:
+        self.name = name
+        self.spec = spec
+        self.on_epoch = spec.on_epoch
+        self.asked = asked
+        """The arguments of the first `self.log`, None for an entry that comes from a checkpoint."""
+        self.is_returned = False
+        """Comes from what a step returned; else from `self.log`."""
+        self.last: Any = None
+        self.is_fresh = False
+        """`last` has not been reported yet."""
+        self.rows: list[tuple[int, Any]] | None = None
+        """In an evaluation, for `on_step`: each value with its batch's place in the data set."""
+        self.object: Any = None
+        """The torchmetrics object that was logged."""
+        self.pieces: tuple[Any, list[Any]] = (None, [])
+        """A batch, and the values of its pieces so far."""
+        self.values: list[Any] = []
+        self.weights: list[float] = []
+        self.total: Any = None
+        """Sum, minimum or maximum so far, float64 on the device; for a function of the user's all the values."""
+        self.weight = 0.0
+
+    def widen(self, prog_bar: bool, logger: bool) -> None:
+        """Show it there as well."""
+        assert self.asked is not None
+        self.asked = (self.asked[0] or prog_bar, self.asked[1] or logger, *self.asked[2:])
+        self.spec = self.spec._replace(prog_bar=self.spec.prog_bar or prog_bar, logger=self.spec.logger or logger)
+
+    def with_pieces(self, value: Any, batch: Any, reduce_fx: Any) -> Any:
+        """The value of the batch with this piece of it, in the place of the one without."""
+        if self.pieces[0] is not batch:
+            self.start_pieces(value, batch)
+            return value
+        self.pieces[1].append(value)
+        if self.on_epoch:
+            self.values.pop()
+            self.weights.pop()
+        reduction = reduction_of(self.name, reduce_fx)
+        together = stacked(self.pieces[1])
+        return _REDUCTIONS[reduction](together) if isinstance(reduction, str) else reduction(together)
+
+    def start_pieces(self, value: Any, batch: Any) -> None:
+        self.pieces = (batch, [value])
+        if len(self.values) >= NUM_KEPT - 1:
+            self.fold()  # now, as values of this batch may still be replaced
+
+    def fold(self) -> None:
+        """Add the kept values up, in float64 and without waiting for the device."""
+        if not self.values:
+            return
+        reduction = self.spec.reduction
+        values = self.stacked()
+        if reduction == "mean":
+            weights = torch.tensor(self.weights, dtype=torch.float64).to(values.device, non_blocking=True)
+            folded = (values * weights).sum()
+        elif isinstance(reduction, str):
+            folded = _REDUCTIONS[reduction](values)
+        else:
+            folded = values
+        self.total = folded if self.total is None else _combined(reduction, self.total, folded)
+        self.weight += sum(self.weights)
+        self.values, self.weights = [], []
+
+    def stacked(self) -> Tensor:
+        try:
+            return stacked(self.values)
+        except RuntimeError as error:
+            shapes = {tuple(value.shape) for value in self.values if isinstance(value, Tensor)}
+            raise ConfigError(f"self.log({self.name!r}) got tensors of shapes {shapes}: one element each") from error
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "min": torch.min,
+    "max": torch.max,
+}
+_SAME = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", min: "min", max: "max", sum: "sum"}
+
+
+def reduction_of(name: str, reduce_fx: Any) -> Reduction:
+    """What `self.log` was given, as one of few words where it is one of them."""
+    if isinstance(reduce_fx, str) and reduce_fx in ("mean", "avg", "sum", "min", "max"):
+        return "mean" if reduce_fx == "avg" else reduce_fx
+    if callable(reduce_fx):
+        return _SAME.get(reduce_fx, reduce_fx)
+    raise ConfigError(f"self.log({name!r}, reduce_fx={reduce_fx!r}): must be 'mean', 'sum', 'min', 'max' or a function")
+
+
+def last_value(entry: Entry | None) -> tuple[Any, float]:
+    return (0.0, 0.0) if entry is None or entry.last is None else (entry.last, 1.0)
+
+
+def total_and_weight(entry: Entry | None) -> tuple[Any, float]:
+    """0.0 as the weight: this rank has nothing."""
+    if entry is None or entry.total is None or callable(entry.spec.reduction):
+        return 0.0, 0.0
+    return entry.total, entry.weight if entry.spec.reduction == "mean" else 1.0
+
+
+def step_across(values: Tensor, reduction: Reduction) -> float:
+    """One step's values of the ranks as one. A function of the user's is for the values of an epoch."""
+    return float(_REDUCTIONS[reduction](values) if reduction in ("sum", "min", "max") else values.mean())
+
+
+def epoch_across(totals: Tensor, weights: Tensor, reduction: str) -> float:
+    """The epoch's value from the totals of the ranks that have one."""
+    if reduction == "mean":
+        return float(totals.sum() / weights.sum())
+    return float(_REDUCTIONS[reduction](totals))
+
+
+def applied(reduction: Callable[[Tensor], Tensor], values: list[Any]) -> float:
+    return float(reduction(torch.tensor(values)))
+
+
+def stacked(values: list[Any]) -> Tensor:
+    """Scalars, on any device, as one float64 vector."""
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    if not devices:
+        return torch.tensor(values, dtype=torch.float64)
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in values])
+
+
+def check_scalar(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ConfigError(f"self.log({name!r}): a tensor of shape {tuple(value.shape)}; must have one element")
+        return
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"self.log({name!r}, {value!r}): must be a number, a tensor with one element or a torchmetrics.Metric"
+            f"{'; for a dict there is self.log_dict' if isinstance(value, dict) else ''}"
+        ) from None
+
+
+def forked(name: str, suffix: str) -> str:
+    base, separator, loader = name.partition("/dataloader_idx_")
+    return f"{base}_{suffix}{separator}{loader}"
+
+
+def _combined(reduction: Reduction, total: Tensor, folded: Tensor) -> Tensor:
+    total = total.to(folded.device)
+    if reduction in ("mean", "sum"):
+        return total + folded
+    if isinstance(reduction, str):
+        return torch.minimum(total, folded) if reduction == "min" else torch.maximum(total, folded)
+    return torch.cat([total, folded])

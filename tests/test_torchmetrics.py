@@ -1,0 +1,226 @@
+"""torchmetrics: objects given to self.log over batches, workers and checkpoints; raylit.metrics."""
+
+import sys
+
+import pytest
+import torch
+from models import Regression, make_data
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylit as pl
+
+torchmetrics = pytest.importorskip("torchmetrics")
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision  # noqa: E402
+from torchmetrics.wrappers import MultioutputWrapper, Running  # noqa: E402
+
+
+def make_scores(num=22):
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(num, 8, generator=generator)
+    return TensorDataset(scores, torch.randint(0, 3, (num,), generator=generator))
+
+
+def binary(batch):
+    return batch[0][:, 0].sigmoid(), (batch[1] > 0).long()
+
+
+class Measured(Regression):
+    """Evaluates scores that are the data themselves: what is measured does not depend on the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(num_classes=3, average="micro")
+        self.auroc = BinaryAUROC()  # keeps lists of all it has seen
+        self.correlation = torchmetrics.PearsonCorrCoef()  # its states are merged by its own formula
+        self.largest = torchmetrics.MaxMetric()
+        self.mean = torchmetrics.MeanMetric()
+        self.together = torchmetrics.MetricCollection(
+            {"f1": MulticlassF1Score(num_classes=3), "precision": MulticlassPrecision(num_classes=3)}
+        )
+        self.outputs = MultioutputWrapper(torchmetrics.MeanSquaredError(), num_outputs=1)
+        self.counts = []
+
+    def test_step(self, batch, batch_idx):
+        scores, classes = batch
+        self.accuracy(scores[:, :3], classes)
+        self.auroc.update(*binary(batch))
+        self.correlation.update(scores[:, 0], scores[:, 1] + scores[:, 0])
+        self.largest.update(scores)
+        self.mean.update(scores[:, 0])
+        self.together.update(scores[:, :3], classes)
+        self.outputs.update(scores[:, :1], scores[:, 1:2])
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("auroc", self.auroc)
+        self.log("correlation", self.correlation)
+        self.log("largest", self.largest)
+        self.log("mean", self.mean)
+        self.log("sum", self.mean + self.largest)
+        self.log("outputs", self.outputs)
+        self.log_dict(self.together)
+
+    validation_step = test_step
+
+    def on_test_epoch_end(self):
+        self.counts.append(self.accuracy.update_count)
+
+    def on_test_end(self):
+        parts = [self.accuracy, self.auroc, self.correlation, self.largest, self.mean, *self.together.values()]
+        self.log_failed = any(part.update_count for part in [*parts, *self.outputs.metrics])
+
+
+def expected():
+    scores, classes = make_scores().tensors
+    whole = Measured()
+    values = {
+        "accuracy_epoch": whole.accuracy(scores[:, :3], classes),
+        "auroc": whole.auroc(*binary((scores, classes))),
+        "correlation": whole.correlation(scores[:, 0], scores[:, 1] + scores[:, 0]),
+        "largest": scores.max(),
+        "mean": scores[:, 0].mean(),
+        "sum": scores.max() + scores[:, 0].mean(),
+        "outputs": ((scores[:, 0] - scores[:, 1]) ** 2).mean(),
+        **whole.together(scores[:, :3], classes),
+    }
+    return {name: pytest.approx(value.item(), abs=1e-5) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 4), (2, 4), (3, 4), (3, 11)])
+def test_objects_equal_the_value_over_the_whole_data_set(num_workers, batch_size, quiet):
+    """Three workers and two batches: one of them has none."""
+    model = Measured()
+    trainer = pl.Trainer(num_workers=num_workers, **quiet)
+    loader = DataLoader(make_scores(), batch_size=batch_size)
+    for _ in range(2):
+        (results,) = trainer.test(model, loader, verbose=False)
+        assert results == expected()
+    assert trainer.callback_metrics["accuracy"].item() == expected()["accuracy_epoch"]
+    assert not model.log_failed
+
+
+def test_the_value_of_each_batch_is_logged_on_step(quiet, tmp_path):
+    logger = pl.CSVLogger(tmp_path, name="", version="run")
+    trainer = pl.Trainer(**{**quiet, "logger": logger})
+    trainer.test(Measured(), DataLoader(make_scores(), batch_size=11), verbose=False)
+    text = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "accuracy_step" in text
+    accuracy = MulticlassAccuracy(num_classes=3, average="micro")
+    for scores, classes in DataLoader(make_scores(), batch_size=11):
+        assert f"{accuracy(scores[:, :3], classes).item():.5f}"[:6] in text
+
+
+class Trained(Regression):
+    """Counts what it has been trained on."""
+
+    validation_step = pl.LightningModule.validation_step
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torchmetrics.MeanMetric()
+        self.by_hand = torchmetrics.SumMetric()
+
+    def training_step(self, batch, batch_idx):
+        self.mean.update(batch[0][:, 0])
+        self.by_hand.update(batch[0][:, 0])
+        self.log("train_mean", self.mean, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        self.log("by_hand", self.by_hand.compute())
+        self.by_hand.reset()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_of_training_is_measured_over_uneven_shares(num_workers, quiet):
+    loader = DataLoader(make_data(22), batch_size=4, shuffle=True)
+    model = Trained()
+    trainer = pl.fit(model, loader, num_workers=num_workers, max_epochs=2, **quiet)
+    first = make_data(22).tensors[0][:, 0]
+    assert trainer.callback_metrics["train_mean"].item() == pytest.approx(first.mean().item(), abs=1e-6)
+    assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("num_workers", "every"), [(0, 3), (0, 6), (2, 2)])
+def test_a_run_resumed_in_mid_epoch_goes_on_with_the_states(num_workers, every, quiet, tmp_path):
+    """After the epoch's sixth and last batch no further one comes that would log the name again."""
+    loader = DataLoader(make_data(22), batch_size=4, shuffle=True)
+    save = pl.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+    quiet = {**quiet, "enable_checkpointing": True}
+    pl.fit(Trained(), loader, num_workers=num_workers, max_epochs=1, callbacks=[save], **quiet)
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, **{**quiet, "enable_checkpointing": False})
+    trainer.fit(Trained(), loader, ckpt_path=tmp_path / f"step={every}.ckpt")
+    first = make_data(22).tensors[0][:, 0]
+    assert trainer.callback_metrics["train_mean"].item() == pytest.approx(first.mean().item(), abs=1e-6)
+    assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
+
+
+def test_an_object_without_one_number_is_an_error(quiet):
+    class Matrix(Regression):
+        def __init__(self):
+            super().__init__()
+            self.matrix = torchmetrics.classification.MulticlassConfusionMatrix(num_classes=3)
+
+        def test_step(self, batch, batch_idx):
+            self.matrix.update(batch[0][:, :3], batch[1])
+            self.log("matrix", self.matrix)
+
+    with pytest.raises(pl.ConfigError, match=r"MulticlassConfusionMatrix.*tensor of shape \(3, 3\)"):
+        pl.Trainer(**quiet).test(Matrix(), DataLoader(make_scores(), batch_size=4), verbose=False)
+
+
+def test_running_means_are_merged(quiet):
+    class Window(Regression):
+        def __init__(self):
+            super().__init__()
+            self.sum = Running(torchmetrics.SumMetric(), window=100)
+
+        def test_step(self, batch, batch_idx):
+            self.sum.update(batch[0][:, 0])
+            self.log("sum", self.sum)
+
+    (results,) = pl.Trainer(num_workers=2, **quiet).test(
+        Window(), DataLoader(make_scores(), batch_size=4), verbose=False
+    )
+    assert results["sum"] == pytest.approx(make_scores().tensors[0][:, 0].sum().item(), abs=1e-5)
+
+
+# raylit.metrics
+
+
+@pytest.mark.parametrize(
+    ("preds", "target", "value"),
+    [
+        (torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 1]), 0.5),
+        (torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]), 0.75),
+        (torch.tensor([0.9, 0.1, 0.8]), torch.tensor([1, 0, 0]), 2 / 3),
+        (torch.tensor([[0.9, 0.1], [0.8, 0.9]]), torch.tensor([[1, 0], [0, 1]]), 0.75),
+    ],
+)
+def test_accuracy_needs_no_task(preds, target, value):
+    from raylit.metrics.functional import accuracy
+
+    assert accuracy(preds, target).item() == pytest.approx(value)
+    assert pl.metrics.functional.accuracy(preds, target).item() == pytest.approx(value)
+
+
+def test_classes_of_metrics_take_the_task_from_their_arguments():
+    assert type(pl.metrics.Accuracy(num_classes=3)) is MulticlassAccuracy
+    assert type(pl.metrics.Accuracy("binary")).__name__ == "BinaryAccuracy"
+    assert type(pl.metrics.F1Score(num_labels=3)).__name__ == "MultilabelF1Score"
+    assert pl.metrics.MeanSquaredError is torchmetrics.MeanSquaredError
+    with pytest.raises(pl.ConfigError, match="num_classes"):
+        pl.metrics.Accuracy()
+    with pytest.raises(AttributeError, match="no 'Nonsense'"):
+        pl.metrics.Nonsense  # noqa: B018
+
+
+def test_shapes_that_do_not_fit_are_an_error():
+    with pytest.raises(pl.ConfigError, match=r"\(2, 3, 4\).*\(2,\)"):
+        pl.metrics.functional.accuracy(torch.zeros(2, 3, 4), torch.zeros(2))
+
+
+def test_without_torchmetrics_it_is_said_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'raylit\[metrics\]'"):
+        from raylit.metrics.functional import accuracy  # noqa: F401
