@@ -38,6 +38,7 @@ class Whereabouts:
     """Where an actor has come to run."""
 
     node_id: str
+    worker_id: str
     ip: str
     host: str
     gpu_ids: tuple[str, ...]
@@ -77,6 +78,7 @@ class WorkerActor:
         runtime = ray.get_runtime_context()
         return Whereabouts(
             node_id=runtime.get_node_id(),
+            worker_id=runtime.get_worker_id(),
             ip=ray.util.get_node_ip_address(),
             host=socket.gethostname(),
             gpu_ids=tuple(str(gpu) for gpu in runtime.get_accelerator_ids().get("GPU", [])),

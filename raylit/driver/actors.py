@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from raylit.accelerators import build_accelerator
+from raylit.driver import ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
-from raylit.driver.failures import raise_failures, reason_of_death
+from raylit.driver.failures import DEATHS, raise_failures, reason_of_death
 from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
@@ -135,11 +136,12 @@ class ActorGroup:
             raise ResourcesError(
                 f"the workers were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}"
             ) from error
-        except RayActorError as error:
+        except DEATHS as error:
             raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
         self._contexts = _contexts([places[index] for index in order])
+        ray_private.hide_deaths([place.worker_id for place in places])
         own = ray.get_runtime_context().get_node_id()
         self._exits = [
             ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
@@ -201,7 +203,7 @@ class ActorGroup:
             answered, _ = ray.wait(holds, num_returns=len(holds), timeout=0)
             rank = next(rank for rank, hold in enumerate(holds) if hold not in answered)
             raise self._silence(rank, self.workers.ping_timeout_s) from error
-        except RayActorError:
+        except DEATHS:
             return  # the stream tells of a death
 
     def _received(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
@@ -211,13 +213,13 @@ class ActorGroup:
         for call in [call for call in self._calls if call in ready]:
             self._calls.remove(call)
             ready.remove(call)
-            with contextlib.suppress(RayActorError):  # the stream tells of a death
+            with contextlib.suppress(*DEATHS):  # the stream tells of a death
                 ray.get(call)
         for stream in ready:
             rank = self._streams.index(stream)
             try:
                 reports: list[Mail] = ray.get(next(stream))
-            except (RayActorError, StopIteration) as error:
+            except (*DEATHS, StopIteration) as error:
                 raise self._death(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
                 if isinstance(report, Printed):

@@ -1,11 +1,15 @@
 """Where Ray comes from: the cluster the driver is connected to, the one RAY_ADDRESS names, or a node of our own."""
 
+import atexit
 import logging
 import os
 import secrets
+import sys
+import tempfile
 
 import ray
 
+from raylit.driver.janitor import MARK, Janitor
 from raylit.driver.ray_private import reload_authentication
 
 
@@ -13,11 +17,13 @@ class _EmbeddedNode:
     """The local Ray node that raylit has started in this process, if it has."""
 
     def __init__(self) -> None:
-        self.is_running = False
-        self.address = ""
+        self._pid = 0
+        self._address = ""
+        self._janitor: Janitor | None = None
         self._variables: dict[str, str | None] = {}
 
     def start(self) -> None:
+        self.stop()  # of an earlier one, which a ray.shutdown of the user's has ended, some may be left
         # Ray's ports are open to the network. Its own start would write a token file, which makes a later `ray start`
         # demand tokens; a token in the environment protects this node as well and leaves nothing behind.
         # A user's choice is kept.
@@ -28,25 +34,48 @@ class _EmbeddedNode:
         for name, value in _DEFAULTS.items():
             if name not in os.environ:
                 self._set(name, value)
-        os.environ[_MARK] = "1"
+        # Of its own, so that nothing in it can be somebody else's.
+        directory = tempfile.mkdtemp(prefix="rl-", dir=_parent_directory())
+        mark = os.environ.get(MARK)
+        os.environ[MARK] = directory
+        self._pid = os.getpid()
         try:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+            if sys.platform == "linux":
+                self._janitor = Janitor(directory)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _temp_dir=directory,
+            )
         finally:
             # The node's processes have it now; others that this process may start are not of the node.
-            del os.environ[_MARK]
-        self.address = ray.get_runtime_context().gcs_address
-        self.is_running = True
+            _restore(MARK, mark)
+        self._address = _address()
+        # Registered later than Ray's own, so it comes first.
+        atexit.register(self.stop)
+
+    @property
+    def is_connected(self) -> bool:
+        """This process is connected to it."""
+        return self._pid == os.getpid() and ray.is_initialized() and _address() == self._address
 
     def stop(self) -> None:
-        if not self.is_running:
+        """End it and all that is left of it."""
+        if self._pid != os.getpid():  # a fork of the driver: the node is not its own
             return
-        self.is_running = False
-        ray.shutdown()
+        if self.is_connected:
+            ray.shutdown()
+        self._pid = 0
+        janitor, self._janitor = self._janitor, None
+        if janitor is not None:
+            janitor.finish()
         for name, before in self._variables.items():
-            if before is None:
-                os.environ.pop(name, None)
+            _restore(name, before)
         self._variables.clear()
         reload_authentication()
+        atexit.unregister(self.stop)
 
     def _set(self, name: str, value: str) -> None:
         self._variables[name] = os.environ.get(name)
@@ -61,8 +90,7 @@ _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
-_MARK = "RAYLIT_EMBEDDED_NODE"
-"""In the environment of the embedded node's processes: tasks and actors know by it where they are."""
+_MAX_PARENT_CHARS = 107 - len("/rl-01234567/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store")
 
 _node = _EmbeddedNode()
 
@@ -82,8 +110,8 @@ def is_embedded() -> bool:
     if not ray.is_initialized() or ray.util.get_current_placement_group() is not None:
         return False
     if is_in_worker():
-        return _MARK in os.environ
-    return _node.is_running and ray.get_runtime_context().gcs_address == _node.address
+        return MARK in os.environ
+    return _node.is_connected
 
 
 def is_in_worker() -> bool:
@@ -94,3 +122,22 @@ def is_in_worker() -> bool:
 def shutdown() -> None:
     """End the embedded node, if raylit has started one."""
     _node.stop()
+
+
+def _address() -> str:
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def _restore(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
+
+
+def _parent_directory() -> str:
+    """Where the node's directory comes to stand. Its sockets' paths may have 107 characters in all, so that some places
+    for temporary files do not do."""
+    given = os.environ.get("RAY_TMPDIR")
+    return given or (tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_PARENT_CHARS else "/tmp")

@@ -59,10 +59,21 @@ def describe(status: int, *, num_oom_kills: int) -> str:
 
 
 def memory_in_use() -> str:
-    """Of this host, now that the dead process's part is free again."""
+    """Of this host or container, now that the dead process's part is free again."""
     total, available = _kilobytes("/proc/meminfo", "MemTotal:"), _kilobytes("/proc/meminfo", "MemAvailable:")
-    return f"the host has {total / 2**20:.1f} GB, of which {(total - available) / 2**20:.1f} GB are still in use"
+    where, used = "host", total - available
+    for limit_file, used_file in _CONTAINER_FILES:
+        limit = _bytes(limit_file) // 1024
+        if 0 < limit < total:
+            where, total, used = "container", limit, _bytes(used_file) // 1024
+    return f"the {where} has {total / 2**20:.1f} GB, of which {used / 2**20:.1f} GB are still in use"
 
+
+_CONTAINER_FILES = (
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+)
+"""Limit and use of a container, as it sees them itself, in both versions of control groups."""
 
 _SIGNALS: dict[int, str] = {
     signal.SIGKILL: "killed by SIGKILL, from outside of raylit",
@@ -83,4 +94,11 @@ def _kilobytes(path: str, name: str) -> int:
     """A number out of one of the kernel's tables; 0 where there is none."""
     with contextlib.suppress(OSError), open(path) as lines:
         return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+    return 0
+
+
+def _bytes(path: str) -> int:
+    """The number that is all of a control group's file; 0 where there is none, or no limit."""
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
+        return int(file.read())
     return 0

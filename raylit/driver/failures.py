@@ -8,12 +8,22 @@ from collections.abc import Sequence
 
 import cloudpickle
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+)
 
 from raylit.driver.exit_status import memory_in_use
 from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed
 from raylit.worker.context import WorkerContext
+
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+"""What Ray answers in place of an actor that has died."""
 
 
 def failure(error: BaseException, context: WorkerContext) -> Failed:
@@ -57,11 +67,13 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
     """From what Ray says of it and, where it is known, how the process has ended."""
     if isinstance(error, ActorUnavailableError):
         return exit_words or "it cannot be reached"
+    text = " ".join(str(error).split())
+    if isinstance(error, OutOfMemoryError) or (isinstance(error, ActorDiedError) and _MEMORY_MONITOR.search(text)):
+        used = _MEMORY_USED.search(text)
+        in_use = f"{used[1]} of {used[2]} GB were in use" if used is not None else memory_in_use()
+        return f"killed by Ray's memory monitor, as its host ran out of memory ({in_use})"
     if not isinstance(error, ActorDiedError):
         return exit_words or f"its stream of reports ended ({error or type(error).__name__})"
-    text = " ".join(str(error).split())
-    if _MEMORY_MONITOR.search(text):
-        return f"killed by Ray's memory monitor, as its host ran out of memory ({memory_in_use()})"
     if exit_words is not None:
         return exit_words
     if (code := re.search(r"exits with an exit code (-?\d+)", text)) is not None:
@@ -78,6 +90,7 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # As of Ray 2.60: the exit type, and the sentence of its memory monitor.
 _MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
+_MEMORY_USED = re.compile(r"was ([\d.]+) ?GB used / ([\d.]+) ?GB limit")
 _CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|\bgloo\b|\bNCCL\b|ProcessGroup|TCPStore|watchdog",
     re.IGNORECASE,

@@ -1,10 +1,13 @@
 """The private names of Ray that raylit cannot do without, each behind one function. Driver."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private.ray_logging import stdout_deduplicator
 from ray._private.state import available_resources_per_node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
@@ -17,6 +20,16 @@ def reload_authentication() -> None:
     """Have this process follow RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are now: Ray reads them once, on import."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def hide_deaths(worker_ids: Sequence[str]) -> None:
+    """Have Ray print nothing of its own about the deaths of these workers.
+
+    As RAY_DEDUP_LOGS_SKIP_REGEX, which Ray reads once, on import; that of the user's stays.
+    """
+    own = rf"^A worker died or was killed .* Worker ID: (?:{'|'.join(worker_ids)}) "
+    given = stdout_deduplicator.skip_re
+    stdout_deduplicator.skip_re = re.compile(own if given is None else f"{given.pattern}|{own}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

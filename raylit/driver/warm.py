@@ -8,7 +8,8 @@ import ray
 
 from raylit.driver import cluster
 from raylit.driver.actors import ActorGroup
-from raylit.driver.shared import pickle_job
+from raylit.driver.shared import Parcel, pickle_job
+from raylit.errors import WorkerDied
 from raylit.messages import Command, Report
 from raylit.plan import Plan, Workers
 from raylit.worker.context import Job
@@ -27,16 +28,26 @@ class WarmGroup:
         cluster.connect()
         on_connected()
         self._keep_s = plan.workers.keep_s
-        self._group: ActorGroup | None = _pool.borrow(plan.workers)
+        self._group: ActorGroup | None = None
         try:
-            self._group.assign(plan, parcel)
-            if not self._group.is_usable:
-                self.release()
-                self._group = _pool.borrow(plan.workers)
-                self._group.assign(plan, parcel)
+            self._take_up(plan, parcel)
         except BaseException:
             self.release()
             raise
+
+    def _take_up(self, plan: Plan, parcel: Parcel) -> None:
+        """Idle workers that have died meanwhile, or hold code that has changed, make way for others."""
+        is_ready = False
+        while not is_ready:
+            self._group, is_new = _pool.borrow(plan.workers)
+            try:
+                self._group.assign(plan, parcel)
+            except WorkerDied:
+                if is_new:
+                    raise
+            is_ready = self._group.is_usable or is_new
+            if not is_ready:
+                self.release()
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         assert self._group is not None
@@ -67,19 +78,20 @@ class _Pool:
         self._idle: list[tuple[Workers, ActorGroup, threading.Timer]] = []
         self._lock = threading.Lock()
 
-    def borrow(self, workers: Workers) -> ActorGroup:
-        """An idle group of these workers, else a new one; idle ones make room for it where they must."""
+    def borrow(self, workers: Workers) -> tuple[ActorGroup, bool]:
+        """An idle group of these workers, else a new one, and whether it is new; idle ones make room for it where they
+        must."""
         cluster.connect()
         with self._lock:
             for entry in self._idle:
                 if entry[0] == workers and entry[1].is_within_reach():
                     self._idle.remove(entry)
                     entry[2].cancel()
-                    return entry[1]
+                    return entry[1], False
         if not cluster.is_embedded():
             # On a shared cluster idle workers may hold the very resources that the new ones need.
             self.clear()
-        return ActorGroup(workers)
+        return ActorGroup(workers), True
 
     def give_back(self, group: ActorGroup, *, keep_s: float | None) -> None:
         """Keep a group whose workers are as good as new; end any other."""

@@ -2,15 +2,19 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 from models import Regression, RegressionData
 from ray.exceptions import ActorDiedError
 
 import raylit as pl
+from raylit.driver import exit_status
 from raylit.driver.exit_status import describe
 from raylit.driver.failures import failure, raise_failures, reason_of_death
 from raylit.worker.context import WorkerContext
@@ -50,7 +54,7 @@ class Does(Regression):
 )
 def test_a_death_is_told_in_words(deed, words, quiet):
     with pytest.raises(pl.WorkerDied, match=words) as caught:
-        pl.fit(Does(deed), RegressionData(batch_size=4), num_workers=2, **quiet)
+        pl.fit(Does(deed), RegressionData(batch_size=4), num_workers=2, max_epochs=1, **quiet)
     assert caught.value.rank == 1
     assert "ray.exceptions" not in "".join(traceback.format_exception(caught.value))
 
@@ -59,6 +63,93 @@ def test_a_systemexit_of_a_hook_is_raised_as_itself(quiet):
     with pytest.raises(SystemExit) as caught:
         pl.fit(Does("sys.exit"), RegressionData(batch_size=4), num_workers=1, **quiet)
     assert caught.value.code == 4
+
+
+KILLED_BY_RAY = """
+    import os, time, torch
+    import raylit as pl
+    from torch.utils.data import DataLoader
+
+    class Eats(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+        def training_step(self, batch, batch_idx):
+            self.eaten = []
+            for _ in range(40):
+                self.eaten.append(b"x" * 50_000_000)
+                time.sleep(0.1)
+            return self.layer(batch).mean()
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    if __name__ == "__main__":
+        with open("/proc/meminfo") as lines:
+            memory = {line.split()[0]: int(line.split()[1]) for line in lines}
+        limit = 1 - (memory["MemAvailable:"] - 1_000_000) / memory["MemTotal:"]
+        os.environ["RAY_memory_usage_threshold"] = str(limit)
+        os.environ["RAY_memory_monitor_refresh_ms"] = "100"
+        try:
+            pl.fit(Eats(), DataLoader(torch.ones(4, 1)), num_workers=1, max_epochs=1, logger=False,
+                   enable_checkpointing=False, enable_progress_bar=False)
+        except pl.WorkerDied as error:
+            print("DIED", error)
+"""
+
+
+@pytest.mark.cluster
+def test_a_worker_that_ray_kills_for_memory_is_said_to_be_that(run_script):
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    if available < 4_000_000:
+        pytest.skip("needs 4 GB of free memory")
+    shown = run_script(KILLED_BY_RAY)
+    assert re.search(r"DIED worker of rank 0 .* killed by Ray's memory monitor, .*\([\d.]+ of [\d.]+ GB were", shown), (
+        shown
+    )
+    assert "(raylet)" not in shown
+
+
+class Confined(Regression):
+    """Rank 1 goes into a control group with little memory, and takes more."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.global_rank == 1:
+            Path(self.group, "cgroup.procs").write_text(str(os.getpid()))
+            for size in range(100_000_000, 2_000_000_000, 100_000_000):
+                self.eaten = b"x" * size
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.fixture
+def small_group():
+    """A control group, of version 1 or 2, with 200 MB."""
+    for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")):
+        group = Path("/sys/fs/cgroup", parent, f"raylit-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / limit).write_text("200000000")
+        except OSError:
+            group.rmdir()
+            continue
+        yield group
+        deadline = time.monotonic() + 10
+        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        group.rmdir()
+        return
+    pytest.skip("control groups cannot be written to here")
+
+
+def test_a_worker_that_the_kernel_kills_for_memory_is_said_to_be_that(small_group, quiet):
+    module = Confined()
+    module.group = str(small_group)
+    with pytest.raises(pl.WorkerDied, match=r"killed by the kernel, probably out of memory|without a word") as caught:
+        pl.fit(module, RegressionData(batch_size=4), num_workers=2, max_epochs=1, **quiet)
+    assert caught.value.rank == 1
 
 
 class Wrong(Regression):
@@ -101,6 +192,16 @@ def test_an_exit_status_is_told_in_words():
     assert describe(signal.SIGKILL, num_oom_kills=1).startswith("killed by the kernel, probably out of memory")
     assert describe(signal.SIGKILL, num_oom_kills=0).startswith("killed by SIGKILL")
     assert "signal 10" in describe(signal.SIGUSR1, num_oom_kills=0)
+
+
+def test_memory_in_use_is_that_of_the_container_where_it_is_less_than_the_host_s(tmp_path, monkeypatch):
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text(f"{2**30}\n")
+    used.write_text(f"{2**29}\n")
+    monkeypatch.setattr(exit_status, "_CONTAINER_FILES", [(str(limit), str(used))])
+    assert exit_status.memory_in_use() == "the container has 1.0 GB, of which 0.5 GB are still in use"
+    limit.write_text("max\n")
+    assert exit_status.memory_in_use().startswith("the host has")
 
 
 def died(text):

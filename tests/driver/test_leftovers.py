@@ -1,4 +1,5 @@
-"""Whatever ends a run, nothing of it is left: no process, no shared memory, no half-written checkpoint."""
+"""Whatever ends a run, nothing of it is left: no process, no temporary file, no shared memory, no half-written
+checkpoint, and on a cluster of the user's no actor and no placement group."""
 
 import os
 import shutil
@@ -42,14 +43,14 @@ finally:
 class Driver:
     """A script of the user's with a Ray node of its own, in a process group of its own, as in a terminal."""
 
-    def __init__(self, place, *, max_steps, address=None):
+    def __init__(self, place, *, max_steps, **variables):
         # Ray keeps sockets there, whose paths may not exceed 107 characters.
         self.mark = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
         self.place = place
         script = place / "script.py"
         tests = str(Path(__file__).parents[1])
         script.write_text(SCRIPT.format(tests=tests, place=str(place), max_steps=max_steps))
-        environment = {**os.environ, "RAY_TMPDIR": self.mark, "RAYLIT_TEST_MARK": self.mark}
+        environment = {**os.environ, "RAY_TMPDIR": self.mark, "RAYLIT_TEST_MARK": self.mark, **variables}
         self.output = place / "output"
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
@@ -70,17 +71,18 @@ class Driver:
         return self.process.wait(timeout=within_s)
 
     def processes(self):
-        """Command lines of everything that descends from the driver, adopted by others or not."""
+        """Command lines of everything that descends from the driver, adopted by others or not, and of whatever has a
+        file below its temporary directory open: Ray's agents write their titles over their environment."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if f"RAYLIT_TEST_MARK={self.mark}".encode() in (entry / "environ").read_bytes():
+                files = [os.readlink(file) for file in (entry / "fd").iterdir()]
+                is_marked = f"RAYLIT_TEST_MARK={self.mark}".encode() in (entry / "environ").read_bytes()
+                if is_marked or any(file.startswith(self.mark) for file in files):
                     found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue  # it has just ended
-        # After a kill -9 these two of Ray's own wait for their head before they end by themselves: up to 90 s seen.
-        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-        return [line for line in found if line and not line.startswith(agents)]
+        return [line for line in found if line]
 
     def clean_up(self):
         if self.process.poll() is None:
@@ -100,8 +102,8 @@ def wait_until(is_true, limit_s):
 def start_driver(tmp_path):
     drivers = []
 
-    def start(*, max_steps):
-        drivers.append(Driver(tmp_path, max_steps=max_steps))
+    def start(**options):
+        drivers.append(Driver(tmp_path, **options))
         return drivers[-1]
 
     yield start
@@ -133,10 +135,70 @@ def test_nothing_is_left(end, exit_code, start_driver, tmp_path):
     assert [file.suffix for file in tmp_path.rglob("*.ckpt")] == [".ckpt"] * is_saved
     if is_saved:
         assert f"interrupted {end != 'normal'}" in driver.output.read_text()
-    # torch's loader processes look for their parent every 5 s, Ray's agents wait as long for their head.
-    wait_until(lambda: driver.processes() == [], 30)
+    if end == "SIGKILL":  # else there is nothing to wait for
+        wait_until(lambda: driver.processes() == [] and os.listdir(driver.mark) == [], 10)
+    assert driver.processes() == []
+    assert os.listdir(driver.mark) == []
     assert list(tmp_path.rglob("*.tmp")) == []
     assert set(os.listdir("/dev/shm")) <= shared_before
+
+
+OBSERVER = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    actors = [state for state in ray._private.state.actors().values() if state["State"] != "DEAD"]
+    groups = [entry for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
+    print(len(actors), len(groups), ray.available_resources().get("CPU", 0.0), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def observer(tmp_path):
+    """A cluster of the user's; what it answers to a line is how many actors, placement groups and free CPUs it has."""
+    directory = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
+    environment = {**os.environ, "RAY_TMPDIR": directory, "RAY_AUTH_MODE": "disabled"}
+    with open(tmp_path / "observer", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", OBSERVER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    yield process
+    process.stdin.close()
+    process.wait(timeout=30)
+    process.stdout.close()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.cluster
+def test_a_killed_driver_leaves_nothing_on_a_cluster_of_the_user_s(observer, start_driver, tmp_path):
+    def held():
+        observer.stdin.write("\n")
+        observer.stdin.flush()
+        return observer.stdout.readline().split()
+
+    address = observer.stdout.readline().strip()
+    assert address, (tmp_path / "observer").read_text()
+    assert held() == ["0", "0", "2.0"]
+    driver = start_driver(max_steps=-1, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
+    driver.wait_for_steps(3)
+    assert held() == ["2", "1", "0.0"]
+    driver.process.kill()
+    driver.end(within_s=30)
+    wait_until(lambda: held() == ["0", "0", "2.0"], 10)
+    # torch's loader processes look for their parent every 5 s.
+    wait_until(lambda: not any("ray::WorkerActor" in line for line in driver.processes()), 15)
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint directory .* is not empty")

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,44 @@ def test_a_script_shows_each_line_once_and_the_users_frames_only(run_script):
     assert shown.count("in training_step") == 1
     for noise in ("raylit/driver", "raylit/worker", "site-packages", "pid=", "(raylet)", "repeated"):
         assert noise not in shown, shown
+
+
+KILLED = """
+    import os, signal, time
+    import raylit as pl
+    from models import Regression, RegressionData
+
+    class Dies(Regression):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2 and self.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().training_step(batch, batch_idx)
+
+    try:
+        pl.fit(Dies(), RegressionData(), num_workers=2, max_epochs=1, logger=False, enable_checkpointing=False,
+               enable_progress_bar=False)
+    except pl.WorkerDied as error:
+        print(error)
+    time.sleep(1.5)  # for Ray to say something as well
+    import ray
+
+    @ray.remote(max_retries=0)
+    def task():
+        os._exit(1)
+
+    try:
+        ray.get(task.remote())
+    except ray.exceptions.WorkerCrashedError:
+        time.sleep(1.5)
+"""
+
+
+@pytest.mark.cluster
+def test_a_death_is_told_once_and_those_of_others_as_before(run_script, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    shown = run_script(KILLED)
+    assert shown.count("worker of rank 1") == 1, shown
+    assert shown.count("(raylet)") == shown.count("A worker died or was killed") == 1, shown
 
 
 def printed(*lines):

@@ -1,6 +1,7 @@
 """Warm workers: a second run starts at once, in processes as good as new."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -77,6 +78,13 @@ def test_a_worker_in_which_something_is_left_is_replaced(mess, quiet):
     before = fit(Process(mess), quiet, num_workers=1)
     after = fit(Process(), quiet, num_workers=1)
     assert after["pid"] != before["pid"]
+
+
+def test_a_worker_that_has_died_while_it_was_idle_is_replaced(quiet):
+    first = fit(Process(), quiet)
+    os.kill(first["pid"], signal.SIGKILL)
+    second = fit(Process(), quiet)
+    assert second["pid"] != first["pid"]
 
 
 def test_a_changed_file_of_the_users_is_seen_by_the_next_run(tmp_path, run_script):

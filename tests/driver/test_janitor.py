@@ -1,0 +1,98 @@
+"""What the embedded node leaves is cleared away, and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from raylit.driver.janitor import MARK, Janitor
+
+SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture
+def start():
+    """A process with the mark of a directory's node."""
+    started = []
+
+    def start_marked(directory, command=SLEEP, **options):
+        process = subprocess.Popen(command, env={**os.environ, MARK: str(directory)}, **options)
+        started.append(process)
+        return process
+
+    yield start_marked
+    for process in started:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def is_gone(path, limit_s=15.0):
+    deadline = time.monotonic() + limit_s
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not path.exists()
+
+
+def test_the_node_s_processes_end_and_nobody_else_s(tmp_path, start):
+    directory, other = tmp_path / "own", tmp_path / "other"
+    directory.mkdir()
+    title = ["bash", "-c", f"exec -a ray::Something {sys.executable} -S -c 'import time; time.sleep(60)'"]
+    (directory / "log").touch()
+    with open(directory / "log", "w") as log:
+        own = [start(directory), start(directory, title), start("", title, stdout=log)]
+    spared = [start(other), start(other, title), start("", title), start(directory, start_new_session=True)]
+    time.sleep(0.2)  # for bash to become what it starts
+    janitor = Janitor(str(directory))
+    assert [process.poll() for process in own] == [None] * 3
+    janitor.finish()
+    assert [process.wait(timeout=10) for process in own] == [-signal.SIGKILL] * 3
+    assert [process.poll() for process in spared] == [None] * 4
+    assert not directory.exists()
+
+
+DRIVER = """
+import os, sys, time
+from raylit.driver.janitor import Janitor
+janitor = Janitor(sys.argv[1])
+if os.fork():
+    print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_driver_that_is_killed_needs_not_say_so_even_if_a_fork_of_it_lives_on(tmp_path):
+    directory = tmp_path / "own"
+    directory.mkdir()
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(directory)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert driver.stdout.readline() == "ready\n"
+    driver.kill()
+    driver.wait(timeout=10)
+    gone = is_gone(directory)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.stdout.close()
+    assert gone
+
+
+def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path):
+    directories = [tmp_path / name for name in ("killed", "living", "young", "foreign", "own")]
+    for directory in directories:
+        directory.mkdir()
+    killed, living, young, _, own = directories
+    janitors = [Janitor(str(directory)) for directory in (killed, living, young)]
+    for janitor in (janitors[0], janitors[2]):
+        janitor._process.kill()
+        janitor._process.wait(timeout=10)
+    long_ago = time.time() - 100
+    for directory in (killed, living):
+        os.utime(directory / "raylit.lock", (long_ago, long_ago))
+    last = Janitor(str(own))
+    assert is_gone(killed)
+    last.finish()
+    assert [directory.exists() for directory in directories] == [False, True, True, True, False]
+    janitors[1].finish()
+    assert not living.exists()
