@@ -96,6 +96,26 @@ def train_by_hand(model, dataset, *, batch_size, num_epochs, seed, clip=None, ac
     return losses
 
 
+def fit(model, *, num_samples=48, batch_size=8, num_workers=0, max_epochs=2, data=None, **arguments):
+    """Train quietly on what `batches` yields, shared out over the workers."""
+    loader = DataLoader(data or make_data(num_samples), batch_size=batch_size // max(1, num_workers), shuffle=True)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    torch.manual_seed(5)
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=max_epochs, **{**quiet, **arguments})
+    trainer.fit(model, loader)
+    return trainer
+
+
+def batches(*, epochs=2, num_samples=48, batch_size=8, data=None):
+    """What a single process trains on: (epoch, batch_idx, batch)."""
+    data = data or make_data(num_samples)
+    sampler = DistributedSampler(data, num_replicas=1, rank=0, seed=5)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        for batch_idx, batch in enumerate(DataLoader(data, batch_size=batch_size, sampler=sampler)):
+            yield epoch, batch_idx, batch
+
+
 def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -37,13 +37,12 @@ class Given:
         for name, advice in _NOT_THERE_YET.items():
             if self._arguments[name] not in (None, False):
                 raise ConfigError(f"{name}={self._arguments[name]!r}: this raylit does not have it yet; {advice}")
-        workers = self.to(parse_workers)
         return self.to(
             _assembled,
-            workers=workers,
+            workers=self.to(parse_workers),
             limits=self.to(parse_limits),
             validation=self.to(parse_validation),
-            optimization=self.to(parse_optimization, accelerator=workers.accelerator),
+            optimization=self.to(parse_optimization),
         )
 
 

@@ -1,12 +1,11 @@
 """What happens between the loss and the next weights. Driver."""
 
 import math
-import warnings
 from typing import Literal
 
 from raylit.arguments.checks import check_count, check_switch
 from raylit.errors import ConfigError
-from raylit.plan import AcceleratorName, Optimization, PrecisionName
+from raylit.plan import Optimization, PrecisionName
 
 _PRECISIONS: dict[str, PrecisionName] = {
     "32": "32-true",
@@ -27,7 +26,6 @@ def parse_optimization(
     terminate_on_nan: bool,
     detect_anomaly: bool,
     precision: int | str,
-    accelerator: AcceleratorName,
 ) -> Optimization:
     """A clip value of 0 means none, as it always has in Lightning."""
     if gradient_clip_val is not None and not gradient_clip_val >= 0:
@@ -42,7 +40,7 @@ def parse_optimization(
         accumulation=_accumulation(accumulate_grad_batches),
         clip_val=gradient_clip_val or None,
         clip_algorithm=algorithm,
-        precision=_precision(precision, accelerator),
+        precision=_precision(precision),
         truncated_steps=truncated_bptt_steps,
         grad_norm_order=_norm_order(track_grad_norm),
         is_ending_on_nan=terminate_on_nan,
@@ -76,11 +74,7 @@ def _norm_order(given: float | str) -> float | None:
     return order
 
 
-def _precision(given: int | str, accelerator: AcceleratorName) -> PrecisionName:
+def _precision(given: int | str) -> PrecisionName:
     if str(given) not in _PRECISIONS:
         raise ConfigError(f"precision={given!r}: must be one of {', '.join(_PRECISIONS)}")
-    name = _PRECISIONS[str(given)]
-    if name == "16-mixed" and accelerator == "cpu":
-        warnings.warn("precision='16-mixed' needs a GPU; 'bf16-mixed' is used on CPU", stacklevel=6)
-        name = "bf16-mixed"
-    return name
+    return _PRECISIONS[str(given)]

@@ -5,33 +5,14 @@ import math
 
 import pytest
 import torch
-from models import Regression, assert_same_weights, make_data, train_by_hand, weights_of
+from models import Regression, assert_same_weights, batches, fit, make_data, train_by_hand, weights_of
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-def fit(model, *, num_samples=48, batch_size=8, num_workers=0, max_epochs=2, data=None, **arguments):
-    loader = DataLoader(data or make_data(num_samples), batch_size=batch_size // max(1, num_workers), shuffle=True)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    torch.manual_seed(5)
-    trainer = pl.Trainer(num_workers=num_workers, max_epochs=max_epochs, **{**quiet, **arguments})
-    trainer.fit(model, loader)
-    return trainer
-
-
-def batches(*, epochs=2, num_samples=48, batch_size=8, data=None):
-    """What a single process trains on: (epoch, batch_idx, batch)."""
-    data = data or make_data(num_samples)
-    sampler = DistributedSampler(data, num_replicas=1, rank=0, seed=5)
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        for batch_idx, batch in enumerate(DataLoader(data, batch_size=batch_size, sampler=sampler)):
-            yield epoch, batch_idx, batch
 
 
 # What configure_optimizers may return
