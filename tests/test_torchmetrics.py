@@ -153,6 +153,27 @@ def test_a_run_resumed_in_mid_epoch_goes_on_with_the_states(num_workers, every, 
     assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
 
 
+class Manual(Trained):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_a_worker_that_follows_with_anothers_batch_does_not_measure_it(quiet):
+    """The last sample is the only one of the third global batch."""
+    loader = DataLoader(make_data(25), batch_size=4, shuffle=True)
+    trainer = pl.fit(Manual(), loader, num_workers=3, max_epochs=1, **quiet)
+    first = make_data(25).tensors[0][:, 0]
+    assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
+    assert trainer.callback_metrics["train_mean"].item() == pytest.approx(first.mean().item(), abs=1e-6)
+
+
 def test_an_object_without_one_number_is_an_error(quiet):
     class Matrix(Regression):
         def __init__(self):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raylit.errors import ConfigError
 from raylit.worker.metric_entry import check_scalar
-from raylit.worker.transfer import map_tensors, to_cpu
+from raylit.worker.transfer import map_tensors
 
 State = tuple[int, dict[str, Any]]
 """How often a metric was updated, and its states by name, on the CPU."""
@@ -107,9 +107,14 @@ def _parts_of(metric: Any) -> list[Any]:
 
 
 def _state_of(part: Any) -> State:
-    states = {name: to_cpu(getattr(part, name)) for name in part._reductions}
+    # Copies, as updates may change a state in place.
+    states = {name: map_tensors(getattr(part, name), _copied) for name in part._reductions}
     # Wrappers do not count; they may have states all the same.
     return part._update_count or int(any(_is_changed(part, name) for name in states)), states
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _is_changed(part: Any, name: str) -> bool:

@@ -122,6 +122,14 @@ class EpochOutputs:
             own = [piece[index] for piece in outputs if piece[index] is not None] if is_truncated else outputs[index]
             self.keep(batch_idx, own or None, index=index)
 
+    def state_dict(self) -> list[list[tuple[int, Any]]]:
+        """What an unfinished epoch has returned so far; without what a checkpoint does not read back."""
+        return [[(place, to_cpu(one)) for place, one in kept if _is_plain(one)] for kept in self._kept]
+
+    def load_state_dict(self, state: list[list[tuple[int, Any]]]) -> None:
+        if len(state) == len(self._kept):
+            self._kept = to_device(state, self._session.device)
+
     def call_hook(self) -> None:
         """Call the hook, on every rank with the outputs of all of them in data-set order. Collective.
 
@@ -178,6 +186,14 @@ def _file_dict(outputs: Mapping[str, Any], metrics: MetricBuffer) -> None:
     values.update(logged)
     for name, value in values.items():
         metrics.file(name, value, prog_bar=name in shown, logger=name in logged)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return value is None or type(value) in (Tensor, str, bool, int, float)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -143,6 +143,7 @@ class TrainLoop:
         return {
             "metrics": self.metrics.state_dict(module),
             "objects": metric_objects.states_in(module),
+            "outputs": [] if self._kept is None else self._kept.state_dict(),
             "data": self._data.state_dict(),
         }
 
@@ -150,6 +151,8 @@ class TrainLoop:
         module = self._session.module
         self.metrics.load_state_dict(state["metrics"], module)
         metric_objects.load_states(module, state.get("objects", {}))
+        if self._kept is not None:
+            self._kept.load_state_dict(state.get("outputs", []))
         self.load_data_state(state)
 
     def load_data_state(self, state: dict[str, Any]) -> None:

@@ -221,6 +221,16 @@ def test_training_epoch_end_gets_every_sample_of_every_worker(num_workers, quiet
     assert "x_sum" not in trainer.logged_metrics
 
 
+def test_a_run_resumed_in_mid_epoch_has_the_outputs_of_its_first_batches(quiet, tmp_path):
+    loader = DataLoader(make_data(44), batch_size=8, shuffle=True)
+    save = pl.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    pl.fit(TrainingEpochEnd(), loader, max_epochs=1, callbacks=[save], **{**quiet, "enable_checkpointing": True})
+    model = TrainingEpochEnd()
+    pl.Trainer(max_epochs=1, **quiet).fit(model, loader, ckpt_path=tmp_path / "step=4.ckpt")
+    everything = make_data(44).tensors[0][:, 0]
+    torch.testing.assert_close(model.x.sort().values, everything.sort().values)
+
+
 def test_training_epoch_end_gets_a_list_for_each_optimizer(quiet):
     class Two(Regression):
         def training_step(self, batch, batch_idx, optimizer_idx):
