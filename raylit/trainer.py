@@ -21,6 +21,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import files, format
+from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
 from raylit.errors import ConfigError, shows_user_frames
@@ -277,19 +278,21 @@ class Trainer:
             model = self._model
         if model is None:
             raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
-        check_module(model)
+        module, compilations = unwrapped(model)
+        check_module(module)
         if isinstance(loaders, DataModule):
             loaders, datamodule = None, loaders
-        if datamodule is None and loaders is None and model is self._model:
+        if datamodule is None and loaders is None and module is self._model:
             datamodule = self._datamodule
         if datamodule is not None and (loaders is not None or val is not None):
             raise ConfigError(f"{stage} was given loaders and a data module: pass one of them")
-        self._model, self._datamodule = model, datamodule
+        self._model, self._datamodule = module, datamodule
         return Job(
-            module=model,
+            module=module,
             datamodule=datamodule,
             callbacks=self._callbacks,
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
+            compilations=compilations,
             log_dir=self.log_dir,
         )
 
