@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
-from raylit.arguments import EarlierNames, Given, accepts_earlier_names, settled
+from raylit.arguments import EarlierNames, Given, accepts_earlier_names, add_arguments, from_arguments, settled
 from raylit.attachments import build_loggers, sorted_callbacks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
@@ -118,6 +119,16 @@ class Trainer:
         self._state = RunState(stage="fit")
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
+
+    @classmethod
+    def add_argparse_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
+        """An option for each argument, such as `--max_epochs 3`."""
+        return add_arguments(parent_parser, cls)
+
+    @classmethod
+    def from_argparse_args(cls, args: Namespace, **overrides: Any) -> Self:
+        """A Trainer of what was given on the command line; `overrides` win."""
+        return cls(**from_arguments(args, cls, overrides))
 
     # The entry points
 
