@@ -13,6 +13,7 @@ from raylit.errors import ConfigError, RaylitError
 from raylit.summary import to_the_weights
 
 _ONNX_PACKAGES = ("onnx", "onnxscript")
+_UNTYPED = ("_view", "_hparams", "_hparams_initial")
 
 
 def to_onnx(module: nn.Module, file: Any, *, sample: Any, **options: Any) -> Any:
@@ -63,10 +64,17 @@ def _sample(module: nn.Module, sample: Any, *, what: str) -> Any:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, without what TorchScript has no type for. It reads every property, also those that it leaves out: a
+    stand-in for the run keeps them from raising."""
     modes = [(child, child.training) for child in module.modules()]
+    own = {name: value for name, value in module.__dict__.items() if name in _UNTYPED}
     module.eval()
+    module.__dict__.update(dict.fromkeys(_UNTYPED, ""))
     try:
         yield
     finally:
+        for name in _UNTYPED:
+            del module.__dict__[name]
+        module.__dict__.update(own)
         for child, is_training in modes:
             child.training = is_training

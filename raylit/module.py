@@ -27,8 +27,9 @@ class LightningModule(nn.Module):
 
     _view: Any = None
     _metrics: Any = None
-    _hparams: AttributeDict | None = None
-    _hparams_initial: AttributeDict | None = None
+    # Of no narrower type, which torch.jit.script would try to compile.
+    _hparams: Any = None
+    _hparams_initial: Any = None
     _hparams_name: str = "kwargs"
     example_input_array: Any = None
     automatic_optimization: bool = True
@@ -351,7 +352,8 @@ class LightningModule(nn.Module):
         """Theirs to change: checkpoints keep them as they are then."""
         if self._hparams is None:
             self._hparams = AttributeDict()
-        return self._hparams
+        hparams: AttributeDict = self._hparams
+        return hparams
 
     @property
     def hparams_initial(self) -> AttributeDict:

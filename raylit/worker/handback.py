@@ -54,7 +54,11 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
     """Put the attributes onto the driver's objects. Returns the names of those that could not travel."""
     attributes: Attributes = cloudpickle.loads(pickled)
     if attributes.grown_module is not None:
-        module.__dict__.update(attributes.grown_module.__dict__)
+        grown = attributes.grown_module.__dict__
+        # What was a plain attribute, such as None, and is a layer now would hide it.
+        for name in {**grown["_modules"], **grown["_parameters"], **grown["_buffers"]}.keys() & module.__dict__.keys():
+            del module.__dict__[name]
+        module.__dict__.update(grown)
     for name, child in module.named_modules():
         child.__dict__.update(attributes.modules.get(name, {}))
     for name, buffer in attributes.buffers.items():

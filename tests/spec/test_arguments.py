@@ -288,8 +288,10 @@ def test_two_names_of_fits_and_tests_loaders_may_not_differ(quiet):
 def test_arguments_come_from_the_command_line():
     parser = pl.Trainer.add_argparse_args(ArgumentParser())
     given = parser.parse_args(
-        "--max_epochs 3 --gpus 0 --limit_train_batches 0.5 --limit_val_batches 4 --fast_dev_run --precision bf16 "
-        "--deterministic true --default_root_dir here".split()
+        [
+            *("--max_epochs", "3", "--gpus", "0", "--limit_train_batches", "0.5", "--limit_val_batches", "4"),
+            *("--fast_dev_run", "--precision", "bf16", "--deterministic", "true", "--default_root_dir", "here"),
+        ]
     )
     trainer = pl.Trainer.from_argparse_args(given, fast_dev_run=False, logger=False)
     plan = trainer._plan
