@@ -53,7 +53,8 @@ def test_the_most_basic_trainer_uses_good_defaults(num_workers, tmp_path):
     # Automatic checkpoints, automatic TensorBoard.
     directory = tmp_path / "lightning_logs" / "version_0"
     assert [path.name for path in directory.glob("checkpoints/*")] == [f"epoch=1-step={steps}.ckpt"]
-    assert list(directory.glob("events.out.tfevents*"))
+    assert isinstance(trainer.logger, pl.TensorBoardLogger)
+    assert trainer.logger.log_dir == str(directory)
     checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, steps)
 
@@ -180,7 +181,7 @@ def test_early_stopping_without_a_metric_to_follow_says_what_there_is(quiet):
 def test_a_run_is_resumed_from_the_trainers_argument(quiet):
     first = Trainer(max_epochs=2, logger=False, enable_progress_bar=False)
     first.fit(Regression(), RegressionData())
-    path = first.checkpoint_callback.best_model_path
+    path = first.checkpoint_callback.newest_model_path
     trainer = Trainer(resume_from_checkpoint=path, max_epochs=3, **quiet)
     model = Regression()
     trainer.fit(model, RegressionData())
