@@ -1,10 +1,11 @@
 """Hyper-parameters: what `save_hyperparameters` finds in the constructor's frame. Both sides."""
 
+import dataclasses
 import inspect
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 
 class AttributeDict(dict[str, Any]):
@@ -25,6 +26,8 @@ class AttributeDict(dict[str, Any]):
 
 def init_arguments(owner: object, frame: FrameType) -> dict[str, Any]:
     """The arguments of `owner`'s constructor call, read in any `__init__` frame of it: a subclass's win."""
+    if dataclasses.is_dataclass(owner):
+        return {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner) if field.init}
     arguments: dict[str, Any] = {}
     current: FrameType | None = frame
     while current is not None and current.f_code.co_name == "__init__":
@@ -51,19 +54,52 @@ def select_hyperparameters(
     if all(isinstance(name, str) for name in given):
         return {name: arguments[name] for name in given if name not in ignored}, "kwargs"
     if len(given) > 1:
-        raise TypeError("save_hyperparameters takes names of arguments, or one dict or Namespace")
+        raise TypeError("save_hyperparameters takes names of arguments, or one dict, Namespace or dataclass")
     holder = given[0]
     name = next((name for name, value in arguments.items() if value is holder), "kwargs")
-    values = vars(holder) if isinstance(holder, Namespace) else dict(holder)
+    values = _entries(holder)
     return {key: value for key, value in values.items() if key not in ignored}, name
 
 
-def constructor_arguments(cls: type, hparams: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The keyword arguments that rebuild an instance of `cls` from saved hyper-parameters."""
-    if name != "kwargs":
-        return {name: AttributeDict(hparams)}
-    parameters = inspect.signature(cls).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(hparams)
-    known = {parameter.name for parameter in parameters}
-    return {key: value for key, value in hparams.items() if key in known}
+def copied(hparams: Mapping[str, Any]) -> AttributeDict:
+    """A copy that later changes to the original, or to lists and dicts in it, leave alone."""
+    return AttributeDict({name: _copied(value) for name, value in hparams.items()})
+
+
+def constructor_arguments(
+    cls: type, hparams: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keyword arguments that rebuild an instance of `cls` from saved hyper-parameters; `overrides` win."""
+    parameters = inspect.signature(cls).parameters
+    if name != "kwargs" and name not in overrides:
+        # Beside the arguments, `overrides` may name single entries of the one that holds the hyper-parameters.
+        entries = {**hparams, **{key: value for key, value in overrides.items() if key not in parameters}}
+        return {name: _held(cls, name, entries), **{k: v for k, v in overrides.items() if k in parameters}}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return {**hparams, **overrides}
+    return {**{key: value for key, value in hparams.items() if key in parameters}, **overrides}
+
+
+def _entries(holder: Any) -> dict[str, Any]:
+    if isinstance(holder, Namespace):
+        return vars(holder)
+    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
+        return {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
+    return dict(holder)
+
+
+def _copied(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple, set) else value
+
+
+def _held(cls: type, name: str, entries: dict[str, Any]) -> Any:
+    """Of the type that the constructor says, where that is one to be made of entries."""
+    try:
+        kind = get_type_hints(vars(cls).get("__init__", cls)).get(name)
+    except NameError:  # an annotation that is there for type checkers only
+        kind = None
+    if kind is Namespace or (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        return kind(**entries)
+    return AttributeDict(entries)

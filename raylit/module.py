@@ -4,16 +4,19 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from raylit.checkpoint import files, format
-from raylit.errors import CheckpointError, ConfigError
-from raylit.hparams import AttributeDict, constructor_arguments, init_arguments, select_hyperparameters
+from raylit import export
+from raylit.errors import ConfigError
+from raylit.hparams import AttributeDict, copied, init_arguments, select_hyperparameters
+from raylit.rebuild import load_weights, read_for_rebuild, rebuilt
 from raylit.sequences import split_along_time
+from raylit.summary import Summary, summarized
 
 _OF_THE_RUN = ("_view", "_metrics")
 """Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
@@ -24,7 +27,9 @@ class LightningModule(nn.Module):
 
     _view: Any = None
     _metrics: Any = None
-    _hparams: AttributeDict | None = None
+    # Of no narrower type, which torch.jit.script would try to compile.
+    _hparams: Any = None
+    _hparams_initial: Any = None
     _hparams_name: str = "kwargs"
     example_input_array: Any = None
     automatic_optimization: bool = True
@@ -97,18 +102,38 @@ class LightningModule(nn.Module):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None: ...
     def on_validation_start(self) -> None: ...
     def on_validation_end(self) -> None: ...
+    def on_validation_model_eval(self) -> None:
+        """Before the loop: eval mode."""
+        self.eval()
+
+    def on_validation_model_train(self) -> None:
+        """After the loop. Not overridden: each submodule goes back to the mode that it was in."""
+        self.train()
+
     def on_validation_epoch_start(self) -> None: ...
     def on_validation_epoch_end(self) -> None: ...
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_test_start(self) -> None: ...
     def on_test_end(self) -> None: ...
+    def on_test_model_eval(self) -> None:
+        self.eval()
+
+    def on_test_model_train(self) -> None:
+        self.train()
+
     def on_test_epoch_start(self) -> None: ...
     def on_test_epoch_end(self) -> None: ...
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_predict_start(self) -> None: ...
     def on_predict_end(self) -> None: ...
+    def on_predict_model_eval(self) -> None:
+        self.eval()
+
+    def on_predict_model_train(self) -> None:
+        self.train()
+
     def on_predict_epoch_start(self) -> None: ...
     def on_predict_epoch_end(self) -> None: ...
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
@@ -217,6 +242,19 @@ class LightningModule(nn.Module):
         tensor = next(iter(self.parameters()), None)
         return tensor.dtype if tensor is not None else torch.get_default_dtype()
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Tensors (and numbers, in dicts and lists too) of every rank, stacked in a new first dimension; as they are
+        where there is one rank. `sync_grads`: gradients flow back to each rank. Collective."""
+        return data if self._view is None else self._view.all_gather(data, group=group, sync_grads=sync_grads)
+
+    def get_progress_bar_dict(self) -> dict[str, Any]:
+        """What rank 0 sends to the progress bar; override it to add to that or change it."""
+        return {} if self._metrics is None else dict(self._metrics.latest(only_prog_bar=True))
+
     # Optimization: what may be overridden
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -289,51 +327,62 @@ class LightningModule(nn.Module):
 
     # Hyper-parameters, weights
 
-    def save_hyperparameters(self, *names: Any, ignore: str | Iterable[str] | None = None, logger: bool = True) -> None:
-        """Keep the constructor's arguments (all, or the named ones) in `hparams`, in checkpoints and, with `logger`,
-        in the loggers."""
-        frame = inspect.currentframe()
-        assert frame is not None and frame.f_back is not None
+    def save_hyperparameters(
+        self,
+        *names: Any,
+        ignore: str | Iterable[str] | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Keep the constructor's arguments (all, the named ones, or a dict, Namespace or dataclass) in `hparams`, in
+        checkpoints and, with `logger`, in the loggers. `frame`: the constructor's, where this is called elsewhere."""
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current is not None else None)
+        assert frame is not None
         ignored = [ignore] if isinstance(ignore, str) else ignore or ()
-        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame.f_back), ignored)
+        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
         self.hparams.update(values)
+        self._hparams_initial = copied(self.hparams)
         self._is_logging_hparams = logger
 
     _is_logging_hparams: bool = True
 
     @property
     def hparams(self) -> AttributeDict:
+        """Theirs to change: checkpoints keep them as they are then."""
         if self._hparams is None:
             self._hparams = AttributeDict()
-        return self._hparams
+        hparams: AttributeDict = self._hparams
+        return hparams
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """A copy of `hparams` as they were saved."""
+        return copied(self._hparams_initial or {})
 
     @classmethod
     def load_from_checkpoint(
         cls,
         checkpoint_path: str | Path,
         map_location: Any = None,
+        hparams_file: str | Path | None = None,
         strict: bool = True,
         weights_only: bool = True,
         **overrides: Any,
     ) -> Self:
         """Rebuild the module with its saved hyper-parameters (`overrides` win) and load its weights.
 
+        A path or a URL that fsspec knows. `hparams_file`: YAML or CSV, taken instead of what the checkpoint has.
         `weights_only=False` unpickles hyper-parameters that are not plain values: for files you trust. CheckpointError:
         the file is missing, damaged or of another model.
         """
-        checkpoint = files.read(checkpoint_path, allow_pickle=not weights_only)
-        packed = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if k not in overrides}
-        hparams = format.unpack_hyper_parameters(packed, allow_pickle=not weights_only)
-        arguments = constructor_arguments(cls, hparams, checkpoint.get("hparams_name", "kwargs"))
-        try:
-            module = cls(**{**arguments, **overrides})
-        except TypeError as error:
-            raise CheckpointError(
-                f"{cls.__name__} cannot be rebuilt from {checkpoint_path}: {error}. It holds the hyper-parameters "
-                f"{sorted(hparams)}; call self.save_hyperparameters() in __init__, or pass what is missing here"
-            ) from error
+        checkpoint = read_for_rebuild(
+            checkpoint_path, hparams_file=hparams_file, overrides=overrides, allow_pickle=not weights_only
+        )
+        name, source = checkpoint.get("hparams_name", "kwargs"), str(checkpoint_path)
+        module = rebuilt(cls, checkpoint["hyper_parameters"], name, overrides=overrides, source=source)
         module.on_load_checkpoint(checkpoint)
-        load_weights(module, checkpoint["state_dict"], source=str(checkpoint_path), strict=strict)
+        load_weights(module, checkpoint["state_dict"], source=source, strict=strict)
         return module if map_location is None else module.to(map_location)
 
     def freeze(self) -> None:
@@ -345,29 +394,32 @@ class LightningModule(nn.Module):
         self.requires_grad_(True)
         self.train()
 
+    def summarize(self, mode: Literal["top", "full"] = "top", max_depth: int | None = None) -> Summary:
+        """Layers and parameters, to be printed; `max_depth` (-1: all layers) says more than `mode`."""
+        return summarized(self, max_depth={"top": 1, "full": -1}[mode] if max_depth is None else max_depth)
+
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **options: Any) -> Any:
+        """torch.onnx.export to a path or file, with `input_sample` or the `example_input_array`; `options` go there."""
+        return export.to_onnx(self, file_path, sample=input_sample, **options)
+
+    def to_torchscript(
+        self,
+        file_path: str | Path | None = None,
+        method: Literal["script", "trace"] = "script",
+        example_inputs: Any = None,
+        **options: Any,
+    ) -> Any:
+        """TorchScript of `forward` in eval mode; "trace" runs `example_inputs` or the `example_input_array`."""
+        return export.to_torchscript(self, file_path, method=method, example=example_inputs, **options)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_THE_RUN}
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in _OF_THE_RUN}
+
+    __jit_unused_properties__: ClassVar[list[str]]
 
 
-def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str, strict: bool = True) -> None:
-    """Load into the module's own tensors. CheckpointError names the first keys that do not fit."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
-    other_shape = [
-        f"{key} ({tuple(value.shape)} instead of {tuple(own[key].shape)})"
-        for key, value in state_dict.items()
-        if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) and value.shape != own[key].shape
-    ]
-    if other_shape or (strict and (missing or unexpected)):
-        raise CheckpointError(
-            f"{source} is not a checkpoint of this {type(module).__name__}: missing {_first(missing)}, "
-            f"unexpected {_first(unexpected)}, of another shape {_first(other_shape)}"
-        )
-    module.load_state_dict(state_dict, strict=strict)
-
-
-def _first(keys: list[str], *, count: int = 3) -> str:
-    if not keys:
-        return "none"
-    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
+LightningModule.__jit_unused_properties__ = [
+    name for name, value in vars(LightningModule).items() if isinstance(value, property)
+]
+"""Scripting leaves them out: they belong to the run, or are nothing that TorchScript has a type for."""

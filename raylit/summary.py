@@ -143,20 +143,20 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _call(module: nn.Module, example: Any) -> Any:
     """A tuple holds positional arguments, a dict keywords."""
     like = next(module.parameters(), None)
-    example = example if like is None else _moved(example, like)
+    example = example if like is None else to_the_weights(example, like)
     if isinstance(example, (tuple, list)):
         return module(*example)
     return module(**example) if isinstance(example, dict) else module(example)
 
 
-def _moved(value: Any, like: Tensor) -> Any:
+def to_the_weights(value: Any, like: Tensor) -> Any:
     """To the device of the weights and, where both are floating, to their type."""
     if isinstance(value, Tensor):
         is_floating = value.is_floating_point() and like.is_floating_point()
         return value.to(like.device, like.dtype if is_floating else value.dtype)
     if isinstance(value, (tuple, list)):
-        return [_moved(item, like) for item in value]
-    return {key: _moved(item, like) for key, item in value.items()} if isinstance(value, dict) else value
+        return [to_the_weights(item, like) for item in value]
+    return {key: to_the_weights(item, like) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _size(value: Any) -> Size:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
-from raylit.arguments import EarlierNames, Given, accepts_earlier_names, settled
+from raylit.arguments import EarlierNames, Given, accepts_earlier_names, add_arguments, from_arguments, settled
 from raylit.attachments import build_loggers, sorted_callbacks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
@@ -21,6 +22,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import files, format
+from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
 from raylit.errors import ConfigError, shows_user_frames
@@ -117,6 +119,16 @@ class Trainer:
         self._state = RunState(stage="fit")
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
+
+    @classmethod
+    def add_argparse_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
+        """An option for each argument, such as `--max_epochs 3`."""
+        return add_arguments(parent_parser, cls)
+
+    @classmethod
+    def from_argparse_args(cls, args: Namespace, **overrides: Any) -> Self:
+        """A Trainer of what was given on the command line; `overrides` win."""
+        return cls(**from_arguments(args, cls, overrides))
 
     # The entry points
 
@@ -277,19 +289,21 @@ class Trainer:
             model = self._model
         if model is None:
             raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
-        check_module(model)
+        module, compilations = unwrapped(model)
+        check_module(module)
         if isinstance(loaders, DataModule):
             loaders, datamodule = None, loaders
-        if datamodule is None and loaders is None and model is self._model:
+        if datamodule is None and loaders is None and module is self._model:
             datamodule = self._datamodule
         if datamodule is not None and (loaders is not None or val is not None):
             raise ConfigError(f"{stage} was given loaders and a data module: pass one of them")
-        self._model, self._datamodule = model, datamodule
+        self._model, self._datamodule = module, datamodule
         return Job(
-            module=model,
+            module=module,
             datamodule=datamodule,
             callbacks=self._callbacks,
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
+            compilations=compilations,
             log_dir=self.log_dir,
         )
 

@@ -48,11 +48,13 @@ BATCH = [
 ]
 VALIDATION_BATCH = ["on_validation_batch_start", "validation_step", "on_validation_batch_end"]
 VALIDATION = [
+    "on_validation_model_eval",
     "on_validation_start",
     "on_validation_epoch_start",
     *VALIDATION_BATCH,
     "on_validation_epoch_end",
     "on_validation_end",
+    "on_validation_model_train",
 ]
 
 
@@ -91,6 +93,7 @@ def test_hooks_of_test_and_predict(quiet):
         "prepare_data",
         "setup",
         "configure_model",
+        "on_test_model_eval",
         "on_test_start",
         "on_test_epoch_start",
         "on_test_batch_start",
@@ -98,11 +101,13 @@ def test_hooks_of_test_and_predict(quiet):
         "on_test_batch_end",
         "on_test_epoch_end",
         "on_test_end",
+        "on_test_model_train",
         "teardown",
     ]
     model.calls.clear()
     trainer.predict(model, DataLoader(make_data(4), batch_size=4))
     assert model.calls[3:-1] == [
+        "on_predict_model_eval",
         "on_predict_start",
         "on_predict_epoch_start",
         "on_predict_batch_start",
@@ -110,6 +115,7 @@ def test_hooks_of_test_and_predict(quiet):
         "on_predict_batch_end",
         "on_predict_epoch_end",
         "on_predict_end",
+        "on_predict_model_train",
     ]
 
 

@@ -1,6 +1,7 @@
 """From the Trainer's arguments to a Plan: names settled, values parsed, checked and explained. Driver."""
 
+from raylit.arguments.command_line import add_arguments, from_arguments
 from raylit.arguments.given import Given
 from raylit.arguments.names import EarlierNames, accepts_earlier_names, settled
 
-__all__ = ["EarlierNames", "Given", "accepts_earlier_names", "settled"]
+__all__ = ["EarlierNames", "Given", "accepts_earlier_names", "add_arguments", "from_arguments", "settled"]

@@ -5,7 +5,9 @@ Every path passes through `_local`, and nothing outside this module opens a chec
 
 import os
 import pickle
+import shutil
 import socket
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -41,11 +43,13 @@ def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
-    """The checkpoint, its tensors on the CPU; Lightning's own files too.
+    """The checkpoint, its tensors on the CPU, from a path or a URL that fsspec knows; Lightning's own files too.
 
     `allow_pickle` unpickles any object, which can run code: for trusted files. CheckpointError: no such file, damaged,
     not a checkpoint, of a newer format, or pickled without `allow_pickle`.
     """
+    if "://" in os.fspath(path):
+        return _read_remote(os.fspath(path), allow_pickle)
     source = _local(path)
     if source.is_dir():
         raise CheckpointError(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
@@ -69,6 +73,21 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[st
             f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
         )
     return checkpoint
+
+
+def _read_remote(url: str, allow_pickle: bool) -> dict[str, Any]:
+    """By a copy in a temporary directory."""
+    # With the first URL only: importing raylit should not cost the import of fsspec.
+    import fsspec
+
+    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
+        copy = Path(directory) / (url.rstrip("/").rsplit("/", 1)[-1] or "checkpoint")
+        try:
+            with fsspec.open(url, "rb") as remote, open(copy, "wb") as file:
+                shutil.copyfileobj(remote, file, length=16 * 2**20)
+        except Exception as error:  # of whatever kind the store's own library raises
+            raise CheckpointError(f"cannot read the checkpoint {url}: {type(error).__name__}: {error}") from error
+        return read(copy, allow_pickle=allow_pickle)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:

@@ -315,7 +315,7 @@ class Coordinator:
     def _log_hyperparams(self) -> None:
         module, datamodule = self._job.module, self._job.datamodule
         params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
-        if datamodule is not None and datamodule._hparams:
+        if datamodule is not None and datamodule._hparams and datamodule._is_logging_hparams:
             params.update(datamodule.hparams)
         for logger in self.loggers:
             if params and self.state.stage == "fit":

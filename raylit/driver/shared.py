@@ -150,7 +150,8 @@ def _written_by_training(owner: Any, *, is_top: bool) -> Iterator[Tensor]:
     else:
         candidates = [owner]
     for tensor in _tensors_of(candidates, depth=4):
-        if tensor.layout is torch.strided and tensor.device.type == "cpu":
+        is_lazy = nn.parameter.is_lazy(tensor)  # without memory before the first batch
+        if not is_lazy and tensor.layout is torch.strided and tensor.device.type == "cpu":
             yield tensor
 
 

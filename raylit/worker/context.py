@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylit.callbacks.base import Callback
+from raylit.compilation import Compilations
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
 from raylit.worker.shared_memory import SharedMemory
@@ -35,6 +36,8 @@ class Job:
     callbacks: Sequence[Callback] = ()
     loaders: dict[str, Any] = field(default_factory=dict)
     """What was given to fit and the others: by stage "train", "validate", "test", "predict"."""
+    compilations: Compilations = field(default_factory=dict)
+    """How the user has compiled the module and its parts, which pickling drops."""
     log_dir: str = "."
     shared_memory: SharedMemory | None = None
     """In an actor: where the data lies. It stays out of what goes back to the driver, which has it."""

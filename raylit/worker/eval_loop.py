@@ -11,10 +11,12 @@ from torch import nn
 from raylit.checkpoint import format
 from raylit.errors import ConfigError
 from raylit.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
+from raylit.module import LightningModule
 from raylit.plan import BatchLimit
 from raylit.results import EvalResult
 from raylit.state import Stage
 from raylit.worker.data import EvalData
+from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.returns import EpochOutputs, file_evaluated
 from raylit.worker.session import Session
@@ -109,7 +111,11 @@ class _SharedLoop:
         view.stage, view.metrics, module._metrics = self._stage, metrics, metrics
         view.sanity_checking = is_sanity_check
         try:
+            if is_sanity_check:
+                self._session.hooks.call("on_sanity_check_start")
             yield
+            if is_sanity_check:
+                self._session.hooks.call("on_sanity_check_end")
         finally:
             view.stage, view.metrics, module._metrics = before
             view.sanity_checking = False
@@ -119,15 +125,18 @@ class _SharedLoop:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Eval mode without gradients; afterwards every submodule is in the mode it was in."""
-        module = self._session.module
+        module, prefix = self._session.module, _PREFIXES[self._stage]
         modes: list[tuple[nn.Module, bool]] = [(child, child.training) for child in module.modules()]
-        module.eval()
+        getattr(module, f"on_{prefix}_model_eval")()
         try:
             with self._without_gradients():
                 yield
         finally:
-            for child, is_training in modes:
-                child.training = is_training
+            if is_overridden(f"on_{prefix}_model_train", module, LightningModule):
+                getattr(module, f"on_{prefix}_model_train")()
+            else:
+                for child, is_training in modes:
+                    child.training = is_training
 
     def _without_gradients(self) -> AbstractContextManager[object]:
         return torch.inference_mode() if self._session.plan.inference_mode else torch.no_grad()
@@ -146,15 +155,13 @@ class EvalLoop(_SharedLoop):
 
     def run(self, command: Evaluate) -> Iterator[Report]:
         """The whole loop with its hooks; its metrics reduced over the ranks."""
-        session, view, hooks = self._session, self._session.view, self._session.hooks
+        session, view = self._session, self._session.view
         metrics = MetricBuffer(session.peers, is_evaluation=True)
         self._kept = EpochOutputs.of(
             session, hook=f"{_PREFIXES[self._stage]}_epoch_end", metrics=metrics, num_lists=max(1, len(self._loaders))
         )
         self._rows = {}
         with self._as_stage(metrics, is_sanity_check=command.is_sanity_check), self._evaluating():
-            if command.is_sanity_check:
-                hooks.call("on_sanity_check_start")
             self._call("start")
             self._call("epoch_start")
             for index in range(len(self._loaders)):
@@ -170,8 +177,6 @@ class EvalLoop(_SharedLoop):
                 self._training_metrics.withhold(reduced)
             session.module._metrics = None
             self._call("end")
-            if command.is_sanity_check:
-                hooks.call("on_sanity_check_end")
         # Every rank has come to the metrics by now, so a brake that has ended any of them early is on here.
         if session.brake.is_on:
             yield Evaluated(stage=self._stage, metrics={}, is_broken_off=True)

@@ -21,6 +21,8 @@ class Attributes:
     """Plain attributes of every submodule by its name, and of every callback in order."""
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Those that are not part of the module's state dict."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Attributes that cannot be pickled."""
@@ -37,6 +39,7 @@ def pack(
     """
     attributes = Attributes(
         modules={name: _without(shared, _own_attributes(child)) for name, child in module.named_modules()},
+        buffers=_transient_buffers(module),
         callbacks=[_without(shared, _state(callback)) for callback in callbacks],
         grown_module=module if set(module.state_dict()) != state_keys else None,
     )
@@ -51,9 +54,16 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
     """Put the attributes onto the driver's objects. Returns the names of those that could not travel."""
     attributes: Attributes = cloudpickle.loads(pickled)
     if attributes.grown_module is not None:
-        module.__dict__.update(attributes.grown_module.__dict__)
+        grown = attributes.grown_module.__dict__
+        # What was a plain attribute, such as None, and is a layer now would hide it.
+        for name in {**grown["_modules"], **grown["_parameters"], **grown["_buffers"]}.keys() & module.__dict__.keys():
+            del module.__dict__[name]
+        module.__dict__.update(grown)
     for name, child in module.named_modules():
         child.__dict__.update(attributes.modules.get(name, {}))
+    for name, buffer in attributes.buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = buffer
     for callback, state in zip(callbacks, attributes.callbacks, strict=True):
         callback.__dict__.update(state)
     return attributes.left_out
@@ -73,6 +83,15 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
         name: _on_cpu(value)
         for name, value in _state(module).items()
         if (name not in _NN_INTERNAL or name == "training") and not isinstance(value, _LEFT_BEHIND)
+    }
+
+
+def _transient_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
+        for prefix, child in module.named_modules()
+        for name in child._non_persistent_buffers_set
+        if (buffer := child._buffers.get(name)) is not None
     }
 
 

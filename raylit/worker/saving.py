@@ -8,7 +8,7 @@ from torch import nn
 from raylit.checkpoint import format
 from raylit.errors import CheckpointError
 from raylit.messages import Saved
-from raylit.module import load_weights
+from raylit.rebuild import load_weights
 from raylit.state import Progress
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session

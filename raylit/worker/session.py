@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from raylit.accelerators import Accelerator
 from raylit.checkpoint import format
+from raylit.compilation import compile_again, drop_compiled
 from raylit.plan import Plan
 from raylit.precision import build_precision
 from raylit.state import Stage
@@ -56,6 +58,7 @@ class Session:
         """Brings a batch to the device; None where it is there already."""
         if not accelerator.is_host_memory or self.precision.weights_dtype is not None:
             self.move = partial(to_device, device=self.device, floating_dtype=self.precision.weights_dtype)
+        self._compiled: list[nn.Module] = []
         self._pending_random_state: dict[str, Any] | None = None
 
     def set_up(self) -> None:
@@ -72,6 +75,7 @@ class Session:
         self.hooks.set_up(self.stage, job.datamodule)
         self.module.configure_model()
         self.module.to(device=self.device, dtype=self.precision.weights_dtype)
+        self._compiled = compile_again(self.module, job.compilations)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
 
@@ -102,6 +106,11 @@ class Session:
                 self.view.handles.close()
             self.strategy.tear_down()
             self.module.to("cpu")
-            self.module._view = self.module._metrics = None
-            if self.job.datamodule is not None:
-                self.job.datamodule.trainer = None
+            self.let_go()
+
+    def let_go(self) -> None:
+        """The user's objects are ordinary ones again, whatever has ended the run."""
+        self.module._view = self.module._metrics = None
+        drop_compiled(self._compiled)
+        if self.job.datamodule is not None:
+            self.job.datamodule.trainer = None

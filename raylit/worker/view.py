@@ -9,6 +9,7 @@ from raylit.messages import Metrics
 from raylit.plan import Plan
 from raylit.state import Progress, Stage
 from raylit.worker.context import Job, WorkerContext
+from raylit.worker.gathering import gathered
 from raylit.worker.metrics import MetricBuffer
 
 
@@ -82,6 +83,12 @@ class TrainerView:
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         return {name: torch.tensor(value) for name, value in self._logged.items()}
+
+    def all_gather(self, data: Any, *, group: Any = None, sync_grads: bool = False) -> Any:
+        """See LightningModule.all_gather."""
+        if self._context.world_size == 1:
+            return data
+        return gathered(data, group=group, with_gradients=sync_grads, device=self._job.module.device)
 
     @property
     def lightning_module(self) -> Any:

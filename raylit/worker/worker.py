@@ -185,7 +185,7 @@ class Worker:
         """After an end outside the worker's commands: the module is an ordinary one again."""
         session, self._session = self._session, None
         if session is not None:
-            session.module._view = session.module._metrics = None
+            session.let_go()
 
     def _fail(self, error: BaseException) -> None:
         """`on_exception` of everyone; the module is an ordinary one again."""

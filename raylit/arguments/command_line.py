@@ -1,0 +1,46 @@
+"""The Trainer's arguments on a command line, through argparse. Driver."""
+
+import ast
+import inspect
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None}
+
+
+def add_arguments(parser: ArgumentParser, constructor: Callable[..., Any]) -> ArgumentParser:
+    """An option `--name` for each keyword of the constructor, in a group of its own.
+
+    What is not given stays out of the Namespace's way as None. A bare `--name` of a switch turns it on.
+    """
+    group = parser.add_argument_group(constructor.__qualname__)
+    for parameter in inspect.signature(constructor).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        is_switch = isinstance(parameter.default, bool)
+        group.add_argument(
+            f"--{parameter.name}",
+            type=_value,
+            default=None,
+            metavar="VALUE",
+            help=f"default: {parameter.default!r}",
+            **({"nargs": "?", "const": True} if is_switch else {}),
+        )
+    return parser
+
+
+def from_arguments(given: Namespace, constructor: Callable[..., Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The keywords for the constructor out of a Namespace that may hold other things as well."""
+    names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {**{name: value for name in names if (value := getattr(given, name, None)) is not None}, **overrides}
+
+
+def _value(text: str) -> Any:
+    """A number, a word for one of Python's constants, a list or dict; else the text itself."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
