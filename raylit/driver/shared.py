@@ -8,7 +8,7 @@ import dataclasses
 import io
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import cloudpickle
@@ -16,12 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from raylit.datamodule import DataModule
 from raylit.errors import ModuleError
 from raylit.worker.context import Job
 from raylit.worker.shared_memory import SharedMemory
 
 _MIN_SHARED_BYTES = 64 * 1024
+"""Of one array, or of a collection of smaller ones in the data."""
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +36,8 @@ class Parcel:
     buffers: list[NDArray[np.uint8]]
     labels: list[str]
     """What each buffer is, for messages."""
+    places: NDArray[np.int64]
+    """For each pickled array its buffer, and where in it the array starts and ends: small ones share a buffer."""
 
 
 def pickle_job(job: Job) -> Parcel:
@@ -54,13 +60,14 @@ def pickle_job(job: Job) -> Parcel:
             "files, locks, connections) in setup(), which runs in every worker, or use num_workers=0"
         ) from error
     pickled = np.frombuffer(file.getbuffer(), dtype=np.uint8)
-    return Parcel(pickled=pickled, buffers=pickler.buffers, labels=pickler.labels)
+    return _parcel(pickled, pickler)
 
 
 def unpickle_job(parcel: Parcel) -> tuple[Job, SharedMemory]:
     """The Job, with its data in the shared memory."""
     memory = SharedMemory(parcel.buffers, labels=parcel.labels)
-    unpickler = pickle.Unpickler(io.BytesIO(parcel.pickled.tobytes()), buffers=memory.views)
+    views = (memory.views[index][start:stop] for index, start, stop in parcel.places.tolist())
+    unpickler = pickle.Unpickler(io.BytesIO(parcel.pickled.tobytes()), buffers=views)
     unpickler.load()
     job: Job = unpickler.load()
     job.shared_memory = memory
@@ -81,15 +88,20 @@ class _Pickler(cloudpickle.Pickler):
         self._writable = writable
         """Storages that may not. It grows while modules are met."""
         self._storages: dict[int, _Storage] = {}
+        self._collected: set[int] = set()
+        """Addresses of small arrays and tensors that stand in large collections of data."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is Tensor and self.is_sharing and _is_plain(obj):
+        if kind is Tensor and self.is_sharing and _is_plain(obj) and self._is_worth_it(obj):
             return _tensor, (self._storage(obj), obj.dtype, obj.storage_offset(), obj.size(), obj.stride())
         if issubclass(kind, (nn.Module, nn.Parameter, torch.optim.Optimizer)) and not isinstance(obj, type):
             self._writable.update(_key(tensor) for tensor in _written_by_training(obj, is_top=obj is self._top))
         elif kind is _Storage:
             return (_copied if obj.key in self._writable else _shared), (pickle.PickleBuffer(obj.data),)
+        elif isinstance(obj, (Dataset, DataLoader, DataModule)):
+            for value in vars(obj).values():
+                self._collected.update(_addresses_in(value))
         return super().reducer_override(obj)
 
     def _storage(self, tensor: Tensor) -> "_Storage":
@@ -103,15 +115,40 @@ class _Pickler(cloudpickle.Pickler):
                 self.shared.add(key)
         return self._storages[key]
 
+    def _is_worth_it(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().nbytes() >= _MIN_SHARED_BYTES or tensor.data_ptr() in self._collected
+
     def _is_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         data = np.frombuffer(buffer.raw(), dtype=np.uint8)
         storage = self._storages.get(address := data.__array_interface__["data"][0])
         is_weights = storage is None and address in self._writable
-        if not self.is_sharing or data.nbytes < _MIN_SHARED_BYTES or is_weights:
+        is_small = data.nbytes < _MIN_SHARED_BYTES and address not in self._collected
+        if not self.is_sharing or is_small or is_weights:
             return True
         self.buffers.append(data)
         self.labels.append(f"a NumPy array of {data.nbytes} bytes" if storage is None else storage.label)
         return False
+
+
+def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> Parcel:
+    buffers, labels, places = [], [], []
+    small: list[NDArray[np.uint8]] = []
+    size = 0
+    for data, label in zip(pickler.buffers, pickler.labels, strict=True):
+        if data.nbytes >= _MIN_SHARED_BYTES:
+            places.append((len(buffers), 0, data.nbytes))
+            buffers.append(data)
+            labels.append(label)
+        else:
+            places.append((-1, size, size + data.nbytes))  # the last buffer
+            small += [data, np.zeros(-data.nbytes % _ALIGNMENT, dtype=np.uint8)]
+            size += data.nbytes + small[-1].nbytes
+    if small:
+        buffers.append(np.concatenate(small))
+        labels.append("an array in a list, tuple or dict")
+    return Parcel(
+        pickled=pickled, buffers=buffers, labels=labels, places=np.array(places, dtype=np.int64).reshape(-1, 3)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -124,15 +161,36 @@ class _Storage:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """A dense tensor whose bytes are all there is to it, of a size that is worth it, and not in torch's shared memory,
-    which somebody means to write to."""
+    """A dense tensor whose bytes are all there is to it; not in torch's shared memory, which somebody means to write
+    to."""
     return (
         tensor.device.type == "cpu"
         and tensor.layout is torch.strided
         and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or vars(tensor))
-        and tensor.untyped_storage().nbytes() >= _MIN_SHARED_BYTES
+        and tensor.untyped_storage().nbytes() > 0
         and not tensor.is_shared()
     )
+
+
+def _addresses_in(collection: Any) -> list[int]:
+    """Of the arrays and tensors in a list, tuple or dict of them, or of tuples of them, if they are large together."""
+    if type(collection) not in (list, tuple, dict) or not collection:
+        return []
+    items = collection.values() if isinstance(collection, dict) else collection
+    if not isinstance(next(iter(items)), (Tensor, np.ndarray, list, tuple, dict)):
+        return []
+    arrays = list(_arrays_in(items, depth=2))
+    if sum(array.nbytes for array in arrays) < _MIN_SHARED_BYTES:
+        return []
+    return [array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data for array in arrays]
+
+
+def _arrays_in(items: Iterable[Any], *, depth: int) -> Iterator[Tensor | NDArray[Any]]:
+    for item in items:
+        if type(item) in (Tensor, np.ndarray):
+            yield item
+        elif depth > 0 and type(item) in (list, tuple, dict):
+            yield from _arrays_in(item.values() if isinstance(item, dict) else item, depth=depth - 1)
 
 
 def _key(tensor: Tensor) -> int:

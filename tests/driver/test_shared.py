@@ -1,12 +1,15 @@
 """An in-memory data set is one copy per host, and a write to it is an error."""
 
 import re
+import time
 
 import numpy as np
 import pytest
+import ray
 import torch
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import raylit as pl
 from raylit.errors import ModuleError
@@ -110,3 +113,108 @@ def test_a_write_to_an_array_is_refused_at_once(quiet):
 
     with pytest.raises(ValueError, match="read-only"):
         fit(Regression(), DataLoader(Arrays(num_samples=8192, write=write), batch_size=512), quiet)
+
+
+def places_of(arrays):
+    """What each array's memory is a mapping of: a file of Ray's store, or nothing of the kind."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        mappings = [(*(int(part, 16) for part in line.split()[0].split("-")), "plasma" in line) for line in maps]
+    addresses = [array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data for array in arrays]
+    return [any(low <= address < high and is_store for low, high, is_store in mappings) for address in addresses]
+
+
+def make_kinds():
+    x, y = torch.randn(20_000, 8), torch.randn(20_000, 3)
+    pairs = TensorDataset(x, y)
+    rows = [np.random.rand(100) for _ in range(200)]
+    return {
+        "subset": (Subset(pairs, range(10)), lambda it: it.dataset.tensors),
+        "random_split": (random_split(pairs, [0.5, 0.5])[0], lambda it: it.dataset.tensors),
+        "concatenation": (
+            ConcatDataset([pairs, TensorDataset(x[:9_000], y[:9_000])]),
+            lambda it: it.datasets[1].tensors,
+        ),
+        "list of arrays": (Listed(rows), lambda it: it.items),
+        "list of pairs": (Listed([(row, 1) for row in rows]), lambda it: [row for row, _ in it.items]),
+        "dict of arrays": (Listed(dict(enumerate(rows))), lambda it: list(it.items.values())),
+        "list of tensors": (Listed([torch.randn(100) for _ in range(200)]), lambda it: it.items),
+    }
+
+
+class Listed(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+
+class ManyKinds(Arrays):
+    """Samples as Arrays, and all kinds of data beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = {name: data for name, (data, _) in make_kinds().items()}
+
+
+class Inspector(Regression):
+    def on_fit_start(self):
+        kinds = self.trainer.train_dataloader.dataset.kinds
+        self.is_shared = {name: places_of(arrays_of(kinds[name])) for name, (_, arrays_of) in make_kinds().items()}
+        rows = kinds["list of arrays"].items
+        self.is_one = rows[0] is kinds["list of pairs"].items[0][0] is kinds["dict of arrays"].items[0]
+        self.total = float(sum(row.sum() for row in rows))
+
+
+def test_data_sets_of_all_kinds_are_shared(quiet):
+    module, data = Inspector(), ManyKinds()
+    fit(module, DataLoader(data, batch_size=8), quiet, num_workers=1)
+    assert {name: all(shared) and len(shared) > 1 for name, shared in module.is_shared.items()} == dict.fromkeys(
+        make_kinds(), True
+    )
+    assert module.is_one
+    assert module.total == float(sum(row.sum() for row in data.kinds["list of arrays"].items))
+
+
+class Tied(Regression):
+    """Trains on its own buffer, which it writes to, beside an embedding whose weights its output uses as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("memory", torch.randn(10_000, 8))
+        self.embedding = torch.nn.Embedding(5_000, 8)
+        self.head = torch.nn.Linear(8, 5_000, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def on_fit_start(self):
+        x, tail = self.trainer.train_dataloader.dataset.tensors[:2]
+        self.is_tied = self.head.weight is self.embedding.weight
+        self.memory[5] = 7.0
+        self.is_seen = bool((x[5] == 7.0).all()) and bool((tail[0] == 7.0).all())
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean() + self.head(batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_is_also_the_module_s_own_stays_so_and_may_be_written_to(quiet, num_workers):
+    module = Tied()
+    data = TensorDataset(module.memory[:4_000], module.memory[5:4_005])
+    fit(module, DataLoader(data, batch_size=2_000), quiet, num_workers=num_workers)
+    assert module.is_tied
+    assert module.is_seen
+    assert module.head.weight is module.embedding.weight
+    assert bool((data.tensors[0][5] == 7.0).all())
+
+
+def stored_bytes():
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return get_memory_info_reply(state).store_stats.object_store_bytes_used
+
+
+def test_the_store_is_empty_after_the_run(quiet):
+    data = Arrays(num_samples=64, width=100_000)  # 25 MB each
+    module = Regression()
+    fit(module, DataLoader(data, batch_size=8), quiet, num_workers=2)
+    assert fit(module, DataLoader(data, batch_size=8), quiet, num_workers=2) is not None
+    deadline = time.monotonic() + 10
+    while stored_bytes() > 1_000_000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert stored_bytes() < 1_000_000
