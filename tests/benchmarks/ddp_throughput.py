@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from peers import WARM_UP, Clock, dataset, installed, module_class, network, table
+from peers import WARM_UP, Clock, compare, dataset, installed, module_class, network
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -72,18 +73,16 @@ def with_raylit(num_steps: int, directory: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--num-steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--num-steps", type=int, default=300)
+    parser.add_argument("--without-peers", action="store_true")
     args = parser.parse_args()
-    lightning = installed("lightning")
-    times: dict[str, list[float]] = {}
     directory = tempfile.mkdtemp()
-    for _ in range(args.rounds):
-        times.setdefault("DDP by hand", []).append(by_hand(args.num_steps))
-        times.setdefault("raylit, num_workers=2", []).append(with_raylit(args.num_steps, directory))
-        if lightning is not None:
-            times.setdefault("Lightning, ddp_fork", []).append(with_lightning(lightning, args.num_steps, directory))
-    table(times, "DDP by hand")
+    contenders = {"raylit, num_workers=2": partial(with_raylit, args.num_steps, directory)}
+    lightning = None if args.without_peers else installed("lightning")
+    if lightning is not None:
+        contenders["Lightning, ddp_fork"] = partial(with_lightning, lightning, args.num_steps, directory)
+    compare("DDP by hand", partial(by_hand, args.num_steps), contenders, num_rounds=args.rounds)
 
 
 def with_lightning(lightning: Any, num_steps: int, directory: str) -> float:

@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
+import statistics
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 WARM_UP = 200
 """Steps before the clock starts."""
+
+Run = Callable[[], float]
+"""Seconds per step of a training from its beginning to its end."""
 
 
 def dataset(num_samples: int, *, width: int) -> TensorDataset:
@@ -90,11 +95,24 @@ def installed(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def table(times: dict[str, list[float]], reference: str) -> None:
-    """Medians, and the median of each round's ratio to the reference."""
-    print(f"\n{'':32}{'median':>12}{'ratio':>8}{'(min - max)':>16}")
-    for name, values in times.items():
-        ratios = sorted(value / base for value, base in zip(values, times[reference], strict=True))
-        median = sorted(values)[len(values) // 2]
-        middle = ratios[len(ratios) // 2]
-        print(f"{name:32}{median * 1e6:9.1f} us{middle:8.2f}{ratios[0]:9.2f} - {ratios[-1]:.2f}")
+def compare(reference: str, run_reference: Run, contenders: dict[str, Run], *, num_rounds: int) -> None:
+    """Run the contenders in turn, the reference before and after each, and print what each takes of its time.
+
+    Each ratio is to the mean of the two neighbours in time, so that a machine that slows down meanwhile, or other work
+    on it, changes it little; the median over the rounds drops what is left of that.
+    """
+    times: dict[str, list[float]] = {reference: [run_reference()], **{name: [] for name in contenders}}
+    ratios: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(num_rounds):
+        for name, run in contenders.items():
+            times[name].append(run())
+            times[reference].append(run_reference())
+            ratios[name].append(times[name][-1] / statistics.mean(times[reference][-2:]))
+    print(f"\n{'':32}{'median':>12}{'ratio':>9}{'middle half':>16}{'all':>16}")
+    print(f"{reference:32}{statistics.median(times[reference]) * 1e6:9.1f} us")
+    for name, values in ratios.items():
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if num_rounds > 1 else values * 3
+        print(
+            f"{name:32}{statistics.median(times[name]) * 1e6:9.1f} us{median:9.3f}{low:9.3f} - {high:.3f}"
+            f"{min(values):9.3f} - {max(values):.3f}"
+        )

@@ -1,4 +1,4 @@
-"""From the start of a script to its first training step on two fresh CPU workers, and from a second fit to its own.
+"""From the start of a script to its first training step on two fresh CPU workers, and from a later fit to its own.
 
     python tests/benchmarks/start.py
 
@@ -36,12 +36,19 @@ def module(base):
 """
 RAYLIT = """
 import raylit as pl
+def fit(kind, trainer):
+    model = module(pl.LightningModule)()
+    started = time.time()
+    trainer.fit(model, DataLoader(data, batch_size=8))
+    print(kind, model.first - started)
+    print(kind + "-WHOLE", time.time() - started)
+def trainer():
+    return pl.Trainer(num_workers=2, max_epochs=1, enable_progress_bar=False)
 if __name__ == "__main__":
-    for _ in range(2):
-        model = module(pl.LightningModule)()
-        started = time.time()
-        pl.fit(model, DataLoader(data, batch_size=8), num_workers=2, max_epochs=1, enable_progress_bar=False)
-        print("SINCE", model.first - started)
+    first = trainer()
+    fit("COLD", first)
+    fit("SAME", first)
+    fit("NEW", trainer())
 """
 LIGHTNING = """
 import lightning
@@ -66,7 +73,14 @@ if __name__ == "__main__":
 """
 
 
-def run(source: str) -> tuple[float, list[float]]:
+AGAIN = {
+    "SAME": "second fit, the same Trainer, to its first step",
+    "NEW": "third fit, a new Trainer, to its first step",
+    "NEW-WHOLE": "all of it",
+}
+
+
+def run(source: str) -> tuple[float, dict[str, float]]:
     """Seconds to the first step of the process that had one first, and what the script says of its own fits."""
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as directory:
         path = os.path.join(directory, "script.py")
@@ -86,7 +100,7 @@ def run(source: str) -> tuple[float, list[float]]:
             raise RuntimeError(done.stdout + done.stderr)
     words = (done.stdout + done.stderr).split()
     firsts = [float(words[index + 1]) for index, word in enumerate(words) if word.endswith("FIRST")]
-    since = [float(words[index + 1]) for index, word in enumerate(words) if word.endswith("SINCE")]
+    since = {word: float(words[index + 1]) for index, word in enumerate(words) if word in AGAIN}
     return min(firsts) - started, since
 
 
@@ -98,15 +112,21 @@ def main() -> None:
     if importlib.util.find_spec("lightning") is not None:
         contenders["Lightning, ddp"] = LIGHTNING
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    again: list[float] = []
+    again: dict[str, list[float]] = {words: [] for words in AGAIN.values()}
     for _ in range(args.rounds):
         for name, source in contenders.items():
             seconds, since = run(source)
             times[name].append(seconds)
-            again += since[1:]
+            for kind, value in since.items():
+                again[AGAIN[kind]].append(value)
+    print("from the script's start to the first step:")
     for name, values in times.items():
-        print(f"{name:32}{statistics.median(values):8.2f} s  ({min(values):.2f} - {max(values):.2f})")
-    print(f"{'raylit, second fit':32}{statistics.median(again):8.3f} s")
+        print(f"    {name:50}{statistics.median(values):8.2f} s  ({min(values):.2f} - {max(values):.2f})")
+    ratios = [own / other for own, other in zip(times["raylit"], times["Ray Train"], strict=True)]
+    print(f"    {'raylit / Ray Train':50}{statistics.median(ratios):8.2f}    ({min(ratios):.2f} - {max(ratios):.2f})")
+    print("raylit, workers that are there:")
+    for name, values in again.items():
+        print(f"    {name:50}{statistics.median(values):8.3f} s  ({min(values):.3f} - {max(values):.3f})")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
     python tests/benchmarks/step_cost.py
 
-Contenders run in turn within each round, so that a ratio compares neighbours in time.
+The hand-written loop logs nothing. It runs before and after each contender: a ratio compares neighbours in time.
 """
 
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import WARM_UP, by_hand, dataset, installed, module_class, table
+from peers import WARM_UP, by_hand, compare, dataset, installed, module_class
 from torch.utils.data import DataLoader
 
 import raylit as pl
@@ -26,37 +27,35 @@ def with_trainer(trainer: Any, base: Any, num_steps: int) -> float:
     model = module_class(base)(width=WIDTH, hidden=HIDDEN, num_steps=num_steps)
     data = dataset((WARM_UP + num_steps + 1) * BATCH_SIZE, width=WIDTH)
     trainer.fit(model, DataLoader(data, batch_size=BATCH_SIZE, shuffle=True))
-    return model.clock.seconds_per_step
+    return float(model.clock.seconds_per_step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--without-peers", action="store_true")
     args = parser.parse_args()
     directory = tempfile.mkdtemp()
-    lightning = installed("lightning")
-    times: dict[str, list[float]] = {}
+    steps = args.num_steps
 
-    def note(name: str, seconds: float) -> None:
-        times.setdefault(name, []).append(seconds)
+    def raylit(num_workers: int) -> float:
+        trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, default_root_dir=directory)
+        return with_trainer(trainer, pl.LightningModule, steps)
 
-    for _ in range(args.rounds):
-        shape = {"width": WIDTH, "hidden": HIDDEN, "batch_size": BATCH_SIZE}
-        note("by hand", by_hand(**shape, num_steps=args.num_steps))
-        for num_workers in (0, 1):
-            trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, default_root_dir=directory)
-            note(f"raylit, num_workers={num_workers}", with_trainer(trainer, pl.LightningModule, args.num_steps))
-        if lightning is None:
-            continue
+    contenders = {f"raylit, num_workers={number}": partial(raylit, number) for number in (0, 1)}
+    lightning = None if args.without_peers else installed("lightning")
+    if lightning is not None:
+        off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         common = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": directory, "enable_model_summary": False}
-        note(
-            "Lightning, defaults",
-            with_trainer(lightning.Trainer(**common), lightning.LightningModule, args.num_steps),
-        )
-        bare = lightning.Trainer(**common, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        note("Lightning, all switched off", with_trainer(bare, lightning.LightningModule, args.num_steps))
-    table(times, "by hand")
+        for name, arguments in {"defaults": common, "all switched off": {**common, **off}}.items():
+            contenders[f"Lightning, {name}"] = partial(with_lightning, lightning, arguments, steps)
+    shape = {"width": WIDTH, "hidden": HIDDEN, "batch_size": BATCH_SIZE}
+    compare("by hand", partial(by_hand, **shape, num_steps=steps), contenders, num_rounds=args.rounds)
+
+
+def with_lightning(lightning: Any, arguments: dict[str, Any], num_steps: int) -> float:
+    return with_trainer(lightning.Trainer(**arguments), lightning.LightningModule, num_steps)
 
 
 if __name__ == "__main__":
