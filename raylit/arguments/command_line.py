@@ -18,14 +18,14 @@ def add_arguments(parser: ArgumentParser, constructor: Callable[..., Any]) -> Ar
     for parameter in inspect.signature(constructor).parameters.values():
         if parameter.kind is not parameter.KEYWORD_ONLY:
             continue
-        is_switch = isinstance(parameter.default, bool)
+        as_switch: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(parameter.default, bool) else {}
         group.add_argument(
             f"--{parameter.name}",
             type=_value,
             default=None,
             metavar="VALUE",
             help=f"default: {parameter.default!r}",
-            **({"nargs": "?", "const": True} if is_switch else {}),
+            **as_switch,
         )
     return parser
 

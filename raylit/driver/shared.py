@@ -131,8 +131,9 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> Parcel:
-    buffers, labels, places = [], [], []
+    buffers: list[NDArray[np.uint8]] = []
     small: list[NDArray[np.uint8]] = []
+    labels, places = [], []
     size = 0
     for data, label in zip(pickler.buffers, pickler.labels, strict=True):
         if data.nbytes >= _MIN_SHARED_BYTES:
