@@ -14,7 +14,7 @@ MODULE_HOOKS = [
     for name in vars(pl.LightningModule)
     if (name.startswith("on_") and "checkpoint" not in name and name != "on_exception")
     or name in ("setup", "teardown", "prepare_data", "configure_model", "configure_optimizers")
-    or name.endswith("_step")
+    or name in ("training_step", "validation_step", "test_step", "predict_step")
 ]
 
 
