@@ -188,6 +188,47 @@ def test_an_object_without_one_number_is_an_error(quiet):
         pl.Trainer(**quiet).test(Matrix(), DataLoader(make_scores(), batch_size=4), verbose=False)
 
 
+class Order(torchmetrics.Metric):
+    """The last of all rows, and the mean over all updates, as digits of one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("level", default=torch.tensor(0.0), dist_reduce_fx="mean")
+
+    def update(self, rows):
+        self.rows.append(rows)
+        self.level = self.level + (len(rows) - self.level) / self.update_count
+
+    def compute(self):
+        return 1000 * torchmetrics.utilities.dim_zero_cat(self.rows)[-1] + self.level
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("hook", ["test_step", "on_test_epoch_end", "test_epoch_end"])
+def test_states_are_merged_in_data_set_order_wherever_the_object_is_logged(num_workers, hook, quiet):
+    class Ordered(Regression):
+        def __init__(self):
+            super().__init__()
+            self.order = Order()
+
+        def test_step(self, batch, batch_idx):
+            self.order.update(batch[0][:, 0])
+            if hook == "test_step":
+                self.log("order", self.order)
+
+    def log(self, *args):
+        self.log("order", self.order)
+
+    if hook != "test_step":
+        setattr(Ordered, hook, log)
+    (results,) = pl.Trainer(num_workers=num_workers, **quiet).test(
+        Ordered(), DataLoader(make_scores(18), batch_size=4), verbose=False
+    )
+    last = make_scores(18).tensors[0][-1, 0].item()
+    assert results["order"] == pytest.approx(1000 * last + 18 / 5, abs=1e-3)
+
+
 def test_running_means_are_merged(quiet):
     class Window(Regression):
         def __init__(self):

@@ -126,13 +126,16 @@ class MetricBuffer:
         on_epoch: bool | None = None,
         reduce_fx: Any = "mean",
         piece_fx: Any = None,
+        add_dataloader_idx: bool = True,
     ) -> None:
         """As `log`, for what a step has returned. Where one batch shows a name and another does not, it is shown; a
         name that the module gives to `self.log` too is left to it. `piece_fx` makes one value of those of a batch's
         pieces."""
         if self.is_muted:
             return
-        entry = self._entries.get(self._full_name(name))
+        has_index = self.dataloader_idx is not None and add_dataloader_idx
+        full_name = f"{name}/dataloader_idx_{self.dataloader_idx}" if has_index else name
+        entry = self._entries.get(full_name)
         if entry is not None and entry.asked is not None:
             if not entry.is_returned:
                 return
@@ -140,9 +143,9 @@ class MetricBuffer:
             prog_bar, logger, on_step, on_epoch, _ = entry.asked
         if self.is_piece and piece_fx is not None and entry is not None:
             value = entry.with_pieces(value, self.batch, piece_fx)
-        self.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, None, True)
+        self.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, None, add_dataloader_idx)
         if entry is None:
-            entry = self._entries[self._full_name(name)]
+            entry = self._entries[full_name]
             entry.start_pieces(value, self.batch)
         entry.is_returned = True
 
@@ -163,9 +166,6 @@ class MetricBuffer:
         self._withheld.update({"early_stop_on", "checkpoint_on"} & evaluated.keys())
         if "val_loss" in evaluated:
             self._withheld.update(self.defaults)
-
-    def _full_name(self, name: str) -> str:
-        return name if self.dataloader_idx is None else f"{name}/dataloader_idx_{self.dataloader_idx}"
 
     def _declare(self, name: str, value: Any, asked: tuple[Any, ...], reduce_fx: Any) -> Entry:
         is_object = metric_objects.is_object(value)

@@ -164,7 +164,16 @@ def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = 
         metrics.defaults.add("checkpoint_on")
     for name in ("early_stop_on", "checkpoint_on"):
         if (value := getattr(result, name)) is not None:
-            metrics.file(name, value, prog_bar=False, logger=False, on_step=False, on_epoch=True, piece_fx="mean")
+            metrics.file(
+                name,
+                value,
+                prog_bar=False,
+                logger=False,
+                on_step=False,
+                on_epoch=True,
+                piece_fx="mean",
+                add_dataloader_idx=False,
+            )
     for name, record in result.records.items():
         metrics.file(
             name,

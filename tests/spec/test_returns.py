@@ -59,6 +59,18 @@ def test_every_kind_of_return_trains_to_the_same_weights(kind, quiet):
         assert trainer.logged_metrics.keys() == trainer.progress_bar_metrics.keys() == {"train_loss"}
 
 
+@pytest.mark.parametrize("kind", ["dict", "result"])
+def test_two_workers_train_to_the_weights_of_one_process(kind, quiet):
+    by_hand = Regression()
+    model = Returning(KINDS[kind])
+    model.load_state_dict(by_hand.state_dict())
+    pl.seed_everything(7)
+    trainer = pl.fit(model, RegressionData(batch_size=4), num_workers=2, max_epochs=2, log_every_n_steps=1, **quiet)
+    losses = train_by_hand(by_hand, make_data(48), batch_size=8, num_epochs=2, seed=7)
+    assert_same_weights(model.state_dict(), by_hand.state_dict(), rtol=1e-4, atol=1e-6)
+    assert trainer.callback_metrics["train_loss"].item() == pytest.approx(losses[-1], rel=1e-4)
+
+
 def test_none_skips_the_batch(quiet):
     class Skipping(Regression):
         def training_step(self, batch, batch_idx):
@@ -384,6 +396,45 @@ def test_nothing_is_kept_where_the_module_defines_no_hook(quiet):
     outputs, num_alive = [], []
     pl.Trainer(**quiet).validate(Forgetting(), DataLoader(make_data(40), batch_size=4), verbose=False)
     assert max(num_alive) <= 2
+
+
+def test_hooks_of_both_eras_run_in_their_order(quiet):
+    class Both(EpochEnds):
+        calls = ()
+
+        def training_epoch_end(self, outputs):
+            self.calls += ("training_epoch_end",)
+
+        def on_train_epoch_end(self):
+            self.calls += ("on_train_epoch_end",)
+
+        def validation_epoch_end(self, outputs):
+            self.calls += ("validation_epoch_end",)
+
+        def on_validation_epoch_end(self):
+            self.calls += ("on_validation_epoch_end",)
+
+    model = Both()
+    pl.fit(model, RegressionData(), max_epochs=1, num_sanity_val_steps=0, **quiet)
+    assert model.calls == (
+        "validation_epoch_end",
+        "on_validation_epoch_end",
+        "training_epoch_end",
+        "on_train_epoch_end",
+    )
+
+
+def test_checkpoint_on_of_several_loaders_is_one_value(quiet):
+    class Several(Regression):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            result = pl.EvalResult(checkpoint_on=torch.tensor(float(dataloader_idx)))
+            result.log("x", 1.0)
+            return result
+
+    loaders = [DataLoader(make_data(8), batch_size=4), DataLoader(make_data(24), batch_size=4)]
+    first, second = pl.Trainer(**quiet).validate(Several(), loaders, verbose=False)
+    assert first == {"x/dataloader_idx_0": 1.0, "checkpoint_on": 0.75}
+    assert second == {"x/dataloader_idx_1": 1.0}
 
 
 def test_a_hook_that_returns_something_else_is_an_error(quiet):
