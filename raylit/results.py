@@ -193,13 +193,7 @@ class EvalResult(Result):
         The file is a list of dicts in data-set order, of all workers; `torch.load` reads it. The driver writes it: a
         path is relative to its directory, or an fsspec URL.
         """
-        if isinstance(values, Tensor) and values.ndim > 0:
-            values = values.detach()
-        elif not isinstance(values, Sequence) or isinstance(values, str):
-            raise ModuleError(
-                f"EvalResult.write({name!r}, ...) got a {type(values).__name__}: pass a tensor or a list with one "
-                "value per sample of the batch"
-            )
+        values = self._column(name, values)
         columns = self.columns.setdefault(filename, {})
         for other, others in columns.items():
             if len(others) != len(values):
@@ -209,7 +203,38 @@ class EvalResult(Result):
                 )
         columns[name] = values
 
+    def _column(self, name: str, values: Any) -> Any:
+        if hasattr(values, "__array__") and not isinstance(values, Tensor):
+            values = torch.as_tensor(values)
+        if isinstance(values, Tensor) and values.ndim > 0:
+            return values.detach()
+        if isinstance(values, Tensor) or not isinstance(values, Sequence) or isinstance(values, str):
+            raise ModuleError(
+                f"EvalResult.write({name!r}, ...) got a {type(values).__name__}: pass a tensor or a list with one "
+                "value per sample of the batch"
+            )
+        # Scalars of numpy would have to be unpickled.
+        rows = [
+            value.item() if hasattr(value, "__array__") and not isinstance(value, Tensor) else value for value in values
+        ]
+        for value in rows:
+            if not is_plain(value):
+                raise ModuleError(
+                    f"EvalResult.write({name!r}, ...) got a {type(value).__name__} as a row: pass tensors, numbers, "
+                    "strings, or lists and dicts of them, which torch.load reads without unpickling code"
+                )
+        return rows
+
     def write_dict(self, predictions_dict: Mapping[str, Any], filename: str = "predictions.pt") -> None:
         """`write` for each entry."""
         for name, values in predictions_dict.items():
             self.write(name, values, filename)
+
+
+def is_plain(value: Any) -> bool:
+    """Tensors, numbers, strings, and lists, tuples and dicts of them: what `torch.load` reads with weights_only."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
+    return value is None or type(value) in (Tensor, str, bool, int, float)

@@ -170,7 +170,8 @@ class EvalLoop(_SharedLoop):
             metrics.dataloader_idx, metrics.batch = None, None
             if self._kept is not None:
                 self._kept.call_hook()
-            self._call("epoch_end")
+            with metrics.replacing():
+                self._call("epoch_end")
             reduced, loaders = metrics.read_epoch()
             view.receive({} if command.is_sanity_check else reduced)
             if self._training_metrics is not None and not command.is_sanity_check:

@@ -160,6 +160,18 @@ class MetricBuffer:
         finally:
             self._entries = batches
 
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Around the hooks at an epoch's end: what they log takes the place of what batches logged under that name."""
+        batches, self._entries = self._entries, {}
+        try:
+            yield
+        finally:
+            for name in self._entries.keys() & batches.keys():
+                if (replaced := batches[name].object) not in (None, self._entries[name].object):
+                    metric_objects.reset(replaced)
+            self._entries = {**batches, **self._entries}
+
     def withhold(self, evaluated: Metrics) -> None:
         """Do not publish what validation has a better say in: its own `early_stop_on` and `checkpoint_on`, and
         `val_loss` rather than a loss that is `checkpoint_on` by default."""

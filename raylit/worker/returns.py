@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raylit.errors import ModuleError
 from raylit.module import LightningModule
-from raylit.results import EvalResult, Result, TrainResult
+from raylit.results import EvalResult, Result, TrainResult, is_plain
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.session import Session
@@ -124,7 +124,7 @@ class EpochOutputs:
 
     def state_dict(self) -> list[list[tuple[int, Any]]]:
         """What an unfinished epoch has returned so far; without what a checkpoint does not read back."""
-        return [[(place, to_cpu(one)) for place, one in kept if _is_plain(one)] for kept in self._kept]
+        return [[(place, to_cpu(one)) for place, one in kept if is_plain(one)] for kept in self._kept]
 
     def load_state_dict(self, state: list[list[tuple[int, Any]]]) -> None:
         if len(state) == len(self._kept):
@@ -195,14 +195,6 @@ def _file_dict(outputs: Mapping[str, Any], metrics: MetricBuffer) -> None:
     values.update(logged)
     for name, value in values.items():
         metrics.file(name, value, prog_bar=name in shown, logger=name in logged)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return type(value) in (list, tuple) and all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return type(value) is dict and all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return value is None or type(value) in (Tensor, str, bool, int, float)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -120,7 +120,8 @@ class TrainLoop:
         self.metrics.is_training_batch, self.metrics.batch = False, None
         if self._kept is not None:
             self._kept.call_hook()
-        session.hooks.call("on_train_epoch_end")
+        with self.metrics.replacing():
+            session.hooks.call("on_train_epoch_end")
         metrics, _ = self.metrics.read_epoch()
         view.receive(metrics)
         self._step_schedulers(

@@ -238,6 +238,20 @@ def test_one_name_in_training_and_validation_is_the_value_of_each_in_its_turn(qu
     assert seen.values == [2.0, 1.0, 2.0, 1.0]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("hook", ["on_validation_epoch_end", "validation_epoch_end"])
+def test_a_hook_at_the_epochs_end_has_the_last_word_on_a_name(hook, num_workers, quiet):
+    class Twice(Regression):
+        def validation_step(self, batch, batch_idx):
+            self.log("x", 1.0, prog_bar=True)
+            self.log("y", 1.0)
+
+    setattr(Twice, hook, lambda self, *outputs: self.log("x", 2.0))
+    trainer = pl.Trainer(num_workers=num_workers, **quiet)
+    (results,) = trainer.validate(Twice(), DataLoader(make_data(8), batch_size=4), verbose=False)
+    assert results == {"x": 2.0, "y": 1.0}
+
+
 WHERE_NOTHING_IS_COLLECTED = [
     "setup",
     "configure_optimizers",

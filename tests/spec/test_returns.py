@@ -3,6 +3,7 @@
 import csv
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from models import Regression, RegressionData, assert_same_weights, make_data, train_by_hand
@@ -522,6 +523,7 @@ class Writing(Regression):
         result = pl.EvalResult()
         result.write("first", batch[0][:, 0])
         result.write_dict({"row": [float(v) for v in batch[1].sum(1)], "name": ["x"] * len(batch[0])})
+        result.write_dict({"array": batch[1][:, 0].numpy(), "numpy": [np.float64(1.5)] * len(batch[0])})
         result.write("other", batch[0], filename="sub/other.pt")
         return result
 
@@ -534,6 +536,8 @@ def test_written_rows_stand_in_one_file_in_data_set_order(num_workers, quiet, tm
     assert torch.equal(torch.stack([row["first"] for row in rows]), x[:, 0])
     assert [row["row"] for row in rows] == pytest.approx(y.sum(1).tolist())
     assert {row["name"] for row in rows} == {"x"}
+    assert {row["numpy"] for row in rows} == {1.5}
+    assert torch.equal(torch.stack([row["array"] for row in rows]), y[:, 0])
     other = torch.load(tmp_path / "sub" / "other.pt", weights_only=True)
     assert torch.equal(torch.stack([row["other"] for row in other]), x)
 
@@ -558,6 +562,7 @@ def test_rows_go_to_fsspec_urls_too(quiet):
         ({"a": torch.zeros(3), "b": [1]}, "1 values, but 'a' has 3"),
         ({"a": torch.zeros(())}, "one value per sample"),
         ({"a": "abc"}, "one value per sample"),
+        ({"a": [object()]}, "got a object as a row"),
     ],
 )
 def test_columns_that_do_not_fit_are_an_error(columns, message):
