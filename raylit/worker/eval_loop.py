@@ -15,7 +15,7 @@ from raylit.module import LightningModule
 from raylit.plan import BatchLimit
 from raylit.results import EvalResult
 from raylit.state import Stage
-from raylit.worker.data import EvalData
+from raylit.worker.eval_data import EvalData
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.returns import EpochOutputs, file_evaluated
@@ -56,15 +56,13 @@ class _SharedLoop:
         on_start = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_start")
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
-        batches = iter(self._loaders[index])
+        batches = self._batches(index)
         brake = session.brake
         while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_go_on()):
             try:
                 place, batch = next(batches)
             except StopIteration:
                 return
-            if session.move is not None:
-                batch = session.move(batch)
             metrics.batch, metrics.place = batch, place
             for hook in on_start:
                 hook(batch, self._num_done, *extra)
@@ -75,6 +73,12 @@ class _SharedLoop:
             self._num_done += 1
             brake.num_done += 1
             yield place, output
+
+    def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
+        loader, mover = self._loaders[index], self._session.mover
+        if mover is None:
+            return iter(loader)
+        return mover.over(iter(loader), dataloader_idx=index, may_run_ahead=loader.may_run_ahead)
 
     def _step(self) -> Callable[..., Any]:
         step = getattr(self._session.module, f"{_PREFIXES[self._stage]}_step")

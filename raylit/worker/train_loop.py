@@ -16,6 +16,7 @@ from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.returns import EpochOutputs, detached
 from raylit.worker.session import Session
+from raylit.worker.transfer import MovedFeed
 
 _END = object()
 
@@ -39,7 +40,7 @@ class TrainLoop:
         self._optimization = optimization
         self._schedules = schedules
         self._step_schedules = [schedule for schedule in schedules if schedule.interval == "step"]
-        self._feed: Feed | None = None
+        self._feed: Feed | MovedFeed | None = None
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
@@ -57,7 +58,7 @@ class TrainLoop:
         if self._kept is not None:
             on_batch_end = (self._kept.keep_batch, *on_batch_end)
         run_batch, run_share = optimization.run_batch, optimization.run_share
-        move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
+        num_batches, is_alone = self.num_batches, session.peers.world_size == 1
         brake = session.brake
         window = session.plan.optimization.window_in(view.current_epoch)
         log_every = session.plan.reporting.log_every_n_steps or math.inf
@@ -78,8 +79,6 @@ class TrainLoop:
                 break
             batch_idx = view.num_batches_done
             is_step_due = window == 1 or (batch_idx + 1) % window == 0 or batch_idx + 1 == num_batches
-            if move is not None:
-                batch = move(batch)
             metrics.batch = batch
             if on_batch_start and any([hook(batch, batch_idx) == -1 for hook in on_batch_start]):
                 is_exhausted = True
@@ -160,7 +159,7 @@ class TrainLoop:
 
     # Helpers, in the order in which they are called
 
-    def _begin(self) -> Feed:
+    def _begin(self) -> Feed | MovedFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
@@ -174,7 +173,9 @@ class TrainLoop:
             if view.num_batches_done == 0:
                 hooks.call("on_train_epoch_start")
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
-            self._feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            mover = self._session.mover
+            self._feed = feed if mover is None else MovedFeed(feed, mover)
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
         return self._feed

@@ -23,7 +23,8 @@ from torch.utils.data import (
 )
 
 from raylit.errors import ModuleError
-from raylit.worker.data import EvalData, TrainData, batch_size_of
+from raylit.worker.data import TrainData, batch_size_of
+from raylit.worker.eval_data import EvalData
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3])
 
