@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -84,6 +84,21 @@ class Feed:
             )
 
 
+class TrainSource(Protocol):
+    """What the training loop takes its batches from."""
+
+    num_batches: float
+    """Per worker and epoch; infinite if unknown."""
+
+    def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
+        """The batches from `skip` on. Ends an earlier Feed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainData:
     """A training loader, shared out over the ranks: every sample of an epoch goes to exactly one of them.
 
@@ -141,9 +156,10 @@ class TrainData:
         self._loader_state: dict[str, Any] | None = None
         """Of a resumed run, to go on from at the next epoch."""
         self._has_begun = False
-        self._may_run_ahead = may_run_ahead(loader) and not self._must_agree and not self._is_stateful
+        self.may_run_ahead = may_run_ahead(loader) and not self._must_agree and not self._is_stateful
         self.num_batches: float = self._count(loader)
         """Per worker and epoch, a worker's None included; infinite if unknown, an estimate for iterables."""
+        self.has_exact_length = self._share is not None and math.isfinite(self.num_batches)
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         """The batches from `skip` on. Those of iterables are fetched and thrown away. Ends an earlier Feed."""
@@ -172,9 +188,9 @@ class TrainData:
             )
             return Feed(agreed, weights=weights)
         if not is_weighted_by_share:
-            return Feed(batches, may_run_ahead=self._may_run_ahead)
+            return Feed(batches, may_run_ahead=self.may_run_ahead)
         is_checked = self._world_size > 1 or skip > 0
-        return Feed(batches, weights=weights, is_checked=is_checked, may_run_ahead=self._may_run_ahead)
+        return Feed(batches, weights=weights, is_checked=is_checked, may_run_ahead=self.may_run_ahead)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and CPU tensors: the states of the samplers' own generators and of a stateful loader."""

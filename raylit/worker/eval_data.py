@@ -61,9 +61,10 @@ class EvalData:
             self._is_stream = world_size > 1
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return zip(count(self._rank, self._world_size), self._batches(), strict=False)
+        return zip(count(self._rank, self._world_size), self.batches(), strict=False)
 
-    def _batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[Any]:
+        """Of this rank, without their index."""
         if self._is_stream:
             own_random = IsolatedRandom(self._seed)
             return every_nth(self._loader, first=self._rank, world_size=self._world_size, own_random=own_random)

@@ -15,7 +15,7 @@ from raylit.module import LightningModule
 from raylit.plan import BatchLimit
 from raylit.results import EvalResult
 from raylit.state import Stage
-from raylit.worker.eval_data import EvalData
+from raylit.worker.combined import build_eval_data
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.returns import EpochOutputs, file_evaluated
@@ -37,7 +37,7 @@ class _SharedLoop:
         self._stage = stage
         self._limit: BatchLimit = getattr(plan.limits, {"validate": "val"}.get(stage, stage) + "_batches")
         self._loaders = [
-            EvalData(
+            build_eval_data(
                 loader,
                 rank=context.rank,
                 world_size=context.world_size,

@@ -10,7 +10,7 @@ import torch
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
 from raylit.worker import metric_objects
-from raylit.worker.data import Feed, TrainData
+from raylit.worker.data import Feed, TrainSource
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
@@ -28,7 +28,7 @@ class TrainLoop:
         self,
         session: Session,
         *,
-        data: TrainData,
+        data: TrainSource,
         optimization: Optimization,
         schedules: list[Schedule],
         metrics: MetricBuffer,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
@@ -28,8 +27,9 @@ from raylit.plan import Plan
 from raylit.summary import Summary, summarized
 from raylit.worker import handback
 from raylit.worker.brake import Brake
+from raylit.worker.combined import build_train_source
 from raylit.worker.context import Job, WorkerContext
-from raylit.worker.data import TrainData
+from raylit.worker.data import TrainSource
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
@@ -106,7 +106,7 @@ class Worker:
         optimizers = configured(session.module)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
-        data = self._train_data(session)
+        data = self._train_source(session)
         metrics = MetricBuffer(session.peers)
         loop = self._train_loop = TrainLoop(
             session,
@@ -141,16 +141,14 @@ class Worker:
         depth = self._plan.reporting.summary_depth
         return None if depth is None or self._context.rank > 0 else summarized(module, max_depth=depth)
 
-    def _train_data(self, session: Session) -> TrainData:
+    def _train_source(self, session: Session) -> TrainSource:
         loader = loader_of(self._job, "train")
         if loader is None:
             raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
-        members = loader if isinstance(loader, (list, tuple)) else ()
-        if isinstance(loader, dict) or any(isinstance(member, DataLoader) for member in members):
-            raise ModuleError(f"a {type(loader).__name__} of training loaders is not supported yet: return one loader")
         session.view.train_dataloader = loader
-        return TrainData(
+        return build_train_source(
             loader,
+            combination=self._plan.combination,
             rank=self._context.rank,
             world_size=self._context.world_size,
             seed=self._plan.seed,
