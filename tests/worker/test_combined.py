@@ -174,4 +174,4 @@ def test_an_evaluation_deals_the_single_process_combination_out_in_turn(mode, wo
 
 def test_a_loader_with_fewer_batches_than_ranks_says_so():
     with pytest.raises(pl.ModuleError, match=r"no batch at all .* workers \(3\)"):
-        trained(lambda: [DataLoader(Stream(0, 2), batch_size=2), numbers(0, 12)], 3)
+        trained(lambda: {"few": DataLoader(Stream(0, 2), batch_size=2), "many": numbers(0, 12)}, 3)
