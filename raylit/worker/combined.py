@@ -4,6 +4,7 @@ stream. Worker."""
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from raylit.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
@@ -30,12 +31,17 @@ def build_train_source(
     agree: Callable[[int], list[int]],
 ) -> TrainSource:
     """Of one loader, or of several: a CombinedLoader, or a bare collection, combined by `combination`. Collective."""
-    if isinstance(loader, dict) or holds_loaders(loader):
-        loader = CombinedLoader(loader, combination)
+    loader = joined(loader, combination)
     make = partial(TrainData, rank=rank, world_size=world_size, shard=shard, agree=agree)
     if not isinstance(loader, CombinedLoader):
         return make(loader, seed=seed)
     return CombinedTrainData(loader, make=make, seed=seed)
+
+
+def joined(loader: Any, combination: CombinationName) -> Any:
+    """A bare collection as a CombinedLoader; any other loader as it is."""
+    is_collection = isinstance(loader, dict) or holds_loaders(loader)
+    return CombinedLoader(loader, combination) if is_collection else loader
 
 
 class CombinedTrainData:
@@ -141,6 +147,8 @@ class _CombinedBatches:
         self._members = [EvalData(loader, rank=0, world_size=1, seed=seed) for loader in combined.flattened]
 
     def __iter__(self) -> Iterator[Any]:
+        if self._combined.mode == "sequential":
+            return chain.from_iterable(member.batches() for member in self._members)
         openers = [lambda number, member=member: member.batches() for member in self._members]
         return map(self._combined.shaped, stepwise(openers, mode=self._combined.mode))
 

@@ -242,20 +242,21 @@ class _RandomState:
 
 def is_plain_batching(batch_sampler: Any) -> bool:
     """It cuts what its sampler yields into batches of one size, and nothing else."""
-    return type(batch_sampler) is BatchSampler or _is_of_torchdata(batch_sampler, "BatchSampler")
+    return type(batch_sampler) is BatchSampler or is_of_torchdata(batch_sampler, "BatchSampler")
 
 
 def _as_torch_has_it(sampler: Any, loader: "DataLoader[Any]") -> Any:
     """torchdata's shuffle as torch's: its iterator keeps a position, and it makes up a generator where none was given,
     which nobody has seeded."""
-    if not _is_of_torchdata(sampler, "RandomSampler"):
+    if not is_of_torchdata(sampler, "RandomSampler"):
         return sampler
     return RandomSampler(
         sampler.data_source, sampler.replacement, sampler._num_samples, generator=getattr(loader, "generator", None)
     )
 
 
-def _is_of_torchdata(sampler: Any, name: str) -> bool:
+def is_of_torchdata(sampler: Any, name: str) -> bool:
+    """Told without importing it."""
     kind = type(sampler)
     return kind.__module__ == "torchdata.stateful_dataloader.sampler" and kind.__name__ == name
 

@@ -24,6 +24,11 @@ def has_loader(job: Job, name: str) -> bool:
     return _offers(job.datamodule, hook, DataModule) or _offers(job.module, hook, LightningModule)
 
 
+def is_from_hook(job: Job, name: str) -> bool:
+    """Whether a hook makes the loader, which can do so again."""
+    return job.loaders.get(name) is None
+
+
 def loader_of(job: Job, name: str) -> Any:
     """The loader, or what the hook returns; None where nothing offers one."""
     given = job.loaders.get(name)

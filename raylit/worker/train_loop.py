@@ -36,7 +36,6 @@ class TrainLoop:
         """`schedules`: those that step by themselves."""
         self._session = session
         self._view = session.view
-        self._data = data
         self._optimization = optimization
         self._schedules = schedules
         self._step_schedules = [schedule for schedule in schedules if schedule.interval == "step"]
@@ -47,7 +46,14 @@ class TrainLoop:
         self._kept = EpochOutputs.of(
             session, hook="training_epoch_end", metrics=metrics, num_lists=optimization.num_outputs
         )
-        self.num_batches = limited(data.num_batches, session.plan.limits.train_batches)
+        self.load(data)
+
+    def load(self, data: TrainSource) -> None:
+        """Train on `data` from the next epoch on."""
+        limits = self._session.plan.limits
+        self._data = data
+        self.num_batches = limited(data.num_batches, limits.overfit_batches or limits.train_batches)
+        self._view.num_training_batches = self.num_batches
 
     def run(self, command: Train) -> Iterator[Report]:
         """Train until the command's limits, the epoch's end or an agreed stop."""
