@@ -8,6 +8,7 @@ from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from raylit.callbacks.timer import Timer
+from raylit.combined_loader import CombinedLoader
 from raylit.datamodule import DataModule, LightningDataModule
 from raylit.errors import (
     CheckpointError,
@@ -30,6 +31,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "CheckpointError",
+    "CombinedLoader",
     "ConfigError",
     "DataModule",
     "DriverCallback",

@@ -6,8 +6,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from typing_extensions import Self
 
+from raylit.accelerators.transfer import to_device
 from raylit.hparams import AttributeDict, copied, init_arguments, select_hyperparameters
 from raylit.rebuild import hyperparameters_in, read_for_rebuild, rebuilt
 
@@ -20,14 +22,16 @@ class DataModule:
     _hparams_name: str = "kwargs"
     trainer: Any = None
     """The worker's view of the run, inside hooks."""
+    prepare_data_per_node: bool = True
+    """False: prepare_data runs once in all, not once per host."""
 
     def prepare_data(self) -> None:
         """Download, tokenize: runs in one process per host; state set here is lost, leave files."""
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Split, transform, assign: runs in every worker. May be defined without `stage`."""
 
-    def teardown(self, stage: str) -> None: ...
+    def teardown(self, stage: str | None = None) -> None: ...
 
     def train_dataloader(self) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no train_dataloader")
@@ -40,6 +44,18 @@ class DataModule:
 
     def predict_dataloader(self) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no predict_dataloader")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch to move, in every loop and on every device; runs when the batch is needed."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on `device`: every tensor in it, and every object with a `to` of its own."""
+        return to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch for the step, on the device."""
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors to keep in the checkpoint."""

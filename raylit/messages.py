@@ -22,6 +22,11 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reload:
+    """Have the loader hooks make new loaders for the epoch that begins. Answered by `Reloaded`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
     """Run training batches until the epoch has `until_batch` of them, `until_step` is reached or the data ends.
 
@@ -65,7 +70,7 @@ class Finish:
     """The signal to the driver that ends the run before its time."""
 
 
-Command = Start | Train | EndEpoch | Evaluate | Predict | Save | Finish
+Command = Start | Reload | Train | EndEpoch | Evaluate | Predict | Save | Finish
 
 
 # Reports
@@ -95,6 +100,14 @@ class Started:
     """Of each validation, test or predict loader."""
     summary: Summary | None = None
     """Rank 0's, where the plan asks for one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reloaded:
+    """The sizes of the loaders from now on, as `Started` has them."""
+
+    num_training_batches: float
+    num_eval_batches: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +231,9 @@ class Printed:
     lines: tuple[tuple[Literal["stdout", "stderr"], str], ...]
 
 
-Report = Started | Ticked | Stepped | Paused | EpochEnded | Evaluated | Written | Predicted | Saved | Finished
+Report = (
+    Started | Reloaded | Ticked | Stepped | Paused | EpochEnded | Evaluated | Written | Predicted | Saved | Finished
+)
 
 Mail = Report | CommandDone | Failed | Printed
 """What an actor streams to the driver."""

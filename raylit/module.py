@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from raylit import export
+from raylit.accelerators.transfer import to_device
 from raylit.errors import ConfigError
 from raylit.hparams import AttributeDict, copied, init_arguments, select_hyperparameters
 from raylit.rebuild import load_weights, read_for_rebuild, rebuilt
@@ -76,6 +77,20 @@ class LightningModule(nn.Module):
 
     def predict_dataloader(self) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no predict_dataloader")
+
+    # A batch's way to the device; the data module's win. What is not overridden costs nothing
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch to move, in every loop and on every device; runs when the batch is needed."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on `device`: every tensor in it, and every object with a `to` of its own."""
+        return to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch for the step, on the device."""
+        return batch
 
     # Around the loops: every worker runs them
 

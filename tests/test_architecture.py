@@ -19,6 +19,7 @@ LAYERS = (
     {
         "callbacks",
         "checkpoint",
+        "combined_loader",
         "compilation",
         "datamodule",
         "export",

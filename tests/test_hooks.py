@@ -15,6 +15,7 @@ MODULE_HOOKS = [
     if (name.startswith("on_") and "checkpoint" not in name and name != "on_exception")
     or name in ("setup", "teardown", "prepare_data", "configure_model", "configure_optimizers")
     or name in ("training_step", "validation_step", "test_step", "predict_step")
+    or name == "transfer_batch_to_device"
 ]
 
 
@@ -37,7 +38,9 @@ def _recording(name):
 for _name in MODULE_HOOKS:
     setattr(Recorder, _name, _recording(_name))
 
+TRANSFER = ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"]
 BATCH = [
+    *TRANSFER,
     "on_train_batch_start",
     "training_step",
     "on_before_zero_grad",
@@ -46,7 +49,7 @@ BATCH = [
     "on_before_optimizer_step",
     "on_train_batch_end",
 ]
-VALIDATION_BATCH = ["on_validation_batch_start", "validation_step", "on_validation_batch_end"]
+VALIDATION_BATCH = [*TRANSFER, "on_validation_batch_start", "validation_step", "on_validation_batch_end"]
 VALIDATION = [
     "on_validation_model_eval",
     "on_validation_start",
@@ -96,6 +99,7 @@ def test_hooks_of_test_and_predict(quiet):
         "on_test_model_eval",
         "on_test_start",
         "on_test_epoch_start",
+        *TRANSFER,
         "on_test_batch_start",
         "test_step",
         "on_test_batch_end",
@@ -110,6 +114,7 @@ def test_hooks_of_test_and_predict(quiet):
         "on_predict_model_eval",
         "on_predict_start",
         "on_predict_epoch_start",
+        *TRANSFER,
         "on_predict_batch_start",
         "predict_step",
         "on_predict_batch_end",

@@ -24,6 +24,8 @@ from raylit.messages import (
     Paused,
     Predict,
     Predicted,
+    Reload,
+    Reloaded,
     Report,
     Save,
     Saved,
@@ -121,6 +123,8 @@ class Coordinator:
     def _train_epoch(self) -> None:
         self.state.progress = self.state.progress.at_next_batch()
         if self.state.progress.batch == 0:
+            if self._schedule.is_reload_due(self.state):
+                self._one(Reload())
             self._notify("on_train_epoch_start")
         is_over = False
         while not is_over:
@@ -292,6 +296,8 @@ class Coordinator:
             case Started():
                 state.progress = report.progress
                 state.summary = report.summary
+                self._schedule.set_sizes(state, report)
+            case Reloaded():
                 self._schedule.set_sizes(state, report)
 
     def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:

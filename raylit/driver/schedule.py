@@ -5,20 +5,22 @@ import warnings
 from dataclasses import replace
 
 from raylit.errors import ConfigError
-from raylit.messages import Paused, Started
+from raylit.messages import Paused, Reloaded, Started
 from raylit.plan import Plan
 from raylit.state import Progress, RunState
 
 
 class Schedule:
-    """Answers from the run's state; holds nothing but the plan and the validation interval in batches."""
+    """Answers from the run's state; holds the plan, the validation interval in batches and the age of the loaders."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._validation_batches = math.inf
+        self._loaded_epoch = 0
 
-    def set_sizes(self, state: RunState, started: Started) -> None:
+    def set_sizes(self, state: RunState, started: Started | Reloaded) -> None:
         """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
+        self._loaded_epoch = state.progress.at_next_batch().epoch
         state.num_training_batches = started.num_training_batches
         state.num_val_batches = started.num_eval_batches
         if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches == 1.0:
@@ -44,6 +46,11 @@ class Schedule:
 
     def has_sanity_check(self, state: RunState) -> bool:
         return state.has_validation and self._plan.limits.sanity_val_batches != 0 and not self._is_out_of_reach(state)
+
+    def is_reload_due(self, state: RunState) -> bool:
+        """At the start of an epoch: the hooks are to make new loaders for it."""
+        every, epoch = self._plan.reload_loaders_every_n_epochs, state.progress.epoch
+        return every > 0 and epoch % every == 0 and epoch != self._loaded_epoch
 
     def is_finished(self, state: RunState) -> bool:
         """Between two epochs."""
@@ -76,7 +83,10 @@ class Schedule:
         if math.isinf(self._validation_batches):
             return paused.is_epoch_finished
         done = self._batches_before(progress) + progress.batch
-        return done % self._validation_batches == 0 or self.may_stop(state)
+        validation = self._plan.validation
+        # The length of an iterable is an estimate: the epoch may end before it.
+        is_at_end = paused.is_epoch_finished and validation.interval == 1.0 and validation.every_n_epochs is not None
+        return is_at_end or done % self._validation_batches == 0 or self.may_stop(state)
 
     def validated(self, state: RunState) -> Progress:
         """The progress after an evaluation."""

@@ -1,19 +1,30 @@
-"""TrainData and EvalData: a user's loader, shared out over the ranks. Worker."""
+"""TrainData: a user's training loader, shared out over the ranks. Worker."""
 
-import copy
 import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count, islice, repeat
-from typing import Any
+from itertools import repeat
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
-from raylit.worker.sampling import IndexSource, IsolatedRandom, SamplerGenerators, Share, length_of
+from raylit.worker.loaders import (
+    is_map_style,
+    is_stateful,
+    is_users_own_split,
+    iterated,
+    may_run_ahead,
+    parts_of,
+    samplers_of,
+    share_of_sequence,
+    with_indices,
+)
+from raylit.worker.sampling import IndexSource, IsolatedRandom, SamplerGenerators, Share, is_plain_batching, length_of
+from raylit.worker.streams import advance, every_nth
 
 _END = object()
 
@@ -22,13 +33,20 @@ class Feed:
     """An epoch's batches of this rank. A batch of None: this rank has no share of an incomplete last global batch, but
     takes part in its step with weight 0."""
 
-    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "weight")
+    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "may_run_ahead", "weight")
 
     def __init__(
-        self, batches: Iterator[Any], *, weights: deque[float] | None = None, is_checked: bool = False
+        self,
+        batches: Iterator[Any],
+        *,
+        weights: deque[float] | None = None,
+        is_checked: bool = False,
+        may_run_ahead: bool = False,
     ) -> None:
         self.weight = 1.0
         """Of the batch just returned: the loss times this, averaged over the ranks, is the mean over the samples."""
+        self.may_run_ahead = may_run_ahead
+        """A batch may be fetched before the step that comes before it: that has no effect but on the loader."""
         self._batches = batches
         self._weights: deque[float] = deque() if weights is None else weights
         self._next_weight = repeat(1.0).__next__ if weights is None else weights.popleft
@@ -66,6 +84,21 @@ class Feed:
             )
 
 
+class TrainSource(Protocol):
+    """What the training loop takes its batches from."""
+
+    num_batches: float
+    """Per worker and epoch; infinite if unknown."""
+
+    def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
+        """The batches from `skip` on. Ends an earlier Feed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainData:
     """A training loader, shared out over the ranks: every sample of an epoch goes to exactly one of them.
 
@@ -83,6 +116,12 @@ class TrainData:
     `epoch` draws a number from torch's generator, as iterating a DataLoader does: restore the random state of a
     resumed run after it. A resumed epoch repeats the order, but not the random augmentations that run in a DataLoader's
     worker processes. With `in_order=False` the batches that were trained are not known exactly.
+
+    A loader with `state_dict` and `load_state_dict` of its own is continued from its state, which counts what it has
+    yielded on this rank; a DataLoader's only inside an epoch.
+
+    With `is_padded` no rank is ever without a batch, for a member of a combination: the first samples of the epoch
+    fill up an incomplete last global batch, and where batches are dealt out whole a rank repeats its last one.
     """
 
     def __init__(
@@ -94,68 +133,106 @@ class TrainData:
         seed: int,
         shard: bool = True,
         agree: Callable[[int], list[int]] | None = None,
+        is_padded: bool = False,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
         self._agree = agree
-        self._is_divided = shard and not _is_users_own_split(loader)
-        self._epoch_setters = [owner for owner in _parts_of(loader) if callable(getattr(owner, "set_epoch", None))]
+        self._is_padded = is_padded
+        self._is_divided = shard and not is_users_own_split(loader)
+        self._epoch_setters = [owner for owner in parts_of(loader) if callable(getattr(owner, "set_epoch", None))]
         self._generators = SamplerGenerators(
-            _samplers_of(loader), has_persistent_workers=getattr(loader, "persistent_workers", False)
+            samplers_of(loader), has_persistent_workers=getattr(loader, "persistent_workers", False)
         )
         self._share = self._shared(loader)
-        self._loader = loader
+        self._loader: Any = loader
         if self._share is not None and isinstance(loader, DataLoader):
             # Weights are paired with batches by their order.
             is_order_needed = self._is_divided and world_size > 1
-            self._loader = _with_indices(loader, self._share, in_order=True if is_order_needed else None)
+            self._loader = with_indices(loader, self._share, in_order=True if is_order_needed else None)
         self._must_agree = world_size > 1 and not self._is_even(loader)
+        self._is_stateful = is_stateful(loader)
+        self._loader_state: dict[str, Any] | None = None
+        """Of a resumed run, to go on from at the next epoch."""
+        self._has_begun = False
+        self.may_run_ahead = may_run_ahead(loader) and not self._must_agree and not self._is_stateful
         self.num_batches: float = self._count(loader)
         """Per worker and epoch, a worker's None included; infinite if unknown, an estimate for iterables."""
+        self.has_exact_length = self._share is not None and math.isfinite(self.num_batches)
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         """The batches from `skip` on. Those of iterables are fetched and thrown away. Ends an earlier Feed."""
         for owner in self._epoch_setters:
             owner.set_epoch(epoch)
+        num_replayed = skip if self._continues_loader(skip) else 0
         weights: deque[float] = deque()
         is_weighted_by_share = self._share is not None and self._is_divided
+        passed: Any = None
         if self._share is not None:
-            self._share.start(epoch, skip=skip, weights=weights if is_weighted_by_share else deque(maxlen=0))
-            batches = _iterated(self._loader, self._share)
-        elif self._is_divided and self._world_size > 1:
-            batches = _every_nth(
-                self._loader,
-                rank=self._rank,
-                world_size=self._world_size,
-                skip=skip,
-                own_random=IsolatedRandom(self._seed + epoch),
+            self._share.start(
+                epoch,
+                skip=skip - num_replayed,
+                num_replayed=num_replayed,
+                weights=weights if is_weighted_by_share else deque(maxlen=0),
             )
+            batches = iterated(self._loader, self._share)
         else:
-            batches = iter(self._loader)
-            _advance(batches, skip)
+            batches = self._streamed(epoch, is_continued=num_replayed > 0)
+            passed = advance(batches, skip - num_replayed)
         if self._must_agree:
             assert self._agree is not None
-            return Feed(_agreed(batches, agree=self._agree, rank=self._rank, weights=weights), weights=weights)
+            last = passed if self._is_padded else None
+            agreed = _agreed(
+                batches, agree=self._agree, rank=self._rank, weights=weights, is_padded=self._is_padded, last=last
+            )
+            return Feed(agreed, weights=weights)
         if not is_weighted_by_share:
-            return Feed(batches)
-        return Feed(batches, weights=weights, is_checked=self._world_size > 1 or skip > 0)
+            return Feed(batches, may_run_ahead=self.may_run_ahead)
+        is_checked = self._world_size > 1 or skip > 0
+        return Feed(batches, weights=weights, is_checked=is_checked, may_run_ahead=self.may_run_ahead)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and CPU tensors: the states of the samplers' own generators."""
-        return self._generators.state_dict()
+        """Plain values and CPU tensors: the states of the samplers' own generators and of a stateful loader."""
+        state = self._generators.state_dict()
+        # A loader that has not begun may do so to have a state.
+        loader_state = self._loader.state_dict() if self._is_stateful and self._has_begun else self._loader_state
+        return state if loader_state is None else {**state, "loader": loader_state, "world_size": self._world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The epoch under way when the state was taken is replayed if it is asked for again; the others go on from
         where the generators stood."""
         self._generators.load_state_dict(state)
+        # What a loader has yielded on one of three workers is not what it is to go on with on one of two.
+        if self._is_stateful and state.get("world_size") == self._world_size:
+            self._loader_state = state["loader"]
+
+    def _continues_loader(self, skip: int) -> bool:
+        """Whether the loader goes on from a state of its own that was taken inside the epoch."""
+        state, self._loader_state, self._has_begun = self._loader_state, None, True
+        # A DataLoader whose epoch has ended begins twice, drawing twice from the generators that the run goes on with.
+        if state is None or (skip == 0 and isinstance(self._loader, DataLoader)):
+            return False
+        self._loader.load_state_dict(state)
+        return skip > 0
+
+    def _streamed(self, epoch: int, *, is_continued: bool) -> Iterator[Any]:
+        if not self._is_divided or self._world_size == 1:
+            return iter(self._loader)
+        return every_nth(
+            self._loader,
+            # A loader that goes on from its own state stands behind this rank's last batch.
+            first=self._world_size - 1 if is_continued else self._rank,
+            world_size=self._world_size,
+            own_random=IsolatedRandom(self._seed + epoch),
+        )
 
     def _shared(self, loader: Any) -> Share | None:
         """The index batches of this rank; all of them where the loader is not divided; None for a stream."""
         rank, world_size = (self._rank, self._world_size) if self._is_divided else (0, 1)
         if isinstance(loader, Sequence):
-            return _share_of_sequence(loader, rank=rank, world_size=world_size)
-        if not _is_map_style(loader):
+            return share_of_sequence(loader, rank=rank, world_size=world_size, is_padded=self._is_padded)
+        if not is_map_style(loader):
             return None
         source = IndexSource.of(loader)
         seed: int | None = self._seed
@@ -169,6 +246,7 @@ class TrainData:
             num_items=length_of(source.sampler),
             batch_size=source.batch_size,
             drop_last=source.drop_last,
+            is_padded=self._is_padded,
             rank=rank,
             world_size=world_size,
         )
@@ -179,8 +257,8 @@ class TrainData:
             return self._share is not None
         sampler = getattr(loader, "sampler", None)
         return (
-            _is_map_style(loader)
-            and type(loader.batch_sampler) in (BatchSampler, type(None))
+            is_map_style(loader)
+            and (loader.batch_sampler is None or is_plain_batching(loader.batch_sampler))
             and type(sampler) is DistributedSampler
             and sampler.num_replicas == self._world_size
         )
@@ -197,55 +275,6 @@ class TrainData:
         assert self._agree is not None, f"a loader of world_size={self._world_size} with uneven ranks needs `agree`"
         counts = self._agree(-1 if math.isinf(num_batches) else int(num_batches))
         return math.inf if min(counts) < 0 else max(counts)
-
-
-class EvalData:
-    """A validation, test or prediction loader, shared out over the ranks: batch i of the loader in a single process
-    goes to rank i modulo the number of ranks, so each sample is evaluated exactly once; a rank may have one less than
-    another. Random samplers follow `seed`, alike on all ranks and in every evaluation, unless they have a
-    `generator` of their own.
-
-    Each item is the batch's index in the single process and the batch. A loader that is not divided (`shard=False`, a
-    DistributedSampler) counts as if its ranks took turns.
-    """
-
-    def __init__(self, loader: Iterable[Any], *, rank: int, world_size: int, seed: int, shard: bool = True) -> None:
-        self._rank = rank
-        self._world_size = world_size
-        self._seed = seed
-        self._loader = loader
-        self._share: Share | None = None
-        self._is_stream = False
-        if not shard or _is_users_own_split(loader):
-            self.num_batches: float = length_of(loader)
-            """Of a worker: an upper bound, since the last global batch may be incomplete; infinite if unknown."""
-            return
-        num_batches = length_of(loader)
-        self.num_batches = num_batches if math.isinf(num_batches) else math.ceil(num_batches / world_size)
-        if isinstance(loader, DataLoader) and _is_map_style(loader):
-            source = IndexSource.of(loader)
-            num_at_once = world_size * (source.batch_size or 1)
-            self._share = Share(
-                lambda epoch: source.batches(seed=seed, num_at_once=num_at_once),
-                num_items=num_batches,
-                rank=rank,
-                world_size=world_size,
-            )
-            # An index is paired with its batch by their order.
-            self._loader = _with_indices(loader, self._share, in_order=True)
-        elif isinstance(loader, Sequence):
-            self._share = _share_of_sequence(loader, rank=rank, world_size=world_size)
-        else:
-            self._is_stream = world_size > 1
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return zip(count(self._rank, self._world_size), self._batches(), strict=False)
-
-    def _batches(self) -> Iterator[Any]:
-        if self._is_stream:
-            own_random = IsolatedRandom(self._seed)
-            return _every_nth(self._loader, rank=self._rank, world_size=self._world_size, skip=0, own_random=own_random)
-        return _iterated(self._loader, self._share)
 
 
 def batch_size_of(batch: Any) -> int:
@@ -267,24 +296,6 @@ def _first_dimension(value: Any) -> int | None:
     return next((size for part in parts if (size := _first_dimension(part)) is not None), None)
 
 
-def _is_map_style(loader: Any) -> bool:
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-
-
-def _samplers_of(loader: Any) -> list[Any]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    found = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
-
-
-def _parts_of(loader: Any) -> list[Any]:
-    return [loader, *_samplers_of(loader), getattr(loader, "dataset", None)]
-
-
-def _is_users_own_split(loader: Any) -> bool:
-    return any(isinstance(sampler, DistributedSampler) for sampler in _samplers_of(loader))
-
-
 def _order(
     epoch: int, *, generators: SamplerGenerators, source: IndexSource, seed: int | None, world_size: int
 ) -> Iterator[Any]:
@@ -295,56 +306,17 @@ def _order(
     return source.order(seed=seed + epoch, num_at_once=world_size * (source.batch_size or 1))
 
 
-def _share_of_sequence(sequence: Sequence[Any], *, rank: int, world_size: int) -> Share:
-    num_batches = len(sequence)
-    return Share(lambda epoch: iter(range(num_batches)), num_items=num_batches, rank=rank, world_size=world_size)
-
-
-def _with_indices(loader: "DataLoader[Any]", share: Share, *, in_order: bool | None) -> "DataLoader[Any]":
-    """The same loader with other index batches. Through its `__dict__`, because a DataLoader refuses to have its
-    samplers replaced, and making a new one would lose what a subclass added."""
-    clone = copy.copy(loader)
-    clone.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = share
-    clone.__dict__["_iterator"] = None
-    if in_order is not None:
-        clone.__dict__["in_order"] = in_order
-    return clone
-
-
-def _iterated(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
-    """The loader's batches of this share; a DataLoader has it as its batch sampler."""
-    return map(loader.__getitem__, share) if share is not None and isinstance(loader, Sequence) else iter(loader)
-
-
-def _every_nth(
-    stream: Iterable[Any], *, rank: int, world_size: int, skip: int, own_random: IsolatedRandom
-) -> Iterator[Any]:
-    """Batches `rank`, `rank + world_size`, ... Worker processes start here and now, as with `iter` of the stream."""
-    with own_random:
-        batches = iter(stream)
-        _advance(batches, skip * world_size)
-    own_batches = islice(batches, rank, None, world_size)
-    # Worker processes have random numbers of their own, seeded by `iter`.
-    return own_batches if getattr(stream, "num_workers", 0) > 0 else _under(own_random, own_batches)
-
-
-def _under(own_random: IsolatedRandom, batches: Iterator[Any]) -> Iterator[Any]:
-    while True:
-        with own_random:
-            batch = next(batches, _END)
-        if batch is _END:
-            return
-        yield batch
-
-
-def _advance(batches: Iterator[Any], num_batches: int) -> None:
-    deque(islice(batches, num_batches), maxlen=0)
-
-
 def _agreed(
-    batches: Iterator[Any], *, agree: Callable[[int], list[int]], rank: int, weights: deque[float]
+    batches: Iterator[Any],
+    *,
+    agree: Callable[[int], list[int]],
+    rank: int,
+    weights: deque[float],
+    is_padded: bool,
+    last: Any,
 ) -> Iterator[Any]:
-    """This rank's batches, then None until the last rank has come to its end. Collective, once a batch."""
+    """This rank's batches, then None, or with `is_padded` the last one again, until the last rank has come to its end.
+    Collective, once a batch."""
     batch: Any = None
     while True:
         if batch is not _END:
@@ -353,5 +325,15 @@ def _agreed(
         sizes = agree(0 if batch is _END else max(1, batch_size_of(batch)))
         if not any(sizes):
             return
-        weights.append(sizes[rank] * len(sizes) / sum(sizes))
-        yield None if batch is _END else batch
+        if not is_padded:
+            weights.append(sizes[rank] * len(sizes) / sum(sizes))
+            yield None if batch is _END else batch
+            continue
+        weights.append(1.0)
+        last = last if batch is _END else batch
+        if last is None:
+            raise ModuleError(
+                f"rank {rank} has no batch at all of a loader that is combined with others: it yields fewer batches "
+                f"than there are workers ({len(sizes)}); make its batches smaller"
+            )
+        yield last

@@ -1,5 +1,7 @@
 """EvalLoop and PredictLoop: this rank's share of the validation, test or prediction batches. Worker."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
@@ -9,18 +11,17 @@ import torch
 from torch import nn
 
 from raylit.checkpoint import format
-from raylit.errors import ConfigError
 from raylit.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit
 from raylit.results import EvalResult
 from raylit.state import Stage
-from raylit.worker.data import EvalData
+from raylit.worker.combined import build_eval_data, joined
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.returns import EpochOutputs, file_evaluated
 from raylit.worker.session import Session
-from raylit.worker.signatures import accepting_index, num_positional, takes
+from raylit.worker.signatures import accepting_index, num_positional
 from raylit.worker.sources import loaders_of
 from raylit.worker.train_loop import limited
 from raylit.worker.transfer import to_cpu
@@ -32,60 +33,70 @@ class _SharedLoop:
     """Batch i goes to rank i modulo the number of ranks, so that every sample is met exactly once."""
 
     def __init__(self, session: Session, *, stage: Stage) -> None:
-        context, plan = session.context, session.plan
         self._session = session
         self._stage = stage
-        self._limit: BatchLimit = getattr(plan.limits, {"validate": "val"}.get(stage, stage) + "_batches")
+        self.load()
+
+    def load(self) -> None:
+        """Make the loaders, anew where hooks make them."""
+        session, context, plan = self._session, self._session.context, self._session.plan
+        loaders = loaders_of(session.job, self._stage)
+        limit: BatchLimit = getattr(plan.limits, {"validate": "val"}.get(self._stage, self._stage) + "_batches")
+        if session.stage == "fit" and plan.limits.overfit_batches:
+            # For as many validation loaders as there are: the steps are written for their number.
+            loaders = [joined(session.view.train_dataloader, plan.combination)] * len(loaders)
+            limit = plan.limits.overfit_batches
         self._loaders = [
-            EvalData(
+            build_eval_data(
                 loader,
                 rank=context.rank,
                 world_size=context.world_size,
                 seed=plan.seed,
                 shard=plan.use_distributed_sampler,
             )
-            for loader in loaders_of(session.job, stage)
+            for loader in loaders
         ]
-        self.num_batches = tuple(limited(loader.num_batches, self._limit) for loader in self._loaders)
+        self.num_batches = tuple(limited(loader.num_batches, limit) for loader in self._loaders)
 
     def _outputs(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[tuple[int, Any]]:
         """Each batch's place in the data set and its step's output."""
         session = self._session
         step = self._step()
         extra = (index,) if len(self._loaders) > 1 else ()
+        num_taken = num_positional(step)
+        of_step = extra if num_taken >= 3 else ()
+        if 3 <= num_taken < math.inf:
+            of_step = (index,)
         on_start = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_start")
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
-        batches = iter(self._loaders[index])
+        batches = self._batches(index)
         brake = session.brake
         while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_go_on()):
             try:
                 place, batch = next(batches)
             except StopIteration:
                 return
-            if session.move is not None:
-                batch = session.move(batch)
             metrics.batch, metrics.place = batch, place
             for hook in on_start:
                 hook(batch, self._num_done, *extra)
             with session.around_step():
-                output = step(batch, self._num_done, *extra)
+                output = step(batch, self._num_done, *of_step)
             for hook in on_end:
                 hook(output, batch, self._num_done, *extra)
             self._num_done += 1
             brake.num_done += 1
             yield place, output
 
+    def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
+        loader, mover = self._loaders[index], self._session.mover
+        if mover is None:
+            return iter(loader)
+        return mover.over(iter(loader), dataloader_idx=index, may_run_ahead=loader.may_run_ahead)
+
     def _step(self) -> Callable[..., Any]:
         step = getattr(self._session.module, f"{_PREFIXES[self._stage]}_step")
-        if len(self._loaders) <= 1:
-            return accepting_index(step)
-        if num_positional(step) < 3 and not takes(step, "dataloader_idx"):
-            raise ConfigError(
-                f"{_PREFIXES[self._stage]}_step must take (batch, batch_idx, dataloader_idx): "
-                f"there are {len(self._loaders)} loaders"
-            )
-        return step
+        return accepting_index(step)
 
     def _batches_of(self, index: int, is_sanity_check: bool) -> float:
         limit = self._session.plan.limits.sanity_val_batches
@@ -148,7 +159,7 @@ class EvalLoop(_SharedLoop):
     def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
         super().__init__(session, stage=stage)
         self._training_metrics = training_metrics
-        self._num_seen = [0] * len(self._loaders)
+        self._num_seen: Counter[int] = Counter()
         """Batches of each loader in the evaluations so far."""
         self._kept: EpochOutputs | None = None
         self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}

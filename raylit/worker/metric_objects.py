@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raylit.accelerators.transfer import map_tensors
 from raylit.errors import ConfigError
 from raylit.worker.metric_entry import check_scalar
-from raylit.worker.transfer import map_tensors
 
 State = tuple[int, dict[str, Any]]
 """How often a metric was updated, and its states by name, on the CPU."""

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from raylit.accelerators.transfer import map_tensors, to_device
 from raylit.errors import ModuleError
 from raylit.module import LightningModule
 from raylit.results import EvalResult, Result, TrainResult, is_plain
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.session import Session
-from raylit.worker.transfer import map_tensors, to_cpu, to_device
+from raylit.worker.transfer import to_cpu
 
 _RESERVED = ("log", "progress_bar", "hiddens")
 """Keys of a returned dict that are no metrics."""

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -39,11 +39,13 @@ class IndexSource:
     def of(cls, loader: "DataLoader[Any]") -> "IndexSource":
         batch_sampler: Any = loader.batch_sampler
         if batch_sampler is None:
-            return cls(sampler=loader.sampler)
-        if type(batch_sampler) is not BatchSampler:
+            return cls(sampler=_as_torch_has_it(loader.sampler, loader))
+        if not is_plain_batching(batch_sampler):
             return cls(sampler=batch_sampler)
         return cls(
-            sampler=batch_sampler.sampler, batch_size=batch_sampler.batch_size, drop_last=batch_sampler.drop_last
+            sampler=_as_torch_has_it(batch_sampler.sampler, loader),
+            batch_size=batch_sampler.batch_size,
+            drop_last=batch_sampler.drop_last,
         )
 
     def order(self, *, seed: int, num_at_once: int) -> Iterator[Any]:
@@ -70,7 +72,8 @@ class Share:
 
     `world_size` batches, one of each rank, are a global batch. Items are dealt out in turn: item i of a global batch
     goes to rank i modulo the number of ranks, which is what torch's DistributedSampler does. The items of an incomplete
-    last global batch are dealt out too: nobody gets a made-up one, some ranks may get none.
+    last global batch are dealt out too: nobody gets a made-up one, some ranks may get none. With `is_padded` the first
+    items of the epoch fill it up to a multiple of the ranks, again as DistributedSampler does: all ranks get as many.
 
     `order` gives the items of an epoch: samples, or whole batches where `batch_size` is None.
     """
@@ -82,26 +85,29 @@ class Share:
         num_items: float,
         batch_size: int | None = None,
         drop_last: bool = False,
+        is_padded: bool = False,
         rank: int,
         world_size: int,
     ) -> None:
         self._order = order
         self._batch_size = batch_size
         self._drop_last = drop_last
+        self._is_padded = is_padded
         self._rank = rank
         self._world_size = world_size
         self._group_size = world_size * (batch_size or 1)
-        self._epoch = self._skip = 0
+        self._epoch = self._skip = self._num_replayed = 0
         self._weights: deque[float] = deque(maxlen=0)
         num_groups = num_items / self._group_size
         self.num_batches: float = num_groups
         if math.isfinite(num_groups):
             self.num_batches = math.floor(num_groups) if drop_last else math.ceil(num_groups)
 
-    def start(self, epoch: int, *, skip: int, weights: deque[float]) -> None:
+    def start(self, epoch: int, *, skip: int, weights: deque[float], num_replayed: int = 0) -> None:
         """What the iterations from now on yield. `skip` counts batches; `weights` receives the weight of each batch
-        before it is yielded, and a last 0.0 if this rank has none of the last global batch."""
-        self._epoch, self._skip, self._weights = epoch, skip, weights
+        before it is yielded, and a last 0.0 if this rank has none of the last global batch. The first `num_replayed`
+        have no weight: a loader that goes on from a state of its own passes over them by itself."""
+        self._epoch, self._skip, self._weights, self._num_replayed = epoch, skip, weights, num_replayed
 
     def __len__(self) -> int:
         if math.isinf(self.num_batches):
@@ -111,17 +117,26 @@ class Share:
     def __iter__(self) -> Iterator[Any]:
         # Bound now: the generator runs later, perhaps ahead of the batches. DataLoaders with worker processes call
         # `iter` twice and use the second, so nothing may happen before the first item is asked for.
-        return self._batches(self._epoch, self._skip, self._weights)
+        return self._batches(self._epoch, self._skip, self._weights, self._num_replayed)
 
-    def _batches(self, epoch: int, skip: int, weights: deque[float]) -> Iterator[Any]:
+    def _batches(self, epoch: int, skip: int, weights: deque[float], num_replayed: int) -> Iterator[Any]:
         group_size, world_size, rank = self._group_size, self._world_size, self._rank
-        items = islice(self._order(epoch), skip * group_size, None)
+        items, first = self._order(epoch), []
+        if self._is_padded:
+            first = list(islice(items, world_size))
+            items = chain(first, items)
+        items = islice(items, skip * group_size, None)
         while group := list(islice(items, group_size)):
             if self._drop_last and len(group) < group_size:
                 return
+            if self._is_padded:
+                group += islice(cycle(first), -len(group) % world_size)
             share = group[rank::world_size]
-            # Gradients are averaged over ranks; this makes that the mean over the samples.
-            weights.append(len(share) * world_size / len(group))
+            if num_replayed > 0:
+                num_replayed -= 1
+            else:
+                # Gradients are averaged over ranks; this makes that the mean over the samples.
+                weights.append(len(share) * world_size / len(group))
             if share:
                 yield share[0] if self._batch_size is None else share
 
@@ -223,6 +238,27 @@ class _RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def is_plain_batching(batch_sampler: Any) -> bool:
+    """It cuts what its sampler yields into batches of one size, and nothing else."""
+    return type(batch_sampler) is BatchSampler or is_of_torchdata(batch_sampler, "BatchSampler")
+
+
+def _as_torch_has_it(sampler: Any, loader: "DataLoader[Any]") -> Any:
+    """torchdata's shuffle as torch's: its iterator keeps a position, and it makes up a generator where none was given,
+    which nobody has seeded."""
+    if not is_of_torchdata(sampler, "RandomSampler"):
+        return sampler
+    return RandomSampler(
+        sampler.data_source, sampler.replacement, sampler._num_samples, generator=getattr(loader, "generator", None)
+    )
+
+
+def is_of_torchdata(sampler: Any, name: str) -> bool:
+    """Told without importing it."""
+    kind = type(sampler)
+    return kind.__module__ == "torchdata.stateful_dataloader.sampler" and kind.__name__ == name
 
 
 def _is_plain_shuffle(sampler: Any) -> bool:

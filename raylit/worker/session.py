@@ -1,8 +1,6 @@
 """Session: what the loops of one stage share, built when it starts. Worker."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from raylit.worker.brake import Brake
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks
 from raylit.worker.peers import Peers
-from raylit.worker.transfer import to_device
+from raylit.worker.transfer import Mover, build_mover
 from raylit.worker.view import TrainerView
 
 _PREPARE_TIMEOUT_S = 24 * 3600.0
@@ -54,10 +52,13 @@ class Session:
         self.view.stage = stage
         self.view.strategy = self.strategy
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks)
-        self.move: Callable[[Any], Any] | None = None
-        """Brings a batch to the device; None where it is there already."""
-        if not accelerator.is_host_memory or self.precision.weights_dtype is not None:
-            self.move = partial(to_device, device=self.device, floating_dtype=self.precision.weights_dtype)
+        self.mover: Mover | None = build_mover(
+            module=job.module,
+            datamodule=job.datamodule,
+            device=self.device,
+            floating_dtype=self.precision.weights_dtype,
+        )
+        """Brings batches to the device; None where they are as they should be already."""
         self._compiled: list[nn.Module] = []
         self._pending_random_state: dict[str, Any] | None = None
 
@@ -67,10 +68,9 @@ class Session:
         self.module._view = self.view
         if job.datamodule is not None:
             job.datamodule.trainer = self.view
-        if self.context.local_rank == 0:
-            if job.datamodule is not None:
-                job.datamodule.prepare_data()
-            self.module.prepare_data()
+        for owner in (job.datamodule, self.module):
+            if owner is not None and self._is_preparing(owner):
+                owner.prepare_data()
         self.peers.barrier(timeout_s=_PREPARE_TIMEOUT_S)
         self.hooks.set_up(self.stage, job.datamodule)
         self.module.configure_model()
@@ -78,6 +78,11 @@ class Session:
         self._compiled = compile_again(self.module, job.compilations)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
+
+    def _is_preparing(self, owner: Any) -> bool:
+        """One rank of each host prepares the data, or one in all."""
+        is_per_node = self.plan.prepares_per_node and getattr(owner, "prepare_data_per_node", True)
+        return (self.context.local_rank if is_per_node else self.context.rank) == 0
 
     def seed_rank(self) -> None:
         """Give every rank but the first random numbers of its own: the same dropout masks everywhere would waste

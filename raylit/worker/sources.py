@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from raylit.combined_loader import CombinedLoader, holds_loaders
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
 from raylit.worker.context import Job
@@ -23,6 +24,11 @@ def has_loader(job: Job, name: str) -> bool:
     return _offers(job.datamodule, hook, DataModule) or _offers(job.module, hook, LightningModule)
 
 
+def is_from_hook(job: Job, name: str) -> bool:
+    """Whether a hook makes the loader, which can do so again."""
+    return job.loaders.get(name) is None
+
+
 def loader_of(job: Job, name: str) -> Any:
     """The loader, or what the hook returns; None where nothing offers one."""
     given = job.loaders.get(name)
@@ -35,13 +41,16 @@ def loader_of(job: Job, name: str) -> Any:
 
 
 def loaders_of(job: Job, name: str) -> list[Any]:
-    """For an evaluation: one loader or several, as a list."""
+    """For an evaluation: one loader or several, as a list. A CombinedLoader is one, unless it is "sequential"."""
     loaders = loader_of(job, name)
     if loaders is None:
         return []
-    if isinstance(loaders, (list, tuple)):
-        return list(loaders)
-    return list(loaders.values()) if isinstance(loaders, dict) else [loaders]
+    if isinstance(loaders, CombinedLoader):
+        return loaders.flattened if loaders.mode == "sequential" else [loaders]
+    if isinstance(loaders, dict) or holds_loaders(loaders):
+        return CombinedLoader(loaders, "sequential").flattened
+    # A list without any loader in it is one: its items are batches.
+    return [] if isinstance(loaders, (list, tuple)) and not loaders else [loaders]
 
 
 def _offers(owner: Any, hook: str, base: type) -> bool:

@@ -10,12 +10,13 @@ import torch
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
 from raylit.worker import metric_objects
-from raylit.worker.data import Feed, TrainData
+from raylit.worker.data import Feed, TrainSource
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.returns import EpochOutputs, detached
 from raylit.worker.session import Session
+from raylit.worker.transfer import MovedFeed
 
 _END = object()
 
@@ -27,7 +28,7 @@ class TrainLoop:
         self,
         session: Session,
         *,
-        data: TrainData,
+        data: TrainSource,
         optimization: Optimization,
         schedules: list[Schedule],
         metrics: MetricBuffer,
@@ -35,18 +36,24 @@ class TrainLoop:
         """`schedules`: those that step by themselves."""
         self._session = session
         self._view = session.view
-        self._data = data
         self._optimization = optimization
         self._schedules = schedules
         self._step_schedules = [schedule for schedule in schedules if schedule.interval == "step"]
-        self._feed: Feed | None = None
+        self._feed: Feed | MovedFeed | None = None
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
         self._kept = EpochOutputs.of(
             session, hook="training_epoch_end", metrics=metrics, num_lists=optimization.num_outputs
         )
-        self.num_batches = limited(data.num_batches, session.plan.limits.train_batches)
+        self.load(data)
+
+    def load(self, data: TrainSource) -> None:
+        """Train on `data` from the next epoch on."""
+        limits = self._session.plan.limits
+        self._data = data
+        self.num_batches = limited(data.num_batches, limits.overfit_batches or limits.train_batches)
+        self._view.num_training_batches = self.num_batches
 
     def run(self, command: Train) -> Iterator[Report]:
         """Train until the command's limits, the epoch's end or an agreed stop."""
@@ -57,7 +64,7 @@ class TrainLoop:
         if self._kept is not None:
             on_batch_end = (self._kept.keep_batch, *on_batch_end)
         run_batch, run_share = optimization.run_batch, optimization.run_share
-        move, num_batches, is_alone = session.move, self.num_batches, session.peers.world_size == 1
+        num_batches, is_alone = self.num_batches, session.peers.world_size == 1
         brake = session.brake
         window = session.plan.optimization.window_in(view.current_epoch)
         log_every = session.plan.reporting.log_every_n_steps or math.inf
@@ -78,8 +85,6 @@ class TrainLoop:
                 break
             batch_idx = view.num_batches_done
             is_step_due = window == 1 or (batch_idx + 1) % window == 0 or batch_idx + 1 == num_batches
-            if move is not None:
-                batch = move(batch)
             metrics.batch = batch
             if on_batch_start and any([hook(batch, batch_idx) == -1 for hook in on_batch_start]):
                 is_exhausted = True
@@ -161,7 +166,7 @@ class TrainLoop:
 
     # Helpers, in the order in which they are called
 
-    def _begin(self) -> Feed:
+    def _begin(self) -> Feed | MovedFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
@@ -175,7 +180,9 @@ class TrainLoop:
             if view.num_batches_done == 0:
                 hooks.call("on_train_epoch_start")
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
-            self._feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            mover = self._session.mover
+            self._feed = feed if mover is None else MovedFeed(feed, mover)
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
         return self._feed

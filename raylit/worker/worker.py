@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
@@ -17,6 +17,8 @@ from raylit.messages import (
     Finish,
     Finished,
     Predict,
+    Reload,
+    Reloaded,
     Report,
     Save,
     Start,
@@ -28,16 +30,19 @@ from raylit.plan import Plan
 from raylit.summary import Summary, summarized
 from raylit.worker import handback
 from raylit.worker.brake import Brake
+from raylit.worker.combined import build_train_source
 from raylit.worker.context import Job, WorkerContext
-from raylit.worker.data import TrainData
+from raylit.worker.data import TrainSource
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
+from raylit.worker.overfitting import SameEpoch, unshuffled
 from raylit.worker.peers import Peers
+from raylit.worker.sampling import IsolatedRandom
 from raylit.worker.saving import Saving
 from raylit.worker.session import Session
-from raylit.worker.sources import has_loader, loader_of
+from raylit.worker.sources import has_loader, is_from_hook, loader_of
 from raylit.worker.train_loop import TrainLoop
 
 
@@ -54,6 +59,8 @@ class Worker:
         self._accelerator = build_accelerator(plan.workers.accelerator)
         self._session: Session | None = None
         self._train_loop: TrainLoop | None = None
+        self._validation_loop: EvalLoop | None = None
+        """During a fit."""
         self._saving: Saving | None = None
         self._has_new_weights = False
         """By training, or from a checkpoint: the driver's module is to have them too."""
@@ -61,6 +68,7 @@ class Worker:
         # The loops' own methods join when a stage starts: no frame of ours stands between `run` and them.
         self._handlers: dict[type, Callable[[Any], Iterator[Report]]] = {
             Start: self._start,
+            Reload: self._reload,
             Save: self._save,
             Finish: self._finish,
         }
@@ -106,7 +114,7 @@ class Worker:
         optimizers = configured(session.module)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
-        data = self._train_data(session)
+        data = self._train_source(session)
         metrics = MetricBuffer(session.peers)
         loop = self._train_loop = TrainLoop(
             session,
@@ -117,13 +125,10 @@ class Worker:
         )
         run = loop.run_detecting_anomaly if self._plan.optimization.is_detecting_anomaly else loop.run
         self._handlers.update({Train: run, EndEpoch: loop.end_epoch})
-        num_eval_batches: tuple[float, ...] = ()
         if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
-            validation = EvalLoop(session, stage="validate", training_metrics=metrics)
-            self._handlers[Evaluate] = validation.run
-            num_eval_batches = validation.num_batches
-        session.view.num_training_batches = loop.num_batches
-        session.view.num_val_batches = list(num_eval_batches)
+            self._validation_loop = EvalLoop(session, stage="validate", training_metrics=metrics)
+            self._handlers[Evaluate] = self._validation_loop.run
+        session.view.num_val_batches = list(self._num_val_batches)
         session.seed_rank()
         self._saving = Saving(session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop)
         if command.checkpoint is not None:
@@ -133,7 +138,7 @@ class Worker:
         yield Started(
             progress=session.view.progress,
             num_training_batches=loop.num_batches,
-            num_eval_batches=num_eval_batches,
+            num_eval_batches=self._num_val_batches,
             summary=self._summary(session.module),
         )
 
@@ -141,22 +146,42 @@ class Worker:
         depth = self._plan.reporting.summary_depth
         return None if depth is None or self._context.rank > 0 else summarized(module, max_depth=depth)
 
-    def _train_data(self, session: Session) -> TrainData:
+    def _reload(self, command: Reload) -> Iterator[Report]:
+        session, loop, validation = self._session, self._train_loop, self._validation_loop
+        assert session is not None
+        assert loop is not None
+        view = session.view
+        view.move_to(view.progress.at_next_batch())
+        # Where a hook draws random numbers, to split a data set, all ranks are to draw the same.
+        with nullcontext() if self._peers.world_size == 1 else IsolatedRandom(self._plan.seed + view.current_epoch):
+            if is_from_hook(self._job, "train"):
+                loop.load(self._train_source(session))
+            is_overfitting = self._plan.limits.overfit_batches > 0
+            if validation is not None and (is_overfitting or is_from_hook(self._job, "validate")):
+                validation.load()
+        view.num_val_batches = list(self._num_val_batches)
+        yield Reloaded(num_training_batches=loop.num_batches, num_eval_batches=self._num_val_batches)
+
+    @property
+    def _num_val_batches(self) -> tuple[float, ...]:
+        return () if self._validation_loop is None else self._validation_loop.num_batches
+
+    def _train_source(self, session: Session) -> TrainSource:
         loader = loader_of(self._job, "train")
         if loader is None:
             raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
-        members = loader if isinstance(loader, (list, tuple)) else ()
-        if isinstance(loader, dict) or any(isinstance(member, DataLoader) for member in members):
-            raise ModuleError(f"a {type(loader).__name__} of training loaders is not supported yet: return one loader")
-        session.view.train_dataloader = loader
-        return TrainData(
+        is_overfitting = self._plan.limits.overfit_batches > 0
+        session.view.train_dataloader = loader = unshuffled(loader) if is_overfitting else loader
+        source = build_train_source(
             loader,
+            combination=self._plan.combination,
             rank=self._context.rank,
             world_size=self._context.world_size,
             seed=self._plan.seed,
             shard=self._plan.use_distributed_sampler,
             agree=self._peers.gather_counts,
         )
+        return SameEpoch(source) if is_overfitting else source
 
     def _save(self, command: Save) -> Iterator[Report]:
         assert self._saving is not None

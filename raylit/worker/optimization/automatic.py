@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from raylit.accelerators.transfer import map_tensors
 from raylit.module import LightningModule
 from raylit.strategies import Skipped
 from raylit.worker.hooks import is_overridden
@@ -14,7 +15,6 @@ from raylit.worker.optimization.gradient_sync import GradientSync
 from raylit.worker.optimization.stepper import Stepper, loss_check, parameters_of
 from raylit.worker.returns import hiddens_of, loss_of
 from raylit.worker.session import Session
-from raylit.worker.transfer import map_tensors
 
 Step = Callable[..., Any]
 

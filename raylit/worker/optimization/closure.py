@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
+from raylit.accelerators.transfer import map_tensors
 from raylit.errors import ConfigError
 from raylit.module import LightningModule
 from raylit.strategies import Skipped
@@ -18,7 +19,6 @@ from raylit.worker.optimization.handles import OptimizerHandle
 from raylit.worker.optimization.stepper import Stepper, loss_check, parameters_of
 from raylit.worker.returns import hiddens_of, loss_of
 from raylit.worker.session import Session
-from raylit.worker.transfer import map_tensors
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

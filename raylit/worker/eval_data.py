@@ -1,0 +1,71 @@
+"""EvalData: a user's validation, test or prediction loader, shared out over the ranks. Worker."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from raylit.worker.loaders import (
+    is_map_style,
+    is_users_own_split,
+    iterated,
+    may_run_ahead,
+    share_of_sequence,
+    with_indices,
+)
+from raylit.worker.sampling import IndexSource, IsolatedRandom, Share, length_of
+from raylit.worker.streams import every_nth
+
+
+class EvalData:
+    """A validation, test or prediction loader, shared out over the ranks: batch i of the loader in a single process
+    goes to rank i modulo the number of ranks, so each sample is evaluated exactly once; a rank may have one less than
+    another. Random samplers follow `seed`, alike on all ranks and in every evaluation, unless they have a
+    `generator` of their own.
+
+    Each item is the batch's index in the single process and the batch. A loader that is not divided (`shard=False`, a
+    DistributedSampler) counts as if its ranks took turns.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, rank: int, world_size: int, seed: int, shard: bool = True) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._seed = seed
+        self._loader = loader
+        self._share: Share | None = None
+        self._is_stream = False
+        self.may_run_ahead = may_run_ahead(loader)
+        """A batch may be fetched before the step that comes before it."""
+        if not shard or is_users_own_split(loader):
+            self.num_batches: float = length_of(loader)
+            """Of a worker: an upper bound, since the last global batch may be incomplete; infinite if unknown."""
+            return
+        num_batches = length_of(loader)
+        self.num_batches = num_batches if math.isinf(num_batches) else math.ceil(num_batches / world_size)
+        if isinstance(loader, DataLoader) and is_map_style(loader):
+            source = IndexSource.of(loader)
+            num_at_once = world_size * (source.batch_size or 1)
+            self._share = Share(
+                lambda epoch: source.batches(seed=seed, num_at_once=num_at_once),
+                num_items=num_batches,
+                rank=rank,
+                world_size=world_size,
+            )
+            # An index is paired with its batch by their order.
+            self._loader = with_indices(loader, self._share, in_order=True)
+        elif isinstance(loader, Sequence):
+            self._share = share_of_sequence(loader, rank=rank, world_size=world_size)
+        else:
+            self._is_stream = world_size > 1
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return zip(count(self._rank, self._world_size), self.batches(), strict=False)
+
+    def batches(self) -> Iterator[Any]:
+        """Of this rank, without their index."""
+        if self._is_stream:
+            own_random = IsolatedRandom(self._seed)
+            return every_nth(self._loader, first=self._rank, world_size=self._world_size, own_random=own_random)
+        return iterated(self._loader, self._share)

@@ -1,0 +1,64 @@
+"""What a user's loader is made of, and the same loader over other indices. Worker."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from raylit.worker.sampling import Share
+
+
+def is_map_style(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def samplers_of(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
+def parts_of(loader: Any) -> list[Any]:
+    return [loader, *samplers_of(loader), getattr(loader, "dataset", None)]
+
+
+def is_users_own_split(loader: Any) -> bool:
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader))
+
+
+def is_stateful(loader: Any) -> bool:
+    """It can say and be told where it stands."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def may_run_ahead(loader: Any) -> bool:
+    """Fetching a batch has no effect in this process: another one has made it."""
+    return isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_stateful(loader)
+
+
+def share_of_sequence(sequence: Sequence[Any], *, rank: int, world_size: int, is_padded: bool = False) -> Share:
+    num_batches = len(sequence)
+    return Share(
+        lambda epoch: iter(range(num_batches)),
+        num_items=num_batches,
+        is_padded=is_padded,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def with_indices(loader: "DataLoader[Any]", share: Share, *, in_order: bool | None) -> "DataLoader[Any]":
+    """The same loader with other index batches. Through its `__dict__`, because a DataLoader refuses to have its
+    samplers replaced, and making a new one would lose what a subclass added."""
+    clone = copy.copy(loader)
+    clone.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = share
+    clone.__dict__["_iterator"] = None
+    if in_order is not None:
+        clone.__dict__["in_order"] = in_order
+    return clone
+
+
+def iterated(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
+    """The loader's batches of this share; a DataLoader has it as its batch sampler."""
+    return map(loader.__getitem__, share) if share is not None and isinstance(loader, Sequence) else iter(loader)

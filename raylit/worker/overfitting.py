@@ -1,0 +1,83 @@
+"""The same few batches in every epoch, for overfit_batches. Worker."""
+
+import copy
+import warnings
+from typing import Any
+
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from raylit.combined_loader import CombinedLoader, holds_loaders
+from raylit.worker.data import Feed, TrainSource
+from raylit.worker.loaders import is_map_style
+from raylit.worker.sampling import is_of_torchdata, is_plain_batching
+
+
+class SameEpoch:
+    """A TrainSource whose epochs are all like the first: samplers that draw an order draw it again."""
+
+    def __init__(self, source: TrainSource) -> None:
+        self._source = source
+        self.num_batches = source.num_batches
+
+    def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
+        return self._source.epoch(0, skip=skip)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._source.load_state_dict(state)
+
+
+def unshuffled(loader: Any) -> Any:
+    """The loader, or each one of a collection, in the order of its data set; a warning where it was shuffled.
+
+    Samplers that torch does not know stay: their order is the same in every epoch, which is what matters.
+    """
+    if isinstance(loader, CombinedLoader):
+        return CombinedLoader(loader.shaped([unshuffled(member) for member in loader.flattened]), loader.mode)
+    if isinstance(loader, dict) or holds_loaders(loader):
+        return unshuffled(CombinedLoader(loader)).iterables
+    if not is_map_style(loader):
+        return loader
+    batch_sampler = loader.batch_sampler
+    if batch_sampler is None:
+        sampler = _in_order(loader.sampler, loader)
+    else:
+        sampler = _in_order(batch_sampler.sampler, loader) if is_plain_batching(batch_sampler) else None
+    if sampler is None:
+        return loader
+    warnings.warn(
+        "overfit_batches: the training loader shuffles; its batches are now taken in the order of the data set",
+        stacklevel=2,
+    )
+    clone = copy.copy(loader)
+    clone.__dict__.update(sampler=sampler, _iterator=None)
+    if batch_sampler is not None:
+        batching = copy.copy(batch_sampler)
+        batching.sampler = sampler
+        clone.__dict__["batch_sampler"] = batching
+    return clone
+
+
+def _in_order(sampler: Any, loader: "DataLoader[Any]") -> Any:
+    """What takes the place of a sampler that shuffles; None where it does not, or nobody knows."""
+    if isinstance(sampler, DistributedSampler):
+        if not sampler.shuffle:
+            return None
+        split = copy.copy(sampler)
+        split.shuffle = False
+        return split
+    if isinstance(sampler, SubsetRandomSampler):
+        return list(sampler.indices)
+    if isinstance(sampler, (RandomSampler, WeightedRandomSampler)) or is_of_torchdata(sampler, "RandomSampler"):
+        dataset: Any = loader.dataset
+        return SequentialSampler(dataset)
+    return None
