@@ -24,6 +24,7 @@ LAYERS = (
         "export",
         "hparams",
         "loggers",
+        "loop_hooks",
         "metrics",
         "module",
         "profilers",
