@@ -25,6 +25,7 @@ LAYERS = (
         "export",
         "hparams",
         "loggers",
+        "loop_hooks",
         "metrics",
         "module",
         "profilers",

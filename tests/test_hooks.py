@@ -11,7 +11,7 @@ import raylit as pl
 
 MODULE_HOOKS = [
     name
-    for name in vars(pl.LightningModule)
+    for name in dir(pl.LightningModule)
     if (name.startswith("on_") and "checkpoint" not in name and name != "on_exception")
     or name in ("setup", "teardown", "prepare_data", "configure_model", "configure_optimizers")
     or name in ("training_step", "validation_step", "test_step", "predict_step")
