@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.accelerators import build_accelerator
 from raylit.driver import ray_private
@@ -76,7 +76,7 @@ class ActorGroup:
 
         `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
         """
-        reference = ray.put(parcel)
+        reference = _stored(parcel, f"the module and its data of {parcel.num_bytes / 2**30:.1f} GB")
         assignment = Assignment(plan=plan, import_path=tuple(os.path.abspath(path) for path in sys.path))
         self._is_braking = False
         self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
@@ -88,7 +88,7 @@ class ActorGroup:
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
-        reference = ray.put(packed(command))
+        reference = _stored(packed(command), "a checkpoint")
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
         # What a start prepares may hold the interpreter for long: data sets unpickled, kernels compiled.
@@ -276,6 +276,18 @@ class ActorGroup:
                 ray.kill(actor)
             except RayError:
                 continue
+
+
+def _stored(value: Any, what: str) -> Any:
+    """In Ray's object store. ResourcesError: there is no room."""
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise ResourcesError(
+            f"no room for {what}: Ray's object store is full, and so is the disk that it could go to instead. Free "
+            "disk space there (RAY_TMPDIR says where it is), give Ray a larger store (ray start --object-store-memory, "
+            "ray.init(object_store_memory=...)), or make the data in setup(), which every worker runs"
+        ) from error
 
 
 def _rank_order(places: list[Whereabouts]) -> list[int]:

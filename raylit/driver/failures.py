@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 def failure(error: BaseException, context: WorkerContext) -> Failed:
     """For the driver, in the worker."""
+    error = _with_reason(error)
     told = traceback.TracebackException.from_exception(error)
     _hide_frames(told)
     pickled: bytes | None
@@ -87,6 +89,8 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
     return text.partition("The actor is dead because ")[2] or text
 
 
+_EXIT_S = 0.5
+"""For the kernel to have the exit status of a dying process."""
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # As of Ray 2.60: the exit type, and the sentence of its memory monitor.
 _MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
@@ -95,6 +99,19 @@ _CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|\bgloo\b|\bNCCL\b|ProcessGroup|TCPStore|watchdog",
     re.IGNORECASE,
 )
+
+
+def _with_reason(error: BaseException) -> BaseException:
+    """Where a DataLoader's process dies while a batch of its is on the way, torch may only see a connection end."""
+    deadline = time.monotonic() + _EXIT_S
+    while isinstance(error, (ConnectionError, EOFError)) and time.monotonic() < deadline:
+        try:
+            torch._C._error_if_any_worker_fails()
+        except RuntimeError as death:  # says how it died
+            death.__cause__ = error
+            return death
+        time.sleep(0.02)
+    return error
 
 
 def _is_consequence(error: Exception) -> bool:

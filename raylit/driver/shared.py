@@ -39,6 +39,10 @@ class Parcel:
     places: NDArray[np.int64]
     """For each pickled array its buffer, and where in it the array starts and ends: small ones share a buffer."""
 
+    @property
+    def num_bytes(self) -> int:
+        return self.pickled.nbytes + sum(buffer.nbytes for buffer in self.buffers)
+
 
 def pickle_job(job: Job) -> Parcel:
     """The user's objects as one: what they share stays shared. ModuleError: they cannot travel."""
@@ -132,8 +136,9 @@ class _Pickler(cloudpickle.Pickler):
 
 def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> Parcel:
     buffers: list[NDArray[np.uint8]] = []
+    labels: list[str] = []
+    places: list[tuple[int, int, int]] = []
     small: list[NDArray[np.uint8]] = []
-    labels, places = [], []
     size = 0
     for data, label in zip(pickler.buffers, pickler.labels, strict=True):
         if data.nbytes >= _MIN_SHARED_BYTES:

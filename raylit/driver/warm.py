@@ -32,7 +32,7 @@ class WarmGroup:
         try:
             self._take_up(plan, parcel)
         except BaseException:
-            self.release()
+            self.release(is_kept=False)
             raise
 
     def _take_up(self, plan: Plan, parcel: Parcel) -> None:

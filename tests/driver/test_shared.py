@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,3 +219,47 @@ def test_the_store_is_empty_after_the_run(quiet):
     while stored_bytes() > 1_000_000 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert stored_bytes() < 1_000_000
+
+
+SMALL_STORE = """
+    import os
+    import ray, torch
+    import raylit as pl
+    from models import Regression
+    from torch.utils.data import DataLoader, TensorDataset
+
+    def fit(num_samples):
+        data = TensorDataset(torch.zeros(num_samples, 8), torch.zeros(num_samples, 3))
+        pl.fit(Regression(), DataLoader(data, batch_size=8), num_workers=2, max_steps=2, logger=False,
+               enable_checkpointing=False, enable_progress_bar=False)
+
+    def start():
+        ray.init(address="local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False,
+                 logging_level="WARNING", log_to_driver=False)
+
+    start()
+    fit(4_000_000)  # 180 MB, which Ray keeps in files instead
+    print("first")
+    pl.shutdown()
+    ray.shutdown()
+    os.environ["RAY_local_fs_capacity_threshold"] = "0.0001"  # the disk counts as full
+    start()
+    try:
+        fit(4_000_000)
+    except pl.ResourcesError as error:
+        print("refused:", error)
+    fit(1_000)
+    print("third")
+    ray.shutdown()
+"""
+
+
+@pytest.mark.cluster
+def test_data_larger_than_the_store_is_shared_from_the_disk_or_refused_in_words(run_script, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    shown = run_script(SMALL_STORE)
+    assert "first" in shown
+    assert "refused: no room for the module and its data of 0.2 GB: Ray's object store is full" in shown
+    assert "third" in shown
+    assert "the workers are replaced" not in shown

@@ -1,0 +1,79 @@
+"""A worker that ends where others wait for it: the driver says who and why within seconds, wherever that is."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import Regression, RegressionData
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylit as pl
+
+LIMIT_S = 20
+"""From a death to the error, on a busy machine; gloo alone would wait for 30 minutes."""
+
+
+class Perishes(Regression):
+    """One rank's process ends at a place, where the others go on to wait for it in a collective."""
+
+    def __init__(self, directory, *, place, rank):
+        super().__init__()
+        self.path, self.place, self.rank = os.path.join(directory, "ended"), place, rank
+
+    def _pass(self, place):
+        if place == self.place and self.global_rank == self.rank:
+            Path(self.path).touch()
+            os._exit(3)
+
+    def prepare_data(self):
+        self._pass("prepare_data")
+
+    def on_save_checkpoint(self, checkpoint):
+        self._pass("on_save_checkpoint")
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.place == "all_reduce":
+            if self.global_rank == self.rank:
+                time.sleep(1.0)  # by now the other waits
+                self._pass("all_reduce")
+            torch.distributed.all_reduce(torch.ones(1))
+
+    def teardown(self, stage):
+        self._pass("teardown")
+
+
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    [
+        ("prepare_data", 0),
+        ("all_reduce", 0),
+        ("on_save_checkpoint", 0),
+        ("teardown", 1),
+    ],
+)
+def test_the_rank_that_ends_is_named_soon(place, rank, tmp_path):
+    module = Perishes(str(tmp_path), place=place, rank=rank)
+    with pytest.raises(pl.WorkerDied, match=r"exit code 3|without a word") as caught:
+        pl.fit(module, RegressionData(), num_workers=2, max_epochs=1, logger=False, enable_progress_bar=False)
+    assert time.time() - (tmp_path / "ended").stat().st_mtime < LIMIT_S
+    assert caught.value.rank == rank
+
+
+class Fragile(TensorDataset):
+    def __getitem__(self, index):
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.filterwarnings("ignore:.*validation is skipped")
+def test_the_death_of_a_loader_s_process_is_an_error_of_its_rank(quiet):
+    loader = DataLoader(Fragile(torch.randn(48, 8), torch.randn(48, 3)), batch_size=4, num_workers=1)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)") as caught:
+        pl.fit(Regression(), loader, num_workers=2, max_epochs=1, **quiet)
+    assert time.monotonic() - started < 60
+    assert "In rank 0 of 2" in str(caught.value.__cause__)
