@@ -117,7 +117,7 @@ class Ticked:
     batch: int
     """Batches finished in this epoch or loader."""
     dataloader_idx: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -203,7 +203,7 @@ class LightningModule(LoopHooks):
         return data if self._view is None else self._view.all_gather(data, group=group, sync_grads=sync_grads)
 
     def get_progress_bar_dict(self) -> dict[str, Any]:
-        """What rank 0 sends to the progress bar; override it to add to that or change it."""
+        """What rank 0 sends to the progress bar while it trains: numbers and texts. Override it to add some."""
         return {} if self._metrics is None else dict(self._metrics.latest(only_prog_bar=True))
 
     # Optimization: what may be overridden

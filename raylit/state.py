@@ -60,7 +60,7 @@ class RunState:
     callback_metrics: dict[str, float] = field(default_factory=dict)
     """The latest reduced value of every metric, whatever was asked of it."""
     logged_metrics: dict[str, float] = field(default_factory=dict)
-    progress_bar_metrics: dict[str, float] = field(default_factory=dict)
+    progress_bar_metrics: dict[str, float | str] = field(default_factory=dict)
     summary: Summary | None = None
     """Of a fit's model as it starts, where the plan asks for one."""
     stop_reason: str | None = None

@@ -220,7 +220,7 @@ class Trainer:
         return {name: torch.tensor(value) for name, value in self._state.logged_metrics.items()}
 
     @property
-    def progress_bar_metrics(self) -> dict[str, float]:
+    def progress_bar_metrics(self) -> dict[str, float | str]:
         return dict(self._state.progress_bar_metrics)
 
     @property

@@ -95,7 +95,7 @@ class Run(Protocol):
         ...
 
     def stop(self, reason: str) -> None:
-        """Ask for the end of training at the next batch border; min_epochs and min_steps are still honoured."""
+        """Ask for the end of training after the step under way; min_epochs and min_steps are still honoured."""
         ...
 
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:

@@ -221,8 +221,10 @@ def _metrics(run: Run) -> str:
     return ", ".join(f"{name}={_compact(value)}" for name, value in run.state.progress_bar_metrics.items())
 
 
-def _compact(value: float) -> str:
-    """Three digits, so that a bar does not twitch with every value."""
+def _compact(value: float | str) -> str:
+    """Three digits, so that a bar does not twitch with every value; texts as they are."""
+    if isinstance(value, str):
+        return value
     return f"{value:#.3g}".removesuffix(".")
 
 

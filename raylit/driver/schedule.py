@@ -127,7 +127,7 @@ class Schedule:
         of_evaluation = {"test": ("test", limits.test_batches), "predict": ("predict", limits.predict_batches)}
         name, limit = of_evaluation.get(state.stage, ("val", limits.val_batches))
         loaders = [(name, limit, num_batches) for num_batches in state.num_val_batches]
-        if state.stage == "fit":
+        if state.stage == "fit" and not limits.overfit_batches:
             loaders.append(("train", limits.train_batches, state.num_training_batches))
         for name, limit, num_batches in loaders:
             if not isinstance(limit, float) or limit in (0.0, 1.0):

@@ -6,6 +6,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
@@ -107,7 +108,7 @@ class TrainLoop:
                 yield from self._report_step()
             is_stopping = view.should_stop and (is_alone or self._is_stop_agreed)
             if monotonic() >= next_tick:
-                yield Ticked(batch=view.num_batches_done, metrics=metrics.latest(only_prog_bar=True))
+                yield Ticked(batch=view.num_batches_done, metrics=_shown(session.module.get_progress_bar_dict()))
                 next_tick = monotonic() + period_s
 
         if is_exhausted and optimization.finish_window():
@@ -225,3 +226,8 @@ def limited(num_batches: float, limit: BatchLimit) -> float:
     if isinstance(limit, int):
         return min(num_batches, limit)
     return num_batches if limit == 1.0 or math.isinf(num_batches) else int(num_batches * limit)
+
+
+def _shown(values: dict[str, Any]) -> dict[str, float | str]:
+    """What a user's `get_progress_bar_dict` gives, in values that travel."""
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import time
 from argparse import Namespace
 
 import fsspec
@@ -467,3 +468,24 @@ def test_a_module_sees_the_run_in_its_hooks(num_workers, quiet, capfd):
     else:
         assert model.gathered == {"rank": torch.tensor([0.0]), "numbers": [0]}
     assert model.gradient == world_size
+
+
+class Shows(Regression):
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.03)
+        loss = super().training_step(batch, batch_idx)
+        self.log("shown", loss, prog_bar=True)
+        return loss
+
+    def get_progress_bar_dict(self):
+        items = super().get_progress_bar_dict()
+        return {**items, "squared": torch.tensor(items["shown"]) ** 2, "note": f"{self.current_epoch}!"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_get_progress_bar_dict_may_add_to_the_bar(num_workers, quiet):
+    trainer = pl.fit(Shows(), RegressionData(), num_workers=num_workers, max_epochs=2, **quiet)
+    shown = trainer.progress_bar_metrics
+    assert {"shown", "val_loss"} <= shown.keys()
+    assert shown["note"] == "1!"
+    assert shown["squared"] >= 0.0
