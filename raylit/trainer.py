@@ -29,7 +29,7 @@ from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
-from raylit.plan import BatchLimit
+from raylit.plan import BatchLimit, CombinationName
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, Stage
 from raylit.worker import handback
@@ -77,6 +77,7 @@ class Trainer:
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
         reload_dataloaders_every_n_epochs: int = 0,
+        multiple_trainloader_mode: CombinationName = "max_size_cycle",
         use_distributed_sampler: bool = True,
         prepare_data_per_node: bool = True,
         accumulate_grad_batches: int | dict[int, int] = 1,

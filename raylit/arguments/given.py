@@ -3,14 +3,14 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from raylit.arguments.checks import check_count, check_switch
 from raylit.arguments.limits import parse_limits, parse_validation
 from raylit.arguments.optimization import parse_optimization
 from raylit.arguments.workers import parse_workers
 from raylit.errors import ConfigError
-from raylit.plan import Plan, Reporting
+from raylit.plan import CombinationName, Plan, Reporting
 
 _Result = TypeVar("_Result")
 
@@ -53,6 +53,7 @@ def _assembled(
     use_distributed_sampler: bool,
     prepare_data_per_node: bool,
     reload_dataloaders_every_n_epochs: int,
+    multiple_trainloader_mode: CombinationName,
     deterministic: bool | Literal["warn"],
     benchmark: bool | None,
     inference_mode: bool,
@@ -71,12 +72,16 @@ def _assembled(
         benchmark=bool(benchmark) if benchmark is None else benchmark,
         deterministic=deterministic if deterministic != "warn" else True,
     )
+    if multiple_trainloader_mode not in get_args(CombinationName):
+        modes = ", ".join(map(repr, get_args(CombinationName)))
+        raise ConfigError(f"multiple_trainloader_mode={multiple_trainloader_mode!r}: must be one of {modes}")
     return Plan(
         **parsed,
         reporting=Reporting(log_every_n_steps=log_every_n_steps),
         default_root_dir=os.fspath(default_root_dir or os.getcwd()),
         use_distributed_sampler=use_distributed_sampler,
         reload_loaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+        combination=multiple_trainloader_mode,
         prepares_per_node=prepare_data_per_node,
         deterministic=deterministic,
         benchmark=benchmark,

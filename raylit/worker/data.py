@@ -117,8 +117,8 @@ class TrainData:
     resumed run after it. A resumed epoch repeats the order, but not the random augmentations that run in a DataLoader's
     worker processes. With `in_order=False` the batches that were trained are not known exactly.
 
-    A loader with `state_dict` and `load_state_dict` of its own is continued from its state, which counts what it has
-    yielded on this rank; a DataLoader's only inside an epoch.
+    A loader with `state_dict` and `load_state_dict` of its own is continued from its state; a DataLoader's only inside
+    an epoch.
 
     With `is_padded` no rank is ever without a batch, for a member of a combination: the first samples of the epoch
     fill up an incomplete last global batch, and where batches are dealt out whole a rank repeats its last one.
@@ -178,7 +178,7 @@ class TrainData:
             )
             batches = iterated(self._loader, self._share)
         else:
-            batches = self._streamed(epoch, is_continued=num_replayed > 0)
+            batches = self._streamed(epoch)
             passed = advance(batches, skip - num_replayed)
         if self._must_agree:
             assert self._agree is not None
@@ -216,13 +216,12 @@ class TrainData:
         self._loader.load_state_dict(state)
         return skip > 0
 
-    def _streamed(self, epoch: int, *, is_continued: bool) -> Iterator[Any]:
+    def _streamed(self, epoch: int) -> Iterator[Any]:
         if not self._is_divided or self._world_size == 1:
             return iter(self._loader)
         return every_nth(
             self._loader,
-            # A loader that goes on from its own state stands behind this rank's last batch.
-            first=self._world_size - 1 if is_continued else self._rank,
+            rank=self._rank,
             world_size=self._world_size,
             own_random=IsolatedRandom(self._seed + epoch),
         )

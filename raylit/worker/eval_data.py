@@ -67,5 +67,5 @@ class EvalData:
         """Of this rank, without their index."""
         if self._is_stream:
             own_random = IsolatedRandom(self._seed)
-            return every_nth(self._loader, first=self._rank, world_size=self._world_size, own_random=own_random)
+            return every_nth(self._loader, rank=self._rank, world_size=self._world_size, own_random=own_random)
         return iterated(self._loader, self._share)

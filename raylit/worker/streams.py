@@ -10,13 +10,28 @@ from raylit.worker.sampling import IsolatedRandom
 _END = object()
 
 
-def every_nth(stream: Iterable[Any], *, first: int, world_size: int, own_random: IsolatedRandom) -> Iterator[Any]:
-    """Batches `first`, `first + world_size`, ... Worker processes start here and now, as with `iter` of the stream."""
+def every_nth(stream: Iterable[Any], *, rank: int, world_size: int, own_random: IsolatedRandom) -> Iterator[Any]:
+    """Batches `rank`, `rank + world_size`, ... Worker processes start here and now, as with `iter` of the stream.
+
+    The others' part of a global batch is fetched too before one's own is handed out, so that a stream with a state of
+    its own stands at the same place on all ranks.
+    """
     with own_random:
         batches = iter(stream)
-    own_batches = islice(batches, first, None, world_size)
+    own_batches = _own(batches, rank=rank, world_size=world_size)
     # Worker processes have random numbers of their own, seeded by `iter`.
     return own_batches if getattr(stream, "num_workers", 0) > 0 else _under(own_random, own_batches)
+
+
+def _own(batches: Iterator[Any], *, rank: int, world_size: int) -> Iterator[Any]:
+    while True:
+        own: Any = _END
+        for index, batch in enumerate(islice(batches, world_size)):
+            if index == rank:
+                own = batch
+        if own is _END:
+            return
+        yield own
 
 
 def _under(own_random: IsolatedRandom, batches: Iterator[Any]) -> Iterator[Any]:
