@@ -22,6 +22,7 @@ from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job
 from raylit.messages import Command, CommandDone, Failed, Mail, Ticked
 from raylit.plan import Plan
+from raylit.worker.allocator import keep_freed_memory
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
@@ -71,6 +72,7 @@ class WorkerActor:
         self._num_commands = 0
         self._context = WorkerContext()
         self._output = Output(on_lines=self._announce_lines)
+        keep_freed_memory()
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
 
