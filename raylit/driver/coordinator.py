@@ -183,6 +183,11 @@ class Coordinator:
         if self._group is not None:
             self._group.brake()
 
+    def _connected(self) -> None:
+        self._interrupts.install()
+        self._interrupts.is_connecting = False
+        self._interrupts.check()
+
     def _break_off(self) -> None:
         """Save and hand back what an interrupted run has, where its workers stand still and can still be asked."""
         if self._group is None or not self._group.is_at_rest or self.finished is not None:
@@ -200,7 +205,8 @@ class Coordinator:
         status = "failed"
         self._interrupts.install()
         try:
-            self._group = build_group(self.plan, self._job, on_connected=self._interrupts.install)
+            self._interrupts.is_connecting = self.plan.workers.num_workers > 0
+            self._group = build_group(self.plan, self._job, on_connected=self._connected)
             self._start(checkpoint, is_resuming=is_resuming)
             self._interrupts.is_deferring = True
             for callback in self._callbacks:
@@ -210,6 +216,7 @@ class Coordinator:
             self._interrupts.check()
             status = "success"
         except BaseException as error:
+            self._interrupts.correct(error)
             self.state.is_interrupted = self._interrupts.pending is not None or isinstance(error, KeyboardInterrupt)
             status = "interrupted" if self.state.is_interrupted else "failed"
             try:

@@ -19,6 +19,7 @@ _NOTICE = {
     signal.SIGINT: b"\nraylit: Ctrl-C: the run ends after this step and is saved; once more ends it at once\n",
     signal.SIGTERM: b"\nraylit: SIGTERM: the run ends after this step and is saved\n",
 }
+_NOTICE_STARTING = b"\nraylit: the run ends as soon as Ray has started; Ctrl-C once more ends it at once\n"
 
 
 class Interrupts:
@@ -32,6 +33,8 @@ class Interrupts:
 
     def __init__(self, *, on_first: Callable[[], None]) -> None:
         self.is_deferring = False
+        self.is_connecting = False
+        """Ray is starting: an exception in the middle of that can crash the process."""
         self._on_first = on_first
         self._first: signal.Signals | None = None
         self._first_at = 0.0
@@ -58,6 +61,15 @@ class Interrupts:
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)
 
+    def correct(self, error: BaseException) -> None:
+        """Give a SystemExit by SIGTERM its exit code back. Ray's calls lose the code of one that is raised in them, and
+        Ray's own handler, in place while it connects, exits with 15."""
+        is_ray_s = self.is_connecting and isinstance(error, SystemExit) and error.code == signal.SIGTERM
+        if is_ray_s:
+            self._first = signal.SIGTERM
+        if isinstance(error, SystemExit) and self._first == signal.SIGTERM and not self.is_deferring:
+            error.code = 128 + signal.SIGTERM
+
     def check(self) -> None:
         """Raise for a signal that was only noted."""
         if self._first is not None:
@@ -66,6 +78,9 @@ class Interrupts:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._first is None:
             self._first, self._first_at = signal.Signals(number), time.monotonic()
+            if self.is_connecting:
+                os.write(2, _NOTICE_STARTING)
+                return
             if self.is_deferring:
                 os.write(2, _NOTICE[self._first])  # print may be what the signal has interrupted
                 self._on_first()

@@ -13,6 +13,7 @@ from models import Regression, RegressionData, assert_same_weights
 
 import raylit as pl
 from raylit.checkpoint import format
+from raylit.driver.interrupts import Interrupts
 
 LIMIT_S = 30
 """From the signal to the end of the run, on a busy machine."""
@@ -194,6 +195,31 @@ def test_ctrl_c_in_a_save_lets_it_finish(tmp_path):
     assert trainer.global_step == 7
     (path,) = tmp_path.rglob("*.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 7
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_while_ray_starts_is_heeded_once_it_has(number, error):
+    interrupts = Interrupts(on_first=lambda: None)
+    interrupts.is_connecting = True
+    interrupts.install()
+    try:
+        os.kill(os.getpid(), number)
+        assert interrupts.pending == number.name
+        with pytest.raises(error):
+            interrupts.check()
+    finally:
+        interrupts.restore()
+
+
+def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
+    interrupts = Interrupts(on_first=lambda: None)
+    interrupts.is_connecting = True
+    error = SystemExit(signal.SIGTERM)
+    interrupts.correct(error)
+    assert (error.code, interrupts.pending) == (143, "SIGTERM")
+    of_the_user_s = SystemExit(4)
+    Interrupts(on_first=lambda: None).correct(of_the_user_s)
+    assert of_the_user_s.code == 4
 
 
 class Freezes(Regression):
