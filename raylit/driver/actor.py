@@ -1,7 +1,6 @@
 """WorkerActor: the Ray actor around a Worker; control calls are answered while a step runs. Worker process."""
 
 import asyncio
-import contextlib
 import os
 import queue
 import socket
@@ -17,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from raylit.driver.failures import failure
+from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job
-from raylit.messages import Command, CommandDone, Failed, Mail, Ticked
+from raylit.messages import Command, CommandDone, Mail
 from raylit.plan import Plan
 from raylit.worker.allocator import keep_freed_memory
 from raylit.worker.brake import Brake
@@ -29,9 +29,6 @@ from raylit.worker.output import Output
 from raylit.worker.process_state import ProcessState
 from raylit.worker.shared_memory import SharedMemory
 from raylit.worker.worker import Worker
-
-_COALESCE_S = 0.05
-"""Reports that nobody waits for travel together: more messages a second than this would slow the steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,17 +58,14 @@ class WorkerActor:
     a CommandDone or Failed ends each request."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._outbox: list[Mail] = []
-        self._has_mail = asyncio.Event()
-        self._is_urgent = asyncio.Event()
+        self._outbox = Outbox(asyncio.get_running_loop())
         self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._shared: SharedMemory | None = None
         self._brake = Brake()
         self._num_commands = 0
         self._context = WorkerContext()
-        self._output = Output(on_lines=self._announce_lines)
+        self._output = Output(on_lines=self._outbox.announce)
         keep_freed_memory()
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
@@ -123,16 +117,11 @@ class WorkerActor:
     async def reports(self) -> AsyncIterator[list[Mail]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""
         while True:
-            await self._has_mail.wait()
-            if not self._is_urgent.is_set():
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._is_urgent.wait(), timeout=_COALESCE_S)
-            reports, self._outbox = self._outbox, []
+            reports = await self._outbox.fetched()
             if (printed := self._output.take()) is not None:
                 reports.insert(0, printed)
-            self._has_mail.clear()
-            self._is_urgent.clear()
-            yield [packed(report) for report in reports]
+            if reports:
+                yield [packed(report) for report in reports]
 
     async def stop(self) -> None:
         """End the thread and the group. Returns once that is done, so that the process can be ended."""
@@ -149,10 +138,10 @@ class WorkerActor:
                 leftovers = function(*arguments) or ()
             except BaseException as error:  # a user's SystemExit must reach the driver too
                 self._output.finish_lines()
-                self._report(failure(error, self._context))
+                self._outbox.put(failure(error, self._context))
             else:
                 self._output.finish_lines()
-                self._report(CommandDone(rank=self._context.rank, leftovers=leftovers))
+                self._outbox.put(CommandDone(rank=self._context.rank, leftovers=leftovers))
         self._worker = None
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -191,23 +180,5 @@ class WorkerActor:
         assert self._worker is not None and self._shared is not None
         for report in self._worker.run(unpacked(command, is_copying=True)):
             self._shared.check(is_due=False)
-            self._report(report)
+            self._outbox.put(report)
         self._shared.check()
-
-    def _report(self, report: Mail) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, report)
-
-    def _announce_lines(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
-            self._loop.call_soon_threadsafe(self._has_mail.set)
-
-    # In the event loop
-
-    def _deliver(self, report: Mail) -> None:
-        if isinstance(report, Ticked) and self._outbox and isinstance(self._outbox[-1], Ticked):
-            self._outbox[-1] = report
-        else:
-            self._outbox.append(report)
-        self._has_mail.set()
-        if isinstance(report, (CommandDone, Failed)):
-            self._is_urgent.set()

@@ -11,7 +11,7 @@ from typing import Any, Literal, TextIO, cast
 from raylit.messages import Printed
 
 _MAX_LINES = 2_000
-"""Waiting to be fetched, which happens every 50 ms: a print never waits for the driver, the surplus is only counted."""
+"""Waiting to be fetched, ten times a second: a print never waits for the driver, the surplus is only counted."""
 _MAX_LINE_CHARS = 100_000
 
 StreamName = Literal["stdout", "stderr"]
