@@ -66,7 +66,10 @@ def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: st
     if isinstance(logger, bool):
         loggers: list[Logger] = [TensorBoardLogger()] if logger else []
     else:
-        loggers = [logger] if isinstance(logger, Logger) else list(logger)
+        loggers = list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    for each in loggers:
+        if not isinstance(each, Logger):
+            raise ConfigError(f"logger={each!r}: must be True, False, a Logger or a list of them")
     for each in loggers:
         each.bind(default_root_dir)
     return loggers

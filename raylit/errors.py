@@ -52,6 +52,10 @@ class WorkerDied(RaylitError):
         return _worker_died, (self.rank, self.host, self.reason)
 
 
+class LoggingError(RaylitError):
+    """A call that a hook has made on a logger, and that failed in the driver; says where the hook made it."""
+
+
 class WorkerFailed(RaylitError):
     """A hook raised an exception that cannot travel to the driver as itself; the message is its traceback."""
 

@@ -200,6 +200,19 @@ class Finished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LogCall:
+    """A call that a hook has made on a logger, for the driver to make. Rank 0's only."""
+
+    logger: int
+    path: tuple[str, ...]
+    """Attributes from the logger to the method, which is the last."""
+    arguments: bytes
+    """Positional and keyword arguments as they were then: `worker.snapshot`."""
+    place: str
+    """The line, the hook and the step, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommandDone:
     """A worker is through with what it was asked to do and waits for more."""
 
@@ -232,7 +245,18 @@ class Printed:
 
 
 Report = (
-    Started | Reloaded | Ticked | Stepped | Paused | EpochEnded | Evaluated | Written | Predicted | Saved | Finished
+    Started
+    | Reloaded
+    | Ticked
+    | Stepped
+    | Paused
+    | EpochEnded
+    | Evaluated
+    | Written
+    | Predicted
+    | Saved
+    | LogCall
+    | Finished
 )
 
 Mail = Report | CommandDone | Failed | Printed

@@ -182,6 +182,10 @@ class LightningModule(LoopHooks):
         return self._view.logger if self._view is not None else None
 
     @property
+    def loggers(self) -> list[Any]:
+        return self._view.loggers if self._view is not None else []
+
+    @property
     def device(self) -> torch.device:
         """Where the first parameter (or else buffer) lives."""
         tensor = next(iter(self.parameters()), next(iter(self.buffers()), None))

@@ -34,6 +34,7 @@ from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, Stage
 from raylit.worker import handback
 from raylit.worker.context import Job
+from raylit.worker.forwarding import LoggerFacts
 
 
 class Trainer:
@@ -306,6 +307,10 @@ class Trainer:
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
             compilations=compilations,
             log_dir=self.log_dir,
+            loggers=[
+                logger if self._plan.workers.num_workers == 0 else LoggerFacts.of(logger, index)
+                for index, logger in enumerate(self.loggers)
+            ],
         )
 
     @contextmanager

@@ -163,7 +163,12 @@ class WorkerActor:
         job, self._shared = unpickle_job(parcel)
         self._module = weakref.ref(job.module)
         self._worker = Worker(
-            plan=assignment.plan, context=self._context, job=job, is_in_driver=False, brake=self._brake
+            plan=assignment.plan,
+            context=self._context,
+            job=job,
+            is_in_driver=False,
+            brake=self._brake,
+            forward=self._outbox.put,
         )
         return ()
 

@@ -22,7 +22,19 @@ from raylit.driver.rendezvous import Rendezvous
 from raylit.driver.shared import Parcel
 from raylit.driver.watch import Watch
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
-from raylit.messages import Command, CommandDone, Evaluate, Failed, Mail, Predict, Printed, Report, Start, Train
+from raylit.messages import (
+    Command,
+    CommandDone,
+    Evaluate,
+    Failed,
+    LogCall,
+    Mail,
+    Predict,
+    Printed,
+    Report,
+    Start,
+    Train,
+)
 from raylit.plan import Plan, Workers
 from raylit.worker.context import WorkerContext
 
@@ -182,7 +194,7 @@ class ActorGroup:
                 self._brake()
             for rank, report in self._received(timeout_s=_WAKE_S):
                 if isinstance(report, Failed):
-                    self._fail(report)
+                    yield from self._fail(report)
                 elif isinstance(report, CommandDone):
                     waiting.discard(rank)
                     self._leftovers += report.leftovers
@@ -246,9 +258,9 @@ class ActorGroup:
             time.sleep(0.02)
         return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason_of_death(error, words))
 
-    def _fail(self, first: Failed) -> None:
+    def _fail(self, first: Failed) -> Iterator[tuple[int, Report]]:
         """Raise the user's exception, with those of other ranks that fail at the same time; or WorkerDied, where the
-        exceptions only follow from that."""
+        exceptions only follow from that. Yields what hooks have logged until then."""
         failures = {first.rank: first}
         death: WorkerDied | None = None
         started = time.monotonic()
@@ -261,6 +273,8 @@ class ActorGroup:
                 for rank, report in self._received(timeout_s=min(left_s, _TOGETHER_S)):
                     if isinstance(report, Failed):
                         failures[rank] = report
+                    elif isinstance(report, LogCall):
+                        yield rank, report
         except WorkerDied as error:
             death = error
         # The others may wait in a collective for ever: there is nothing to say goodbye to.

@@ -9,6 +9,7 @@ from raylit.checkpoint import files, format
 from raylit.driver import predictions
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
+from raylit.driver.log_writer import LogWriter
 from raylit.driver.schedule import Schedule
 from raylit.errors import RaylitError
 from raylit.loggers.base import Logger
@@ -20,6 +21,7 @@ from raylit.messages import (
     Evaluated,
     Finish,
     Finished,
+    LogCall,
     Metrics,
     Paused,
     Predict,
@@ -55,6 +57,7 @@ class Coordinator:
     ) -> None:
         self.plan = plan
         self.loggers = list(loggers)
+        self._log_writer = LogWriter(self.loggers, is_direct=plan.workers.num_workers == 0)
         self.state = RunState(stage=stage)
         self.log_dir = job.log_dir
         self._job = job
@@ -65,6 +68,8 @@ class Coordinator:
         self._is_training = False
         """The workers carry out a Train command."""
         self._written: list[Written] = []
+        self._has_saved = False
+        """A callback, in the hook that it is in."""
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
 
@@ -114,6 +119,7 @@ class Coordinator:
         }
         driver_part = {} if is_weights_only else {"callbacks": callback_states, "seed": self.plan.seed}
         files.write(format.merge(saved, driver_part), path)
+        self._has_saved = True
 
     def remove_checkpoint(self, path: str) -> None:
         files.remove(path)
@@ -214,6 +220,7 @@ class Coordinator:
                 callback.on_start(self)
             yield
             self._interrupts.check()
+            self._log_writer.drain()
             status = "success"
         except BaseException as error:
             self._interrupts.correct(error)
@@ -230,8 +237,7 @@ class Coordinator:
             try:
                 for callback in started:
                     callback.on_end(self)
-                for logger in self.loggers:
-                    logger.finalize(status)
+                self._log_writer.finalize(status)
             finally:
                 if self._group is not None:
                     self._group.release(is_kept=not self.state.is_interrupted)
@@ -260,7 +266,7 @@ class Coordinator:
         """Run a command and return rank 0's last report."""
         last: Report | None = None
         for report in self._run(command, only_rank=0):
-            last = report
+            last = report if not isinstance(report, LogCall) else last
         if last is None:
             raise RaylitError(f"no worker answered {type(command).__name__}")
         return last
@@ -269,6 +275,7 @@ class Coordinator:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
         for rank, report in self._group.run(command):
+            self._log_writer.check()
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
             if isinstance(report, Written):
@@ -304,6 +311,8 @@ class Coordinator:
                 state.progress = report.progress
                 state.summary = report.summary
                 self._schedule.set_sizes(state, report)
+            case LogCall():
+                self._log_writer.take(report)
             case Reloaded():
                 self._schedule.set_sizes(state, report)
 
@@ -312,8 +321,7 @@ class Coordinator:
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
         state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
         if is_logged and self._log(metrics, step=state.log_step) and is_flushed:
-            for logger in self.loggers:
-                logger.save()
+            self._log_writer.save()
 
     def _log(self, metrics: Metrics, *, step: int) -> bool:
         """To the loggers; whether there was anything for them."""
@@ -321,8 +329,7 @@ class Coordinator:
         if not logged:
             return False
         self.state.logged_metrics.update(logged)
-        for logger in self.loggers:
-            logger.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
+        self._log_writer.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
         return True
 
     def _log_hyperparams(self) -> None:
@@ -330,10 +337,14 @@ class Coordinator:
         params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
         if datamodule is not None and datamodule._hparams and datamodule._is_logging_hparams:
             params.update(datamodule.hparams)
-        for logger in self.loggers:
-            if params and self.state.stage == "fit":
-                logger.log_hyperparams(params)
+        if self.state.stage == "fit":
+            if params:
+                self._log_writer.log_hyperparams(params)
+            self._log_writer.log_graph(module)
 
     def _notify(self, hook: str, *args: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, hook)(self, *args)
+            if self._has_saved:
+                self._has_saved = False
+                self._log_writer.after_save_checkpoint(callback)

@@ -5,7 +5,12 @@ from typing import Any
 
 
 class Logger:
-    """A destination of metrics. Lives in the driver; a worker never writes to it."""
+    """A destination of metrics. Lives in the driver; a worker never writes to it.
+
+    Subclass it for one of your own: `log_metrics` is all that it must have. With workers, the methods are called in a
+    thread that writes while the workers go on, one call at a time and in order; with `num_workers=0` at once. Hooks on
+    a worker reach its methods, others of its own too, and those of `experiment` through `self.logger`.
+    """
 
     @property
     def name(self) -> str | None:
@@ -22,18 +27,35 @@ class Logger:
         return None
 
     @property
+    def root_dir(self) -> str | None:
+        """`save_dir/name`, the parent of the versions."""
+        return None
+
+    @property
     def log_dir(self) -> str | None:
         """`save_dir/name/version_N`; checkpoints go beside the log."""
+        return None
+
+    @property
+    def experiment(self) -> Any:
+        """What the logging package itself offers, for images, histograms and the like."""
         return None
 
     def bind(self, default_root_dir: str) -> None:
         """The Trainer's root directory, for a logger that was given none. Called before anything else."""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Scalars at a step of the x axis."""
         raise NotImplementedError
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None: ...
+    def log_hyperparams(self, params: Any) -> None:
+        """A mapping, or a Namespace."""
+
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
+        """The model's graph, where the logger was asked for it. Called when a fit starts."""
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A callback, such as ModelCheckpoint, has saved; its attributes say what and where."""
 
     def save(self) -> None:
         """Bring everything logged so far to where others can read it."""

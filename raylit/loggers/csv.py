@@ -29,12 +29,22 @@ class CSVLogger(FileLogger):
             raise ConfigError(f"flush_logs_every_n_steps={flush_logs_every_n_steps}: must be at least 1")
         self._flush_every_n_steps = flush_logs_every_n_steps
         self._rows: list[dict[str, Any]] = []
+        self._num_rows = 0
+        """Those written included."""
 
     @property
     def metrics_file(self) -> str:
         return os.path.join(self.log_dir, "metrics.csv")
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    @property
+    def experiment(self) -> "CSVLogger":
+        """Itself: there is no other package behind it."""
+        return self
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if step is None:
+            step = self._num_rows
+        self._num_rows += 1
         values = {name: int(value) if name == "epoch" else value for name, value in self._prefixed(metrics).items()}
         self._rows.append({"step": step} | values)
         if abs(step - self._rows[0]["step"]) >= self._flush_every_n_steps:

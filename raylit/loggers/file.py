@@ -1,6 +1,7 @@
 """FileLogger: what loggers that write into `save_dir/name/version_N` have in common. Driver only."""
 
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -68,17 +69,20 @@ class FileLogger(Logger):
         if self._save_dir is None:
             self._save_dir = self._checked_dir(default_root_dir)
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
         # Only when there is something to write: importing raylit should not cost the import of yaml.
         import yaml
 
-        self._hparams.update(params)
+        self._hparams.update(vars(params) if isinstance(params, Namespace) else params)
         with open(os.path.join(self.log_dir, "hparams.yaml"), "w", encoding="utf-8") as file:
             yaml.safe_dump(plain(self._hparams), file, sort_keys=False, allow_unicode=True)
 
     def _prefixed(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: float(value) for name, value in self._named(metrics).items()}
+
+    def _named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         start = f"{self._prefix}-" if self._prefix else ""
-        return {start + name: float(value) for name, value in metrics.items()}
+        return {start + name: value for name, value in metrics.items()}
 
     def _checked_dir(self, path: str | os.PathLike[str]) -> str:
         text = os.fspath(path)

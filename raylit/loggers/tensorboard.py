@@ -1,10 +1,12 @@
 """TensorBoardLogger: metrics and hyper-parameters as event files for TensorBoard. Driver only."""
 
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from raylit.errors import ConfigError
 from raylit.loggers.file import FileLogger, plain
@@ -47,17 +49,26 @@ class TensorBoardLogger(FileLogger):
             self._experiment = SummaryWriter(log_dir=self.log_dir, **self._summary_writer)
         return self._experiment
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in self._prefixed(metrics).items():
-            self.experiment.add_scalar(name, value, step)
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """A dict among the values is a chart with a curve for each of its entries."""
+        for name, value in self._named(metrics).items():
+            if isinstance(value, Mapping):
+                self.experiment.add_scalars(name, dict(value), step)
+            else:
+                self.experiment.add_scalar(name, float(value), step)
 
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        """`metrics`: names, with first values, that the HParams page shows beside the hyper-parameters."""
+    def log_hyperparams(
+        self, params: Mapping[str, Any] | Namespace, metrics: Mapping[str, float] | float | None = None, step: int = 0
+    ) -> None:
+        """`metrics`: names, with first values, that the HParams page shows beside the hyper-parameters; a number is
+        the value of `hp_metric`."""
         super().log_hyperparams(params)
         if metrics is None:
             metrics = {"hp_metric": -1.0} if self._default_hp_metric else {}
-        if params and metrics:
-            self.log_metrics(metrics, step=0)
+        elif not isinstance(metrics, Mapping):
+            metrics = {"hp_metric": float(metrics)}
+        if metrics:
+            self.log_metrics(metrics, step=step)
             self._write_hparams_summary(metrics)
 
     def log_graph(self, model: nn.Module, input_array: Any = None) -> None:
@@ -68,7 +79,14 @@ class TensorBoardLogger(FileLogger):
             input_array = getattr(model, "example_input_array", None)
         if input_array is None:
             raise ConfigError("TensorBoardLogger(log_graph=True): the graph is traced, set model.example_input_array")
-        self.experiment.add_graph(model, input_array)
+        # Tracing puts the whole model into the mode of its root afterwards, and may draw random numbers.
+        modes = [(child, child.training) for child in model.modules()]
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                self.experiment.add_graph(model, _on_device_of(model, input_array))
+        finally:
+            for child, is_training in modes:
+                child.training = is_training
 
     def save(self) -> None:
         if self._experiment is not None:
@@ -101,3 +119,11 @@ def _flat(params: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, bo
             yield from _flat(value, name)
         else:
             yield name, value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _on_device_of(model: nn.Module, batch: Any) -> Any:
+    parameter = next(iter(model.parameters()), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if isinstance(batch, (list, tuple)):
+        return tuple(_on_device_of(model, item) for item in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch

@@ -7,7 +7,9 @@ from typing import Any
 from raylit.callbacks.base import Callback
 from raylit.compilation import Compilations
 from raylit.datamodule import DataModule
+from raylit.loggers.base import Logger
 from raylit.module import LightningModule
+from raylit.worker.forwarding import LoggerFacts
 from raylit.worker.shared_memory import SharedMemory
 
 
@@ -39,5 +41,7 @@ class Job:
     compilations: Compilations = field(default_factory=dict)
     """How the user has compiled the module and its parts, which pickling drops."""
     log_dir: str = "."
+    loggers: Sequence[Logger | LoggerFacts] = ()
+    """The driver's loggers in its own process; elsewhere what is known of them."""
     shared_memory: SharedMemory | None = None
     """In an actor: where the data lies. It stays out of what goes back to the driver, which has it."""

@@ -40,7 +40,8 @@ class TrainerView:
         self.num_training_batches: float = 0
         self.num_val_batches: list[float] = []
         self.train_dataloader: Any = None
-        self.logger: Any = None
+        self.loggers: list[Any] = []
+        """Stand-ins for the driver's, whose calls are made there: see LoggerView. With num_workers=0 its own."""
         self.strategy: Any = None
 
     def receive(self, metrics: Metrics) -> None:
@@ -89,6 +90,11 @@ class TrainerView:
         if self._context.world_size == 1:
             return data
         return gathered(data, group=group, with_gradients=sync_grads, device=self._job.module.device)
+
+    @property
+    def logger(self) -> Any:
+        """The first of `loggers`, None where there are none."""
+        return self.loggers[0] if self.loggers else None
 
     @property
     def lightning_module(self) -> Any:

@@ -16,6 +16,7 @@ from raylit.messages import (
     Evaluate,
     Finish,
     Finished,
+    LogCall,
     Predict,
     Reload,
     Reloaded,
@@ -34,6 +35,7 @@ from raylit.worker.combined import build_train_source
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.data import TrainSource
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
+from raylit.worker.forwarding import logger_views
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
@@ -49,7 +51,18 @@ from raylit.worker.train_loop import TrainLoop
 class Worker:
     """One stage of one run on one rank. The collective group, if there is one, is up before it is made."""
 
-    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, is_in_driver: bool, brake: Brake) -> None:
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        context: WorkerContext,
+        job: Job,
+        is_in_driver: bool,
+        brake: Brake,
+        forward: Callable[[LogCall], None] | None = None,
+    ) -> None:
+        """`forward`: sends what hooks log to the driver, at any time; None in the driver itself."""
+        self._forward = forward if context.rank == 0 else None
         self._plan = plan
         self._brake = brake
         self._context = context
@@ -97,6 +110,8 @@ class Worker:
             accelerator=self._accelerator,
             brake=self._brake,
         )
+        view = session.view
+        view.loggers = logger_views(self._job.loggers, forward=self._forward, step=lambda: view.global_step)
         session.set_up()
         self._has_new_weights = command.stage == "fit" or command.checkpoint is not None
         if command.stage == "fit":

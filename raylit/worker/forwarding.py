@@ -1,0 +1,170 @@
+"""Loggers as hooks see them: on a worker, stand-ins whose calls are made in the driver. Worker."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raylit.errors import ConfigError
+from raylit.loggers.base import Logger
+from raylit.messages import LogCall
+from raylit.worker.snapshot import snapshot
+
+_Emit = Callable[[tuple[str, ...], tuple[Any, ...], dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggerFacts:
+    """What is known of a logger of the driver's on a worker."""
+
+    index: int
+    name: str | None
+    version: int | str | None
+    save_dir: str | None
+    root_dir: str | None
+    log_dir: str | None
+    kinds: tuple[tuple[str, str], ...]
+    """Module and name of its class and those above it."""
+
+    @classmethod
+    def of(cls, logger: Logger, index: int) -> "LoggerFacts":
+        return cls(
+            index=index,
+            name=logger.name,
+            version=logger.version,
+            save_dir=logger.save_dir,
+            root_dir=logger.root_dir,
+            log_dir=logger.log_dir,
+            kinds=tuple((kind.__module__, kind.__qualname__) for kind in type(logger).__mro__),
+        )
+
+
+def logger_views(
+    loggers: Sequence[Logger | LoggerFacts], *, forward: Callable[[LogCall], None] | None, step: Callable[[], int]
+) -> list[Any]:
+    """What `trainer.loggers` is on a rank: the driver's own where this is its process, else stand-ins; without
+    `forward` they do nothing."""
+    return [
+        LoggerView(logger, _sender(logger, forward, step)) if isinstance(logger, LoggerFacts) else logger
+        for logger in loggers
+    ]
+
+
+class _Remote:
+    """Something that a logger of the driver's leads to: attributes lead on, a call or an assignment is sent there."""
+
+    __slots__ = ("_emit", "_path")
+    _emit: _Emit | None
+    _path: tuple[str, ...]
+
+    def __init__(self, path: tuple[str, ...], emit: _Emit | None) -> None:
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_emit", emit)
+
+    def __getattr__(self, name: str) -> "_Remote":
+        if name.startswith("__"):  # protocols that others ask for: arrays, copies, ...
+            raise AttributeError(name)
+        return _Remote((*self._path, name), self._emit)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self._emit is not None:
+            self._emit(self._path, args, kwargs)
+        if self._path[-1] == "add_figure" and kwargs.get("close", args[3] if len(args) > 3 else True):
+            _close_figures(kwargs.get("figure", args[1] if len(args) > 1 else None))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._emit is not None:
+            self._emit((*self._path, "__setitem__"), (key, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._emit is not None:
+            self._emit((*self._path, "__setattr__"), (name, value), {})
+
+    def __repr__(self) -> str:
+        return f"<{'.'.join(('logger', *self._path))} in the driver>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Remote":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # belongs to the run: what hooks have kept of it does not leave the worker
+
+
+class LoggerView(_Remote):
+    """A logger of the driver's, as hooks on a worker see it.
+
+    `self.logger.log_metrics(...)`, `self.logger.experiment.add_image(...)`, `experiment.summary["best"] = 1`: a call is
+    kept with its arguments as they are now, and made in the driver a moment later, in order. On ranks other than 0
+    nothing happens, so that a run logs once. A call returns None, whatever it returns in the driver: with
+    `num_workers=0`, where this is the logger itself, it returns what it does. Paths among the arguments are the
+    driver's. An error of the call ends the run, and names the line that it stands on.
+    """
+
+    __slots__ = ("_facts",)
+    _facts: LoggerFacts
+
+    def __init__(self, facts: LoggerFacts, emit: _Emit | None) -> None:
+        super().__init__((), emit)
+        object.__setattr__(self, "_facts", facts)
+
+    @property
+    def name(self) -> str | None:
+        return self._facts.name
+
+    @property
+    def version(self) -> int | str | None:
+        return self._facts.version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._facts.save_dir
+
+    @property
+    def root_dir(self) -> str | None:
+        return self._facts.root_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self._facts.log_dir
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the driver's logger, so that isinstance says so; of a class unknown here, the first above it that
+        is known."""
+        for module, name in self._facts.kinds:
+            try:
+                return functools.reduce(getattr, name.split("."), sys.modules[module])
+            except (AttributeError, KeyError):
+                continue
+        return LoggerView
+
+
+def _sender(facts: LoggerFacts, forward: Callable[[LogCall], None] | None, step: Callable[[], int]) -> _Emit | None:
+    if forward is None:
+        return None
+
+    def emit(path: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frame = sys._getframe(2)
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name} at step {step()}"
+        try:
+            arguments = snapshot((args, kwargs))
+        except Exception as error:
+            raise ConfigError(
+                f"logger.{'.'.join(path)}(...): an argument cannot travel to the driver, where the logger is: {error}"
+            ) from error
+        forward(LogCall(logger=facts.index, path=path, arguments=arguments, place=place))
+
+    return emit
+
+
+def _close_figures(figures: Any) -> None:
+    """As the SummaryWriter does with what it has drawn; here, where they are open."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is not None:
+        for figure in figures if isinstance(figures, list) else [figures]:
+            pyplot.close(figure)
+
+
+def _nothing() -> None:
+    return None
