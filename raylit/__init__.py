@@ -13,6 +13,7 @@ from raylit.datamodule import DataModule, LightningDataModule
 from raylit.errors import (
     CheckpointError,
     ConfigError,
+    LoggingError,
     ModuleError,
     NotFiniteError,
     RaylitError,
@@ -21,7 +22,7 @@ from raylit.errors import (
     WorkerDied,
     WorkerFailed,
 )
-from raylit.loggers import CSVLogger, Logger, TensorBoardLogger
+from raylit.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raylit.module import LightningModule
 from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
@@ -40,6 +41,8 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Logger",
+    "LoggingError",
+    "MLFlowLogger",
     "ModelCheckpoint",
     "ModelSummary",
     "ModuleError",
@@ -53,6 +56,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "UnknownArgumentError",
+    "WandbLogger",
     "WorkerDied",
     "WorkerFailed",
     "fit",

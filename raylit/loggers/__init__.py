@@ -2,6 +2,8 @@
 
 from raylit.loggers.base import Logger
 from raylit.loggers.csv import CSVLogger
+from raylit.loggers.mlflow import MLFlowLogger
 from raylit.loggers.tensorboard import TensorBoardLogger
+from raylit.loggers.wandb import WandbLogger
 
-__all__ = ["CSVLogger", "Logger", "TensorBoardLogger"]
+__all__ = ["CSVLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"]

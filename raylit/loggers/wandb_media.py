@@ -16,7 +16,7 @@ def reduced(media: Any) -> Any:
     with open(media._path, "rb") as file:
         content = file.read()
     function, arguments, state, *_ = media.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-    return _restored, (function, arguments, state, content, os.path.splitext(media._path)[1])
+    return _restored, (function, arguments, state, content, media._extension or os.path.splitext(media._path)[1])
 
 
 def _restored(function: Any, arguments: tuple[Any, ...], state: dict[str, Any], content: bytes, suffix: str) -> Any:
