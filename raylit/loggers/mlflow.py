@@ -152,11 +152,8 @@ class MLFlowLogger(Logger):
 
     @property
     def _artifacts(self) -> str | None:
-        return (
-            f"file:{self._directory}"
-            if self._artifact_location is self._tracking_uri is None
-            else self._artifact_location
-        )
+        is_local = self._tracking_uri is None and self._artifact_location is None
+        return f"file:{self._directory}" if is_local else self._artifact_location
 
     @property
     def _how(self) -> dict[str, Any]:

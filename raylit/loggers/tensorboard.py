@@ -1,6 +1,7 @@
 """TensorBoardLogger: metrics and hyper-parameters as event files for TensorBoard. Driver only."""
 
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ class TensorBoardLogger(FileLogger):
         # Tracing puts the whole model into the mode of its root afterwards, and may draw random numbers.
         modes = [(child, child.training) for child in model.modules()]
         try:
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
                 self.experiment.add_graph(model, _on_device_of(model, input_array))
         finally:
             for child, is_training in modes:

@@ -48,7 +48,9 @@ class WandbLogger(Logger):
         self._save_dir = None if directory is None else os.path.expanduser(os.fspath(directory))
         self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self._id = version or id or os.environ.get("WANDB_RUN_ID")
-        self._init = {"name": name, "resume": "allow", "anonymous": "allow" if anonymous else None, **wandb_init}
+        self._init = {"name": name, "resume": "allow", **wandb_init}
+        if anonymous:
+            self._init["anonymous"] = "allow"
         if offline:
             self._init["mode"] = "offline"
         self._log_model = log_model

@@ -156,7 +156,7 @@ def test_metrics_and_calls_keep_their_order(quiet):
     logger = Keeping()
     quiet["logger"] = logger
     loader = DataLoader(TensorDataset(torch.zeros(400, 8), torch.zeros(400, 3)), batch_size=4)
-    pl.fit(Mixed(), loader, num_workers=1, max_epochs=1, log_every_n_steps=1, **quiet)
+    pl.fit(Mixed(), loader, num_workers=1, max_epochs=1, log_every_n_steps=1, limit_val_batches=0, **quiet)
     steps = [(step, "mine" in row) for step, row in logger.rows if "mine" in row or "train_loss" in row]
     assert steps == [(step, is_mine) for step in range(100) for is_mine in (True, False)]
 
@@ -192,9 +192,8 @@ def test_where_the_logger_writes_is_known_in_hooks(num_workers, quiet, tmp_path)
     model = Facts()
     trainer = pl.fit(model, RegressionData(), num_workers=num_workers, max_epochs=1, **quiet)
     root = str(tmp_path)
-    assert (
-        model.facts == ("runs", 0, root, f"{root}/runs", f"{root}/runs/version_0") and model.facts[4] == trainer.log_dir
-    )
+    assert model.facts == ("runs", 0, root, f"{root}/runs", f"{root}/runs/version_0")
+    assert model.facts[4] == trainer.log_dir
     assert model.kinds == (True, True)
     assert model.same
     if num_workers > 0:
@@ -394,5 +393,6 @@ def test_what_has_gradients_arrives_detached():
     weight = torch.nn.Parameter(torch.ones(3))
     arrived, product = pickle.loads(snapshot((weight, weight * 2)))
     assert type(arrived) is torch.nn.Parameter
-    assert not arrived.requires_grad and not product.requires_grad
+    assert not arrived.requires_grad
+    assert not product.requires_grad
     assert torch.equal(product, torch.full((3,), 2.0))
