@@ -21,11 +21,11 @@ def to_onnx(module: nn.Module, file: Any, *, sample: Any, **options: Any) -> Any
 
     RaylitError: a package that it needs is missing. ConfigError: there is no input to trace with.
     """
-    sample = _sample(module, sample, what="to_onnx(input_sample=...)")
+    sample = sample_of(module, sample, what="to_onnx(input_sample=...)")
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RaylitError(f"to_onnx needs packages that are not installed: pip install {' '.join(missing)}")
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         if isinstance(sample, dict):
             options["kwargs"], sample = sample, ()
         return torch.onnx.export(module, sample if isinstance(sample, tuple) else (sample,), file, **options)
@@ -42,18 +42,19 @@ def to_torchscript(
     """The module as TorchScript, in eval mode, also saved to `file` where one is given."""
     if method not in ("script", "trace"):
         raise ConfigError(f"to_torchscript(method={method!r}): must be 'script' or 'trace'")
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         if method == "script":
             scripted = torch.jit.script(module, **options)
         else:
-            sample = _sample(module, example, what="to_torchscript(example_inputs=...)")
+            sample = sample_of(module, example, what="to_torchscript(example_inputs=...)")
             scripted = torch.jit.trace(module, sample, **options)
     if file is not None:
         torch.jit.save(scripted, os.fspath(file))
     return scripted
 
 
-def _sample(module: nn.Module, sample: Any, *, what: str) -> Any:
+def sample_of(module: nn.Module, sample: Any, *, what: str) -> Any:
+    """What to trace with: `sample`, else the `example_input_array`, where the weights are. `what`: how to give one."""
     if sample is None:
         sample = getattr(module, "example_input_array", None)
     if sample is None:
@@ -63,7 +64,7 @@ def _sample(module: nn.Module, sample: Any, *, what: str) -> Any:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode, without what TorchScript has no type for. It reads every property, also those that it leaves out: a
     stand-in for the run keeps them from raising."""
     modes = [(child, child.training) for child in module.modules()]

@@ -42,9 +42,8 @@ class LogWriter:
             self._put(partial(logger.log_hyperparams, params))
 
     def log_graph(self, model: Any) -> None:
-        """At once: the model is the caller's, who may go on to train it."""
         for logger in self._loggers:
-            logger.log_graph(model)
+            self._put(partial(logger.log_graph, model))
 
     def save(self) -> None:
         for logger in self._loggers:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from raylit.errors import ConfigError
+from raylit.export import evaluating, sample_of
 from raylit.loggers.file import FileLogger, plain
 
 if TYPE_CHECKING:
@@ -76,19 +76,10 @@ class TensorBoardLogger(FileLogger):
         """The model's graph, with `log_graph=True`; traced with `input_array` or `model.example_input_array`."""
         if not self._has_graph:
             return
-        if input_array is None:
-            input_array = getattr(model, "example_input_array", None)
-        if input_array is None:
-            raise ConfigError("TensorBoardLogger(log_graph=True): the graph is traced, set model.example_input_array")
-        # Tracing puts the whole model into the mode of its root afterwards, and may draw random numbers.
-        modes = [(child, child.training) for child in model.modules()]
-        try:
-            with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
-                self.experiment.add_graph(model, _on_device_of(model, input_array))
-        finally:
-            for child, is_training in modes:
-                child.training = is_training
+        sample = sample_of(model, input_array, what="an input_array, for TensorBoardLogger(log_graph=True)")
+        with evaluating(model), torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+            self.experiment.add_graph(model, sample)
 
     def save(self) -> None:
         if self._experiment is not None:
@@ -121,11 +112,3 @@ def _flat(params: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, bo
             yield from _flat(value, name)
         else:
             yield name, value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def _on_device_of(model: nn.Module, batch: Any) -> Any:
-    parameter = next(iter(model.parameters()), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    if isinstance(batch, (list, tuple)):
-        return tuple(_on_device_of(model, item) for item in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch
