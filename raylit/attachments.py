@@ -11,6 +11,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.timer import Duration, Timer
 from raylit.errors import ConfigError
 from raylit.loggers import Logger, TensorBoardLogger
+from raylit.loggers.dummy import DummyLogger
 
 _Callback = TypeVar("_Callback", bound=DriverCallback)
 
@@ -60,9 +61,7 @@ def _chosen(
 
 
 def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: str) -> list[Logger]:
-    """TensorBoard's by default; none in a run that writes nothing."""
-    if fast_dev_run:
-        return []
+    """TensorBoard's by default; in a run that writes nothing one that keeps nothing, for the hooks that log."""
     if isinstance(logger, bool):
         loggers: list[Logger] = [TensorBoardLogger()] if logger else []
     else:
@@ -70,6 +69,8 @@ def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: st
     for each in loggers:
         if not isinstance(each, Logger):
             raise ConfigError(f"logger={each!r}: must be True, False, a Logger or a list of them")
+    if fast_dev_run and loggers:
+        return [DummyLogger()]
     for each in loggers:
         each.bind(default_root_dir)
     return loggers

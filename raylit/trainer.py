@@ -27,6 +27,7 @@ from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
+from raylit.loggers.dummy import DummyLogger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit, CombinationName
@@ -308,10 +309,14 @@ class Trainer:
             compilations=compilations,
             log_dir=self.log_dir,
             loggers=[
-                logger if self._plan.workers.num_workers == 0 else LoggerFacts.of(logger, index)
+                logger if self._is_here(logger) else LoggerFacts.of(logger, index)
                 for index, logger in enumerate(self.loggers)
             ],
         )
+
+    def _is_here(self, logger: Logger) -> bool:
+        """Hooks reach the logger itself."""
+        return self.num_workers == 0 or isinstance(logger, DummyLogger)
 
     @contextmanager
     def _coordinated(self, stage: Stage, job: Job, *, seed: int | None = None) -> Iterator[Coordinator]:

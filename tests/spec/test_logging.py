@@ -321,3 +321,21 @@ def test_a_worker_on_another_host_without_a_shared_disk_reaches_the_experiment(t
         assert job.wait(100) == 0, job.output
     assert "HOST h1 False" in job.output
     assert f"STEPS {list(range(1, 13))} [3]" in job.output
+
+
+@WORKERS
+def test_a_fast_dev_run_writes_nothing_and_its_hooks_may_log(num_workers, tmp_path):
+    class Logs(Looking):
+        def on_train_start(self):
+            self.logger.log_hyperparams({"x": 1})
+            self.logger.log_image("images", [1])
+            self.logger.experiment.config["x"] = 1
+            self.kept = self.logger.experiment
+
+    trainer = pl.fit(Logs(), RegressionData(4), num_workers=num_workers, fast_dev_run=True)
+    assert trainer.logger is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fast_dev_run_without_loggers_has_none():
+    assert pl.Trainer(fast_dev_run=True, logger=False).loggers == []
