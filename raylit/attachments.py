@@ -34,9 +34,8 @@ def chosen_callbacks(
     fast_dev_run: bool | int,
 ) -> list[Callback | DriverCallback]:
     """What was given and what switches and defaults add to it."""
-    given: list[Any] = (
-        [] if callbacks is None else [callbacks] if not isinstance(callbacks, (list, tuple)) else list(callbacks)
-    )
+    one_or_more = [] if callbacks is None else callbacks
+    given: list[Any] = list(one_or_more) if isinstance(one_or_more, (list, tuple)) else [one_or_more]
     _check_kinds(given, "callbacks holds")
     bars = _chosen(ProgressBar, given, ProgressBar, enable_progress_bar=enable_progress_bar)
     summaries = _chosen(ModelSummary, given, ModelSummary, enable_model_summary=enable_model_summary)
@@ -44,6 +43,8 @@ def chosen_callbacks(
     # False is the default here, and says nothing against a callback of the user's.
     is_stopping = early_stop_callback or any(isinstance(callback, EarlyStopping) for callback in given)
     stops = _chosen(EarlyStopping, given, EarlyStopping, early_stop_callback=is_stopping)
+    if max_time is not None and any(isinstance(callback, Timer) for callback in given):
+        raise ConfigError("max_time and a Timer callback: give one of them")
     timers = [] if max_time is None or fast_dev_run else [Timer(max_time)]
     # A callback given in a switch's place is not among the given ones, and vice versa.
     chosen: list[Callback | DriverCallback] = [*bars, *summaries, *given, *timers, *stops, *saves]
