@@ -20,6 +20,7 @@ from raylit.loggers import Logger, TensorBoardLogger
 from raylit.module import LightningModule
 from raylit.plan import Plan
 
+_Any = TypeVar("_Any")
 _Callback = TypeVar("_Callback", bound=DriverCallback)
 
 
@@ -49,7 +50,7 @@ def chosen_callbacks(
     # A callback given in a switch's place is not among the given ones, and vice versa.
     chosen: list[Callback | DriverCallback] = [*bars, *summaries, *given, *timers, *stops, *saves]
     kept = [callback for callback in chosen if not (fast_dev_run and isinstance(callback, ModelCheckpoint))]
-    return list(dict.fromkeys(kept))
+    return _distinct(kept)
 
 
 def _chosen(
@@ -59,12 +60,17 @@ def _chosen(
     [(name, value)] = switch.items()
     own = [callback for callback in given if isinstance(callback, kind)]
     if isinstance(value, kind):
-        return list(dict.fromkeys([value, *own]))
+        return _distinct([value, *own])
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: must be True, False or a {kind.__name__}")
     if own and not value:
         raise ConfigError(f"{name}=False, but callbacks holds a {kind.__name__}: leave one of them out")
     return own or ([default()] if value else [])
+
+
+def _distinct(callbacks: Sequence[_Any]) -> list[_Any]:
+    """Each object once: users' callbacks may be unhashable, or equal to each other."""
+    return list({id(callback): callback for callback in callbacks}.values())
 
 
 def with_modules_own(

@@ -1,8 +1,10 @@
 """A rank's part of a checkpoint, taken from and applied to its session. Worker."""
 
+import io
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from raylit.checkpoint import files, format
@@ -39,8 +41,15 @@ class Saving:
     def write(self, path: Any, *, is_weights_only: bool) -> None:
         """A checkpoint of this moment, written by rank 0. Collective."""
         session = self._session
-        parts = session.peers.gather_objects(self.take(is_weights_only=is_weights_only))
+        own = self.take(is_weights_only=is_weights_only)
+        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
+        buffer = io.BytesIO()
+        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
+        ranked = session.peers.gather_objects(buffer.getvalue())
         if session.context.rank == 0:
+            states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
+            others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
+            parts = [own, *others]
             files.write(format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed}), path)
         session.peers.barrier(timeout_s=_WRITE_TIMEOUT_S)
 
