@@ -295,7 +295,7 @@ class Trainer:
         if self._model is None:
             raise ConfigError("save_checkpoint needs a model: call fit on this Trainer before")
         newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
-        owners = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
+        owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
         write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
 
     # Helpers, in the order in which they are called

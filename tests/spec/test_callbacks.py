@@ -408,6 +408,19 @@ def test_unhashable_callbacks_with_lambdas_travel(num_workers, quiet):
     assert odd.value == 4
 
 
+def test_an_attribute_that_is_called_like_a_part_of_torch_travels(quiet):
+    class Named(pl.Callback):
+        def __init__(self):
+            self.classes = torch.zeros(1)
+
+        def on_train_start(self, trainer, pl_module):
+            self.classes = torch.ones(1)
+
+    named = Named()
+    pl.fit(Regression(), RegressionData(), num_workers=1, max_epochs=1, callbacks=named, **quiet)
+    assert named.classes.item() == 1
+
+
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_a_schedule_of_accumulation_equals_the_trainers_argument(num_workers):
     schedule = {0: 2, 1: 4}
