@@ -13,7 +13,7 @@ import raylit as pl
 
 
 class Digits(pl.DataModule):
-    """Some classes of scikit-learn's 1,797 images, numbered from 0; `num_train` of them to train on, the rest to test."""
+    """Some classes of scikit-learn's 1,797 images, numbered from 0: `num_train` to train on, the rest to test."""
 
     def __init__(self, classes: range, num_train: int) -> None:
         super().__init__()
@@ -80,14 +80,14 @@ class Classifier(pl.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-workers", type=int, default=2, help="Ray actors; 0 trains in this process")
-    parser.add_argument("--max-epochs", type=int, default=8, help="of each of the trainings")
+    parser.add_argument("--max-epochs", type=int, default=6, help="of each of the trainings")
     args = parser.parse_args()
     shape = {"num_workers": args.num_workers, "max_epochs": args.max_epochs}
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
     pl.seed_everything(1)
     pretrained = Classifier()
-    pl.fit(pretrained, Digits(range(5), num_train=800), **shape, **quiet)
+    pl.fit(pretrained, Digits(range(5), num_train=600), **shape, **quiet)
 
     others = Digits(range(5, 10), num_train=200)
     accuracies = []
