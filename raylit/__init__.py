@@ -1,13 +1,29 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
-from raylit import metrics
+from raylit import callbacks, metrics
 from raylit.api import fit, predict, shutdown, test, validate
-from raylit.callbacks.base import Callback, DriverCallback
-from raylit.callbacks.early_stopping import EarlyStopping
-from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.callbacks.model_summary import ModelSummary
-from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
-from raylit.callbacks.timer import Timer
+from raylit.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BasePredictionWriter,
+    Callback,
+    DeviceStatsMonitor,
+    DriverCallback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    OnExceptionCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    Timer,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from raylit.combined_loader import CombinedLoader
 from raylit.datamodule import DataModule, LightningDataModule
 from raylit.errors import (
@@ -29,15 +45,23 @@ from raylit.seed import seed_everything
 from raylit.trainer import Trainer
 
 __all__ = [
+    "BackboneFinetuning",
+    "BaseFinetuning",
+    "BasePredictionWriter",
     "CSVLogger",
     "Callback",
     "CheckpointError",
     "CombinedLoader",
     "ConfigError",
     "DataModule",
+    "DeviceStatsMonitor",
     "DriverCallback",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "EvalResult",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
+    "LearningRateMonitor",
     "LightningDataModule",
     "LightningModule",
     "Logger",
@@ -47,18 +71,23 @@ __all__ = [
     "ModelSummary",
     "ModuleError",
     "NotFiniteError",
+    "OnExceptionCheckpoint",
     "ProgressBar",
     "RaylitError",
     "ResourcesError",
+    "StochasticWeightAveraging",
     "TQDMProgressBar",
     "TensorBoardLogger",
+    "ThroughputMonitor",
     "Timer",
     "TrainResult",
     "Trainer",
     "UnknownArgumentError",
     "WandbLogger",
+    "WeightAveraging",
     "WorkerDied",
     "WorkerFailed",
+    "callbacks",
     "fit",
     "metrics",
     "predict",

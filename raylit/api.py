@@ -60,7 +60,7 @@ def predict(
     datamodule: DataModule | None = None,
     ckpt_path: str | None = None,
     **trainer_arguments: Any,
-) -> list[Any]:
+) -> list[Any] | None:
     """`Trainer(**trainer_arguments).predict(...)`."""
     return Trainer(**trainer_arguments).predict(model, dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
 

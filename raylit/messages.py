@@ -54,6 +54,9 @@ class Evaluate:
 class Predict:
     """Run the prediction loop. Answered by `Ticked` on the way and one `Predicted` of each rank."""
 
+    is_returning: bool = True
+    """The driver wants the outputs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Save:

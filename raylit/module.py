@@ -62,6 +62,10 @@ class LightningModule(LoopHooks):
         `frequency`; several such dicts; or None."""
         raise NotImplementedError(f"{type(self).__name__} has no configure_optimizers")
 
+    def configure_callbacks(self) -> Any:
+        """Callbacks, one or a list, for every run of this module; each takes the place of the Trainer's of its type."""
+        return []
+
     # Data
 
     def prepare_data(self) -> None:

@@ -7,6 +7,26 @@ from typing import Any, Literal
 from raylit.summary import Summary
 
 Stage = Literal["fit", "validate", "test", "predict"]
+RunStatus = Literal["initializing", "running", "finished", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """What `trainer.state` says, in Lightning's words."""
+
+    fn: Stage | None = None
+    """The entry point."""
+    stage: str | None = None
+    """The loop: "train", "validate", "sanity_check", "test" or "predict"."""
+    status: RunStatus = "initializing"
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def stopped(self) -> bool:
+        return self.status in ("finished", "interrupted")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

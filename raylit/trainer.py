@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
+from raylit import attachments
 from raylit.arguments import EarlierNames, Given, accepts_earlier_names, add_arguments, from_arguments, settled
-from raylit.attachments import build_loggers, sorted_callbacks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
@@ -22,6 +22,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import files, format
+from raylit.checkpoint.last_run import write_last_run
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
@@ -32,10 +33,11 @@ from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit, CombinationName
 from raylit.requirements import check_module, require, require_automatic
-from raylit.state import RunState, Stage
+from raylit.state import RunState, RunStatus, Stage, TrainerState
 from raylit.worker import handback
 from raylit.worker.context import Job
 from raylit.worker.forwarding import LoggerFacts
+from raylit.worker.hooks import is_overridden
 
 
 class Trainer:
@@ -112,14 +114,12 @@ class Trainer:
         that cannot work. UnknownArgumentError names the nearest argument.
         """
         given = Given({name: value for name, value in locals().items() if name not in ("self", "earlier")})
-        plan = given.plan()
-        self._callbacks, self._driver_callbacks = given.to(sorted_callbacks)
-        summary = next((callback for callback in self._driver_callbacks if isinstance(callback, ModelSummary)), None)
-        depth = None if summary is None else summary.max_depth
-        self._plan = replace(plan, reporting=replace(plan.reporting, summary_depth=depth))
-        self.loggers = given.to(build_loggers, default_root_dir=plan.default_root_dir)
+        self._arguments_plan = plan = given.plan()
+        self.loggers = given.to(attachments.build_loggers, default_root_dir=plan.default_root_dir)
+        self._attach(given.to(attachments.chosen_callbacks))
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
+        self._status: RunStatus = "initializing"
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
 
@@ -199,15 +199,18 @@ class Trainer:
         model: LightningModule | None = None,
         dataloaders: Any = None,
         datamodule: DataModule | None = None,
+        return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
-    ) -> list[Any]:
+    ) -> list[Any] | None:
         """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
-        where there are several."""
+        where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
         checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
         with self._coordinated("predict", job) as coordinator:
-            outputs = coordinator.predict(checkpoint=checkpoint)
+            outputs = coordinator.predict(checkpoint=checkpoint, is_returning=return_predictions is not False)
+        if return_predictions is False:
+            return None
         return outputs[0] if len(outputs) == 1 else outputs
 
     # What the last run has left
@@ -235,6 +238,11 @@ class Trainer:
     def global_step(self) -> int:
         """Optimizer steps."""
         return self._state.progress.global_step
+
+    @property
+    def state(self) -> TrainerState:
+        """What the last run was and how it ended."""
+        return TrainerState(fn=self._state.stage, status=self._status)
 
     @property
     def interrupted(self) -> bool:
@@ -283,7 +291,20 @@ class Trainer:
         """The module of the last run."""
         return self._model
 
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Write the last run: the whole of it where this Trainer's newest checkpoint is of the same step, else, or with
+        `weights_only`, its weights and hyper-parameters. Inside a run hooks save with their own `trainer`."""
+        if self._model is None:
+            raise ConfigError("save_checkpoint needs a model: call fit on this Trainer before")
+        newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
+        owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
+        write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
+
     # Helpers, in the order in which they are called
+
+    def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
+        self._callbacks, self._driver_callbacks = attachments.split(callbacks)
+        self._plan = attachments.completed(self._arguments_plan, callbacks, has_loggers=bool(self.loggers))
 
     def _job(
         self, stage: Stage, model: LightningModule | None, loaders: Any, datamodule: DataModule | None, val: Any = None
@@ -301,6 +322,8 @@ class Trainer:
         if datamodule is not None and (loaders is not None or val is not None):
             raise ConfigError(f"{stage} was given loaders and a data module: pass one of them")
         self._model, self._datamodule = module, datamodule
+        if is_overridden("configure_callbacks", module, LightningModule):
+            self._attach(attachments.with_modules_own(self.callbacks, module))
         return Job(
             module=module,
             datamodule=datamodule,
@@ -329,9 +352,10 @@ class Trainer:
         if stage != "fit":
             coordinator.state.progress = self._state.progress
             coordinator.state.callback_metrics = dict(self._state.callback_metrics)
-        self._state = coordinator.state
+        self._state, self._status = coordinator.state, "interrupted"
         try:
             yield coordinator
+            self._status = "finished"
         finally:
             if coordinator.finished is not None:
                 self._take_back(job, coordinator.finished)

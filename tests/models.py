@@ -96,13 +96,13 @@ def train_by_hand(model, dataset, *, batch_size, num_epochs, seed, clip=None, ac
     return losses
 
 
-def fit(model, *, num_samples=48, batch_size=8, num_workers=0, max_epochs=2, data=None, **arguments):
+def fit(model, *, num_samples=48, batch_size=8, num_workers=0, max_epochs=2, data=None, ckpt_path=None, **arguments):
     """Train quietly on what `batches` yields, shared out over the workers."""
     loader = DataLoader(data or make_data(num_samples), batch_size=batch_size // max(1, num_workers), shuffle=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     torch.manual_seed(5)
     trainer = pl.Trainer(num_workers=num_workers, max_epochs=max_epochs, **{**quiet, **arguments})
-    trainer.fit(model, loader)
+    trainer.fit(model, loader, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -79,6 +79,10 @@ class Callback:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
+    def _generate_state_key(self, **kwargs: Any) -> str:
+        """A `state_key` of arguments that tell several callbacks of this class apart."""
+        return f"{type(self).__qualname__}{kwargs!r}"
+
 
 class Run(Protocol):
     """What a DriverCallback may see of a run and ask of it. The coordinator is one."""

@@ -1,5 +1,6 @@
 """Timer: ends training after a time. Driver only."""
 
+import logging
 import time
 from datetime import timedelta
 from typing import Any, Literal
@@ -7,8 +8,11 @@ from typing import Any, Literal
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
 Duration = str | timedelta | dict[str, int]
 
+_STAGES = ("train", "validate", "sanity_check", "test", "predict")
 _UNITS = frozenset({"weeks", "days", "hours", "minutes", "seconds"})
 
 
@@ -16,29 +20,44 @@ class Timer(DriverCallback):
     """Ends training that has taken `duration`: at the next batch border, or with interval="epoch" at an epoch's end.
 
     The clock runs from the start of training and includes validation; a resumed run's goes on from what had passed.
+    `time_elapsed` and the others tell of a stage: "train", "validate", "sanity_check", "test" or "predict", those that
+    come several times of the last time. `verbose` logs the end.
     """
 
-    def __init__(self, duration: Duration | None = None, interval: Literal["step", "epoch"] = "step") -> None:
+    def __init__(
+        self,
+        duration: Duration | None = None,
+        interval: Literal["step", "epoch"] = "step",
+        verbose: bool = True,
+    ) -> None:
         if interval not in ("step", "epoch"):
             raise ConfigError(f"Timer(interval={interval!r}): must be 'step' or 'epoch'")
         self.duration_s = None if duration is None else seconds_of(duration, name="duration")
+        self.verbose = verbose
         self._interval = interval
-        self._started_at: float | None = None
-        self._ended_at: float | None = None
+        self._started_at: dict[str, float] = {}
+        self._ended_at: dict[str, float] = {}
         self._before_s = 0.0
 
-    def time_elapsed(self) -> float:
-        """Seconds of training so far."""
-        if self._started_at is None:
-            return self._before_s
-        return self._before_s + (self._ended_at or time.monotonic()) - self._started_at
+    def start_time(self, stage: str = "train") -> float | None:
+        """When the stage began, by time.monotonic(); None: not yet."""
+        return self._started_at.get(_checked(stage))
 
-    def time_remaining(self) -> float | None:
+    def end_time(self, stage: str = "train") -> float | None:
+        return self._ended_at.get(_checked(stage))
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        """Seconds of the stage so far."""
+        before_s = self._before_s if stage == "train" else 0.0
+        start = self.start_time(stage)
+        return before_s if start is None else before_s + self._ended_at.get(stage, time.monotonic()) - start
+
+    def time_remaining(self, stage: str = "train") -> float | None:
         """Seconds until the end; None: there is no limit."""
-        return None if self.duration_s is None else self.duration_s - self.time_elapsed()
+        return None if self.duration_s is None else self.duration_s - self.time_elapsed(stage)
 
     def on_train_start(self, run: Run) -> None:
-        self._started_at, self._ended_at = time.monotonic(), None
+        self._start("train")
         self._check(run)
 
     def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
@@ -52,19 +71,41 @@ class Timer(DriverCallback):
     def on_train_epoch_end(self, run: Run) -> None:
         self._check(run)
 
+    def on_evaluation_start(self, run: Run, stage: str) -> None:
+        self._start("sanity_check" if run.state.is_sanity_checking else stage)
+
+    def on_evaluation_end(self, run: Run, stage: str) -> None:
+        self._ended_at["sanity_check" if run.state.is_sanity_checking else stage] = time.monotonic()
+
     def on_end(self, run: Run) -> None:
-        self._ended_at = time.monotonic()
+        for stage in self._started_at:
+            self._ended_at.setdefault(stage, time.monotonic())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"time_elapsed": self.time_elapsed()}
+        return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before_s = float(state_dict["time_elapsed"])
+        self._before_s = float(state_dict["time_elapsed"]["train"])
+
+    def _start(self, stage: str) -> None:
+        self._started_at[stage] = time.monotonic()
+        self._ended_at.pop(stage, None)
 
     def _check(self, run: Run) -> None:
+        is_running = "train" in self._started_at and "train" not in self._ended_at
         remaining_s = self.time_remaining()
-        if self._started_at is not None and self._ended_at is None and remaining_s is not None and remaining_s <= 0:
-            run.stop(f"the time limit of {self.duration_s:g} s is reached")
+        if not is_running or remaining_s is None or remaining_s > 0:
+            return
+        reason = f"the time limit of {self.duration_s:g} s is reached"
+        if self.verbose and run.state.stop_reason is None:
+            _log.info(reason)
+        run.stop(reason)
+
+
+def _checked(stage: str) -> str:
+    if stage not in _STAGES:
+        raise ConfigError(f"Timer: there is no stage {stage!r}, but {', '.join(_STAGES)}")
+    return stage
 
 
 def seconds_of(duration: Duration, *, name: str) -> float:

@@ -59,6 +59,21 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
     return whole
 
 
+def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any) -> dict[str, Any]:
+    """What every checkpoint has: weights, where the run stands, hyper-parameters of module and data module."""
+    checkpoint: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "global_step": progress.global_step,
+        "state_dict": state_dict,
+        "progress": progress.to_dict(),
+    }
+    for prefix, owner in (("", module), ("datamodule_", datamodule)):
+        if owner is not None and owner._hparams:
+            checkpoint[f"{prefix}hparams_name"] = owner._hparams_name
+            checkpoint[f"{prefix}hyper_parameters"] = pack_hyper_parameters(owner.hparams)
+    return checkpoint
+
+
 def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
     """Where the saved run stood.
 

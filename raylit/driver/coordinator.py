@@ -93,11 +93,13 @@ class Coordinator:
             self._finish()
             return [dict(metrics) for metrics in evaluated.per_loader]
 
-    def predict(self, *, checkpoint: dict[str, Any] | None = None) -> list[list[Any]]:
+    def predict(self, *, checkpoint: dict[str, Any] | None = None, is_returning: bool = True) -> list[list[Any]]:
         """For each loader the outputs of its batches, in data-set order."""
         with self._running(checkpoint, is_resuming=False):
             self._notify("on_evaluation_start", "predict")
-            parts = [report for report in self._run(Predict()) if isinstance(report, Predicted)]
+            parts = [
+                report for report in self._run(Predict(is_returning=is_returning)) if isinstance(report, Predicted)
+            ]
             self._interrupts.check()
             self._notify("on_evaluation_end", "predict")
             num_loaders = len(parts[0].outputs)

@@ -5,10 +5,13 @@ copy for each worker: parameters, buffers, whatever other modules than the user'
 """
 
 import dataclasses
+import importlib
 import io
 import pickle
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -97,6 +100,9 @@ class _Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
+        if isinstance(obj, ModuleType) and kind is not ModuleType and sys.modules.get(obj.__name__) is obj:
+            # Such as torch.classes: cloudpickle takes it along where a function says `self.classes`, and then fails.
+            return importlib.import_module, (obj.__name__,)
         if kind is Tensor and self.is_sharing and _is_plain(obj) and self._is_worth_it(obj):
             return _tensor, (self._storage(obj), obj.dtype, obj.storage_offset(), obj.size(), obj.stride())
         if issubclass(kind, (nn.Module, nn.Parameter, torch.optim.Optimizer)) and not isinstance(obj, type):

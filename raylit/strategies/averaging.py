@@ -50,6 +50,11 @@ class TouchedGradients:
             for index, parameter in enumerate(self._parameters)
         ]
 
+    def is_outdated(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Others of the parameters are trained now."""
+        now = [id(parameter) for parameter in parameters if parameter.requires_grad]
+        return now != [id(parameter) for parameter in self._parameters]
+
     def average(self) -> None:
         if not self._touched:
             return

@@ -23,6 +23,10 @@ class PendingGradients(Protocol):
         """Make it the mean over the ranks. Collective, unless no backward pass has run since the last time."""
         ...
 
+    def is_outdated(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Others of the parameters are trained now than when this was made."""
+        ...
+
     def close(self) -> None: ...
 
 

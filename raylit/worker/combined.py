@@ -131,12 +131,14 @@ class CombinedTrainData:
         return feed
 
 
-def build_eval_data(loader: Any, *, rank: int, world_size: int, seed: int, shard: bool) -> EvalData:
+def build_eval_data(
+    loader: Any, *, rank: int, world_size: int, seed: int, shard: bool, is_recording: bool = False
+) -> EvalData:
     """Of one loader; of several where they are combined into one stream of batches."""
     if isinstance(loader, CombinedLoader):
         shard = shard and not any(is_users_own_split(member) for member in loader.flattened)
         loader = _CombinedBatches(loader, seed=seed)
-    return EvalData(loader, rank=rank, world_size=world_size, seed=seed, shard=shard)
+    return EvalData(loader, rank=rank, world_size=world_size, seed=seed, shard=shard, is_recording=is_recording)
 
 
 class _CombinedBatches:

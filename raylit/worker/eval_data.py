@@ -29,12 +29,23 @@ class EvalData:
     DistributedSampler) counts as if its ranks took turns.
     """
 
-    def __init__(self, loader: Iterable[Any], *, rank: int, world_size: int, seed: int, shard: bool = True) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shard: bool = True,
+        is_recording: bool = False,
+    ) -> None:
+        """`is_recording`: the samples' indices are kept for `indices_of`."""
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
         self._loader = loader
         self._share: Share | None = None
+        self._recorded: _RecordedShare | None = None
         self._is_stream = False
         self.may_run_ahead = may_run_ahead(loader)
         """A batch may be fetched before the step that comes before it."""
@@ -54,7 +65,9 @@ class EvalData:
                 world_size=world_size,
             )
             # An index is paired with its batch by their order.
-            self._loader = with_indices(loader, self._share, in_order=True)
+            if is_recording:
+                self._recorded = _RecordedShare(self._share)
+            self._loader = with_indices(loader, self._recorded or self._share, in_order=True)
         elif isinstance(loader, Sequence):
             self._share = share_of_sequence(loader, rank=rank, world_size=world_size)
         else:
@@ -63,9 +76,34 @@ class EvalData:
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return zip(count(self._rank, self._world_size), self.batches(), strict=False)
 
+    def indices_of(self, number: int) -> list[Any]:
+        """The data set's indices of the samples in this rank's batch of that number; empty where nobody knows them."""
+        item = [] if self._recorded is None else self._recorded.items[number]
+        return list(item) if isinstance(item, (list, tuple)) else [item]
+
     def batches(self) -> Iterator[Any]:
         """Of this rank, without their index."""
         if self._is_stream:
             own_random = IsolatedRandom(self._seed)
             return every_nth(self._loader, rank=self._rank, world_size=self._world_size, own_random=own_random)
         return iterated(self._loader, self._share)
+
+
+class _RecordedShare:
+    """A share that keeps what it has yielded."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self.items: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._share)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._noted(iter(self._share))
+
+    def _noted(self, items: Iterator[Any]) -> Iterator[Any]:
+        self.items = []
+        for item in items:
+            self.items.append(item)
+            yield item

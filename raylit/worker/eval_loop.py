@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raylit.callbacks.prediction_writer import BasePredictionWriter
 from raylit.checkpoint import format
 from raylit.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.module import LightningModule
@@ -32,6 +33,9 @@ _PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
 class _SharedLoop:
     """Batch i goes to rank i modulo the number of ranks, so that every sample is met exactly once."""
 
+    _is_recording = False
+    """The indices of the batches' samples are kept."""
+
     def __init__(self, session: Session, *, stage: Stage) -> None:
         self._session = session
         self._stage = stage
@@ -41,6 +45,8 @@ class _SharedLoop:
         """Make the loaders, anew where hooks make them."""
         session, context, plan = self._session, self._session.context, self._session.plan
         loaders = loaders_of(session.job, self._stage)
+        attribute = {"validate": "val"}.get(self._stage, self._stage) + "_dataloaders"
+        setattr(session.view, attribute, loaders[0] if len(loaders) == 1 else loaders)
         limit: BatchLimit = getattr(plan.limits, {"validate": "val"}.get(self._stage, self._stage) + "_batches")
         if session.stage == "fit" and plan.limits.overfit_batches:
             # For as many validation loaders as there are: the steps are written for their number.
@@ -53,6 +59,7 @@ class _SharedLoop:
                 world_size=context.world_size,
                 seed=plan.seed,
                 shard=plan.use_distributed_sampler,
+                is_recording=self._is_recording,
             )
             for loader in loaders
         ]
@@ -239,23 +246,53 @@ class PredictLoop(_SharedLoop):
     """Collects what `predict_step` returns, with each batch's place in the data set."""
 
     def __init__(self, session: Session) -> None:
+        writers = [callback for callback in session.job.callbacks if isinstance(callback, BasePredictionWriter)]
+        self._is_recording = bool(writers)
+        self._is_keeping = any(writer.interval.on_epoch for writer in writers)
         super().__init__(session, stage="predict")
+        self._collected: list[list[tuple[int, Any]]] = []
+        self._num_of_loaders: list[int] = []
+        session.view.predict_loop = self
+
+    @property
+    def predictions(self) -> list[Any]:
+        """This rank's so far, on the CPU; a list of these for each loader where there are several."""
+        outputs = [[output for _, output in pairs] for pairs in self._collected]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    @property
+    def current_batch_indices(self) -> list[Any]:
+        """The data set's indices of the samples in the batch under way; empty where they are not known."""
+        return self._loaders[len(self._collected) - 1].indices_of(self._num_done)
+
+    @property
+    def epoch_batch_indices(self) -> list[list[list[Any]]]:
+        """For each loader those of the batches that this rank has had."""
+        return [
+            [loader.indices_of(number) for number in range(num_done)]
+            for loader, num_done in zip(self._loaders, self._num_of_loaders, strict=False)
+        ]
 
     def run(self, command: Predict) -> Iterator[Report]:
         session = self._session
         metrics = MetricBuffer(session.peers)
-        collected: list[tuple[tuple[int, Any], ...]] = []
+        self._collected, self._num_of_loaders = [], []
+        is_kept = command.is_returning or self._is_keeping
         with self._as_stage(metrics), self._evaluating():
             session.module._metrics = None
             self._call("start")
             self._call("epoch_start")
             for index in range(len(self._loaders)):
                 outputs: list[tuple[int, Any]] = []
+                self._collected.append(outputs)
                 for place, output in self._outputs(index, metrics, self._batches_of(index, is_sanity_check=False)):
-                    outputs.append((place, to_cpu(output)))
+                    if is_kept:
+                        outputs.append((place, to_cpu(output)))
                     if (tick := self._tick(index)) is not None:
                         yield tick
-                collected.append(tuple(outputs))
+                self._num_of_loaders.append(self._num_done)
             self._call("epoch_end")
             self._call("end")
-        yield Predicted(rank=session.context.rank, outputs=tuple(collected))
+        collected = self._collected if command.is_returning else [[] for _ in self._loaders]
+        yield Predicted(rank=session.context.rank, outputs=tuple(tuple(outputs) for outputs in collected))
+        self._collected = []

@@ -48,7 +48,7 @@ def share_of_sequence(sequence: Sequence[Any], *, rank: int, world_size: int, is
     )
 
 
-def with_indices(loader: "DataLoader[Any]", share: Share, *, in_order: bool | None) -> "DataLoader[Any]":
+def with_indices(loader: "DataLoader[Any]", share: Iterable[Any], *, in_order: bool | None) -> "DataLoader[Any]":
     """The same loader with other index batches. Through its `__dict__`, because a DataLoader refuses to have its
     samplers replaced, and making a new one would lose what a subclass added."""
     clone = copy.copy(loader)

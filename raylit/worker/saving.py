@@ -1,11 +1,13 @@
 """A rank's part of a checkpoint, taken from and applied to its session. Worker."""
 
+import io
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
-from raylit.checkpoint import format
+from raylit.checkpoint import files, format
 from raylit.errors import CheckpointError
 from raylit.messages import Saved
 from raylit.rebuild import load_weights
@@ -14,6 +16,9 @@ from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
 from raylit.worker.transfer import to_cpu
+
+_WRITE_TIMEOUT_S = 3600.0
+"""The others wait for rank 0's disk."""
 
 
 class Saving:
@@ -31,10 +36,33 @@ class Saving:
         """The whole run on rank 0, what this rank alone has on the others."""
         rank = self._session.context.rank
         checkpoint = self._whole(is_weights_only) if rank == 0 else {}
-        of_rank: dict[str, Any] = {}
-        if self._loop is not None and not is_weights_only:
-            of_rank = {"random": format.random_state(), **self._loop.state_of_rank()}
-        return Saved(rank=rank, checkpoint=checkpoint, of_rank=of_rank)
+        return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._of_rank())
+
+    def write(self, path: Any, *, is_weights_only: bool) -> None:
+        """A checkpoint of this moment, written by rank 0. Collective."""
+        session = self._session
+        own = self.take(is_weights_only=is_weights_only)
+        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
+        buffer = io.BytesIO()
+        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
+        ranked = session.peers.gather_objects(buffer.getvalue())
+        if session.context.rank == 0:
+            states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
+            others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
+            parts = [own, *others]
+            files.write(format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed}), path)
+        session.peers.barrier(timeout_s=_WRITE_TIMEOUT_S)
+
+    def write_alone(self, path: Any) -> None:
+        """The same by this rank alone, without what only the others have."""
+        of_rank = self._of_rank() if self._session.context.world_size == 1 else {}
+        checkpoint = format.merge(
+            [Saved(rank=0, checkpoint=self._whole(is_weights_only=False), of_rank=of_rank)],
+            {"seed": self._session.plan.seed},
+        )
+        if not of_rank:
+            checkpoint["raylit"]["ranks"] = []
+        files.write(checkpoint, path)
 
     def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
@@ -61,21 +89,13 @@ class Saving:
             session.precision.scaler.load_state_dict(checkpoint["scaler"])
         self._apply_position(checkpoint)
 
+    def _of_rank(self) -> dict[str, Any]:
+        return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}
+
     def _whole(self, is_weights_only: bool) -> dict[str, Any]:
         session = self._session
         module, view, datamodule = session.module, session.view, session.job.datamodule
-        checkpoint: dict[str, Any] = {
-            "epoch": view.current_epoch,
-            "global_step": view.global_step,
-            "state_dict": _weights(module),
-            "progress": view.progress.to_dict(),
-        }
-        if module._hparams:
-            checkpoint["hparams_name"] = module._hparams_name
-            checkpoint["hyper_parameters"] = format.pack_hyper_parameters(module.hparams)
-        if datamodule is not None and datamodule._hparams:
-            checkpoint["datamodule_hparams_name"] = datamodule._hparams_name
-            checkpoint["datamodule_hyper_parameters"] = format.pack_hyper_parameters(datamodule.hparams)
+        checkpoint = format.of_weights(_weights(module), view.progress, module=module, datamodule=datamodule)
         if not is_weights_only:
             checkpoint["optimizer_states"] = [to_cpu(optimizer.state_dict()) for optimizer in self._optimizers]
             checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in self._schedules]

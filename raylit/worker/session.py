@@ -48,8 +48,7 @@ class Session:
         self.device = accelerator.device()
         self.precision = build_precision(plan.optimization.precision, self.device)
         self.strategy = build_strategy(plan.workers)
-        self.view = TrainerView(plan=plan, context=context, job=job)
-        self.view.stage = stage
+        self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks)
         self.mover: Mover | None = build_mover(

@@ -12,6 +12,7 @@ from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticke
 from raylit.plan import BatchLimit
 from raylit.worker import metric_objects
 from raylit.worker.data import Feed, TrainSource
+from raylit.worker.forward_epoch import run_forward
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
@@ -39,7 +40,7 @@ class TrainLoop:
         self._view = session.view
         self._optimization = optimization
         self._schedules = schedules
-        self._step_schedules = [schedule for schedule in schedules if schedule.interval == "step"]
+        self._step_schedules: list[Schedule] = []
         self._feed: Feed | MovedFeed | None = None
         self._has_started = False
         self._is_stop_agreed = False
@@ -84,7 +85,7 @@ class TrainLoop:
             if batch is _END:
                 is_exhausted = True
                 break
-            batch_idx = view.num_batches_done
+            batch_idx = view.batch_idx = view.num_batches_done
             is_step_due = window == 1 or (batch_idx + 1) % window == 0 or batch_idx + 1 == num_batches
             metrics.batch = batch
             if on_batch_start and any([hook(batch, batch_idx) == -1 for hook in on_batch_start]):
@@ -144,6 +145,11 @@ class TrainLoop:
         if self._has_started:
             self._session.hooks.call("on_train_end")
 
+    def forward_epoch(self) -> None:
+        """Run the training step over an epoch's batches for what its forward passes keep, such as the statistics of
+        batch norms over all ranks; nothing is trained or logged. Collective."""
+        run_forward(self._session, self._data, metrics=self.metrics, epoch=self._view.current_epoch + 1)
+
     def state_of_rank(self) -> dict[str, Any]:
         """What only this rank has of the position: sums of the unfinished epoch, the samplers' generators."""
         module = self._session.module
@@ -180,6 +186,8 @@ class TrainLoop:
         if self._feed is None:
             if view.num_batches_done == 0:
                 hooks.call("on_train_epoch_start")
+            # After the hook, which may have exchanged some.
+            self._step_schedules = [schedule for schedule in self._schedules if schedule.interval == "step"]
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
             feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
             mover = self._session.mover

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raylit.messages import Metrics
 from raylit.plan import Plan
-from raylit.state import Progress, Stage
+from raylit.state import Progress, Stage, TrainerState
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.gathering import gathered
 from raylit.worker.metrics import MetricBuffer
@@ -16,8 +16,9 @@ from raylit.worker.metrics import MetricBuffer
 class TrainerView:
     """Where the run stands, as this worker knows it. Setting `should_stop` asks for the end of training."""
 
-    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job) -> None:
+    def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, stage: Stage) -> None:
         self._plan = plan
+        self._entry = stage
         self._context = context
         self._job = job
         self._reduced: dict[str, float] = {}
@@ -25,11 +26,13 @@ class TrainerView:
         self.current_epoch = 0
         self.global_step = 0
         self.num_batches_done = 0
+        self.batch_idx = 0
+        """Of the training batch under way, or the last one."""
         self.num_batches_in_all = 0
         self.num_windows = 0
         self.validated_batch = 0
         self.is_epoch_ended = False
-        self.stage: Stage | None = None
+        self.stage: Stage | None = stage
         self.sanity_checking = False
         self.should_stop = False
         self.metrics: MetricBuffer | None = None
@@ -37,11 +40,21 @@ class TrainerView:
         self.handles: Any = None
         """What the module's optimization methods reach."""
         self.lr_schedulers: list[Any] = []
+        self.lr_scheduler_configs: list[Any] = []
+        """Each scheduler with its interval, frequency, monitor and name; what is taken out no longer steps."""
         self.num_training_batches: float = 0
         self.num_val_batches: list[float] = []
         self.train_dataloader: Any = None
         self.loggers: list[Any] = []
         """Stand-ins for the driver's, whose calls are made there: see LoggerView. With num_workers=0 its own."""
+        self.val_dataloaders: Any = None
+        """The loader, or a list where there are several."""
+        self.test_dataloaders: Any = None
+        self.predict_dataloaders: Any = None
+        self.fit_loop: Any = None
+        self.predict_loop: Any = None
+        self.saving: Any = None
+        """Takes this rank's state for a checkpoint."""
         self.strategy: Any = None
 
     def receive(self, metrics: Metrics) -> None:
@@ -90,6 +103,34 @@ class TrainerView:
         if self._context.world_size == 1:
             return data
         return gathered(data, group=group, with_gradients=sync_grads, device=self._job.module.device)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool = False) -> None:
+        """Write the run as it stands now to a path that rank 0's host has. Collective: every rank calls it.
+
+        What callbacks in the driver keep is in the driver's own checkpoints only.
+        """
+        self.saving.write(filepath, is_weights_only=bool(weights_only))
+
+    def save_own_checkpoint(self, filepath: Any) -> None:
+        """`save_checkpoint` by this rank alone, in an exception's hook where the others cannot take part: without what
+        only they have, their random state."""
+        self.saving.write_alone(filepath)
+
+    @property
+    def state(self) -> TrainerState:
+        """What runs: `fn` the entry point, `stage` the loop."""
+        return TrainerState(fn=self._entry, stage=self._loop_name, status="running")
+
+    @property
+    def is_last_batch(self) -> bool:
+        """The training batch under way is the epoch's last; False where the loader has no length."""
+        return self.batch_idx + 1 >= self.num_training_batches
+
+    @property
+    def is_logging_step(self) -> bool:
+        """The metrics of the optimizer step under way go to the loggers once it is done."""
+        every = self._plan.reporting.log_every_n_steps
+        return every > 0 and (self.num_windows + 1) % every == 0
 
     @property
     def logger(self) -> Any:
@@ -179,3 +220,9 @@ class TrainerView:
     @property
     def log_dir(self) -> str:
         return self._job.log_dir
+
+    @property
+    def _loop_name(self) -> str:
+        if self.sanity_checking:
+            return "sanity_check"
+        return "train" if self.stage in ("fit", None) else self.stage

@@ -119,7 +119,7 @@ class Worker:
             return
         loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
         self._handlers[Predict if isinstance(loop, PredictLoop) else Evaluate] = loop.run
-        self._saving = Saving(session, optimizers=[], schedules=[], loop=None)
+        self._saving = session.view.saving = Saving(session, optimizers=[], schedules=[], loop=None)
         if command.checkpoint is not None:
             self._saving.apply(command.checkpoint, is_resuming=False)
         session.seed_rank()
@@ -129,6 +129,7 @@ class Worker:
         optimizers = configured(session.module)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
+        session.view.lr_scheduler_configs = optimizers.schedules
         data = self._train_source(session)
         metrics = MetricBuffer(session.peers)
         loop = self._train_loop = TrainLoop(
@@ -145,7 +146,10 @@ class Worker:
             self._handlers[Evaluate] = self._validation_loop.run
         session.view.num_val_batches = list(self._num_val_batches)
         session.seed_rank()
-        self._saving = Saving(session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop)
+        session.view.fit_loop = loop
+        self._saving = session.view.saving = Saving(
+            session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop
+        )
         if command.checkpoint is not None:
             self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
         _enable_training(session.module)

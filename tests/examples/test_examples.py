@@ -51,3 +51,30 @@ def test_the_policy_balances_the_pole(tmp_path: pathlib.Path) -> None:
     found = re.fullmatch(r"steps balanced: (\d+) of 200", run(tmp_path, "reinforcement.py", "--num-workers", "2"))
     assert found is not None
     assert int(found[1]) > 100
+
+
+@pytest.mark.timeout(180)
+def test_callbacks_watch_average_and_stop_a_training(tmp_path: pathlib.Path) -> None:
+    last = run(tmp_path, "callbacks.py", "--num-workers", "2")
+    found = re.fullmatch(r"test accuracy of the averaged weights: (\S+)", last)
+    assert found is not None, last
+    assert float(found[1]) > 0.9
+    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/last.ckpt"))
+
+
+@pytest.mark.timeout(180)
+def test_every_worker_writes_its_predictions(tmp_path: pathlib.Path) -> None:
+    found = re.fullmatch(r"accuracy: (\S+)", run(tmp_path, "predict.py", "--num-workers", "2"))
+    assert found is not None
+    assert float(found[1]) > 0.9
+    names = sorted(path.name for path in tmp_path.glob("predictions/*"))
+    assert names == ["predictions-0.pt", "predictions-1.pt"]
+
+
+@pytest.mark.timeout(180)
+def test_a_finetuned_backbone_is_better_than_a_frozen_one(tmp_path: pathlib.Path) -> None:
+    last = run(tmp_path, "finetune.py", "--num-workers", "2")
+    found = re.fullmatch(r"accuracy: (\S+) with a frozen backbone, (\S+) finetuned", last)
+    assert found is not None, last
+    assert float(found[1]) + 0.05 < float(found[2])
+    assert float(found[2]) > 0.85

@@ -12,7 +12,7 @@ from raylit.strategies import Skipped
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.gradient_sync import GradientSync
-from raylit.worker.optimization.stepper import Stepper, loss_check, parameters_of
+from raylit.worker.optimization.stepper import Stepper, loss_check
 from raylit.worker.returns import hiddens_of, loss_of
 from raylit.worker.session import Session
 
@@ -32,7 +32,7 @@ class AutomaticOptimization:
         self._precision = session.precision
         self._metrics = metrics
         self._own_step = training_step
-        self._sync = GradientSync(session, training_step, trained=parameters_of(stepper.optimizer))
+        self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._synced_step, self._check_synced = self._sync.step, self._sync.check
         self._before_backward = (*loss_check(session), *hooks.of("on_before_backward"))
         self._after_backward = hooks.of("on_after_backward")

@@ -16,7 +16,7 @@ from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.gradient_sync import GradientSync
 from raylit.worker.optimization.handles import OptimizerHandle
-from raylit.worker.optimization.stepper import Stepper, loss_check, parameters_of
+from raylit.worker.optimization.stepper import Stepper, loss_check
 from raylit.worker.returns import hiddens_of, loss_of
 from raylit.worker.session import Session
 
@@ -52,7 +52,7 @@ class ClosureOptimization:
         self._handle = handle
         self._metrics = metrics
         self._own_step = training_step
-        self._sync = GradientSync(session, training_step, trained=parameters_of(stepper.optimizer))
+        self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._before_backward = (*loss_check(session), *session.hooks.of("on_before_backward"))
         self._after_backward = session.hooks.of("on_after_backward")
         self._own_backward = self._module.backward

@@ -1,22 +1,24 @@
 """GradientSync: the training step whose backward pass averages gradients over the ranks, for one optimizer. Worker."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
+from raylit.worker.optimization.stepper import parameters_of
 from raylit.worker.session import Session
 
 
 class GradientSync:
-    """Follows which of the parameters are trained: a freeze or thaw takes effect with the next epoch."""
+    """Follows which parameters the optimizer trains: a freeze, thaw or new group takes effect with the next epoch."""
 
-    def __init__(self, session: Session, training_step: Callable[..., Any], *, trained: Sequence[nn.Parameter]) -> None:
+    def __init__(self, session: Session, training_step: Callable[..., Any], *, optimizer: Optimizer) -> None:
         self._module = session.module
         self._strategy = session.strategy
         self._training_step = training_step
-        self._parameters = trained
+        self._optimizer = optimizer
         self.renew()
 
     def renew(self) -> None:
@@ -35,4 +37,4 @@ class GradientSync:
         return self._strategy.without_sync(self.step)
 
     def _now_trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._parameters if parameter.requires_grad]
+        return [parameter for parameter in parameters_of(self._optimizer) if parameter.requires_grad]

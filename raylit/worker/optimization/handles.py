@@ -121,6 +121,13 @@ class Handles:
         if self._pending is not None:
             self._pending.average()
 
+    def follow_trained(self) -> None:
+        """Sync the gradients of the parameters that are trained now: a thaw takes effect with the next epoch."""
+        if self._pending is not None and self._pending.is_outdated(self._module.parameters()):
+            self._pending.average()
+            self._pending.close()
+            self._pending = self._strategy.pending_gradients(self._module)
+
     def clip(self, optimizer: Any, *, limit: float, algorithm: Literal["norm", "value"]) -> None:
         self._stepper_of(optimizer).unscale()
         self._strategy.clip_gradients(parameters_of(optimizer), limit=limit, algorithm=algorithm)

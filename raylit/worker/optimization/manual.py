@@ -23,7 +23,8 @@ class ManualOptimization:
         self._training_step = training_step
         self._metrics = metrics
 
-    def start_epoch(self, *, window: int) -> None: ...
+    def start_epoch(self, *, window: int) -> None:
+        self._handles.follow_trained()
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         with self._precision.around_step():

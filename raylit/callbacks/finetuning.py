@@ -1,0 +1,226 @@
+"""BaseFinetuning and BackboneFinetuning: parts of a module are trained from some epoch on. Run on every worker."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from raylit.callbacks.base import Callback
+from raylit.errors import ConfigError, ModuleError
+
+Modules: TypeAlias = "nn.Module | Iterable[Modules]"
+"""A module, or modules in collections of any depth."""
+
+
+def multiplicative(epoch: int) -> float:
+    """The backbone's learning rate doubles with every epoch."""
+    return 2.0
+
+
+class BaseFinetuning(Callback):
+    """Override `freeze_before_training` and `finetune_function`, with the static methods for what they need.
+
+    A resumed run has the parameter groups that were added, and what was trained is trained again.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, list[dict[str, Any]]] = {}
+        """Of each optimizer, the groups' settings with names in the place of parameters."""
+        self._trained: list[str] = []
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        """Freeze what is not trained from the start; optimizers are made afterwards."""
+        raise NotImplementedError(f"{type(self).__name__} needs a freeze_before_training")
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
+        """At the start of each epoch, for each optimizer: unfreeze what is due."""
+        raise NotImplementedError(f"{type(self).__name__} needs a finetune_function")
+
+    @staticmethod
+    def flatten_modules(modules: Modules) -> list[nn.Module]:
+        """All leaves, and those parents that have parameters of their own."""
+        if isinstance(modules, nn.ModuleDict):
+            modules = modules.values()
+        if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
+            found: Iterable[nn.Module] = modules.modules()
+        else:
+            found = [leaf for one in modules for leaf in BaseFinetuning.flatten_modules(one)]
+        return [module for module in found if not list(module.children()) or module._parameters]
+
+    @staticmethod
+    def filter_params(modules: Modules, train_bn: bool = True, requires_grad: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters that are trained, or those that are not; those of batch norms only with `train_bn`."""
+        for module in BaseFinetuning.flatten_modules(modules):
+            if train_bn or not isinstance(module, _BatchNorm):
+                yield from (p for p in module.parameters(recurse=False) if p.requires_grad == requires_grad)
+
+    @staticmethod
+    def make_trainable(modules: Modules) -> None:
+        for module in BaseFinetuning.flatten_modules(modules):
+            _set_trained(module, is_trained=True)
+
+    @staticmethod
+    def freeze_module(module: nn.Module) -> None:
+        """Its own parameters, not those of its children."""
+        _set_trained(module, is_trained=False)
+
+    @staticmethod
+    def freeze(modules: Modules, train_bn: bool = True) -> None:
+        """Everything in the modules, batch norms only without `train_bn`."""
+        for module in BaseFinetuning.flatten_modules(modules):
+            _set_trained(module, is_trained=train_bn and isinstance(module, _BatchNorm))
+
+    @staticmethod
+    def filter_on_optimizer(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Those that the optimizer does not have yet; warns of others."""
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        given = list(params)
+        new = [parameter for parameter in given if id(parameter) not in known]
+        if len(new) < len(given):
+            warnings.warn(
+                f"{len(given) - len(new)} of the parameters to be unfrozen are in the optimizer already and get no "
+                "group of their own: give it only those that are trained from the start, "
+                f"{type(optimizer).__name__}(p for p in self.parameters() if p.requires_grad)",
+                stacklevel=3,
+            )
+        return new
+
+    @staticmethod
+    def unfreeze_and_add_param_group(
+        modules: Modules,
+        optimizer: Optimizer,
+        lr: float | None = None,
+        initial_denom_lr: float = 10.0,
+        train_bn: bool = True,
+    ) -> None:
+        """Train the modules as a new group at `lr`, by default the first group's divided by `initial_denom_lr`."""
+        BaseFinetuning.make_trainable(modules)
+        rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else float(lr)
+        params = BaseFinetuning.filter_params(modules, train_bn=train_bn, requires_grad=True)
+        if new := BaseFinetuning.filter_on_optimizer(optimizer, params):
+            optimizer.add_param_group({"params": new, "lr": rate})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._groups, self._trained = {}, []
+            self.freeze_before_training(pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        for optimizer in trainer.optimizers:
+            self.finetune_function(pl_module, trainer.current_epoch, optimizer)
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self._groups = {
+            index: [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+            for index, optimizer in enumerate(trainer.optimizers)
+        }
+        self._trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"internal_optimizer_metadata": self._groups, "trained": self._trained}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # Here, because the optimizers' states that come next need their groups.
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None:
+            return
+        parameters = dict(pl_module.named_parameters())
+        self._groups = state["internal_optimizer_metadata"]
+        for index, optimizer in enumerate(trainer.optimizers):
+            for group in self._groups.get(index, [])[len(optimizer.param_groups) :]:
+                optimizer.add_param_group({**group, "params": [parameters[name] for name in group["params"]]})
+        added = {name for groups in self._groups.values() for group in groups for name in group["params"]}
+        # Lightning's own checkpoints tell the groups only.
+        self._trained = state.get("trained", sorted(added))
+        if self._trained:
+            self._thaw(pl_module)
+
+    def _thaw(self, pl_module: nn.Module) -> None:
+        trained = set(self._trained)
+        for name, module in pl_module.named_modules():
+            own = {f"{name}.{leaf}" if name else leaf for leaf, _ in module.named_parameters(recurse=False)}
+            if own and own <= trained:
+                _set_trained(module, is_trained=True)
+
+
+class BackboneFinetuning(BaseFinetuning):
+    """Trains the module's `backbone` from an epoch on, slower than the rest.
+
+    It is frozen until `unfreeze_backbone_at_epoch`, all but its batch norms with `train_bn`. Then its learning rate is
+    `backbone_initial_lr`, by default that of the first group times `backbone_initial_ratio_lr`; with each further epoch
+    it is multiplied by `lambda_func(epoch)`, and with `should_align` does not exceed the first group's. `verbose`
+    prints both rates, with `rounding` digits.
+    """
+
+    def __init__(
+        self,
+        unfreeze_backbone_at_epoch: int = 10,
+        lambda_func: Callable[[int], float] = multiplicative,
+        backbone_initial_ratio_lr: float = 10e-2,
+        backbone_initial_lr: float | None = None,
+        should_align: bool = True,
+        initial_denom_lr: float = 10.0,
+        train_bn: bool = True,
+        verbose: bool = False,
+        rounding: int = 12,
+    ) -> None:
+        super().__init__()
+        if unfreeze_backbone_at_epoch < 0:
+            raise ConfigError(
+                f"BackboneFinetuning(unfreeze_backbone_at_epoch={unfreeze_backbone_at_epoch}): must be at least 0"
+            )
+        self.unfreeze_backbone_at_epoch = unfreeze_backbone_at_epoch
+        self.lambda_func = lambda_func
+        self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
+        self.backbone_initial_lr = backbone_initial_lr
+        self.should_align = should_align
+        self.initial_denom_lr = initial_denom_lr
+        self.train_bn = train_bn
+        self.verbose = verbose
+        self.rounding = rounding
+        self.previous_backbone_lr: float | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if not isinstance(getattr(pl_module, "backbone", None), nn.Module):
+            raise ModuleError(
+                f"BackboneFinetuning: {type(pl_module).__name__} has no `backbone`: set self.backbone = nn.Module(...)"
+            )
+        if stage == "fit":
+            self.previous_backbone_lr = None
+        super().setup(trainer, pl_module, stage)
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone, train_bn=self.train_bn)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
+        first, previous = optimizer.param_groups[0]["lr"], self.previous_backbone_lr
+        if epoch == self.unfreeze_backbone_at_epoch:
+            initial = self.backbone_initial_lr
+            rate = first * self.backbone_initial_ratio_lr if initial is None else initial
+            self.unfreeze_and_add_param_group(
+                pl_module.backbone, optimizer, rate, train_bn=self.train_bn, initial_denom_lr=self.initial_denom_lr
+            )
+        elif epoch > self.unfreeze_backbone_at_epoch and previous is not None:
+            rate = self.lambda_func(epoch + 1) * previous
+            rate = first if self.should_align and rate > first else rate
+            optimizer.param_groups[-1]["lr"] = rate
+        else:
+            return
+        self.previous_backbone_lr = rate
+        if self.verbose:
+            pl_module.print(f"epoch {epoch}: lr {round(first, self.rounding)}, backbone {round(rate, self.rounding)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.previous_backbone_lr = state_dict["previous_backbone_lr"]
+
+
+def _set_trained(module: nn.Module, *, is_trained: bool) -> None:
+    if isinstance(module, _BatchNorm):
+        module.track_running_stats = is_trained
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(is_trained)

@@ -1,0 +1,74 @@
+"""BasePredictionWriter: writes predictions where they are made. Runs on every worker."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from raylit.callbacks.base import Callback
+from raylit.errors import ConfigError
+
+
+class WriteInterval(str, enum.Enum):
+    """When predictions are written."""
+
+    BATCH = "batch"
+    EPOCH = "epoch"
+    BATCH_AND_EPOCH = "batch_and_epoch"
+
+    @property
+    def on_batch(self) -> bool:
+        return self in (self.BATCH, self.BATCH_AND_EPOCH)
+
+    @property
+    def on_epoch(self) -> bool:
+        return self in (self.EPOCH, self.BATCH_AND_EPOCH)
+
+
+class BasePredictionWriter(Callback):
+    """Override `write_on_batch_end`, `write_on_epoch_end` or both; `write_interval` says which are called.
+
+    Every worker writes its own share of the batches. Indices are those of the samples in the data set, an empty list
+    where nobody can know them: of iterables, and of samplers that split the data themselves. With
+    `trainer.predict(..., return_predictions=False)` nothing but files comes out of the workers.
+    """
+
+    def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
+        try:
+            self.interval = WriteInterval(write_interval)
+        except ValueError:
+            allowed = ", ".join(repr(interval.value) for interval in WriteInterval)
+            raise ConfigError(
+                f"{type(self).__name__}(write_interval={write_interval!r}): must be one of {allowed}"
+            ) from None
+
+    def write_on_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        prediction: Any,
+        batch_indices: Sequence[int],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """`prediction`: what `predict_step` has returned for the batch; `batch_idx` counts this worker's batches."""
+        raise NotImplementedError(f"{type(self).__name__} writes on batches: define write_on_batch_end")
+
+    def write_on_epoch_end(
+        self, trainer: Any, pl_module: Any, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """`predictions`: of this worker's batches, on the CPU, a list for each loader where there are several;
+        `batch_indices`: for each loader the indices of each batch."""
+        raise NotImplementedError(f"{type(self).__name__} writes on epochs: define write_on_epoch_end")
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.interval.on_batch:
+            indices = trainer.predict_loop.current_batch_indices
+            self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
+
+    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.interval.on_epoch:
+            loop = trainer.predict_loop
+            self.write_on_epoch_end(trainer, pl_module, loop.predictions, loop.epoch_batch_indices)

@@ -1,0 +1,157 @@
+"""WeightAveraging: an average of the weights is what is evaluated, saved and left at the end. Runs on every worker."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from raylit.callbacks.base import Callback
+from raylit.errors import ConfigError
+
+
+class WeightAveraging(Callback):
+    """Averages weights and, with `use_buffers`, buffers after each step; override `should_update` for other times.
+
+    Validation runs with the average, checkpoints have it as their `state_dict`, and at the end of training it is what
+    the module has. `device`: where the average is kept, by default the module's. Other keywords are those of
+    torch.optim.swa_utils.AveragedModel, such as `avg_fn` and `multi_avg_fn`; without them all count alike.
+    """
+
+    def __init__(self, device: torch.device | str | int | None = None, use_buffers: bool = True, **kwargs: Any) -> None:
+        self._device = torch.device(device) if isinstance(device, str) else device
+        self._use_buffers = use_buffers
+        self._kwargs = kwargs
+        self._average: AveragedModel | None = None
+        self._is_swapped = False
+        """The module has the average's values, and the average the module's."""
+        self._latest_update_step = 0
+        self._latest_update_epoch = -1
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to take in the weights after this step, or after this epoch: one of the two is given, from 0."""
+        return step_idx is not None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._average is None:
+            self._latest_update_step, self._latest_update_epoch = trainer.global_step, -1
+            self._make(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step > self._latest_update_step and self.should_update(step_idx=step - 1):
+            self._made().update_parameters(pl_module)
+            self._latest_update_step = step
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        epoch = trainer.current_epoch
+        if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
+            self._made().update_parameters(pl_module)
+            self._latest_update_epoch = epoch
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._average is not None:
+            self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._average is not None:
+            self._swap(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        for average, current in zip(_values(self._made().module), _values(pl_module), strict=True):
+            current.copy_(average)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # The driver's callback needs no second model.
+        self._average = None
+        self._is_swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest_update_step": self._latest_update_step, "latest_update_epoch": self._latest_update_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._latest_update_step = state_dict["latest_update_step"]
+        self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._average is None:
+            return
+        if self._is_swapped:
+            self._swap(pl_module)
+            self._save(pl_module, checkpoint)
+            self._swap(pl_module)
+        else:
+            self._save(pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._make(pl_module)
+        self._latest_update_step, self._latest_update_epoch = checkpoint["global_step"], -1
+        if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
+            return  # of a run without averaging: what has been loaded is where the average starts
+        averaged = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
+        self._made().load_state_dict({**averaged, **checkpoint["averaging_state"]})
+        pl_module.load_state_dict(checkpoint["current_model_state"])
+
+    def _make(self, pl_module: Any) -> None:
+        device = pl_module.device if self._device is None else self._device
+        self._average = AveragedModel(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
+
+    def _made(self) -> AveragedModel:
+        assert self._average is not None
+        return self._average
+
+    def _swap(self, pl_module: nn.Module) -> None:
+        for average, current in zip(_values(self._made().module), _values(pl_module), strict=True):
+            previous = average.clone()
+            average.copy_(current)
+            current.copy_(previous)
+        self._is_swapped = not self._is_swapped
+
+    def _save(self, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        # Copies: validation exchanges the values while a checkpoint may still be on its way to the disk.
+        state = {name: value.detach().cpu().clone() for name, value in self._made().state_dict().items()}
+        current = pl_module.state_dict()
+        checkpoint["current_model_state"] = {name: value.detach().cpu().clone() for name, value in current.items()}
+        prefix = "module."
+        checkpoint["state_dict"] = {
+            name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+        }
+        checkpoint["averaging_state"] = {name: value for name, value in state.items() if not name.startswith(prefix)}
+
+
+class EMAWeightAveraging(WeightAveraging):
+    """An exponential moving average: `decay` times itself and the rest of the new weights.
+
+    It is updated every so many steps, once `update_starting_at_step` is reached; with `update_starting_at_epoch` also
+    after each epoch from that one on.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise ConfigError(f"EMAWeightAveraging(decay={decay}): must be from 0 to 1")
+        super().__init__(device, use_buffers, **kwargs, avg_fn=get_ema_avg_fn(decay))
+        self.update_every_n_steps = update_every_n_steps
+        self.update_starting_at_step = update_starting_at_step
+        self.update_starting_at_epoch = update_starting_at_epoch
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        if step_idx is not None:
+            is_started = self.update_starting_at_step is None or step_idx >= self.update_starting_at_step
+            return is_started and self.update_every_n_steps > 0 and step_idx % self.update_every_n_steps == 0
+        first_epoch = self.update_starting_at_epoch
+        return epoch_idx is not None and first_epoch is not None and epoch_idx >= first_epoch
+
+
+def _values(module: nn.Module) -> "itertools.chain[Tensor]":
+    """Of its parameters and buffers, without their graphs."""
+    return itertools.chain((p.data for p in module.parameters()), (b.data for b in module.buffers()))
