@@ -23,11 +23,13 @@ from raylit.errors import (
 )
 from raylit.loggers import CSVLogger, Logger, TensorBoardLogger
 from raylit.module import LightningModule
+from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
 from raylit.trainer import Trainer
 
 __all__ = [
+    "AdvancedProfiler",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -44,9 +46,12 @@ __all__ = [
     "ModelSummary",
     "ModuleError",
     "NotFiniteError",
+    "PassThroughProfiler",
     "ProgressBar",
+    "PyTorchProfiler",
     "RaylitError",
     "ResourcesError",
+    "SimpleProfiler",
     "TQDMProgressBar",
     "TensorBoardLogger",
     "Timer",

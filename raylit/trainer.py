@@ -30,6 +30,7 @@ from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit, CombinationName
+from raylit.profilers import PassThroughProfiler, Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, Stage
 from raylit.worker import handback
@@ -99,7 +100,7 @@ class Trainer:
         deterministic: bool | Literal["warn"] = False,
         benchmark: bool | None = None,
         inference_mode: bool = True,
-        profiler: str | None = None,
+        profiler: str | bool | Profiler | None = None,
         auto_lr_find: bool | str = False,
         auto_scale_batch_size: bool | str = False,
         **earlier: Unpack[EarlierNames],
@@ -115,6 +116,7 @@ class Trainer:
         summary = next((callback for callback in self._driver_callbacks if isinstance(callback, ModelSummary)), None)
         depth = None if summary is None else summary.max_depth
         self._plan = replace(plan, reporting=replace(plan.reporting, summary_depth=depth))
+        self._profiler = given.to(chosen_profiler)
         self.loggers = given.to(build_loggers, default_root_dir=plan.default_root_dir)
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
@@ -256,6 +258,11 @@ class Trainer:
         return self.loggers[0] if self.loggers else None
 
     @property
+    def profiler(self) -> Profiler:
+        """With the last run's `profiles`. In hooks `self.trainer.profiler` is the worker's own copy."""
+        return self._profiler or PassThroughProfiler()
+
+    @property
     def log_dir(self) -> str:
         """Where the first logger writes; the root directory without one."""
         return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
@@ -305,6 +312,7 @@ class Trainer:
             callbacks=self._callbacks,
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
             compilations=compilations,
+            profiler=self._profiler,
             log_dir=self.log_dir,
         )
 

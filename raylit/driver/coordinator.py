@@ -1,12 +1,13 @@
 """Coordinator: the driver's loop. Decides when to train, validate, save and stop. Driver."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
 from raylit.checkpoint import files, format
 from raylit.driver import predictions
+from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
 from raylit.driver.schedule import Schedule
@@ -24,6 +25,7 @@ from raylit.messages import (
     Paused,
     Predict,
     Predicted,
+    Profile,
     Reload,
     Reloaded,
     Report,
@@ -54,17 +56,19 @@ class Coordinator:
         stage: Stage,
     ) -> None:
         self.plan = plan
-        self.loggers = list(loggers)
+        self._costs = None if job.profiler is None else Costs()
+        self.loggers = list(loggers) if self._costs is None else [self._costs.of(logger) for logger in loggers]
         self.state = RunState(stage=stage)
         self.log_dir = job.log_dir
         self._job = job
-        self._callbacks = callbacks
+        self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
         self._interrupts = Interrupts(on_first=self._brake)
         self._is_training = False
         """The workers carry out a Train command."""
         self._written: list[Written] = []
+        self._profiles: list[Profile] = []
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
 
@@ -113,10 +117,12 @@ class Coordinator:
             callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())
         }
         driver_part = {} if is_weights_only else {"callbacks": callback_states, "seed": self.plan.seed}
-        files.write(format.merge(saved, driver_part), path)
+        with self._measured("write checkpoint"):
+            files.write(format.merge(saved, driver_part), path)
 
     def remove_checkpoint(self, path: str) -> None:
-        files.remove(path)
+        with self._measured("remove checkpoint"):
+            files.remove(path)
 
     # The loop
 
@@ -196,6 +202,16 @@ class Coordinator:
             self._notify("on_interrupt")
         self._finish()
 
+    def _measured(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._costs is None else self._costs.measured(name)
+
+    def _describe_profiles(self) -> None:
+        """What came of the profiler in a run whose workers have come to their end, whatever has ended it."""
+        if self._job.profiler is None or self._costs is None or not self._profiles:
+            return
+        workers = sorted(self._profiles, key=lambda profile: profile.title, reverse=True)  # the slowest first
+        self._job.profiler.describe(self.state.stage, [*workers, self._costs.profile()], log_dir=self.log_dir)
+
     # The workers
 
     @contextmanager
@@ -206,7 +222,8 @@ class Coordinator:
         self._interrupts.install()
         try:
             self._interrupts.is_connecting = self.plan.workers.num_workers > 0
-            self._group = build_group(self.plan, self._job, on_connected=self._connected)
+            with self._measured("get workers"):
+                self._group = build_group(self.plan, self._job, on_connected=self._connected)
             self._start(checkpoint, is_resuming=is_resuming)
             self._interrupts.is_deferring = True
             for callback in self._callbacks:
@@ -233,9 +250,11 @@ class Coordinator:
                 for logger in self.loggers:
                     logger.finalize(status)
             finally:
-                if self._group is not None:
-                    self._group.release(is_kept=not self.state.is_interrupted)
+                with self._measured("release workers"):
+                    if self._group is not None:
+                        self._group.release(is_kept=not self.state.is_interrupted)
                 self._interrupts.restore()
+                self._describe_profiles()
 
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
@@ -268,11 +287,16 @@ class Coordinator:
     def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
-        for rank, report in self._group.run(command):
+        reports = self._group.run(command)
+        if self._costs is not None:
+            reports = self._costs.over("wait for workers", reports)
+        for rank, report in reports:
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
             if isinstance(report, Written):
                 self._written.append(report)
+            if isinstance(report, Profile):
+                self._profiles.append(report)
             if rank == 0:
                 self._receive(report)
             if only_rank is None or rank == only_rank:

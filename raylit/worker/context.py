@@ -8,6 +8,7 @@ from raylit.callbacks.base import Callback
 from raylit.compilation import Compilations
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
+from raylit.profilers import Profiler
 from raylit.worker.shared_memory import SharedMemory
 
 
@@ -38,6 +39,7 @@ class Job:
     """What was given to fit and the others: by stage "train", "validate", "test", "predict"."""
     compilations: Compilations = field(default_factory=dict)
     """How the user has compiled the module and its parts, which pickling drops."""
+    profiler: Profiler | None = None
     log_dir: str = "."
     shared_memory: SharedMemory | None = None
     """In an actor: where the data lies. It stays out of what goes back to the driver, which has it."""

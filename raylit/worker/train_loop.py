@@ -10,11 +10,13 @@ from torch import Tensor
 
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
+from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
 from raylit.worker.data import Feed, TrainSource
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
+from raylit.worker.recording import TimedFeed
 from raylit.worker.returns import EpochOutputs, detached
 from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed
@@ -182,6 +184,8 @@ class TrainLoop:
                 hooks.call("on_train_epoch_start")
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
             feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            if self._session.profiler is not None:
+                feed = TimedFeed(feed, self._session.profiler, NEXT_BATCH["fit"])
             mover = self._session.mover
             self._feed = feed if mover is None else MovedFeed(feed, mover)
             self._session.restore_random_state()
