@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle
 
 from raylit.profilers.base import NEXT_BATCH, Profiler
+
 
 class PyTorchProfiler(Profiler):
     """Operators with their times on CPU and GPU, of a few batches, and a trace of them in which the actions stand.
@@ -75,7 +77,7 @@ class PyTorchProfiler(Profiler):
     def start(self, action_name: str) -> None:
         super().start(action_name)
         if self._profile is not None and action_name == NEXT_BATCH[self._stage]:
-            self._profile.step()
+            self._step()
         self._enter(action_name)
 
     def stop(self, action_name: str) -> None:
@@ -95,6 +97,16 @@ class PyTorchProfiler(Profiler):
         self._end()
         self._traces = []
         super().teardown(stage)
+
+    def _step(self) -> None:
+        # Out of hand meanwhile: where this raises, torch must not be asked to stop, which would crash the process.
+        stepped, self._profile = self._profile, None
+        assert stepped is not None
+        with warnings.catch_warnings():
+            # A new cycle of the schedule forgets the one before, which has been kept here.
+            warnings.filterwarnings("ignore", message=".*Profiler clears events")
+            stepped.step()
+        self._profile = stepped
 
     def _enter(self, name: str) -> None:
         entered = record_function(name)
