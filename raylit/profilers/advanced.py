@@ -103,7 +103,7 @@ class AdvancedProfiler(Profiler):
 
 def _stats_of(profile: cProfile.Profile) -> dict[Any, Any]:
     profile.create_stats()
-    stats: dict[Any, Any] = profile.stats  # type: ignore[attr-defined]
+    stats: dict[Any, Any] = profile.stats
     return stats
 
 

@@ -42,7 +42,7 @@ class TrainLoop:
         self._optimization = optimization
         self._schedules = schedules
         self._step_schedules = [schedule for schedule in schedules if schedule.interval == "step"]
-        self._feed: Feed | MovedFeed | None = None
+        self._feed: Feed | TimedFeed | MovedFeed | None = None
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
@@ -169,7 +169,7 @@ class TrainLoop:
 
     # Helpers, in the order in which they are called
 
-    def _begin(self) -> Feed | MovedFeed:
+    def _begin(self) -> Feed | TimedFeed | MovedFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
@@ -183,9 +183,9 @@ class TrainLoop:
             if view.num_batches_done == 0:
                 hooks.call("on_train_epoch_start")
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
-            feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
-            if self._session.profiler is not None:
-                feed = TimedFeed(feed, self._session.profiler, NEXT_BATCH["fit"])
+            batches = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            profiler = self._session.profiler
+            feed = batches if profiler is None else TimedFeed(batches, profiler, NEXT_BATCH["fit"])
             mover = self._session.mover
             self._feed = feed if mover is None else MovedFeed(feed, mover)
             self._session.restore_random_state()

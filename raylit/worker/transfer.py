@@ -12,6 +12,7 @@ from raylit.module import LightningModule
 from raylit.profilers.base import Profiler, timed
 from raylit.worker.data import Feed
 from raylit.worker.hooks import is_overridden
+from raylit.worker.recording import TimedFeed
 from raylit.worker.signatures import num_positional
 
 BatchHook = Callable[[Any, int], Any]
@@ -89,7 +90,7 @@ class MovedFeed:
 
     __slots__ = ("_batches", "weight")
 
-    def __init__(self, feed: Feed, mover: Mover) -> None:
+    def __init__(self, feed: Feed | TimedFeed, mover: Mover) -> None:
         self.weight = 1.0
         """Of the batch just returned, as the Feed's."""
         self._batches = mover.over(((feed.weight, batch) for batch in feed), may_run_ahead=feed.may_run_ahead)
