@@ -117,11 +117,14 @@ class TerminalBar:
 
 
 class NotebookBar:
-    """An output of a notebook's cell, renewed in place. Needs nothing but IPython, which is there."""
+    """An output of a notebook's cell, renewed in place. Needs nothing but IPython, which is there.
+
+    `free`: outputs of bars that have vanished, for later ones to stand in.
+    """
 
     _PERIOD_S = 0.1
 
-    def __init__(self, title: str, *, total: float, done: float, lead: Values) -> None:
+    def __init__(self, title: str, *, total: float, done: float, lead: Values, free: list[Any]) -> None:
         from IPython.display import display
 
         self.total = total
@@ -132,7 +135,9 @@ class NotebookBar:
         self._lead = lead
         self._values: Values = {}
         self._drawn_at = self.started_at
-        self._display: Any = display(self._bundle(), raw=True, display_id=True)
+        self._free = free
+        self._display: Any = free.pop() if free else display(self._bundle(), raw=True, display_id=True)
+        self._draw()
 
     def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None:
         self.done, self._values = done, dict(metrics)
@@ -147,6 +152,7 @@ class NotebookBar:
             self._draw()
         else:
             self._display.update({"text/plain": "", "text/html": ""}, raw=True)
+            self._free.append(self._display)
 
     def _draw(self) -> None:
         self._drawn_at = monotonic()

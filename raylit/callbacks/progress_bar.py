@@ -3,7 +3,7 @@
 import math
 import sys
 from contextlib import ExitStack
-from typing import TextIO
+from typing import Any, TextIO
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.line_stream import lines_above_bars
@@ -33,6 +33,8 @@ class ProgressBar(DriverCallback):
         self._evaluation: Meter | None = None
         self._bars_at: TextIO | None = None
         self._redirection: ExitStack | None = None
+        self._free_outputs: list[Any] = []
+        """Of a notebook's cell."""
 
     def on_train_start(self, run: Run) -> None:
         if run.state.progress.batch > 0 and not run.state.progress.is_epoch_ended:
@@ -46,6 +48,8 @@ class ProgressBar(DriverCallback):
         last = run.plan.limits.max_epochs
         title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
         self._epoch = self._opened(run, title, total=run.state.num_training_batches, done=done, is_outer=True)
+        if self._epoch is not None and run.state.progress_bar_metrics:
+            self._epoch.show(done, run.state.progress_bar_metrics)  # the last epoch's, until there are new ones
 
     def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
         if self._evaluation is not None:
@@ -96,7 +100,7 @@ class ProgressBar(DriverCallback):
         version = run.loggers[0].version if run.loggers and is_outer else None
         lead = {} if version is None else {"v_num": str(version) if isinstance(version, int) else version[-4:]}
         if is_notebook:
-            return NotebookBar(title, total=total, done=done, lead=lead)
+            return NotebookBar(title, total=total, done=done, lead=lead, free=self._free_outputs)
         stream = self._stream_of_bars()
         return TerminalBar(title, total=total, done=done, every=self.refresh_rate, lead=lead, stream=stream)
 
@@ -115,6 +119,7 @@ class ProgressBar(DriverCallback):
         if self._redirection is not None:
             self._redirection.close()
         self._epoch = self._evaluation = self._bars_at = self._redirection = None
+        self._free_outputs = []
 
 
 TQDMProgressBar = ProgressBar

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
+from raylit.callbacks.line_stream import status_line
+from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import files, format
 from raylit.driver import predictions
 from raylit.driver.costs import Costs
@@ -202,6 +204,12 @@ class Coordinator:
             self._notify("on_interrupt")
         self._finish()
 
+    def _start_is_shown(self) -> AbstractContextManager[None]:
+        num_workers = self.plan.workers.num_workers
+        is_shown = num_workers > 0 and any(isinstance(c, ProgressBar) and c.refresh_rate for c in self._callbacks)
+        workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+        return status_line(f"Starting {workers} ...") if is_shown else nullcontext()
+
     def _measured(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._costs is None else self._costs.measured(name)
 
@@ -222,7 +230,7 @@ class Coordinator:
         self._interrupts.install()
         try:
             self._interrupts.is_connecting = self.plan.workers.num_workers > 0
-            with self._measured("get workers"):
+            with self._measured("get workers"), self._start_is_shown():
                 self._group = build_group(self.plan, self._job, on_connected=self._connected)
             self._start(checkpoint, is_resuming=is_resuming)
             self._interrupts.is_deferring = True

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from raylit.callbacks.line_stream import status_line
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
@@ -88,6 +89,10 @@ class Terminal:
                 column += 1
         lines = ["".join(rows[row]).rstrip() for row in sorted(rows)]
         return [line for line in lines if line]
+
+    def text(self) -> str:
+        """Everything that was written, once the terminal is ended."""
+        return self._raw.decode()
 
     def _read(self, master: int) -> None:
         # Linux answers with an error once the other end is closed.
@@ -421,3 +426,20 @@ def test_the_bar_keeps_its_width_whatever_the_values_become(monkeypatch: pytest.
         (row,) = terminal.rows()
         widths.append(row.count("█"))
     assert widths[0] == widths[1] > 16
+
+
+def test_a_status_line_is_there_for_as_long_as_something_takes(open_terminal: Callable[[], Terminal]) -> None:
+    terminal = open_terminal()
+    with status_line("Starting 2 workers ..."):
+        print("said meanwhile")
+        with contextlib.suppress(KeyError), status_line("another"):
+            raise KeyError
+    print("afterwards")
+    assert terminal.rows() == ["said meanwhile", "afterwards"]
+    assert "Starting 2 workers ..." in terminal.text()
+
+
+def test_a_status_line_needs_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with status_line("Starting 2 workers ..."):
+        pass
+    assert capsys.readouterr().err == ""
