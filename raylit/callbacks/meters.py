@@ -14,6 +14,7 @@ _VALUE_WIDTH = 8
 """Room for each value, so that a bar keeps its width whatever it becomes: -1.23e-05."""
 _MIN_BAR_WIDTH = 16
 """With less, the metrics have a line of their own."""
+_LEAST_BAR_WIDTH = 4
 _TITLE_WIDTH = 12
 """The bars of an epoch and of its validation begin in one column."""
 
@@ -36,7 +37,18 @@ class Meter(Protocol):
 class TerminalBar:
     """A tqdm bar, and a line for the metrics below it where they do not fit beside it."""
 
-    def __init__(self, title: str, *, total: float, done: float, every: int, lead: Values, stream: TextIO) -> None:
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: float,
+        done: float,
+        every: int,
+        lead: Values,
+        stream: TextIO,
+        above: "TerminalBar | None" = None,
+    ) -> None:
+        """`above`: a bar whose width this one is to have."""
         from tqdm import tqdm  # with the first bar only: without a terminal nothing needs it
 
         self._tqdm = tqdm
@@ -47,7 +59,9 @@ class TerminalBar:
         self._every = every
         self._lead = lead
         self._stream = stream
+        self._above = above
         self._below: tqdm[Any] | None = None
+        self.bar_width = _LEAST_BAR_WIDTH
         self._bar = tqdm(
             desc=self._title,
             total=int(total) if math.isfinite(total) else None,
@@ -87,24 +101,24 @@ class TerminalBar:
     def _lay_out(self, metrics: Values) -> None:
         width = self._bar.format_dict["ncols"] or 80
         metrics = {**self._lead, **metrics}
-        times = "[{elapsed}<{remaining}, {rate_fmt}"
-        head, counts = f"{self._title}{{percentage:3.0f}}%|", "| {n_fmt}/{total_fmt} "
-        if not math.isfinite(self.total):
-            # As wide as it may become: a count of 7 digits.
-            taken, head, counts, times = len(self._title) + 35, self._title, "{n_fmt}it ", "[{elapsed}, {rate_fmt}"
-            bar_width = 0
+        wanted = sum(len(name) + _VALUE_WIDTH + 3 for name in metrics)
+        if math.isfinite(self.total):
+            counts = 2 * len(str(self._bar.total)) + 1
+            room = width - len(self._title) - counts - len("100%||  [00:00<00:00, 1000.00it/s]")
+            is_beside = self._below is None and (not metrics or room - wanted >= _MIN_BAR_WIDTH)
+            bar_width = room - wanted if is_beside else room
+            times = "{elapsed}<{remaining}, {rate_fmt}"
+            if bar_width < _LEAST_BAR_WIDTH:  # no room for everything: what is left to do matters most
+                bar_width += len("00:00<, 1000.00it/s")
+                times = "{remaining}"
+            self.bar_width = max(_LEAST_BAR_WIDTH, bar_width if self._above is None else self._above.bar_width)
+            bar = f"{{percentage:3.0f}}%|{{bar:{self.bar_width}}}| {{n_fmt}}/{{total_fmt}}"
         else:
-            taken = len(self._title) + 8 + 2 * len(str(self._bar.total)) + len("[00:00<00:00, 00.00it/s]")
-            bar_width = width - taken - 2 - sum(len(name) + _VALUE_WIDTH + 3 for name in metrics)
-        is_beside = self._below is None and (
-            bar_width >= _MIN_BAR_WIDTH
-            or not metrics
-            or (bar_width == 0 and taken + len(listed(metrics, width)) + 2 <= width)
-        )
-        bar = "" if not math.isfinite(self.total) else f"{{bar:{bar_width}}}" if is_beside and metrics else "{bar}"
-        if taken + 4 > width and bar:  # no room for everything: what is left to do matters most
-            times = "[{remaining}"
-        self._bar.bar_format = f"{head}{bar}{counts}{times}{{postfix}}]"
+            is_beside = self._below is None and wanted <= width - len(self._title) - len(
+                "1000000it [00:00:00, 00.00it/s]"
+            )
+            bar, times = "{n_fmt}it", "{elapsed}, {rate_fmt}"
+        self._bar.bar_format = f"{self._title}{bar} [{times}{{postfix}}]"
         self._bar.set_postfix_str(listed(metrics, width) if is_beside else "", refresh=False)
         if not is_beside:
             self._show_below(listed(metrics, width - 3))

@@ -102,7 +102,10 @@ class ProgressBar(DriverCallback):
         if is_notebook:
             return NotebookBar(title, total=total, done=done, lead=lead, free=self._free_outputs)
         stream = self._stream_of_bars()
-        return TerminalBar(title, total=total, done=done, every=self.refresh_rate, lead=lead, stream=stream)
+        above = self._epoch if not is_outer and isinstance(self._epoch, TerminalBar) else None
+        return TerminalBar(
+            title, total=total, done=done, every=self.refresh_rate, lead=lead, stream=stream, above=above
+        )
 
     def _stream_of_bars(self) -> TextIO:
         if self._bars_at is None:

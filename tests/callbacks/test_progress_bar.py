@@ -143,6 +143,7 @@ def test_validation_has_a_second_bar_while_it_runs(open_terminal: Callable[[], T
     first, second = terminal.rows()
     assert re.match("Epoch 0/9: +100%", first)  # the last tick was batch 2, the state knows of 4
     assert second.startswith("Validation:")
+    assert [first.index("|"), first.rindex("|")] == [second.index("|"), second.rindex("|")]
     assert " 4/5 " in second
 
 
