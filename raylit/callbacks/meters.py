@@ -101,7 +101,9 @@ class TerminalBar:
     def _lay_out(self, metrics: Values) -> None:
         width = self._bar.format_dict["ncols"] or 80
         metrics = {**self._lead, **metrics}
-        wanted = sum(len(name) + _VALUE_WIDTH + 3 for name in metrics)
+        wanted = sum(
+            len(name) + 3 + (len(value) if isinstance(value, str) else _VALUE_WIDTH) for name, value in metrics.items()
+        )
         if math.isfinite(self.total):
             counts = 2 * len(str(self._bar.total)) + 1
             room = width - len(self._title) - counts - len("100%||  [00:00<00:00, 1000.00it/s]")
