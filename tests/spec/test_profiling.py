@@ -147,3 +147,35 @@ def test_traces_of_workers_arrive_in_the_log_directory(quiet, tmp_path):
 def test_an_unknown_profiler_is_an_error_that_names_those_there_are(profiler):
     with pytest.raises(pl.ConfigError, match="'simple', 'advanced', 'pytorch'"):
         pl.Trainer(profiler=profiler)
+
+
+@pytest.mark.parametrize(
+    ("profiler", "kind"),
+    [
+        (True, pl.SimpleProfiler),
+        ("simple", pl.SimpleProfiler),
+        ("advanced", pl.AdvancedProfiler),
+        ("pytorch", pl.PyTorchProfiler),
+    ],
+)
+def test_profilers_have_short_names(profiler, kind):
+    assert type(pl.Trainer(profiler=profiler).profiler) is kind
+
+
+class FailingOnce(Uneven):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3 and self.global_rank == 1:
+            raise KeyError("on purpose")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_failure_on_a_worker_leaves_profilers_usable(quiet):
+    loader = DataLoader(make_data(48), batch_size=4, shuffle=True)
+    arguments = {"num_workers": 2, "max_epochs": 1, "limit_val_batches": 0, "profiler": "advanced", **quiet}
+    failed = pl.Trainer(**arguments)
+    with pytest.raises(KeyError, match="on purpose"):
+        failed.fit(FailingOnce(), loader)
+    assert failed.profiler.profiles == ()
+    trainer = pl.Trainer(**arguments)
+    trainer.fit(Uneven(), loader)
+    assert "training_step" in trainer.profiler.profiles[0].text
