@@ -40,11 +40,13 @@ from raylit.errors import (
 )
 from raylit.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raylit.module import LightningModule
+from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
 from raylit.trainer import Trainer
 
 __all__ = [
+    "AdvancedProfiler",
     "BackboneFinetuning",
     "BaseFinetuning",
     "BasePredictionWriter",
@@ -72,9 +74,12 @@ __all__ = [
     "ModuleError",
     "NotFiniteError",
     "OnExceptionCheckpoint",
+    "PassThroughProfiler",
     "ProgressBar",
+    "PyTorchProfiler",
     "RaylitError",
     "ResourcesError",
+    "SimpleProfiler",
     "StochasticWeightAveraging",
     "TQDMProgressBar",
     "TensorBoardLogger",

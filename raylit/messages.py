@@ -216,6 +216,32 @@ class LogCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Action:
+    """Something that a profiler has measured."""
+
+    name: str
+    num_calls: int
+    total_s: float
+    """Without what other actions inside it took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What a profiler has found in a process; of the workers, only the slowest and the fastest rank send theirs."""
+
+    title: str
+    rank: int | None
+    """None: the driver."""
+    elapsed_s: float
+    actions: tuple[Action, ...]
+    peak_memory_bytes: tuple[tuple[str, int], ...] = ()
+    """Of main memory and devices, by what the memory is."""
+    text: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """By the ends of their names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommandDone:
     """A worker is through with what it was asked to do and waits for more."""
 
@@ -259,6 +285,7 @@ Report = (
     | Predicted
     | Saved
     | LogCall
+    | Profile
     | Finished
 )
 

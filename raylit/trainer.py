@@ -32,6 +32,7 @@ from raylit.loggers.dummy import DummyLogger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit, CombinationName
+from raylit.profilers import PassThroughProfiler, Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, RunStatus, Stage, TrainerState
 from raylit.worker import handback
@@ -103,7 +104,7 @@ class Trainer:
         deterministic: bool | Literal["warn"] = False,
         benchmark: bool | None = None,
         inference_mode: bool = True,
-        profiler: str | None = None,
+        profiler: str | bool | Profiler | None = None,
         auto_lr_find: bool | str = False,
         auto_scale_batch_size: bool | str = False,
         **earlier: Unpack[EarlierNames],
@@ -117,6 +118,7 @@ class Trainer:
         self._arguments_plan = plan = given.plan()
         self.loggers = given.to(attachments.build_loggers, default_root_dir=plan.default_root_dir)
         self._attach(given.to(attachments.chosen_callbacks))
+        self._profiler = given.to(chosen_profiler)
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
@@ -266,6 +268,11 @@ class Trainer:
         return self.loggers[0] if self.loggers else None
 
     @property
+    def profiler(self) -> Profiler:
+        """With the last run's `profiles`. In hooks `self.trainer.profiler` is the worker's own copy."""
+        return self._profiler or PassThroughProfiler()
+
+    @property
     def log_dir(self) -> str:
         """Where the first logger writes; the root directory without one."""
         return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
@@ -330,6 +337,7 @@ class Trainer:
             callbacks=self._callbacks,
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
             compilations=compilations,
+            profiler=self._profiler,
             log_dir=self.log_dir,
             loggers=[
                 logger if self._is_here(logger) else LoggerFacts.of(logger, index)

@@ -47,6 +47,22 @@ class LineStream:
 
 
 @contextlib.contextmanager
+def status_line(text: str) -> Iterator[None]:
+    """A line at the bottom of the terminal, for as long as something takes; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    with lines_above_bars() as stream:
+        bar = tqdm(bar_format=text, file=stream, leave=False, dynamic_ncols=True)
+        try:
+            yield
+        finally:
+            bar.close()
+
+
+@contextlib.contextmanager
 def lines_above_bars() -> Iterator[TextIO]:
     """The stream for bars, stderr; what is printed to a terminal meanwhile goes above them."""
     with contextlib.ExitStack() as stack:

@@ -3,18 +3,19 @@
 import math
 import sys
 from contextlib import ExitStack
-from time import monotonic
-from typing import Protocol, TextIO
+from typing import Any, TextIO
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.line_stream import lines_above_bars
+from raylit.callbacks.meters import Lines, Meter, NotebookBar, TerminalBar
 from raylit.errors import ConfigError
 
 _TITLES = {"validate": "Validating", "test": "Testing", "predict": "Predicting"}
 
 
 class ProgressBar(DriverCallback):
-    """A bar for the epoch and, below it, one for the evaluation inside it; both on stderr.
+    """A bar for the epoch and, below it, one for the evaluation inside it: on stderr if that is a terminal, below the
+    cell in a notebook, and plain lines on stderr anywhere else.
 
     `refresh_rate`: batches between two redraws, 0 shows nothing. `leave`: every epoch's bar stays, not just the last.
     Ticks are thinned out on their way here: where a loop ends, the bar takes its place from the run's state.
@@ -28,10 +29,12 @@ class ProgressBar(DriverCallback):
             raise ConfigError(f"refresh_rate={refresh_rate}: must be 0 (off) or a number of batches")
         self.refresh_rate = refresh_rate
         self.leave = leave
-        self._epoch: _Meter | None = None
-        self._evaluation: _Meter | None = None
+        self._epoch: Meter | None = None
+        self._evaluation: Meter | None = None
         self._bars_at: TextIO | None = None
         self._redirection: ExitStack | None = None
+        self._free_outputs: list[Any] = []
+        """Of a notebook's cell."""
 
     def on_train_start(self, run: Run) -> None:
         if run.state.progress.batch > 0 and not run.state.progress.is_epoch_ended:
@@ -42,15 +45,17 @@ class ProgressBar(DriverCallback):
             self._epoch.close(leave=self.leave)
         progress = run.state.progress
         epoch, done = (progress.epoch + 1, 0) if progress.is_epoch_ended else (progress.epoch, progress.batch)
-        self._epoch = self._opened(
-            run, f"Epoch {epoch}", total=run.state.num_training_batches, done=done, is_outer=True
-        )
+        last = run.plan.limits.max_epochs
+        title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
+        self._epoch = self._opened(run, title, total=run.state.num_training_batches, done=done, is_outer=True)
+        if self._epoch is not None and run.state.progress_bar_metrics:
+            self._epoch.show(done, run.state.progress_bar_metrics)  # the last epoch's, until there are new ones
 
     def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
         if self._evaluation is not None:
-            self._evaluation.show(sum(_eval_sizes(run)[:dataloader_idx]) + batch)
+            self._evaluation.show(sum(_eval_sizes(run)[:dataloader_idx]) + batch, {})
         elif self._epoch is not None:
-            self._epoch.show(batch, _metrics(run))
+            self._epoch.show(batch, run.state.progress_bar_metrics)
 
     def on_evaluation_start(self, run: Run, stage: str) -> None:
         if run.state.is_sanity_checking:
@@ -58,7 +63,7 @@ class ProgressBar(DriverCallback):
         else:
             title = "Validation" if run.state.stage == "fit" else _TITLES[stage]
         if self._epoch is not None:
-            self._epoch.show(run.state.progress.batch, _metrics(run))
+            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics)
         is_outer = run.state.stage != "fit"
         self._evaluation = self._opened(run, title, total=sum(_eval_sizes(run)), done=0, is_outer=is_outer)
 
@@ -67,17 +72,18 @@ class ProgressBar(DriverCallback):
         if meter is None:
             return
         if run.state.stage != "fit":
-            meter.show(meter.total if math.isfinite(meter.total) else meter.done, _metrics(run), is_final=True)
+            done = meter.total if math.isfinite(meter.total) else meter.done
+            meter.show(done, run.state.progress_bar_metrics, is_final=True)
             meter.close(leave=True)
             return
         meter.close(leave=False)
         if self._epoch is not None:
             self._epoch.resume(meter.started_at)
-            self._epoch.show(self._epoch.done, _metrics(run))
+            self._epoch.show(self._epoch.done, run.state.progress_bar_metrics)
 
     def on_train_epoch_end(self, run: Run) -> None:
         if self._epoch is not None:
-            self._epoch.show(run.state.progress.batch, _metrics(run), is_final=True)
+            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics, is_final=True)
 
     def on_end(self, run: Run) -> None:
         self._close()
@@ -85,14 +91,21 @@ class ProgressBar(DriverCallback):
     def on_exception(self, run: Run, error: BaseException) -> None:
         self._close()
 
-    def _opened(self, run: Run, title: str, *, total: float, done: float, is_outer: bool) -> "_Meter | None":
+    def _opened(self, run: Run, title: str, *, total: float, done: float, is_outer: bool) -> Meter | None:
         if self.refresh_rate == 0:
             return None
-        if not sys.stderr.isatty() and not _is_notebook():
-            return _Lines(title, total=total, done=done, period_s=self.line_period_s)
+        is_notebook = _is_notebook()
+        if not sys.stderr.isatty() and not is_notebook:
+            return Lines(title, total=total, done=done, period_s=self.line_period_s)
         version = run.loggers[0].version if run.loggers and is_outer else None
+        lead = {} if version is None else {"v_num": str(version) if isinstance(version, int) else version[-4:]}
+        if is_notebook:
+            return NotebookBar(title, total=total, done=done, lead=lead, free=self._free_outputs)
         stream = self._stream_of_bars()
-        return _Bar(title, total=total, done=done, every=self.refresh_rate, version=version, stream=stream)
+        above = self._epoch if not is_outer and isinstance(self._epoch, TerminalBar) else None
+        return TerminalBar(
+            title, total=total, done=done, every=self.refresh_rate, lead=lead, stream=stream, above=above
+        )
 
     def _stream_of_bars(self) -> TextIO:
         if self._bars_at is None:
@@ -109,123 +122,15 @@ class ProgressBar(DriverCallback):
         if self._redirection is not None:
             self._redirection.close()
         self._epoch = self._evaluation = self._bars_at = self._redirection = None
+        self._free_outputs = []
 
 
 TQDMProgressBar = ProgressBar
 
 
-class _Meter(Protocol):
-    """A bar or its replacement in plain lines. Counts are batches; infinite totals are unknown ones."""
-
-    total: float
-    done: float
-    started_at: float
-
-    def show(self, done: float, metrics: str = "", *, is_final: bool = False) -> None: ...
-
-    def resume(self, paused_at: float) -> None:
-        """Leave the time since then out of the speed."""
-
-    def close(self, *, leave: bool) -> None: ...
-
-
-class _Bar:
-    def __init__(
-        self, title: str, *, total: float, done: float, every: int, version: int | str | None, stream: TextIO
-    ) -> None:
-        # With the first bar only: without a terminal nothing needs it, and in a notebook it brings ipywidgets along.
-        from tqdm.auto import tqdm
-
-        self.total = total
-        self.done = done
-        self.started_at = monotonic()
-        self._every = every
-        self._lead = "" if version is None else f"v_num={version if isinstance(version, int) else version[-4:]}"
-        self._bar = tqdm(
-            desc=title,
-            total=int(total) if math.isfinite(total) else None,
-            initial=int(done),
-            dynamic_ncols=True,
-            mininterval=0.05,
-            miniters=0,
-            file=stream,
-        )
-        self._set_metrics("")
-
-    def show(self, done: float, metrics: str = "", *, is_final: bool = False) -> None:
-        num_new = int(done) - self._bar.n
-        # tqdm drops redraws that come too fast; not the last one, nor the same place again, which means new metrics.
-        is_forced = is_final or done in (self.done, self.total)
-        self.done = done
-        if is_forced or num_new >= self._every:
-            self._set_metrics(metrics)
-            is_drawn = self._bar.update(num_new)
-            if is_forced and not is_drawn:
-                self._bar.refresh()
-
-    def resume(self, paused_at: float) -> None:
-        pause_s = monotonic() - paused_at
-        self._bar.start_t += pause_s
-        self._bar.last_print_t += pause_s
-
-    def close(self, *, leave: bool) -> None:
-        self._bar.leave = leave
-        self._bar.close()
-
-    def _set_metrics(self, metrics: str) -> None:
-        self._bar.set_postfix_str(", ".join(filter(None, (self._lead, metrics))), refresh=False)
-
-
-class _Lines:
-    def __init__(self, title: str, *, total: float, done: float, period_s: float) -> None:
-        self.total = total
-        self.done = done
-        self.started_at = monotonic()
-        self._title = title.lower()
-        self._initial = done
-        self._metrics = ""
-        self._period_s = period_s
-        self._due_at = self.started_at + period_s
-        self._printed = (done, "")
-
-    def show(self, done: float, metrics: str = "", *, is_final: bool = False) -> None:
-        self.done, self._metrics = done, metrics
-        if is_final or monotonic() >= self._due_at:
-            self._print()
-
-    def resume(self, paused_at: float) -> None:
-        self.started_at += monotonic() - paused_at
-
-    def close(self, *, leave: bool) -> None:
-        if leave:
-            self._print()
-
-    def _print(self) -> None:
-        if self._printed == (self.done, self._metrics):
-            return
-        now = monotonic()
-        batches = f"{self.done:.0f}/{self.total:.0f}" if math.isfinite(self.total) else f"{self.done:.0f}"
-        speed = f"{(self.done - self._initial) / max(now - self.started_at, 1e-9):.3g} it/s"
-        text = ", ".join(filter(None, (f"{self._title}: {batches} batches", speed, self._metrics)))
-        print(text, file=sys.stderr, flush=True)
-        self._due_at = now + self._period_s
-        self._printed = (self.done, self._metrics)
-
-
 def _eval_sizes(run: Run) -> tuple[float, ...]:
     sizes, limit = run.state.num_val_batches, run.plan.limits.sanity_val_batches
     return tuple(min(size, limit) for size in sizes) if run.state.is_sanity_checking and limit >= 0 else sizes
-
-
-def _metrics(run: Run) -> str:
-    return ", ".join(f"{name}={_compact(value)}" for name, value in run.state.progress_bar_metrics.items())
-
-
-def _compact(value: float | str) -> str:
-    """Three digits, so that a bar does not twitch with every value; texts as they are."""
-    if isinstance(value, str):
-        return value
-    return f"{value:#.3g}".removesuffix(".")
 
 
 def _is_notebook() -> bool:

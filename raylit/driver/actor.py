@@ -173,6 +173,8 @@ class WorkerActor:
         return ()
 
     def _let_go(self) -> tuple[str, ...]:
+        if self._worker is not None:
+            self._worker.abandon()
         self._worker = None
         shared, self._shared = self._shared, None
         leftovers = self._process.restore(self._module)

@@ -1,12 +1,15 @@
 """Coordinator: the driver's loop. Decides when to train, validate, save and stop. Driver."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
+from raylit.callbacks.line_stream import status_line
+from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import files, format
 from raylit.driver import predictions
+from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
 from raylit.driver.log_writer import LogWriter
@@ -26,6 +29,7 @@ from raylit.messages import (
     Paused,
     Predict,
     Predicted,
+    Profile,
     Reload,
     Reloaded,
     Report,
@@ -56,12 +60,14 @@ class Coordinator:
         stage: Stage,
     ) -> None:
         self.plan = plan
+        self._costs = None if job.profiler is None else Costs()
         self.loggers = list(loggers)
-        self._log_writer = LogWriter(self.loggers, is_direct=plan.workers.num_workers == 0)
+        log_writer = LogWriter(self.loggers, is_direct=plan.workers.num_workers == 0)
+        self._log_writer = log_writer if self._costs is None else self._costs.of(log_writer, name="loggers")
         self.state = RunState(stage=stage)
         self.log_dir = job.log_dir
         self._job = job
-        self._callbacks = callbacks
+        self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
         self._interrupts = Interrupts(on_first=self._brake)
@@ -70,6 +76,7 @@ class Coordinator:
         self._written: list[Written] = []
         self._has_saved = False
         """A callback, in the hook that it is in."""
+        self._profiles: list[Profile] = []
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
 
@@ -120,11 +127,13 @@ class Coordinator:
             callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())
         }
         driver_part = {} if is_weights_only else {"callbacks": callback_states, "seed": self.plan.seed}
-        files.write(format.merge(saved, driver_part), path)
+        with self._measured("write checkpoint"):
+            files.write(format.merge(saved, driver_part), path)
         self._has_saved = True
 
     def remove_checkpoint(self, path: str) -> None:
-        files.remove(path)
+        with self._measured("remove checkpoint"):
+            files.remove(path)
 
     # The loop
 
@@ -204,6 +213,22 @@ class Coordinator:
             self._notify("on_interrupt")
         self._finish()
 
+    def _start_is_shown(self) -> AbstractContextManager[None]:
+        num_workers = self.plan.workers.num_workers
+        is_shown = num_workers > 0 and any(isinstance(c, ProgressBar) and c.refresh_rate for c in self._callbacks)
+        workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+        return status_line(f"Starting {workers} ...") if is_shown else nullcontext()
+
+    def _measured(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._costs is None else self._costs.measured(name)
+
+    def _describe_profiles(self) -> None:
+        """What came of the profiler in a run whose workers have come to their end, whatever has ended it."""
+        if self._job.profiler is None or self._costs is None or not self._profiles:
+            return
+        workers = sorted(self._profiles, key=lambda profile: profile.title, reverse=True)  # the slowest first
+        self._job.profiler.describe(self.state.stage, [*workers, self._costs.profile()], log_dir=self.log_dir)
+
     # The workers
 
     @contextmanager
@@ -214,7 +239,8 @@ class Coordinator:
         self._interrupts.install()
         try:
             self._interrupts.is_connecting = self.plan.workers.num_workers > 0
-            self._group = build_group(self.plan, self._job, on_connected=self._connected)
+            with self._measured("get workers"), self._start_is_shown():
+                self._group = build_group(self.plan, self._job, on_connected=self._connected)
             self._start(checkpoint, is_resuming=is_resuming)
             self._interrupts.is_deferring = True
             for callback in self._callbacks:
@@ -241,9 +267,11 @@ class Coordinator:
                     callback.on_end(self)
                 self._log_writer.finalize(status)
             finally:
-                if self._group is not None:
-                    self._group.release(is_kept=not self.state.is_interrupted)
+                with self._measured("release workers"):
+                    if self._group is not None:
+                        self._group.release(is_kept=not self.state.is_interrupted)
                 self._interrupts.restore()
+                self._describe_profiles()
 
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
@@ -276,12 +304,17 @@ class Coordinator:
     def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
-        for rank, report in self._group.run(command):
+        reports = self._group.run(command)
+        if self._costs is not None:
+            reports = self._costs.over("wait for workers", reports)
+        for rank, report in reports:
             self._log_writer.check()
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
             if isinstance(report, Written):
                 self._written.append(report)
+            if isinstance(report, Profile):
+                self._profiles.append(report)
             if rank == 0:
                 self._receive(report)
             if only_rank is None or rank == only_rank:

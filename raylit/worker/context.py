@@ -9,6 +9,7 @@ from raylit.compilation import Compilations
 from raylit.datamodule import DataModule
 from raylit.loggers.base import Logger
 from raylit.module import LightningModule
+from raylit.profilers import Profiler
 from raylit.worker.forwarding import LoggerFacts
 from raylit.worker.shared_memory import SharedMemory
 
@@ -40,6 +41,7 @@ class Job:
     """What was given to fit and the others: by stage "train", "validate", "test", "predict"."""
     compilations: Compilations = field(default_factory=dict)
     """How the user has compiled the module and its parts, which pickling drops."""
+    profiler: Profiler | None = None
     log_dir: str = "."
     loggers: Sequence[Logger | LoggerFacts] = ()
     """The driver's loggers in its own process; elsewhere what is known of them."""

@@ -15,11 +15,13 @@ from raylit.checkpoint import format
 from raylit.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.module import LightningModule
 from raylit.plan import BatchLimit
+from raylit.profilers.base import NEXT_BATCH
 from raylit.results import EvalResult
 from raylit.state import Stage
 from raylit.worker.combined import build_eval_data, joined
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
+from raylit.worker.recording import timed_items
 from raylit.worker.returns import EpochOutputs, file_evaluated
 from raylit.worker.session import Session
 from raylit.worker.signatures import accepting_index, num_positional
@@ -74,6 +76,7 @@ class _SharedLoop:
         of_step = extra if num_taken >= 3 else ()
         if 3 <= num_taken < math.inf:
             of_step = (index,)
+        step = session.timed(f"{_PREFIXES[self._stage]}_step", step)
         on_start = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_start")
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
@@ -97,9 +100,12 @@ class _SharedLoop:
 
     def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
         loader, mover = self._loaders[index], self._session.mover
+        batches = iter(loader)
+        if self._session.profiler is not None:
+            batches = timed_items(batches, self._session.profiler, NEXT_BATCH[self._stage])
         if mover is None:
-            return iter(loader)
-        return mover.over(iter(loader), dataloader_idx=index, may_run_ahead=loader.may_run_ahead)
+            return batches
+        return mover.over(batches, dataloader_idx=index, may_run_ahead=loader.may_run_ahead)
 
     def _step(self) -> Callable[..., Any]:
         step = getattr(self._session.module, f"{_PREFIXES[self._stage]}_step")

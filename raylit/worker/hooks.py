@@ -8,6 +8,7 @@ from typing import Any
 from raylit.callbacks.base import Callback
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
+from raylit.profilers.base import Profiler, timed
 
 
 def is_overridden(name: str, owner: object, base: type) -> bool:
@@ -29,20 +30,23 @@ def call_with_stage(hook: Callable[..., Any], stage: str) -> None:
 class Hooks:
     """Calls a hook where it is overridden: callbacks first, then the module."""
 
-    def __init__(self, *, view: Any, module: LightningModule, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self, *, view: Any, module: LightningModule, callbacks: Sequence[Callback], profiler: Profiler | None = None
+    ) -> None:
         self._view = view
         self._module = module
         self._callbacks = callbacks
+        self._profiler = profiler
 
     def of(self, name: str) -> tuple[Callable[..., Any], ...]:
         """The overridden hooks of this name, to be called with the module's arguments. Empty: nobody listens."""
         calls: list[Callable[..., Any]] = [
-            partial(getattr(callback, name), self._view, self._module)
+            self._timed(callback, name, partial(getattr(callback, name), self._view, self._module))
             for callback in self._callbacks
             if is_overridden(name, callback, Callback)
         ]
         if is_overridden(name, self._module, LightningModule):
-            calls.append(getattr(self._module, name))
+            calls.append(self._timed(self._module, name, getattr(self._module, name)))
         return tuple(calls)
 
     def call(self, name: str, *args: Any) -> None:
@@ -52,10 +56,10 @@ class Hooks:
     def set_up(self, stage: str, datamodule: DataModule | None) -> None:
         """`setup` of data module, callbacks and module, in this order."""
         if datamodule is not None:
-            call_with_stage(datamodule.setup, stage)
+            call_with_stage(self._timed(datamodule, "setup", datamodule.setup), stage)
         for callback in self._callbacks:
             callback.setup(self._view, self._module, stage)
-        call_with_stage(self._module.setup, stage)
+        call_with_stage(self._timed(self._module, "setup", self._module.setup), stage)
 
     def tear_down(self, stage: str, datamodule: DataModule | None) -> None:
         if datamodule is not None:
@@ -63,3 +67,6 @@ class Hooks:
         for callback in self._callbacks:
             callback.teardown(self._view, self._module, stage)
         call_with_stage(self._module.teardown, stage)
+
+    def _timed(self, owner: object, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        return hook if self._profiler is None else timed(self._profiler, f"{type(owner).__name__}.{name}", hook)

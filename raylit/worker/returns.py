@@ -146,7 +146,7 @@ class EpochOutputs:
             [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda placed: placed[0])]
             for parts in zip(*ranked, strict=True)
         ]
-        hook = getattr(session.module, self._hook)
+        hook = session.timed(f"{type(session.module).__name__}.{self._hook}", getattr(session.module, self._hook))
         with self._metrics.as_global():
             _file_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
 

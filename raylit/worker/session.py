@@ -1,16 +1,19 @@
 """Session: what the loops of one stage share, built when it starts. Worker."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from raylit.accelerators import Accelerator
 from raylit.checkpoint import format
 from raylit.compilation import compile_again, drop_compiled
 from raylit.plan import Plan
 from raylit.precision import build_precision
+from raylit.profilers.base import timed
 from raylit.state import Stage
 from raylit.strategies import build_strategy
 from raylit.worker.brake import Brake
@@ -50,7 +53,8 @@ class Session:
         self.strategy = build_strategy(plan.workers)
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
-        self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks)
+        self.profiler = job.profiler
+        self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)
         self.mover: Mover | None = build_mover(
             module=job.module,
             datamodule=job.datamodule,
@@ -58,6 +62,10 @@ class Session:
             floating_dtype=self.precision.weights_dtype,
         )
         """Brings batches to the device; None where they are as they should be already."""
+        if self.mover is not None and self.profiler is not None:
+            self.mover.be_measured(self.profiler)
+        self._attached: list[RemovableHandle] = []
+        """A profiler's hooks on the user's objects."""
         self._compiled: list[nn.Module] = []
         self._pending_random_state: dict[str, Any] | None = None
 
@@ -69,12 +77,14 @@ class Session:
             job.datamodule.trainer = self.view
         for owner in (job.datamodule, self.module):
             if owner is not None and self._is_preparing(owner):
-                owner.prepare_data()
+                self.timed(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
         self.peers.barrier(timeout_s=_PREPARE_TIMEOUT_S)
         self.hooks.set_up(self.stage, job.datamodule)
         self.module.configure_model()
         self.module.to(device=self.device, dtype=self.precision.weights_dtype)
         self._compiled = compile_again(self.module, job.compilations)
+        if self.profiler is not None:
+            self._attached += self.profiler.attach(self.module)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
 
@@ -82,6 +92,17 @@ class Session:
         """One rank of each host prepares the data, or one in all."""
         is_per_node = self.plan.prepares_per_node and getattr(owner, "prepare_data_per_node", True)
         return (self.context.local_rank if is_per_node else self.context.rank) == 0
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """For a profiler to measure; the call itself without one."""
+        return call if self.profiler is None else timed(self.profiler, name, call)
+
+    def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """For a profiler to measure its own step, whoever asks for it."""
+        profiler = self.profiler
+        if profiler is not None:
+            self._attached.append(optimizer.register_step_pre_hook(lambda *_: profiler.start("optimizer_step")))
+            self._attached.append(optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
 
     def seed_rank(self) -> None:
         """Give every rank but the first random numbers of its own: the same dropout masks everywhere would waste
@@ -115,6 +136,8 @@ class Session:
     def let_go(self) -> None:
         """The user's objects are ordinary ones again, whatever has ended the run."""
         self.module._view = self.module._metrics = None
+        for attached in self._attached:
+            attached.remove()
         drop_compiled(self._compiled)
         if self.job.datamodule is not None:
             self.job.datamodule.trainer = None

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit
+from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
 from raylit.worker.data import Feed, TrainSource
 from raylit.worker.forward_epoch import run_forward
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
+from raylit.worker.recording import TimedFeed
 from raylit.worker.returns import EpochOutputs, detached
 from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed
@@ -41,7 +43,7 @@ class TrainLoop:
         self._optimization = optimization
         self._schedules = schedules
         self._step_schedules: list[Schedule] = []
-        self._feed: Feed | MovedFeed | None = None
+        self._feed: Feed | TimedFeed | MovedFeed | None = None
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
@@ -173,7 +175,7 @@ class TrainLoop:
 
     # Helpers, in the order in which they are called
 
-    def _begin(self) -> Feed | MovedFeed:
+    def _begin(self) -> Feed | TimedFeed | MovedFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
@@ -189,7 +191,9 @@ class TrainLoop:
             # After the hook, which may have exchanged some.
             self._step_schedules = [schedule for schedule in self._schedules if schedule.interval == "step"]
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
-            feed = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            batches = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            profiler = self._session.profiler
+            feed = batches if profiler is None else TimedFeed(batches, profiler, NEXT_BATCH["fit"])
             mover = self._session.mover
             self._feed = feed if mover is None else MovedFeed(feed, mover)
             self._session.restore_random_state()

@@ -9,8 +9,10 @@ import torch
 from raylit.accelerators.transfer import map_tensors, to_device, to_floating
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
+from raylit.profilers.base import Profiler, timed
 from raylit.worker.data import Feed
 from raylit.worker.hooks import is_overridden
+from raylit.worker.recording import TimedFeed
 from raylit.worker.signatures import num_positional
 
 BatchHook = Callable[[Any, int], Any]
@@ -39,6 +41,14 @@ class Mover:
         self._before = before
         self._after = after
         self._may_run_ahead = may_run_ahead
+
+    def be_measured(self, profiler: Profiler) -> None:
+        """From now on, by the names of the user's hooks."""
+        self._copy = TimedCopy(self._copy, profiler)
+        if self._before is not None:
+            self._before = timed(profiler, "on_before_batch_transfer", self._before)
+        if self._after is not None:
+            self._after = timed(profiler, "on_after_batch_transfer", self._after)
 
     def over(
         self, batches: Iterator[tuple[Any, Any]], *, dataloader_idx: int = 0, may_run_ahead: bool
@@ -80,7 +90,7 @@ class MovedFeed:
 
     __slots__ = ("_batches", "weight")
 
-    def __init__(self, feed: Feed, mover: Mover) -> None:
+    def __init__(self, feed: Feed | TimedFeed, mover: Mover) -> None:
         self.weight = 1.0
         """Of the batch just returned, as the Feed's."""
         self._batches = mover.over(((feed.weight, batch) for batch in feed), may_run_ahead=feed.may_run_ahead)
@@ -104,6 +114,14 @@ class DirectCopy:
 
     def finish(self, started: Any) -> Any:
         return started
+
+
+class TimedCopy:
+    """A copy that is measured where it begins."""
+
+    def __init__(self, copy: Copy, profiler: Profiler) -> None:
+        self.start = timed(profiler, "transfer_batch_to_device", copy.start)
+        self.finish = copy.finish
 
 
 class StreamCopy:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from raylit.messages import Metrics
 from raylit.plan import Plan
+from raylit.profilers import PassThroughProfiler
 from raylit.state import Progress, Stage, TrainerState
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.gathering import gathered
@@ -56,6 +57,7 @@ class TrainerView:
         self.saving: Any = None
         """Takes this rank's state for a checkpoint."""
         self.strategy: Any = None
+        self.profiler = job.profiler or PassThroughProfiler()
 
     def receive(self, metrics: Metrics) -> None:
         """Take reduced metrics in."""

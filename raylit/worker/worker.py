@@ -28,6 +28,7 @@ from raylit.messages import (
 )
 from raylit.module import LightningModule
 from raylit.plan import Plan
+from raylit.profilers import Profiler
 from raylit.summary import Summary, summarized
 from raylit.worker import handback
 from raylit.worker.brake import Brake
@@ -41,6 +42,7 @@ from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
 from raylit.worker.overfitting import SameEpoch, unshuffled
 from raylit.worker.peers import Peers
+from raylit.worker.recording import Recording
 from raylit.worker.sampling import IsolatedRandom
 from raylit.worker.saving import Saving
 from raylit.worker.session import Session
@@ -75,6 +77,8 @@ class Worker:
         self._validation_loop: EvalLoop | None = None
         """During a fit."""
         self._saving: Saving | None = None
+        self._recording: Recording | None = None
+        """What a profiler is told, if there is one."""
         self._has_new_weights = False
         """By training, or from a checkpoint: the driver's module is to have them too."""
         self._state_keys = frozenset(job.module.state_dict())
@@ -89,12 +93,33 @@ class Worker:
     def run(self, command: Command) -> Iterator[Report]:
         """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""
         try:
-            yield from self._handlers[type(command)](command)
+            if self._job.profiler is None:
+                yield from self._handlers[type(command)](command)
+            else:
+                yield from self._profiled(command, self._job.profiler)
         except GeneratorExit:
             raise
         except BaseException as error:
             self._fail(error)
             raise
+
+    def _profiled(self, command: Command, profiler: Profiler) -> Iterator[Report]:
+        if isinstance(command, Start):
+            self._recording = Recording(
+                profiler,
+                stage=command.stage,
+                context=self._context,
+                accelerator=self._accelerator,
+                log_dir=self._job.log_dir,
+            )
+        assert self._recording is not None
+        reports = self._recording.over(command, self._handlers[type(command)](command))
+        if isinstance(command, Finish):
+            reports = iter([*reports])
+            if (profile := self._recording.taken(self._peers)) is not None:
+                yield profile
+            self._recording.close()
+        yield from reports
 
     def _start(self, command: Start) -> Iterator[Report]:
         self._prepare_process()
@@ -230,6 +255,8 @@ class Worker:
         session, self._session = self._session, None
         if session is not None:
             session.let_go()
+        if self._recording is not None:
+            self._recording.close()
 
     def _fail(self, error: BaseException) -> None:
         """`on_exception` of everyone; the module is an ordinary one again."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from raylit.callbacks.line_stream import status_line
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
@@ -32,7 +33,7 @@ class Run:
 
     def __init__(self, bar: ProgressBar, stage: Stage = "fit", **state: Any) -> None:
         self.bar = bar
-        self.plan = Plan(limits=Limits(sanity_val_batches=2))
+        self.plan = Plan(limits=Limits(sanity_val_batches=2, max_epochs=10))
         self.state = RunState(stage=stage, **{"num_training_batches": 4, "num_val_batches": (3.0, 2.0)} | state)
         self.loggers: list[Logger] = []
         self.log_dir = "."
@@ -89,6 +90,10 @@ class Terminal:
         lines = ["".join(rows[row]).rstrip() for row in sorted(rows)]
         return [line for line in lines if line]
 
+    def text(self) -> str:
+        """Everything that was written, once the terminal is ended."""
+        return self._raw.decode()
+
     def _read(self, master: int) -> None:
         # Linux answers with an error once the other end is closed.
         with contextlib.suppress(OSError):
@@ -119,8 +124,11 @@ def test_a_terminal_shows_epoch_version_and_metrics(open_terminal: Callable[[], 
     run.tick(4, loss=0.5)
     run.end_epoch(4, acc=1.0)
     run.bar.on_end(run)
-    (row,) = terminal.rows()
-    assert re.fullmatch(r"Epoch 3: 100%\|█+\| 4/4 \[.*it/s, v_num=7, loss=0\.500, acc=1\.0.*", row)
+    rows = terminal.rows()
+    # At 80 columns the metrics have a line of their own.
+    assert len(rows) == (2 if terminal.columns == 80 else 1)
+    shown = r"Epoch 3/9: +100%\|█+\| 4/4 \[.*it/s[],] +v_num=7, loss=0\.500, acc=1\.00]?"
+    assert re.fullmatch(shown, " ".join(rows))
 
 
 def test_validation_has_a_second_bar_while_it_runs(open_terminal: Callable[[], Terminal]) -> None:
@@ -133,8 +141,9 @@ def test_validation_has_a_second_bar_while_it_runs(open_terminal: Callable[[], T
     time.sleep(REDRAW_S)
     run.tick(1, dataloader_idx=1)
     first, second = terminal.rows()
-    assert first.startswith("Epoch 0: 100%")  # the last tick was batch 2, the state knows of 4
+    assert re.match("Epoch 0/9: +100%", first)  # the last tick was batch 2, the state knows of 4
     assert second.startswith("Validation:")
+    assert [first.index("|"), first.rindex("|")] == [second.index("|"), second.rindex("|")]
     assert " 4/5 " in second
 
 
@@ -149,8 +158,9 @@ def test_after_validation_its_bar_is_gone_and_its_metrics_are_shown(open_termina
     run.bar.on_evaluation_end(run, "validate")
     run.end_epoch(4)
     run.bar.on_end(run)
-    (row,) = terminal.rows()
+    *_, row = terminal.rows()
     assert "val_loss=0.250" in row
+    assert "Validation" not in row
 
 
 def test_the_sanity_check_leaves_nothing_behind(open_terminal: Callable[[], Terminal]) -> None:
@@ -169,11 +179,11 @@ def test_the_sanity_check_counts_its_own_batches(open_terminal: Callable[[], Ter
     run.bar.on_evaluation_start(run, "validate")
     run.tick(1, dataloader_idx=1)
     (row,) = terminal.rows()
-    assert row.startswith("Sanity Checking: 100%")
+    assert re.match("Sanity Checking: +100%", row)
     assert " 3/3 " in row
 
 
-@pytest.mark.parametrize(("leave", "epochs"), [(False, ["Epoch 1"]), (True, ["Epoch 0", "Epoch 1"])])
+@pytest.mark.parametrize(("leave", "epochs"), [(False, ["Epoch 1/9"]), (True, ["Epoch 0/9", "Epoch 1/9"])])
 def test_leave_keeps_the_bar_of_every_epoch(
     leave: bool, epochs: list[str], open_terminal: Callable[[], Terminal]
 ) -> None:
@@ -198,7 +208,7 @@ def test_other_stages_leave_a_full_bar(stage: Stage, title: str, open_terminal: 
     run.bar.on_evaluation_end(run, stage)
     run.bar.on_end(run)
     (row,) = terminal.rows()
-    assert row.startswith(f"{title}: 100%")
+    assert re.match(f"{title}: +100%", row)
 
 
 def test_what_others_print_stands_above_the_bars(open_terminal: Callable[[], Terminal]) -> None:
@@ -219,7 +229,7 @@ def test_what_others_print_stands_above_the_bars(open_terminal: Callable[[], Ter
     print("afterwards")
     *messages, bar, last = terminal.rows()
     assert messages == ["a worker's line", "a warning", "half a line is whole in the end"]
-    assert bar.startswith("Epoch 0:  50%")
+    assert re.match("Epoch 0/9: +50%", bar)
     assert last == "afterwards"
 
 
@@ -257,7 +267,7 @@ def test_an_exception_leaves_the_bar_where_it_stood(open_terminal: Callable[[], 
     run.bar.on_end(run)
     print("Traceback", file=sys.stderr)
     bar, traceback = terminal.rows()
-    assert bar.startswith("Epoch 0:")
+    assert bar.startswith("Epoch 0/9:")
     assert traceback == "Traceback"
 
 
@@ -269,7 +279,7 @@ def test_a_loader_without_length_has_no_total(open_terminal: Callable[[], Termin
     run.end_epoch(5)
     run.bar.on_end(run)
     (row,) = terminal.rows()
-    assert row.startswith("Epoch 0: 5it [")
+    assert re.match(r"Epoch 0/9: +5it \[", row)
 
 
 def test_a_resumed_epoch_starts_where_it_was(open_terminal: Callable[[], Terminal]) -> None:
@@ -277,7 +287,7 @@ def test_a_resumed_epoch_starts_where_it_was(open_terminal: Callable[[], Termina
     run = Run(ProgressBar(), progress=Progress(epoch=2, batch=3))
     run.bar.on_train_start(run)
     (row,) = terminal.rows()
-    assert row.startswith("Epoch 2:  75%")
+    assert re.match("Epoch 2/9: +75%", row)
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +303,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
     bar.on_train_end(run)
     bar.on_end(run)
     assert re.fullmatch(
-        r"epoch 0: 4/4 batches, \S+ it/s, train_loss=0\.123\nepoch 1: 4/4 batches, \S+ it/s, train_loss=0\.123\n",
+        r"epoch 0/9: 4/4 batches, \S+ it/s, train_loss=0\.123\nepoch 1/9: 4/4 batches, \S+ it/s, train_loss=0\.123\n",
         capsys.readouterr().err,
     )
 
@@ -308,7 +318,7 @@ def test_plain_lines_come_at_intervals(capsys: pytest.CaptureFixture[str]) -> No
     bar.line_period_s = 0.0
     run.start_epoch(1)
     run.tick(1)
-    assert re.fullmatch(r"epoch 1: 1 batches, \S+ it/s\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
+    assert re.fullmatch(r"epoch 1/9: 1 batches, \S+ it/s\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
 
 
 def test_no_line_is_printed_twice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,14 +341,14 @@ def test_an_exception_prints_how_far_it_got(capsys: pytest.CaptureFixture[str]) 
     run.tick(3, loss=0.5)
     run.bar.on_exception(run, RuntimeError("boom"))
     run.bar.on_end(run)
-    assert re.fullmatch(r"epoch 0: 3/4 batches, \S+ it/s, loss=0\.500\n", capsys.readouterr().err)
+    assert re.fullmatch(r"epoch 0/9: 3/4 batches, \S+ it/s, loss=0\.500\n", capsys.readouterr().err)
 
 
 def test_the_time_of_validation_does_not_count_as_training_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("raylit.callbacks.progress_bar.monotonic", lambda: now[0])
+    monkeypatch.setattr("raylit.callbacks.meters.monotonic", lambda: now[0])
     run = Run(ProgressBar())
     run.start_epoch(0)
     now[0] += 2.0
@@ -347,7 +357,7 @@ def test_the_time_of_validation_does_not_count_as_training_time(
     now[0] += 50.0
     run.bar.on_evaluation_end(run, "validate")
     run.end_epoch(4)
-    assert capsys.readouterr().err.splitlines()[-1] == "epoch 0: 4/4 batches, 2 it/s"
+    assert capsys.readouterr().err.splitlines()[-1] == "epoch 0/9: 4/4 batches, 2 it/s"
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
@@ -376,3 +386,60 @@ def test_refresh_rate_thins_out_the_redraws(open_terminal: Callable[[], Terminal
         run.tick(batch)
     (row,) = terminal.rows()
     assert " 50/1000 " in row
+
+
+def test_metrics_stay_whole_where_there_is_no_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(80)
+    monkeypatch.setattr(sys, "stderr", terminal.stream)
+    run = Run(ProgressBar())
+    run.start_epoch(0)
+    run.tick(2, **{f"a_metric_with_a_long_name_{index}": 1e-5 * index for index in range(5)})
+    run.end_epoch(4)
+    run.bar.on_end(run)
+    bar, metrics = terminal.rows()
+    assert re.fullmatch(r"Epoch 0/9:  100%\|█+\| 4/4 \[.*it/s]", bar)
+    assert metrics.split() == ["a_metric_with_a_long_name_0=0.00,", "a_metric_with_a_long_name_1=1.00e-05,", "+3"]
+
+
+def test_a_narrow_terminal_keeps_the_bar_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(40)
+    monkeypatch.setattr(sys, "stderr", terminal.stream)
+    run = Run(ProgressBar())
+    run.start_epoch(0)
+    run.tick(2, loss=0.5)
+    time.sleep(REDRAW_S)
+    run.tick(3, loss=0.5)
+    bar, metrics = terminal.rows()
+    assert re.fullmatch(r"Epoch 0/9:   75%\|█+.? *\| 3/4 \[00:00]", bar)
+    assert metrics.strip() == "loss=0.500"
+
+
+def test_the_bar_keeps_its_width_whatever_the_values_become(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    for value in (1.0, -1.2345e-05):
+        terminal = Terminal(120)
+        monkeypatch.setattr(sys, "stderr", terminal.stream)
+        run = Run(ProgressBar())
+        run.start_epoch(0)
+        run.tick(2, loss=value)
+        run.end_epoch(4)
+        run.bar.on_end(run)
+        (row,) = terminal.rows()
+        widths.append(row.count("█"))
+    assert widths[0] == widths[1] > 16
+
+
+def test_a_status_line_is_there_for_as_long_as_something_takes(open_terminal: Callable[[], Terminal]) -> None:
+    terminal = open_terminal()
+    with contextlib.suppress(KeyError), status_line("Starting 2 workers ..."):
+        print("said meanwhile")
+        raise KeyError
+    print("afterwards")
+    assert terminal.rows() == ["said meanwhile", "afterwards"]
+    assert "Starting 2 workers ..." in terminal.text()
+
+
+def test_a_status_line_needs_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with status_line("Starting 2 workers ..."):
+        pass
+    assert capsys.readouterr().err == ""

@@ -24,6 +24,8 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
     """The kind that the module and the plan ask for. Collective."""
     module, plan = session.module, session.plan.optimization
     is_manual = not module.automatic_optimization
+    for optimizer in optimizers.optimizers:
+        session.watch_optimizer(optimizer)
     steppers = [Stepper(optimizer, session=session, metrics=metrics) for optimizer in optimizers.optimizers]
     handles = session.view.handles = Handles(session, steppers, is_manual=is_manual)
     length = plan.truncated_steps or module.truncated_bptt_steps
@@ -32,12 +34,13 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
             raise ModuleError(
                 "truncated back-propagation is automatic: with automatic_optimization = False split by hand"
             )
-        step = step_of(module, optimizer_idx=None, is_truncated=False)
+        step = session.timed("training_step", step_of(module, optimizer_idx=None, is_truncated=False))
         manual = ManualOptimization(session, handles=handles, training_step=step, metrics=metrics)
         return FollowingOptimization(manual, session=session, metrics=metrics)
     turns: list[Optimization] = []
     for index, stepper in enumerate(steppers):
         step = step_of(module, optimizer_idx=index if len(steppers) > 1 else None, is_truncated=bool(length))
+        step = session.timed("training_step", step)
         if needs_closure(stepper.optimizer) or is_overridden("optimizer_step", module, LightningModule):
             handle = handles.optimizers[index]
             turns.append(ClosureOptimization(session, stepper, handle=handle, training_step=step, metrics=metrics))

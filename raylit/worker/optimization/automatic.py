@@ -36,7 +36,8 @@ class AutomaticOptimization:
         self._synced_step, self._check_synced = self._sync.step, self._sync.check
         self._before_backward = (*loss_check(session), *hooks.of("on_before_backward"))
         self._after_backward = hooks.of("on_after_backward")
-        self._own_backward = module.backward if is_overridden("backward", module, LightningModule) else None
+        is_called = session.profiler is not None or is_overridden("backward", module, LightningModule)
+        self._own_backward = session.timed("backward", module.backward) if is_called else None
         self._is_window_start = True
         self._window = 1
         self._is_plain = False

@@ -55,7 +55,7 @@ class ClosureOptimization:
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._before_backward = (*loss_check(session), *session.hooks.of("on_before_backward"))
         self._after_backward = session.hooks.of("on_after_backward")
-        self._own_backward = self._module.backward
+        self._own_backward = session.timed("backward", self._module.backward)
         self._is_evaluating = needs_closure(stepper.optimizer)
         self._is_overridden = is_overridden("optimizer_step", session.module, LightningModule)
         self._is_window_start = True

@@ -89,6 +89,7 @@ class Handles:
         self.weight = 1.0
         """By which the losses of the batch under way count."""
         self._module = session.module
+        self._own_backward = session.timed("backward", session.module.backward)
         self._strategy = session.strategy
         self._scaler = session.precision.scaler
         self._steppers = steppers
@@ -110,7 +111,7 @@ class Handles:
             loss = loss * self.weight
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        self._module.backward(loss, *args, **kwargs)
+        self._own_backward(loss, *args, **kwargs)
         if self.is_syncing:
             self.sync()
         for hook in self._after_backward:

@@ -26,9 +26,11 @@ class Stepper:
         self._scaler = session.precision.scaler
         self._before_zero_grad = session.hooks.of("on_before_zero_grad")
         self._before_step = session.hooks.of("on_before_optimizer_step")
-        self._zero_grad: Call = self._overridden_zero_grad(session.module) or optimizer.zero_grad
+        zero_grad = self._overridden_zero_grad(session.module) or optimizer.zero_grad
+        self._zero_grad: Call = session.timed("optimizer_zero_grad", zero_grad)
         self._inspect: list[Call] = _inspections(session, metrics)
-        self._clip = self._clipping(session)
+        clip = self._clipping(session)
+        self._clip: Call | None = None if clip is None else session.timed("configure_gradient_clipping", clip)
         self._after_step = _weight_check(session)
         is_plain = self._scaler is None and self._clip is None and not self._inspect and self._after_step is None
         self.step: Call = self._step_plainly if is_plain else self._step_prepared

@@ -1,0 +1,152 @@
+"""Profiler: what measures the named actions of a worker; the driver shows what was found. Both sides."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from raylit.messages import Action, Profile
+from raylit.profilers.stopwatch import Stopwatch
+from raylit.profilers.table import drawn_profiles
+from raylit.tables import printable
+
+NEXT_BATCH = {
+    "fit": "train_dataloader_next",
+    "validate": "val_dataloader_next",
+    "test": "test_dataloader_next",
+    "predict": "predict_dataloader_next",
+}
+"""The action of waiting for a loader, by what the loop is for."""
+
+_Result = TypeVar("_Result")
+
+
+class Profiler:
+    """Every worker has its own copy; the slowest and the fastest rank's findings come back to the driver's object.
+
+    `dirpath` and `filename`: the table goes into `dirpath/STAGE-filename.txt` instead of to stdout, by default in the
+    run's log directory. A profiler of one's own overrides `start`, `stop` and `summary`; where its `start` and `stop`
+    call these ones it keeps the table of times.
+
+    Times are those of the host. On CUDA kernels are only launched in most actions: what they cost shows where the host
+    next waits for the device, such as in `.item()`. The PyTorch profiler knows the kernels' own times.
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None) -> None:
+        self.dirpath = None if dirpath is None else os.fspath(dirpath)
+        self.filename = filename
+        self.profiles: tuple[Profile, ...] = ()
+        """In the driver, after a run: the slowest rank's, the fastest's (unless it is the same) and the driver's."""
+        self._stopwatch: Stopwatch | None = None
+
+    # In the workers
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """A stage begins."""
+        self._stopwatch = Stopwatch()
+
+    def attach(self, module: nn.Module) -> Sequence[RemovableHandle]:
+        """The module on its device, before its first step; what is hooked onto it is removed at the stage's end."""
+        return ()
+
+    def start(self, action_name: str) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        """ValueError: the action has not been started."""
+        if self._stopwatch is not None:
+            self._stopwatch.stop(action_name)
+
+    @contextmanager
+    def profile(self, action_name: str) -> Iterator[None]:
+        """Measure what is inside, in any hook: `with self.trainer.profiler.profile("my part"):`."""
+        self.start(action_name)
+        try:
+            yield
+        finally:
+            self.stop(action_name)
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """What this rank has taken its time for so far."""
+        return () if self._stopwatch is None else self._stopwatch.actions()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the stage began."""
+        return 0.0 if self._stopwatch is None else self._stopwatch.elapsed_s
+
+    def summary(self) -> str:
+        """This rank's findings beyond the table of times, as text; called at the end of the stage."""
+        return ""
+
+    def files(self) -> Mapping[str, bytes]:
+        """This rank's findings that are files, by the ends of their names; called after `summary`."""
+        return {}
+
+    def teardown(self, stage: str | None = None) -> None:
+        """The stage is over, well or not. May be called more than once."""
+        self._stopwatch = None
+
+    # In the driver
+
+    def describe(self, stage: str, profiles: Sequence[Profile], *, log_dir: str) -> None:
+        """Show a run's profiles, or write them to the file that was asked for."""
+        self.profiles = tuple(profiles)
+        text = "\n\n".join(filter(None, [drawn_profiles(stage, profiles, **self.columns), *map(_titled, profiles)]))
+        stem = f"{self.dirpath or log_dir}/{stage}-{self.filename or 'profile'}"
+        files = {
+            f"{stem}-rank{profile.rank}{suffix}": content
+            for profile in profiles
+            for suffix, content in profile.files.items()
+        }
+        if self.dirpath is None and self.filename is None:
+            print(printable("\n".join([text, *(f"\nWritten to {path}" for path in files)])))
+        else:
+            files[f"{stem}.txt"] = f"{text}\n".encode()
+        for path, content in files.items():
+            _write(path, content)
+
+    @property
+    def columns(self) -> Mapping[str, bool]:
+        """How the table of times is drawn."""
+        return {}
+
+
+class PassThroughProfiler(Profiler):
+    """Measures nothing; what `trainer.profiler` is without another."""
+
+
+def timed(profiler: Profiler, name: str, call: Callable[..., _Result]) -> Callable[..., _Result]:
+    """`call`, measured as an action of this name."""
+
+    @wraps(call)
+    def measured(*args: Any, **kwargs: Any) -> _Result:
+        profiler.start(name)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            profiler.stop(name)
+
+    return measured
+
+
+def _write(path: str, content: bytes) -> None:
+    if "://" in path:
+        import fsspec  # with the first URL only
+
+        with fsspec.open(path, "wb", auto_mkdir=True) as remote:
+            remote.write(content)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
+
+
+def _titled(profile: Profile) -> str:
+    return f"Rank {profile.rank}\n{profile.text}" if profile.text else ""

@@ -1,0 +1,31 @@
+"""Which profiler the Trainer's argument stands for. Driver."""
+
+from collections.abc import Callable
+
+from raylit.errors import ConfigError
+from raylit.profilers.advanced import AdvancedProfiler
+from raylit.profilers.base import PassThroughProfiler, Profiler
+from raylit.profilers.simple import SimpleProfiler
+from raylit.profilers.torch import PyTorchProfiler
+
+_BY_NAME: dict[str, Callable[[], Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+
+
+def chosen_profiler(*, profiler: str | bool | Profiler | None) -> Profiler | None:
+    """None: nothing is measured. True is Lightning 0.9's word for "simple".
+
+    ConfigError: an unknown name.
+    """
+    if profiler is None or profiler is False or type(profiler) is PassThroughProfiler:
+        return None
+    if isinstance(profiler, Profiler):
+        return profiler
+    name = "simple" if profiler is True else profiler
+    if not isinstance(name, str) or name not in _BY_NAME:
+        names = ", ".join(map(repr, _BY_NAME))
+        raise ConfigError(f"profiler={profiler!r}: must be {names}, a Profiler or None")
+    return _BY_NAME[name]()

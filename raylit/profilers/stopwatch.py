@@ -1,0 +1,71 @@
+"""Stopwatch: times of named actions, each without those inside it, so that they add up. Both sides."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TypeVar
+
+from raylit.messages import Action
+
+_Item = TypeVar("_Item")
+_END = object()
+
+
+class Stopwatch:
+    """Host time of one thread. What starts inside another action takes its time from that one."""
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
+        self._totals: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._under_way: list[str] = []
+        self._begun_s = self._last_s = clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._begun_s
+
+    def start(self, name: str) -> None:
+        self._account()
+        self._under_way.append(name)
+
+    def stop(self, name: str) -> None:
+        """Count one call. ValueError: it was not started."""
+        if name not in self._under_way:
+            raise ValueError(f"Stopping {name!r}, which was never started")
+        self._account()
+        position = len(self._under_way) - 1 - self._under_way[::-1].index(name)
+        del self._under_way[position]
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def actions(self) -> tuple[Action, ...]:
+        """In the order in which they first took time; what is still under way, up to now."""
+        self._account()
+        return tuple(
+            Action(name=name, num_calls=self._counts.get(name, 0), total_s=total)
+            for name, total in self._totals.items()
+        )
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop(name)
+
+    def over(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
+        """`items`, with the time that it takes to get each."""
+        while True:
+            with self.measured(name):
+                item = next(items, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]
+
+    def _account(self) -> None:
+        now_s = self._clock()
+        if self._under_way:
+            name = self._under_way[-1]
+            self._totals[name] = self._totals.get(name, 0.0) + now_s - self._last_s
+        self._last_s = now_s
