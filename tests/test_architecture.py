@@ -36,8 +36,8 @@ LAYERS = (
     },
     {"worker"},
     {"driver"},
-    {"api", "arguments", "attachments", "requirements", "trainer"},
-    {"tune"},
+    {"api", "arguments", "attachments", "checkpoint_choice", "requirements", "trainer", "tuner"},
+    {"cli", "tune"},
     {"__init__"},
 )
 """From the bottom up. A module imports from its own layer and those below it."""

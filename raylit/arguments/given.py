@@ -16,8 +16,6 @@ _Result = TypeVar("_Result")
 
 _NOT_THERE_YET = {
     "profiler": "leave it out, and use torch.profiler inside the hooks of interest",
-    "auto_lr_find": "leave it out, and set the learning rate",
-    "auto_scale_batch_size": "leave it out, and set the batch size",
 }
 
 
