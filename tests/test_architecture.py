@@ -14,7 +14,7 @@ PACKAGE = ROOT / "raylit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "messages", "plan", "state", "summary", "tables"},
+    {"errors", "messages", "places", "plan", "state", "summary", "tables"},
     {"accelerators", "precision", "strategies"},
     {
         "callbacks",
