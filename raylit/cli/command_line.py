@@ -22,9 +22,9 @@ _SUBCOMMANDS = {
 class RaylitCLI:
     """Parses `sys.argv`, or `args`, builds what it names and runs the subcommand.
 
-    `model_class` and `datamodule_class`: a class, whose arguments become `--model.x`; None, where the command line names
-    the class (`--model my.module.LitModel`). Afterwards `model`, `datamodule`, `trainer`, `config` and `result` are
-    there. `run=False` builds them, without a subcommand.
+    `model_class` and `datamodule_class`: a class, whose arguments become `--model.x`; None, where the command line
+    names the class (`--model my.module.LitModel`). Afterwards `model`, `datamodule`, `trainer`, `config` and `result`
+    are there. `run=False` builds them, without a subcommand.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class RaylitCLI:
         return parser
 
     def _parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
-        # Not all of the hundred options before each error.
-        parser = _parser_class()(**options)
+        # A usage of its own: not all of the hundred options before each error. No abbreviations, which a new option of
+        # a later version would make ambiguous.
+        parser = _parser_class()(allow_abbrev=False, **options)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; later ones and options win.")
         parser.add_argument(
             "--seed_everything",
@@ -113,13 +114,13 @@ class RaylitCLI:
         if seed is not None and seed is not False:
             self.config.seed_everything = seed_everything(None if seed is True else seed)
         parser = self.parser if self.subcommand is None else self.parser._subcommands_action.choices[self.subcommand]
-        built = parser.instantiate_classes(self.config)
+        built = parser.instantiate(self.config)
         self.model, self.datamodule = built.model, built.get("data")
         arguments = dict(built.trainer)
         if save_config is not None:
             given = arguments.get("callbacks")
             callbacks = [] if given is None else [given] if not isinstance(given, (list, tuple)) else list(given)
-            text = parser.dump(self.config, skip_none=False, skip_validation=True)
+            text = parser.dump(self.config)
             arguments["callbacks"] = [*callbacks, save_config(text)]
         self.trainer = self._trainer_class(**arguments)
 
