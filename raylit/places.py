@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+_OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "memory"})
+"""By fsspec's names."""
+
 
 def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
@@ -43,7 +46,8 @@ def make_directory(path: str) -> None:
         os.makedirs(path, exist_ok=True)
         return
     files, place = file_system(path)
-    files.makedirs(place, exist_ok=True)
+    if not is_object_store(files):
+        files.makedirs(place, exist_ok=True)
 
 
 def read_text(path: str) -> str | None:
@@ -59,9 +63,10 @@ def read_text(path: str) -> str | None:
 
 
 def write_text(text: str, path: str) -> None:
-    """Whole or not at all; a local directory is made as needed."""
+    """Whole or not at all; the directory is made as needed."""
     if is_url(path):
         files, place = file_system(path)
+        make_directory(path.rsplit("/", 1)[0])
         files.pipe_file(place, text.encode())
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -78,3 +83,9 @@ def file_system(url: str) -> tuple[Any, str]:
 
     files, path = fsspec.core.url_to_fs(url)
     return files, path
+
+
+def is_object_store(files: Any) -> bool:
+    """It has no directories (to make one would be to make a bucket), and a file is there once it is complete."""
+    protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    return not _OBJECT_STORES.isdisjoint(protocols)

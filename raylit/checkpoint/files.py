@@ -18,10 +18,7 @@ import torch
 
 from raylit.checkpoint.format import FORMAT
 from raylit.errors import CheckpointError
-from raylit.places import file_system, is_url
-
-_OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "memory"})
-"""By fsspec's names. An object is there once its upload is complete, and a move would be a second one."""
+from raylit.places import file_system, is_object_store, is_url
 
 
 def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -134,21 +131,17 @@ def _write_remote(checkpoint: Mapping[str, Any], url: str) -> None:
         try:
             _save(checkpoint, copy)
             files, place = file_system(url)
-            files.makedirs(files._parent(place), exist_ok=True)
-            if _OBJECT_STORES.isdisjoint(_protocols(files)):
+            if is_object_store(files):
+                files.put_file(os.fspath(copy), place)
+            else:
+                files.makedirs(files._parent(place), exist_ok=True)
                 temporary = f"{files._parent(place)}/{_temporary_name()}"
                 files.put_file(os.fspath(copy), temporary)
                 files.mv(temporary, place)
-            else:
-                files.put_file(os.fspath(copy), place)
             # One that was there before must not be listed from a cache.
             files.invalidate_cache(files._parent(place))
         except Exception as error:  # of whatever kind the store's own library raises
             raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
-
-
-def _protocols(files: Any) -> tuple[str, ...]:
-    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
 
 
 def _read_remote(url: str, allow_pickle: bool) -> dict[str, Any]:

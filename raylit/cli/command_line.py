@@ -18,6 +18,10 @@ _SUBCOMMANDS = {
     "predict": "Run the prediction loop.",
 }
 
+_DESCRIPTION = "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help."
+_EXACT = {"allow_abbrev": False}
+"""A later version's option would make an abbreviation ambiguous."""
+
 
 class RaylitCLI:
     """Parses `sys.argv`, or `args`, builds what it names and runs the subcommand.
@@ -51,7 +55,7 @@ class RaylitCLI:
         self.subcommand: str | None = None
         self.result: Any = None
         """What the subcommand has returned."""
-        self.parser = self._main_parser() if run else self._parser(has_checkpoint=False)
+        self.parser = self._main_parser() if run else self._parser(has_checkpoint=False, **self._parser_kwargs)
         parsed = self._parsed(args)
         if run:
             self.subcommand = parsed.subcommand
@@ -67,10 +71,7 @@ class RaylitCLI:
     # Helpers, in the order in which they are called
 
     def _main_parser(self) -> Any:
-        parser = _parser_class()(
-            description="raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help.",
-            **self._parser_kwargs,
-        )
+        parser = _parser_class()(**{"description": _DESCRIPTION, **_EXACT, **self._parser_kwargs})
         subcommands = parser.add_subcommands(required=True, dest="subcommand")
         for name, text in _SUBCOMMANDS.items():
             usage = f"{parser.prog} {name} [--config FILE] [--model ...] [--data ...] [--trainer.NAME VALUE] ..."
@@ -78,9 +79,8 @@ class RaylitCLI:
         return parser
 
     def _parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
-        # A usage of its own: not all of the hundred options before each error. No abbreviations, which a new option of
-        # a later version would make ambiguous.
-        parser = _parser_class()(allow_abbrev=False, **options)
+        # A usage of its own: not all of the hundred options before each error.
+        parser = _parser_class()(**{**_EXACT, **options})
         parser.add_argument("-c", "--config", action="config", help="A YAML file; later ones and options win.")
         parser.add_argument(
             "--seed_everything",
