@@ -138,7 +138,7 @@ class Trainer:
         return add_arguments(parent_parser, cls)
 
     @classmethod
-    def from_argparse_args(cls, args: Namespace, **overrides: Any) -> Self:
+    def from_argparse_args(cls, args: Namespace | ArgumentParser, **overrides: Any) -> Self:
         """A Trainer of what was given on the command line; `overrides` win."""
         return cls(**from_arguments(args, cls, overrides))
 
