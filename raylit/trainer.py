@@ -13,7 +13,15 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from raylit import attachments
-from raylit.arguments import EarlierNames, Given, accepts_earlier_names, add_arguments, from_arguments, settled
+from raylit.arguments import (
+    EarlierNames,
+    Given,
+    accepts_earlier_names,
+    add_arguments,
+    from_arguments,
+    parse_searches,
+    settled,
+)
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
@@ -21,8 +29,9 @@ from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
-from raylit.checkpoint import files, format
+from raylit.checkpoint import format
 from raylit.checkpoint.last_run import write_last_run
+from raylit.checkpoint_choice import read_checkpoint
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
@@ -35,6 +44,7 @@ from raylit.plan import BatchLimit, CombinationName
 from raylit.profilers import PassThroughProfiler, Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, RunStatus, Stage, TrainerState
+from raylit.tuner import Tuner
 from raylit.worker import handback
 from raylit.worker.context import Job
 from raylit.worker.forwarding import LoggerFacts
@@ -122,6 +132,7 @@ class Trainer:
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
+        self.tuner = Tuner(plan=self._plan, searches=given.to(parse_searches), job_of=self._fit_job)
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
 
@@ -131,7 +142,7 @@ class Trainer:
         return add_arguments(parent_parser, cls)
 
     @classmethod
-    def from_argparse_args(cls, args: Namespace, **overrides: Any) -> Self:
+    def from_argparse_args(cls, args: Namespace | ArgumentParser, **overrides: Any) -> Self:
         """A Trainer of what was given on the command line; `overrides` win."""
         return cls(**from_arguments(args, cls, overrides))
 
@@ -155,13 +166,25 @@ class Trainer:
         """
         train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
         ckpt_path = settled(ckpt_path=ckpt_path, resume_from_checkpoint=self._resume_from_checkpoint)
-        job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
-        require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
-        require_automatic(model, self._plan.optimization)
-        checkpoint = self._checkpoint(ckpt_path)
+        job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        if ckpt_path is None:
+            self.tuner.search_once(job)
+        checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", job, seed=seed) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
+
+    @shows_user_frames
+    def tune(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+    ) -> dict[str, Any]:
+        """The searches of `auto_scale_batch_size` and `auto_lr_find`, which a `fit` of the model then leaves out: their
+        results, as `scale_batch_size` and `lr_find`."""
+        return self.tuner.search(self._fit_job(model, train_dataloaders, val_dataloaders, datamodule))
 
     @shows_user_frames
     def validate(
@@ -206,7 +229,7 @@ class Trainer:
     ) -> list[Any] | None:
         """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
         where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
-        checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
+        checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
         with self._coordinated("predict", job) as coordinator:
@@ -313,6 +336,14 @@ class Trainer:
         self._callbacks, self._driver_callbacks = attachments.split(callbacks)
         self._plan = attachments.completed(self._arguments_plan, callbacks, has_loggers=bool(self.loggers))
 
+    def _fit_job(
+        self, model: LightningModule, train_dataloaders: Any, val_dataloaders: Any, datamodule: DataModule | None
+    ) -> Job:
+        job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
+        require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
+        require_automatic(job.module, self._plan.optimization)
+        return job
+
     def _job(
         self, stage: Stage, model: LightningModule | None, loaders: Any, datamodule: DataModule | None, val: Any = None
     ) -> Job:
@@ -377,7 +408,7 @@ class Trainer:
         verbose: bool,
         datamodule: DataModule | None,
     ) -> list[dict[str, float]]:
-        checkpoint = self._checkpoint(ckpt_path, is_best_default=model is None)
+        checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
         require(job, stage)
         with self._coordinated(stage, job) as coordinator:
@@ -385,26 +416,6 @@ class Trainer:
         if verbose:
             print_results_table(stage, results)
         return results
-
-    def _checkpoint(
-        self, path: str | os.PathLike[str] | None, *, is_best_default: bool = False
-    ) -> dict[str, Any] | None:
-        """Read the checkpoint that a path, "best" or "last" stands for; the best of the last fit by default where
-        that is meant."""
-        if path is None:
-            saved = self.checkpoint_callback
-            path = saved.best_model_path if is_best_default and saved is not None else None
-            return files.read(path) if path else None
-        return files.read(self._named(path) if path in ("best", "last") else path)
-
-    def _named(self, name: Any) -> str:
-        saved = self.checkpoint_callback
-        path = "" if saved is None else (saved.best_model_path if name == "best" else saved.newest_model_path)
-        if not path:
-            raise ConfigError(
-                f"ckpt_path={name!r}: this Trainer has saved no checkpoint; call fit first, or give a file's path"
-            )
-        return path
 
     def _take_back(self, job: Job, finished: Finished) -> None:
         """Bring weights and attributes onto the user's own objects."""

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "raylit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "messages", "plan", "state", "summary", "tables"},
+    {"errors", "messages", "places", "plan", "state", "summary", "tables"},
     {"accelerators", "precision", "strategies"},
     {
         "callbacks",
@@ -36,8 +36,8 @@ LAYERS = (
     },
     {"worker"},
     {"driver"},
-    {"api", "arguments", "attachments", "requirements", "trainer"},
-    {"tune"},
+    {"api", "arguments", "attachments", "checkpoint_choice", "requirements", "trainer", "tuner"},
+    {"cli", "tune"},
     {"__init__"},
 )
 """From the bottom up. A module imports from its own layer and those below it."""

@@ -3,5 +3,14 @@
 from raylit.arguments.command_line import add_arguments, from_arguments
 from raylit.arguments.given import Given
 from raylit.arguments.names import EarlierNames, accepts_earlier_names, settled
+from raylit.arguments.searches import parse_searches
 
-__all__ = ["EarlierNames", "Given", "accepts_earlier_names", "add_arguments", "from_arguments", "settled"]
+__all__ = [
+    "EarlierNames",
+    "Given",
+    "accepts_earlier_names",
+    "add_arguments",
+    "from_arguments",
+    "parse_searches",
+    "settled",
+]

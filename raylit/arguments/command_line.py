@@ -2,22 +2,23 @@
 
 import ast
 import inspect
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
+from raylit.arguments.names import EarlierNames
+
+_EARLIER = tuple(EarlierNames.__annotations__)
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None}
 
 
 def add_arguments(parser: ArgumentParser, constructor: Callable[..., Any]) -> ArgumentParser:
-    """An option `--name` for each keyword of the constructor, in a group of its own.
+    """An option `--name` for each keyword of the constructor, and for Lightning 0.9's names, in a group of its own.
 
     What is not given stays out of the Namespace's way as None. A bare `--name` of a switch turns it on.
     """
     group = parser.add_argument_group(constructor.__qualname__)
-    for parameter in inspect.signature(constructor).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            continue
+    for parameter in _keywords(constructor):
         as_switch: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(parameter.default, bool) else {}
         group.add_argument(
             f"--{parameter.name}",
@@ -27,13 +28,23 @@ def add_arguments(parser: ArgumentParser, constructor: Callable[..., Any]) -> Ar
             help=f"default: {parameter.default!r}",
             **as_switch,
         )
+    for name in _EARLIER:
+        group.add_argument(f"--{name}", type=_value, nargs="?", const=True, default=None, help=SUPPRESS)
     return parser
 
 
-def from_arguments(given: Namespace, constructor: Callable[..., Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The keywords for the constructor out of a Namespace that may hold other things as well."""
-    names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+def from_arguments(
+    given: Namespace | ArgumentParser, constructor: Callable[..., Any], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """The keywords for the constructor out of a Namespace that may hold other things as well; a parser parses first."""
+    if isinstance(given, ArgumentParser):
+        given = given.parse_args()
+    names = [*(parameter.name for parameter in _keywords(constructor)), *_EARLIER]
     return {**{name: value for name in names if (value := getattr(given, name, None)) is not None}, **overrides}
+
+
+def _keywords(constructor: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 def _value(text: str) -> Any:

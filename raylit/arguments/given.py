@@ -14,11 +14,6 @@ from raylit.plan import CombinationName, Plan, Reporting
 
 _Result = TypeVar("_Result")
 
-_NOT_THERE_YET = {
-    "auto_lr_find": "leave it out, and set the learning rate",
-    "auto_scale_batch_size": "leave it out, and set the batch size",
-}
-
 
 class Given:
     """Arguments under today's names, each with a value."""
@@ -33,9 +28,6 @@ class Given:
 
     def plan(self) -> Plan:
         """ConfigError: a value, or a combination, that cannot work."""
-        for name, advice in _NOT_THERE_YET.items():
-            if self._arguments[name] not in (None, False):
-                raise ConfigError(f"{name}={self._arguments[name]!r}: this raylit does not have it yet; {advice}")
         return self.to(
             _assembled,
             workers=self.to(parse_workers),

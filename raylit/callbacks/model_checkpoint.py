@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from raylit.checkpoint import files
 from raylit.checkpoint.naming import fields, fill
 from raylit.checkpoint.retention import BestFiles
 from raylit.errors import ConfigError
+from raylit.places import absolute, entries, is_inside, joined
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class ModelCheckpoint(DriverCallback):
     ) -> None:
         if every_n_train_steps is None and train_time_interval is None and every_n_epochs is None:
             every_n_epochs = 1
-        self.dirpath = None if dirpath is None else os.path.realpath(os.path.expanduser(dirpath))
+        self.dirpath = None if dirpath is None else absolute(dirpath)
         self.filename = filename
         self.monitor = monitor
         self.verbose = verbose
@@ -140,7 +140,7 @@ class ModelCheckpoint(DriverCallback):
         name = fill(pattern, metrics, equals=self.CHECKPOINT_EQUALS_CHAR if self.auto_insert_metric_name else None)
         parts = [prefix, name, None if ver is None else f"v{ver}"]
         name = self.CHECKPOINT_JOIN_CHAR.join(part for part in parts if part is not None)
-        return os.path.join(self.dirpath or "", name + self.FILE_EXTENSION)
+        return joined(self.dirpath or "", name + self.FILE_EXTENSION)
 
     # When it saves
 
@@ -148,13 +148,13 @@ class ModelCheckpoint(DriverCallback):
         if run.state.stage != "fit":
             return
         if self.dirpath is None:
-            self.dirpath = os.path.join(os.path.abspath(run.log_dir), "checkpoints")
+            self.dirpath = joined(absolute(run.log_dir), "checkpoints")
         if self._unapplied_state is not None:
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None
         files.remove_abandoned(self.dirpath)
         is_own = self._is_automatic or self.newest_model_path or run.plan.is_dev_run
-        if not is_own and self.save_top_k != 0 and os.path.isdir(self.dirpath) and os.listdir(self.dirpath):
+        if not is_own and self.save_top_k != 0 and entries(self.dirpath):
             warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
 
     def on_train_start(self, run: Run) -> None:
@@ -386,7 +386,7 @@ class ModelCheckpoint(DriverCallback):
     def _is_removable(self, path: str) -> bool:
         """It is this directory's, has no other use, and the run was not resumed from it."""
         is_kept = path in (self.best_model_path, self.last_model_path, self._resumed_path, *self._best.scores)
-        return path != "" and not is_kept and Path(self.dirpath or "") in Path(path).parents
+        return path != "" and not is_kept and is_inside(path, self.dirpath or "")
 
     def _say(self, message: str) -> None:
         if self.verbose:

@@ -1,11 +1,10 @@
 """Checkpoint files: written whole or not at all, read with damage told apart from danger. Driver.
 
-Every path passes through `_local`, and nothing outside this module opens a checkpoint.
+Paths are local, or URLs that fsspec knows; nothing outside this module opens a checkpoint.
 """
 
 import os
 import pickle
-import shutil
 import socket
 import tempfile
 import zipfile
@@ -19,14 +18,18 @@ import torch
 
 from raylit.checkpoint.format import FORMAT
 from raylit.errors import CheckpointError
+from raylit.places import file_system, is_object_store, is_url
 
 
 def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write to a hidden file in the same directory, flush it to the disk and rename it.
 
-    Directories are made as needed. A symbolic link at `path` is replaced, not followed. CheckpointError: what stood at
-    `path` stands there still.
+    Directories are made as needed. A symbolic link at `path` is replaced, not followed. At a URL the object appears
+    with its upload's end. CheckpointError: what stood at `path` stands there still.
     """
+    if is_url(path):
+        _write_remote(checkpoint, os.fspath(path))
+        return
     target = _local(path)
     temporary = target.parent / _temporary_name()
     try:
@@ -48,7 +51,7 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[st
     `allow_pickle` unpickles any object, which can run code: for trusted files. CheckpointError: no such file, damaged,
     not a checkpoint, of a newer format, or pickled without `allow_pickle`.
     """
-    if "://" in os.fspath(path):
+    if is_url(path):
         return _read_remote(os.fspath(path), allow_pickle)
     source = _local(path)
     if source.is_dir():
@@ -75,28 +78,18 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[st
     return checkpoint
 
 
-def _read_remote(url: str, allow_pickle: bool) -> dict[str, Any]:
-    """By a copy in a temporary directory."""
-    # With the first URL only: importing raylit should not cost the import of fsspec.
-    import fsspec
-
-    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
-        copy = Path(directory) / (url.rstrip("/").rsplit("/", 1)[-1] or "checkpoint")
-        try:
-            with fsspec.open(url, "rb") as remote, open(copy, "wb") as file:
-                shutil.copyfileobj(remote, file, length=16 * 2**20)
-        except Exception as error:  # of whatever kind the store's own library raises
-            raise CheckpointError(f"cannot read the checkpoint {url}: {type(error).__name__}: {error}") from error
-        return read(copy, allow_pickle=allow_pickle)
-
-
 def exists(path: str | os.PathLike[str]) -> bool:
     """A file is there; a link that leads nowhere is none."""
+    if is_url(path):
+        files, place = file_system(os.fspath(path))
+        return bool(files.exists(place))
     return _local(path).exists()
 
 
 def link(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
     """Put a relative symbolic link to `target` in the place of `path`. False: that cannot be done here."""
+    if is_url(path):
+        return False
     place = _local(path)
     temporary = place.parent / _temporary_name()
     try:
@@ -110,6 +103,9 @@ def link(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
 
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a file or link; a missing one is fine."""
+    if is_url(path):
+        _remove_remote(os.fspath(path))
+        return
     target = _local(path)
     try:
         target.unlink(missing_ok=True)
@@ -118,12 +114,56 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 def remove_abandoned(directory: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of processes of this host that ended while they wrote."""
+    """Remove the temporary files of processes of this host that ended while they wrote. At a URL there are none."""
+    if is_url(directory):
+        return
     for file in _local(directory).glob(f".{socket.gethostname()}.*.tmp"):
         pid = file.name.split(".")[-3]
         if pid.isdigit() and not _is_running(int(pid)):
             with suppress(OSError):  # another run may have been faster
                 file.unlink()
+
+
+def _write_remote(checkpoint: Mapping[str, Any], url: str) -> None:
+    """By a file in a temporary directory: it is whole before the upload begins."""
+    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
+        copy = Path(directory) / "checkpoint"
+        try:
+            _save(checkpoint, copy)
+            files, place = file_system(url)
+            if is_object_store(files):
+                files.put_file(os.fspath(copy), place)
+            else:
+                files.makedirs(files._parent(place), exist_ok=True)
+                temporary = f"{files._parent(place)}/{_temporary_name()}"
+                files.put_file(os.fspath(copy), temporary)
+                files.mv(temporary, place)
+            # One that was there before must not be listed from a cache.
+            files.invalidate_cache(files._parent(place))
+        except Exception as error:  # of whatever kind the store's own library raises
+            raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
+
+
+def _read_remote(url: str, allow_pickle: bool) -> dict[str, Any]:
+    """By a copy in a temporary directory."""
+    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
+        copy = Path(directory) / (url.rstrip("/").rsplit("/", 1)[-1] or "checkpoint")
+        try:
+            files, place = file_system(url)
+            files.get_file(place, os.fspath(copy))
+        except Exception as error:  # of whatever kind the store's own library raises
+            raise CheckpointError(f"cannot read the checkpoint {url}: {type(error).__name__}: {error}") from error
+        return read(copy, allow_pickle=allow_pickle)
+
+
+def _remove_remote(url: str) -> None:
+    try:
+        files, place = file_system(url)
+        with suppress(FileNotFoundError):
+            files.rm_file(place)
+        files.invalidate_cache(files._parent(place))
+    except Exception as error:  # of whatever kind the store's own library raises
+        raise CheckpointError(f"cannot remove the checkpoint {url}: {type(error).__name__}: {error}") from error
 
 
 def _temporary_name() -> str:

@@ -1,12 +1,14 @@
 """CSVLogger: metrics as a table in `metrics.csv`. Driver only."""
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from raylit.errors import ConfigError
 from raylit.loggers.file import FileLogger
+from raylit.places import is_url, joined, read_text, write_text
 
 
 class CSVLogger(FileLogger):
@@ -34,7 +36,7 @@ class CSVLogger(FileLogger):
 
     @property
     def metrics_file(self) -> str:
-        return os.path.join(self.log_dir, "metrics.csv")
+        return joined(self.log_dir, "metrics.csv")
 
     @property
     def experiment(self) -> "CSVLogger":
@@ -65,6 +67,12 @@ class CSVLogger(FileLogger):
 
 def _append(path: str, rows: list[dict[str, Any]]) -> None:
     """Adds rows to the file; one with new columns makes the file be written anew with the longer header."""
+    if is_url(path):
+        rows = [*csv.DictReader(io.StringIO(read_text(path) or "", newline="")), *rows]
+        text = io.StringIO(newline="")
+        _write_rows(text, list(dict.fromkeys(name for row in rows for name in row)), rows)
+        write_text(text.getvalue(), path)
+        return
     # Read from the file each time, which costs a line: another logger of the same version may have added columns.
     old_columns = _read_header(path)
     columns = list(dict.fromkeys([*old_columns, *(name for row in rows for name in row)]))
@@ -90,7 +98,11 @@ def _read_header(path: str) -> list[str]:
 
 def _write(path: str, columns: list[str], *parts: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        for rows in parts:
-            writer.writerows(rows)
+        _write_rows(file, columns, *parts)
+
+
+def _write_rows(file: TextIO, columns: list[str], *parts: Iterable[Mapping[str, Any]]) -> None:
+    writer = csv.DictWriter(file, columns, restval="")
+    writer.writeheader()
+    for rows in parts:
+        writer.writerows(rows)

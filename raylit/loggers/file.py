@@ -8,6 +8,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
+from raylit.places import entries, is_url, joined, make_directory, write_text
 
 
 class FileLogger(Logger):
@@ -24,7 +25,7 @@ class FileLogger(Logger):
         prefix: str,
         sub_dir: str | None = None,
     ) -> None:
-        self._save_dir = None if save_dir is None else self._checked_dir(save_dir)
+        self._save_dir = None if save_dir is None else _expanded(save_dir)
         self._name = name or ""
         self._version = version
         self._prefix = prefix
@@ -54,28 +55,28 @@ class FileLogger(Logger):
                 f"{type(self).__name__}(save_dir=None) takes the Trainer's root directory, but belongs to no Trainer:"
                 " give it a save_dir, or use it once the Trainer has it"
             )
-        return os.path.join(self._save_dir, self._name)
+        return joined(self._save_dir, self._name).rstrip("/")
 
     @property
     def log_dir(self) -> str:
         if self._log_dir is None:
             version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-            log_dir = os.path.join(self.root_dir, version, self._sub_dir).rstrip(os.sep)
-            os.makedirs(log_dir, exist_ok=True)
+            log_dir = joined(self.root_dir, version, self._sub_dir).rstrip("/")
+            make_directory(log_dir)
             self._log_dir = log_dir
         return self._log_dir
 
     def bind(self, default_root_dir: str) -> None:
         if self._save_dir is None:
-            self._save_dir = self._checked_dir(default_root_dir)
+            self._save_dir = _expanded(default_root_dir)
 
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
         # Only when there is something to write: importing raylit should not cost the import of yaml.
         import yaml
 
         self._hparams.update(vars(params) if isinstance(params, Namespace) else params)
-        with open(os.path.join(self.log_dir, "hparams.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(plain(self._hparams), file, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(plain(self._hparams), sort_keys=False, allow_unicode=True)
+        write_text(text, joined(self.log_dir, "hparams.yaml"))
 
     def _prefixed(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {name: float(value) for name, value in self._named(metrics).items()}
@@ -84,11 +85,9 @@ class FileLogger(Logger):
         start = f"{self._prefix}-" if self._prefix else ""
         return {start + name: value for name, value in metrics.items()}
 
-    def _checked_dir(self, path: str | os.PathLike[str]) -> str:
-        text = os.fspath(path)
-        if "://" in text:
-            raise ConfigError(f"{type(self).__name__}(save_dir={text!r}): logs go to local paths only, so far")
-        return os.path.expanduser(os.path.expandvars(text))
+
+def _expanded(path: str | os.PathLike[str]) -> str:
+    return os.fspath(path) if is_url(path) else os.path.expanduser(os.path.expandvars(os.fspath(path)))
 
 
 def plain(value: Any) -> Any:
@@ -111,11 +110,14 @@ def plain(value: Any) -> Any:
 def _claim_next_version(root_dir: str) -> int:
     """Makes `version_N` for the lowest N above all that exist.
 
-    mkdir decides between processes that start at once: it fails for all but one of them.
+    mkdir decides between processes that start at once: it fails for all but one of them. A store of objects has no such
+    thing.
     """
-    os.makedirs(root_dir, exist_ok=True)
-    numbers = [name.removeprefix("version_") for name in os.listdir(root_dir) if name.startswith("version_")]
+    make_directory(root_dir)
+    numbers = [name.removeprefix("version_") for name in entries(root_dir) if name.startswith("version_")]
     version = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+    if is_url(root_dir):
+        return version
     while True:
         try:
             os.mkdir(os.path.join(root_dir, f"version_{version}"))

@@ -348,3 +348,25 @@ def test_a_link_that_leads_nowhere_does_not_exist(tmp_path: Path) -> None:
     assert not files.exists(tmp_path / "last.ckpt")
     files.write(a_checkpoint(), tmp_path / "gone.ckpt")
     assert files.exists(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_url_has_the_whole_checkpoint_or_what_it_had(scheme, tmp_path, monkeypatch):
+    import fsspec
+
+    url = f"{scheme}://{tmp_path}/runs/model.ckpt"
+    files.write({"state_dict": {"w": torch.zeros(3)}}, url)
+    assert files.exists(url)
+    store, _ = fsspec.url_to_fs(url)
+
+    def breaks(local, place, **options):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(type(store), "put_file", lambda self, *args, **options: breaks(*args, **options))
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*model.ckpt: ConnectionError: gone"):
+        files.write({"state_dict": {"w": torch.ones(3)}}, url)
+    assert torch.equal(files.read(url)["state_dict"]["w"], torch.zeros(3))
+    files.remove(url)
+    files.remove(url)
+    assert not files.exists(url)
+    assert not files.link(url, f"{url}.link")

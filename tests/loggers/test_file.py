@@ -14,6 +14,7 @@ import yaml
 from raylit.errors import ConfigError
 from raylit.loggers import CSVLogger, TensorBoardLogger
 from raylit.loggers.file import FileLogger
+from raylit.places import read_text
 
 BOTH = pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
 
@@ -78,9 +79,15 @@ def test_save_dir_comes_from_the_trainer_when_not_given(logger_class: type[FileL
 
 
 @BOTH
-def test_a_url_is_refused(logger_class: type[FileLogger]) -> None:
-    with pytest.raises(ConfigError, match="s3://bucket"):
-        logger_class("s3://bucket/logs")
+def test_a_url_counts_its_versions_too(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+    url = f"memory://{tmp_path}/logs"
+    for version in (0, 1):
+        logger = logger_class(url)
+        logger.log_hyperparams({"lr": 0.1})
+        logger.log_metrics({"loss": 1.0}, step=0)
+        logger.finalize("success")
+        assert logger.log_dir == f"{url}/lightning_logs/version_{version}"
+    assert read_text(f"{logger.log_dir}/hparams.yaml") == "lr: 0.1\n"
 
 
 def _claim(save_dir: str, barrier: Any, versions: Any) -> None:

@@ -301,3 +301,27 @@ def test_arguments_come_from_the_command_line():
     assert not plan.is_dev_run
     assert pl.Trainer.from_argparse_args(parser.parse_args(["--fast_dev_run"]))._plan.is_dev_run
     assert pl.Trainer.from_argparse_args(parser.parse_args([]))._plan == plan_of()
+
+
+def test_the_command_line_is_lightning_09s(monkeypatch):
+    """A parser with the user's own options in, the same one out; names of its time; other options are left alone."""
+    parser = ArgumentParser()
+    parser.add_argument("--batch_size", type=int, default=32)
+    assert pl.Trainer.add_argparse_args(parser) is parser
+    words = [
+        *("--batch_size", "8", "--max_epochs", "3", "--progress_bar_refresh_rate", "0", "--distributed_backend", "ddp"),
+        *("--early_stop_checkpoint", "--gpus", "", "--accumulate_grad_batches", "{2: 4}"),
+    ]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    args = parser.parse_args()
+    for given in (args, parser):
+        trainer = pl.Trainer.from_argparse_args(given, max_epochs=4)
+        assert trainer.max_epochs == 4  # an override wins
+        assert trainer._plan.optimization.accumulation == ((0, 1), (2, 4))
+        assert trainer.early_stopping_callback is not None
+        assert not any(isinstance(callback, pl.ProgressBar) for callback in trainer.callbacks)
+    assert args.batch_size == 8
+    with pytest.raises(pl.ConfigError, match=r"precision='bf17': must be one of 32, 64, 16"):
+        pl.Trainer.from_argparse_args(parser.parse_args(["--precision", "bf17"]))
+    with pytest.raises(pl.ConfigError, match=r"limit_train_batches='half': must be a float in \[0, 1\]"):
+        pl.Trainer.from_argparse_args(parser.parse_args(["--limit_train_batches", "half"]))

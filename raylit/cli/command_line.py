@@ -1,0 +1,144 @@
+"""RaylitCLI: models, data and the Trainer from a command line and YAML files. Driver."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raylit.cli.saved_config import SavedConfig
+from raylit.datamodule import DataModule
+from raylit.errors import ConfigError
+from raylit.module import LightningModule
+from raylit.seed import seed_everything
+from raylit.trainer import Trainer
+
+_SUBCOMMANDS = {
+    "fit": "Train; with --ckpt_path continue a run.",
+    "validate": "The metrics of the validation loop.",
+    "test": "The metrics of the test loop.",
+    "predict": "Run the prediction loop.",
+}
+
+_DESCRIPTION = "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help."
+_EXACT = {"allow_abbrev": False}
+"""A later version's option would make an abbreviation ambiguous."""
+
+
+class RaylitCLI:
+    """Parses `sys.argv`, or `args`, builds what it names and runs the subcommand.
+
+    `model_class` and `datamodule_class`: a class, whose arguments become `--model.x`; None, where the command line
+    names the class (`--model my.module.LitModel`). Afterwards `model`, `datamodule`, `trainer`, `config` and `result`
+    are there. `run=False` builds them, without a subcommand.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule] | Callable[..., LightningModule] | None = None,
+        datamodule_class: type[DataModule] | Callable[..., DataModule] | None = None,
+        save_config_callback: type[SavedConfig] | None = SavedConfig,
+        trainer_class: type[Trainer] = Trainer,
+        trainer_defaults: dict[str, Any] | None = None,
+        seed_everything_default: bool | int = True,
+        parser_kwargs: dict[str, Any] | None = None,
+        subclass_mode_model: bool = False,
+        subclass_mode_data: bool = False,
+        args: Sequence[str] | dict[str, Any] | None = None,
+        run: bool = True,
+    ) -> None:
+        self._model_class, self._datamodule_class = model_class, datamodule_class
+        self._is_model_named = model_class is None or subclass_mode_model
+        self._is_data_named = datamodule_class is None or subclass_mode_data
+        self._trainer_class = trainer_class
+        self._trainer_defaults = trainer_defaults or {}
+        self._seed_default = seed_everything_default
+        self._parser_kwargs = parser_kwargs or {}
+        self.subcommand: str | None = None
+        self.result: Any = None
+        """What the subcommand has returned."""
+        self.parser = self._main_parser() if run else self._parser(has_checkpoint=False, **self._parser_kwargs)
+        parsed = self._parsed(args)
+        if run:
+            self.subcommand = parsed.subcommand
+            parsed = parsed[parsed.subcommand]
+        self.config = parsed
+        self.datamodule: DataModule | None = None
+        self.model: LightningModule
+        self.trainer: Trainer
+        self._build(None if self.subcommand != "fit" else save_config_callback)
+        if run:
+            self._run()
+
+    # Helpers, in the order in which they are called
+
+    def _main_parser(self) -> Any:
+        parser = _parser_class()(**{"description": _DESCRIPTION, **_EXACT, **self._parser_kwargs})
+        subcommands = parser.add_subcommands(required=True, dest="subcommand")
+        for name, text in _SUBCOMMANDS.items():
+            usage = f"{parser.prog} {name} [--config FILE] [--model ...] [--data ...] [--trainer.NAME VALUE] ..."
+            subcommands.add_subcommand(name, self._parser(has_checkpoint=True, usage=usage), help=text)
+        return parser
+
+    def _parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
+        # A usage of its own: not all of the hundred options before each error.
+        parser = _parser_class()(**{**_EXACT, **options})
+        parser.add_argument("-c", "--config", action="config", help="A YAML file; later ones and options win.")
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int | None,
+            default=self._seed_default,
+            help="True: a seed of its own for the run, which its config then has.",
+        )
+        model, data = self._model_class or LightningModule, self._datamodule_class or DataModule
+        if self._is_model_named:
+            parser.add_subclass_arguments(model, "model", required=True, fail_untyped=False)
+        else:
+            parser.add_class_arguments(model, "model", fail_untyped=False)
+        if self._is_data_named:
+            parser.add_subclass_arguments(data, "data", required=False, fail_untyped=False)
+        else:
+            parser.add_class_arguments(data, "data", fail_untyped=False)
+        parser.add_class_arguments(self._trainer_class, "trainer", fail_untyped=False, instantiate=False)
+        parser.set_defaults({f"trainer.{name}": value for name, value in self._trainer_defaults.items()})
+        if has_checkpoint:
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help="A file or URL of a checkpoint.")
+        return parser
+
+    def _parsed(self, args: Any) -> Any:
+        if isinstance(args, dict):
+            return self.parser.parse_object(args)
+        return self.parser.parse_args(sys.argv[1:] if args is None else list(args))
+
+    def _build(self, save_config: type[SavedConfig] | None) -> None:
+        """Seed first: the model's weights follow it."""
+        seed = self.config.seed_everything
+        if seed is not None and seed is not False:
+            self.config.seed_everything = seed_everything(None if seed is True else seed)
+        parser = self.parser if self.subcommand is None else self.parser._subcommands_action.choices[self.subcommand]
+        built = parser.instantiate(self.config)
+        self.model, self.datamodule = built.model, built.get("data")
+        arguments = dict(built.trainer)
+        if save_config is not None:
+            given = arguments.get("callbacks")
+            callbacks = [] if given is None else [given] if not isinstance(given, (list, tuple)) else list(given)
+            text = parser.dump(self.config)
+            arguments["callbacks"] = [*callbacks, save_config(text)]
+        self.trainer = self._trainer_class(**arguments)
+
+    def _run(self) -> None:
+        assert self.subcommand is not None
+        if self.subcommand not in _SUBCOMMANDS:
+            raise ConfigError(f"no subcommand {self.subcommand!r}: there are {', '.join(_SUBCOMMANDS)}")
+        run = getattr(self.trainer, self.subcommand)
+        self.result = run(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+
+
+LightningCLI = RaylitCLI
+
+
+def _parser_class() -> Any:
+    try:
+        # Optional, and not to be imported with raylit.
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise ConfigError("the command line needs jsonargparse: pip install 'raylit[cli]'") from error
+    return ArgumentParser

@@ -1,0 +1,25 @@
+"""main: the `raylit` command. Driver."""
+
+import os
+import sys
+from importlib import metadata
+
+from raylit.cli.command_line import RaylitCLI
+from raylit.errors import RaylitError
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a subcommand; raylit's own errors are a line, the user's code's are a traceback."""
+    args = sys.argv[1:] if args is None else args
+    # A console script begins with its own directory; the user's modules are where they stand. Workers get this path.
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        RaylitCLI(args=args, parser_kwargs={"prog": "raylit", "version": metadata.version("raylit")})
+    except RaylitError as error:
+        print(f"raylit: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,91 @@
+"""Where files go: local paths and URLs that fsspec knows, by one set of functions. Driver."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+_OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "memory"})
+"""By fsspec's names."""
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    return "://" in os.fspath(path)
+
+
+def joined(directory: str | os.PathLike[str], *parts: str) -> str:
+    text = os.fspath(directory)
+    return "/".join([text.rstrip("/"), *parts]) if is_url(text) else os.path.join(text, *parts)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A local path with its links resolved; a URL as it is."""
+    text = os.fspath(path)
+    return text.rstrip("/") if is_url(text) else os.path.realpath(os.path.expanduser(text))
+
+
+def is_inside(path: str, directory: str) -> bool:
+    """It lies in the directory or below it."""
+    if is_url(path) or is_url(directory):
+        return path.startswith(directory.rstrip("/") + "/")
+    return Path(directory) in Path(path).parents
+
+
+def entries(directory: str) -> list[str]:
+    """The names in it; none where it does not exist."""
+    if is_url(directory):
+        files, path = file_system(directory)
+        files.invalidate_cache(path)
+        return [
+            name.rstrip("/").rsplit("/", 1)[-1] for name in (files.ls(path, detail=False) if files.exists(path) else ())
+        ]
+    return os.listdir(directory) if os.path.isdir(directory) else []
+
+
+def make_directory(path: str) -> None:
+    if not is_url(path):
+        os.makedirs(path, exist_ok=True)
+        return
+    files, place = file_system(path)
+    if not is_object_store(files):
+        files.makedirs(place, exist_ok=True)
+
+
+def read_text(path: str) -> str | None:
+    """None: there is no such file."""
+    try:
+        if is_url(path):
+            files, place = file_system(path)
+            return str(files.cat_file(place).decode())
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def write_text(text: str, path: str) -> None:
+    """Whole or not at all; the directory is made as needed."""
+    if is_url(path):
+        files, place = file_system(path)
+        make_directory(path.rsplit("/", 1)[0])
+        files.pipe_file(place, text.encode())
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it."""
+    # With the first URL only: importing raylit should not cost the import of fsspec.
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(url)
+    return files, path
+
+
+def is_object_store(files: Any) -> bool:
+    """It has no directories (to make one would be to make a bucket), and a file is there once it is complete."""
+    protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    return not _OBJECT_STORES.isdisjoint(protocols)

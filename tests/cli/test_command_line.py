@@ -1,0 +1,144 @@
+"""The `raylit` command as a user types it, in processes of its own; the class in this one."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import Regression, RegressionData
+
+import raylit as pl
+
+pytest.importorskip("jsonargparse")
+from raylit.cli import LightningCLI, RaylitCLI
+
+MODEL, DATA = "project.module.Regression", "project.module.RegressionData"
+
+
+@pytest.fixture
+def raylit(tmp_path):
+    """The command in a directory that has the user's package."""
+    (tmp_path / "project").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "models.py", tmp_path / "project" / "module.py")
+
+    def run(*args, returncode=0):
+        command = Path(sys.executable).with_name("raylit")
+        done = subprocess.run(
+            [command, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == returncode, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def test_help_and_version(raylit):
+    assert raylit("--version").strip() == "raylit 0.1.0"
+    printed = raylit("--help")
+    assert [name for name in ("fit", "validate", "test", "predict") if f"    {name} " not in printed] == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fit_finds_modules_of_the_current_directory_on_the_workers_too(num_workers, raylit, tmp_path):
+    raylit(
+        *("fit", "--model", MODEL, "--model.lr", 0.1, "--data", DATA, "--data.batch_size", 4),
+        *("--trainer.num_workers", num_workers, "--trainer.max_epochs", 1, "--seed_everything", 7),
+    )
+    run = tmp_path / "lightning_logs" / "version_0"
+    [checkpoint] = (run / "checkpoints").iterdir()
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 12 // max(1, num_workers)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"] == {
+        "class_path": MODEL,
+        "init_args": {"width": 16, "dropout": 0.0, "lr": 0.1, "optimizer": "sgd"},
+    }
+    assert (config["trainer"]["num_workers"], config["seed_everything"]) == (num_workers, 7)
+
+
+def test_a_saved_config_trains_to_the_same_weights_and_evaluates(raylit, tmp_path):
+    quiet = ("--trainer.enable_progress_bar", "false", "--trainer.num_workers", 0)
+    raylit("fit", "--model", MODEL, "--data", DATA, "--trainer.max_epochs", 1, *quiet)
+    first = tmp_path / "lightning_logs" / "version_0"
+    raylit("fit", "--config", first / "config.yaml")
+    [before], [after] = (
+        list((tmp_path / "lightning_logs" / f"version_{number}" / "checkpoints").iterdir()) for number in (0, 1)
+    )
+    weights, again = (torch.load(path, weights_only=True)["state_dict"] for path in (before, after))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    model = Regression()
+    model.load_state_dict(weights)
+    [expected] = pl.Trainer(logger=False, enable_progress_bar=False).validate(model, RegressionData(), verbose=False)
+    given = ("--model", MODEL, "--data", DATA, "--ckpt_path", before, *quiet)
+    assert f"{expected['val_loss']:.6f}"[:-1] in raylit("validate", *given)
+    assert "test_loss" in raylit("test", *given)
+    raylit("predict", *given)
+
+
+def test_later_configs_and_options_win_and_print_config_only_prints(raylit, tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        f"model:\n  class_path: {MODEL}\n  init_args:\n    lr: 0.5\ntrainer:\n  max_epochs: 5\n  limit_val_batches: 1\n"
+    )
+    (tmp_path / "more.yaml").write_text("trainer:\n  max_epochs: 7\n  limit_train_batches: 1.0\n")
+    printed = raylit(
+        *("fit", "--config", "base.yaml", "--config", "more.yaml", "--model.lr", 0.25, "--trainer.precision", "bf16"),
+        "--print_config",
+    )
+    config = yaml.safe_load(printed)
+    trainer = config["trainer"]
+    assert (trainer["max_epochs"], trainer["precision"], config["model"]["init_args"]["lr"]) == (7, "bf16", 0.25)
+    # A count stays a count and a fraction a fraction.
+    assert (trainer["limit_val_batches"], trainer["limit_train_batches"]) == (1, 1.0)
+    assert isinstance(trainer["limit_train_batches"], float)
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_what_is_wrong_is_told_in_a_few_lines(raylit):
+    printed = raylit("fit", "--model", MODEL, "--model.lrr", 0.1, returncode=2)
+    assert "'lrr' is not accepted" in printed
+    assert len(printed.splitlines()) < 20
+    assert "has no attribute 'Nope'" in raylit("fit", "--model", "project.module.Nope", returncode=2)
+    assert "No module named 'nowhere'" in raylit("fit", "--model", "nowhere.Model", returncode=2)
+    assert "max_epoch" in raylit("fit", "--model", MODEL, "--trainer.max_epoch", 3, returncode=2)
+    printed = raylit("fit", "--model", MODEL, "--trainer.num_workers", -1, returncode=1)
+    assert printed.splitlines()[-1] == (
+        "raylit: ConfigError: num_workers=-1: must be 0 (this process) or the number of workers"
+    )
+
+
+def test_without_jsonargparse_the_command_says_what_to_install(run_script):
+    printed = run_script(
+        """
+        import sys
+        sys.modules["jsonargparse"] = None
+        from raylit.cli import main
+        sys.stderr = sys.stdout
+        print(main(["fit"]))
+        """
+    )
+    assert printed.splitlines() == [
+        "raylit: ConfigError: the command line needs jsonargparse: pip install 'raylit[cli]'",
+        "1",
+    ]
+
+
+def test_the_class_has_lightnings_arguments(tmp_path):
+    cli = RaylitCLI(
+        Regression,
+        RegressionData,
+        trainer_defaults={"max_epochs": 2, "logger": False, "enable_progress_bar": False, "num_workers": 0},
+        seed_everything_default=3,
+        args=["fit", "--model.lr", "0.2", "--data.batch_size", "16", "--trainer.max_epochs", "1"],
+    )
+    assert LightningCLI is RaylitCLI
+    assert (cli.model.hparams.lr, cli.trainer.global_step, cli.datamodule.batch_size) == (0.2, 3, 16)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["lr"] == 0.2
+
+
+def test_without_run_it_only_builds():
+    cli = LightningCLI(Regression, args=["--model.lr", "0.2", "--trainer.callbacks+=raylit.Timer"], run=False)
+    assert cli.trainer.global_step == 0
+    assert cli.datamodule is None
+    assert [callback for callback in cli.trainer.callbacks if isinstance(callback, pl.Timer)]

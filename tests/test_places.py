@@ -1,0 +1,38 @@
+"""Local paths and URLs by one set of functions."""
+
+import os
+
+import pytest
+
+from raylit.places import absolute, entries, is_inside, joined, make_directory, read_text, write_text
+
+
+@pytest.fixture(params=["local", "memory", "file"])
+def directory(request, tmp_path):
+    """A local path, a store without directories and a file system behind a URL."""
+    return {"local": str(tmp_path), "memory": f"memory://{tmp_path}", "file": f"file://{tmp_path}"}[request.param]
+
+
+def test_a_text_is_read_as_it_was_written_and_listed(directory):
+    path = joined(directory, "a", "b.txt")
+    assert read_text(path) is None
+    assert entries(joined(directory, "a")) == []
+    write_text("first", path)
+    write_text("grün\r\n", path)
+    assert read_text(path) == "grün\r\n"
+    assert entries(joined(directory, "a")) == ["b.txt"]
+    make_directory(joined(directory, "a"))
+    assert entries(joined(directory, "a")) == ["b.txt"]
+
+
+def test_a_path_lies_in_its_directories(directory):
+    path = joined(directory, "runs", "b.ckpt")
+    assert is_inside(path, directory)
+    assert is_inside(path, joined(directory, "runs"))
+    assert not is_inside(path, joined(directory, "run"))
+
+
+def test_absolute_leaves_urls_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("runs") == os.path.realpath(tmp_path / "runs")
+    assert absolute("s3://bucket/runs/") == "s3://bucket/runs"
