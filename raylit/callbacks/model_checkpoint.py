@@ -16,7 +16,7 @@ from typing_extensions import Self
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import Clock, is_validated_by_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.naming import fields, fill
+from raylit.checkpoint.naming import absolute, fields, fill
 from raylit.checkpoint.retention import BestFiles
 from raylit.errors import ConfigError
 
@@ -65,7 +65,7 @@ class ModelCheckpoint(DriverCallback):
     ) -> None:
         if every_n_train_steps is None and train_time_interval is None and every_n_epochs is None:
             every_n_epochs = 1
-        self.dirpath = None if dirpath is None else os.path.realpath(os.path.expanduser(dirpath))
+        self.dirpath = None if dirpath is None else absolute(os.fspath(dirpath))
         self.filename = filename
         self.monitor = monitor
         self.verbose = verbose
@@ -148,7 +148,7 @@ class ModelCheckpoint(DriverCallback):
         if run.state.stage != "fit":
             return
         if self.dirpath is None:
-            self.dirpath = os.path.join(os.path.abspath(run.log_dir), "checkpoints")
+            self.dirpath = os.path.join(absolute(run.log_dir), "checkpoints")
         if self._unapplied_state is not None:
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None

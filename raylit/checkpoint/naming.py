@@ -1,5 +1,6 @@
 """File names of checkpoints: patterns that metrics fill in. Driver only."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,3 +34,8 @@ def fields(state: RunState) -> dict[str, float]:
     metrics["epoch"] = int(metrics.get("epoch", state.progress.epoch))
     metrics["step"] = int(metrics.get("step", state.progress.global_step))
     return metrics
+
+
+def absolute(path: str) -> str:
+    """Where every process finds it, whatever directory is its current one; a URL as it is."""
+    return path if "://" in path else os.path.realpath(os.path.expanduser(path))
