@@ -6,6 +6,7 @@ from typing import Any
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
 from raylit.errors import ConfigError
+from raylit.places import absolute
 
 
 class OnExceptionCheckpoint(Callback):
@@ -21,9 +22,7 @@ class OnExceptionCheckpoint(Callback):
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
         if not filename:
             raise ConfigError("OnExceptionCheckpoint(filename=''): the name cannot be empty")
-        path = os.fspath(dirpath)
-        # Absolute, as a worker may have another current directory.
-        self.dirpath = path if "://" in path else os.path.abspath(os.path.expanduser(path))
+        self.dirpath = absolute(dirpath)
         self.filename = filename
         self._has_saved = False
 

@@ -227,3 +227,7 @@ def test_lightnings_state_is_taken() -> None:
 
 def test_the_state_key_is_lightnings() -> None:
     assert EarlyStopping("val_loss").state_key == "EarlyStopping{'monitor': 'val_loss', 'mode': 'min'}"
+
+
+def test_the_driver_alone_logs_so_that_switch_has_no_effect() -> None:
+    assert epochs_until_stop(EarlyStopping("loss", patience=1, log_rank_zero_only=True), [1, 2]) == 1

@@ -147,6 +147,12 @@ def test_a_given_directory_is_made_absolute(tmp_path: Path, monkeypatch: pytest.
     assert ModelCheckpoint(Path("~/c")).dirpath == str(tmp_path / "home" / "c")
 
 
+def test_a_url_stays_one() -> None:
+    callback = ModelCheckpoint("memory://runs/one", filename="{epoch}")
+    assert callback.dirpath == "memory://runs/one"
+    assert callback.format_checkpoint_name({"epoch": 2}) == "memory://runs/one/epoch=2.ckpt"
+
+
 @pytest.mark.parametrize(
     ("arguments", "metrics", "expected"),
     [
