@@ -19,6 +19,8 @@ from raylit.errors import ConfigError
 SweepMode = Literal["exponential", "linear"]
 
 _SMOOTHING = 0.98
+_HIGH = 0.9
+"""Of the way from the minimum to the usual level."""
 
 
 class LearningRateFinder:
@@ -30,7 +32,11 @@ class LearningRateFinder:
 
     def suggestion(self, skip_begin: int = 10, skip_end: int = 1) -> float | None:
         """The rate at which the loss falls most steeply, the first and last points left out; None, with a warning,
-        where too few finite ones are left."""
+        where too few finite ones are left.
+
+        The smoothed curve's beginning is the mean of few losses and jumps: what counts is the fall from where it was
+        last near its usual level down to its minimum.
+        """
         lrs, losses = (np.array(self.results[name][skip_begin : -skip_end or None]) for name in ("lr", "loss"))
         lrs, losses = lrs[np.isfinite(losses)], losses[np.isfinite(losses)]
         if len(losses) < 2:
@@ -40,7 +46,11 @@ class LearningRateFinder:
                 stacklevel=2,
             )
             return None
-        return float(lrs[np.argmin(np.gradient(losses))])
+        lowest = max(1, int(np.argmin(losses)))
+        falling = losses[: lowest + 1]
+        high = losses[lowest] + _HIGH * (np.median(falling) - losses[lowest])
+        first = int(np.flatnonzero(falling[:-1] >= high)[-1]) if (falling[:-1] >= high).any() else 0
+        return float(lrs[first + np.argmin(np.gradient(falling)[first:])])
 
     def plot(self, suggest: bool = False, show: bool = False, ax: Any = None) -> Any:
         """A matplotlib figure of the curve, or None where `ax` is given to draw on; `suggest` marks the suggestion."""

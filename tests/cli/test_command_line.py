@@ -13,7 +13,7 @@ from models import Regression, RegressionData
 import raylit as pl
 
 pytest.importorskip("jsonargparse")
-from raylit.cli import LightningCLI, RaylitCLI
+from raylit.cli import LightningCLI, RaylitCLI, main
 
 MODEL, DATA = "project.module.Regression", "project.module.RegressionData"
 
@@ -99,13 +99,28 @@ def test_what_is_wrong_is_told_in_a_few_lines(raylit):
     printed = raylit("fit", "--model", MODEL, "--model.lrr", 0.1, returncode=2)
     assert "'lrr' is not accepted" in printed
     assert len(printed.splitlines()) < 20
-    assert "has no attribute 'Nope'" in raylit("fit", "--model", "project.module.Nope", returncode=2)
-    assert "No module named 'nowhere'" in raylit("fit", "--model", "nowhere.Model", returncode=2)
-    assert "max_epoch" in raylit("fit", "--model", MODEL, "--trainer.max_epoch", 3, returncode=2)
     printed = raylit("fit", "--model", MODEL, "--trainer.num_workers", -1, returncode=1)
     assert printed.splitlines()[-1] == (
         "raylit: ConfigError: num_workers=-1: must be 0 (this process) or the number of workers"
     )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fit", "--model", "models.Nope"], "has no attribute 'Nope'"),
+        (["fit", "--model", "nowhere.Model"], "No module named 'nowhere'"),
+        (["fit", "--model", "models.Regression", "--trainer.max_epoch", "3"], "max_epoch"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train"], "train"),
+    ],
+)
+def test_what_is_unknown_is_named(args, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_jsonargparse_the_command_says_what_to_install(run_script):

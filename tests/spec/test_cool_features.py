@@ -123,7 +123,7 @@ def test_automatically_scale_your_batch_size_ends_at_the_data_or_the_last_trial(
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_automatically_attempt_to_find_a_good_learning_rate(num_workers, quiet):
-    model, data = Regression(lr=1e-9), RegressionData(batch_size=48 // max(1, num_workers))
+    model, data = Regression(lr=1e-9), RegressionData()
     before, random_state = weights_of(model), torch.get_rng_state()
     trainer = Trainer(auto_lr_find=True, num_workers=num_workers, max_epochs=1, **quiet)
     found = trainer.tune(model, data)["lr_find"]
@@ -158,8 +158,6 @@ def test_automatically_attempt_to_find_a_good_learning_rate_is_a_range_test(quie
         average = 0.98 * average + 0.02 * loss.item()
         smoothed.append(average / (1 - 0.98 ** (index + 1)))
     assert found.results["loss"] == pytest.approx(smoothed, rel=1e-5)
-    steepest = min(range(1, 7), key=lambda index: smoothed[index + 1] - smoothed[index - 1])
-    assert found.suggestion(skip_begin=1, skip_end=1) == pytest.approx(found.results["lr"][steepest], rel=10)
 
 
 def test_automatically_attempt_to_find_a_good_learning_rate_gives_up_where_it_diverges(quiet):
