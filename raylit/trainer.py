@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from raylit import attachments
@@ -30,7 +29,6 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
-from raylit.checkpoint.last_run import write_last_run
 from raylit.checkpoint_choice import read_checkpoint
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
@@ -40,10 +38,11 @@ from raylit.loggers import Logger
 from raylit.loggers.dummy import DummyLogger
 from raylit.messages import Finished
 from raylit.module import LightningModule
+from raylit.outcome import Outcome
 from raylit.plan import BatchLimit, CombinationName
-from raylit.profilers import PassThroughProfiler, Profiler, chosen_profiler
+from raylit.profilers import Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
-from raylit.state import RunState, RunStatus, Stage, TrainerState
+from raylit.state import RunState, RunStatus, Stage
 from raylit.tuner import Tuner
 from raylit.worker import handback
 from raylit.worker.context import Job
@@ -51,7 +50,7 @@ from raylit.worker.forwarding import LoggerFacts
 from raylit.worker.hooks import is_overridden
 
 
-class Trainer:
+class Trainer(Outcome):
     """Trains, validates, tests and predicts on Ray actors, or in this process with `num_workers=0`.
 
     The Trainer stays in the driver; hooks and callbacks on the workers see a light view of the run in its place.
@@ -237,98 +236,6 @@ class Trainer:
         if return_predictions is False:
             return None
         return outputs[0] if len(outputs) == 1 else outputs
-
-    # What the last run has left
-
-    @property
-    def callback_metrics(self) -> dict[str, Tensor]:
-        """The last value of every metric, as 0-dim tensors."""
-        return {name: torch.tensor(value) for name, value in self._state.callback_metrics.items()}
-
-    @property
-    def logged_metrics(self) -> dict[str, Tensor]:
-        """The last values that went to the loggers."""
-        return {name: torch.tensor(value) for name, value in self._state.logged_metrics.items()}
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float | str]:
-        return dict(self._state.progress_bar_metrics)
-
-    @property
-    def current_epoch(self) -> int:
-        """During a fit the epoch's index, afterwards the number of epochs run."""
-        return self._state.progress.epoch + self._state.progress.is_epoch_ended
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps."""
-        return self._state.progress.global_step
-
-    @property
-    def state(self) -> TrainerState:
-        """What the last run was and how it ended."""
-        return TrainerState(fn=self._state.stage, status=self._status)
-
-    @property
-    def interrupted(self) -> bool:
-        """The last run ended by Ctrl-C or SIGTERM."""
-        return self._state.is_interrupted
-
-    @property
-    def callbacks(self) -> list[Callback | DriverCallback]:
-        return [*self._callbacks, *self._driver_callbacks]
-
-    @property
-    def checkpoint_callback(self) -> ModelCheckpoint | None:
-        return next((c for c in self._driver_callbacks if isinstance(c, ModelCheckpoint)), None)
-
-    @property
-    def early_stopping_callback(self) -> EarlyStopping | None:
-        return next((c for c in self._driver_callbacks if isinstance(c, EarlyStopping)), None)
-
-    @property
-    def logger(self) -> Logger | None:
-        return self.loggers[0] if self.loggers else None
-
-    @property
-    def profiler(self) -> Profiler:
-        """With the last run's `profiles`. In hooks `self.trainer.profiler` is the worker's own copy."""
-        return self._profiler or PassThroughProfiler()
-
-    @property
-    def log_dir(self) -> str:
-        """Where the first logger writes; the root directory without one."""
-        return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
-
-    @property
-    def default_root_dir(self) -> str:
-        return self._plan.default_root_dir
-
-    @property
-    def num_workers(self) -> int:
-        return self._plan.workers.num_workers
-
-    @property
-    def world_size(self) -> int:
-        return self._plan.workers.world_size
-
-    @property
-    def max_epochs(self) -> int | None:
-        return self._plan.limits.max_epochs
-
-    @property
-    def lightning_module(self) -> LightningModule | None:
-        """The module of the last run."""
-        return self._model
-
-    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
-        """Write the last run: the whole of it where this Trainer's newest checkpoint is of the same step, else, or with
-        `weights_only`, its weights and hyper-parameters. Inside a run hooks save with their own `trainer`."""
-        if self._model is None:
-            raise ConfigError("save_checkpoint needs a model: call fit on this Trainer before")
-        newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
-        owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
-        write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
 
     # Helpers, in the order in which they are called
 

@@ -36,7 +36,7 @@ LAYERS = (
     },
     {"worker"},
     {"driver"},
-    {"api", "arguments", "attachments", "checkpoint_choice", "requirements", "trainer", "tuner"},
+    {"api", "arguments", "attachments", "checkpoint_choice", "outcome", "requirements", "trainer", "tuner"},
     {"cli", "tune"},
     {"__init__"},
 )

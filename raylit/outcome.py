@@ -1,0 +1,123 @@
+"""Outcome: what a Trainer has to show of its last run, and of what is attached to it. Driver."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylit.callbacks.base import Callback, DriverCallback
+from raylit.callbacks.early_stopping import EarlyStopping
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.checkpoint.last_run import write_last_run
+from raylit.datamodule import DataModule
+from raylit.errors import ConfigError
+from raylit.loggers import Logger
+from raylit.module import LightningModule
+from raylit.plan import Plan
+from raylit.profilers import PassThroughProfiler, Profiler
+from raylit.state import RunState, RunStatus, TrainerState
+
+
+class Outcome:
+    """The Trainer writes these; users and tests read the properties."""
+
+    loggers: list[Logger]
+    _plan: Plan
+    _state: RunState
+    _status: RunStatus
+    _callbacks: list[Callback]
+    _driver_callbacks: list[DriverCallback]
+    _profiler: Profiler | None
+    _model: LightningModule | None
+    _datamodule: DataModule | None
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The last value of every metric, as 0-dim tensors."""
+        return {name: torch.tensor(value) for name, value in self._state.callback_metrics.items()}
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The last values that went to the loggers."""
+        return {name: torch.tensor(value) for name, value in self._state.logged_metrics.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float | str]:
+        return dict(self._state.progress_bar_metrics)
+
+    @property
+    def current_epoch(self) -> int:
+        """During a fit the epoch's index, afterwards the number of epochs run."""
+        return self._state.progress.epoch + self._state.progress.is_epoch_ended
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps."""
+        return self._state.progress.global_step
+
+    @property
+    def state(self) -> TrainerState:
+        """What the last run was and how it ended."""
+        return TrainerState(fn=self._state.stage, status=self._status)
+
+    @property
+    def interrupted(self) -> bool:
+        """The last run ended by Ctrl-C or SIGTERM."""
+        return self._state.is_interrupted
+
+    @property
+    def callbacks(self) -> list[Callback | DriverCallback]:
+        return [*self._callbacks, *self._driver_callbacks]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        return next((c for c in self._driver_callbacks if isinstance(c, ModelCheckpoint)), None)
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        return next((c for c in self._driver_callbacks if isinstance(c, EarlyStopping)), None)
+
+    @property
+    def logger(self) -> Logger | None:
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def profiler(self) -> Profiler:
+        """With the last run's `profiles`. In hooks `self.trainer.profiler` is the worker's own copy."""
+        return self._profiler or PassThroughProfiler()
+
+    @property
+    def log_dir(self) -> str:
+        """Where the first logger writes; the root directory without one."""
+        return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
+
+    @property
+    def default_root_dir(self) -> str:
+        return self._plan.default_root_dir
+
+    @property
+    def num_workers(self) -> int:
+        return self._plan.workers.num_workers
+
+    @property
+    def world_size(self) -> int:
+        return self._plan.workers.world_size
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self._plan.limits.max_epochs
+
+    @property
+    def lightning_module(self) -> LightningModule | None:
+        """The module of the last run."""
+        return self._model
+
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Write the last run: the whole of it where this Trainer's newest checkpoint is of the same step, else, or with
+        `weights_only`, its weights and hyper-parameters. Inside a run hooks save with their own `trainer`."""
+        if self._model is None:
+            raise ConfigError("save_checkpoint needs a model: call fit on this Trainer before")
+        newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
+        owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
+        write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
