@@ -20,6 +20,7 @@ from raylit.loggers import Logger, TensorBoardLogger
 from raylit.loggers.dummy import DummyLogger
 from raylit.module import LightningModule
 from raylit.plan import Plan
+from raylit.worker.forwarding import LoggerFacts
 
 _Any = TypeVar("_Any")
 _Callback = TypeVar("_Callback", bound=DriverCallback)
@@ -156,3 +157,11 @@ def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: st
     for each in loggers:
         each.bind(default_root_dir)
     return loggers
+
+
+def known_to_hooks(loggers: Sequence[Logger], *, num_workers: int) -> list[Logger | LoggerFacts]:
+    """What travels to where the hooks run: there a logger is itself, or what is known of it."""
+    return [
+        logger if num_workers == 0 or isinstance(logger, DummyLogger) else LoggerFacts.of(logger, index)
+        for index, logger in enumerate(loggers)
+    ]

@@ -21,6 +21,7 @@ from raylit.arguments import (
     parse_searches,
     settled,
 )
+from raylit.attachments import known_to_hooks
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
@@ -35,7 +36,6 @@ from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
-from raylit.loggers.dummy import DummyLogger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.outcome import Outcome
@@ -46,7 +46,6 @@ from raylit.state import RunState, RunStatus, Stage
 from raylit.tuner import Tuner
 from raylit.worker import handback
 from raylit.worker.context import Job
-from raylit.worker.forwarding import LoggerFacts
 from raylit.worker.hooks import is_overridden
 
 
@@ -277,15 +276,8 @@ class Trainer(Outcome):
             compilations=compilations,
             profiler=self._profiler,
             log_dir=self.log_dir,
-            loggers=[
-                logger if self._is_here(logger) else LoggerFacts.of(logger, index)
-                for index, logger in enumerate(self.loggers)
-            ],
+            loggers=known_to_hooks(self.loggers, num_workers=self.num_workers),
         )
-
-    def _is_here(self, logger: Logger) -> bool:
-        """Hooks reach the logger itself."""
-        return self.num_workers == 0 or isinstance(logger, DummyLogger)
 
     @contextmanager
     def _coordinated(self, stage: Stage, job: Job, *, seed: int | None = None) -> Iterator[Coordinator]:
