@@ -88,7 +88,12 @@ def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
     num_done = batches.get("current", {}).get("completed", 0)
     is_inside = num_done > 0 and not batches.get("is_last_batch", True)
     return Progress(
-        epoch=epoch, global_step=global_step, window=global_step, batch=num_done, is_epoch_ended=not is_inside
+        epoch=epoch,
+        global_step=global_step,
+        window=global_step,
+        batch=num_done,
+        batch_in_all=num_done,  # at least: those of earlier epochs are not told
+        is_epoch_ended=not is_inside,
     )
 
 

@@ -383,7 +383,9 @@ def test_progress_of_lightnings_checkpoints() -> None:
         progress = {"current": {"completed": completed}, "is_last_batch": is_last_batch}
         return {"epoch": 2, "global_step": 25, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
 
-    assert format.progress_of(lightning(5, False)) == Progress(epoch=2, batch=5, global_step=25)
+    assert format.progress_of(lightning(5, False)) == Progress(
+        epoch=2, batch=5, batch_in_all=5, global_step=25, window=25
+    )
     ended = format.progress_of(lightning(10, True))
     assert (ended.epoch, ended.global_step, ended.is_epoch_ended) == (2, 25, True)
     assert format.progress_of({"epoch": 2, "global_step": 30}).is_epoch_ended
