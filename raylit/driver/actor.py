@@ -22,7 +22,6 @@ from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job
 from raylit.messages import Command, CommandDone, Mail
 from raylit.plan import Plan
-from raylit.worker.allocator import keep_freed_memory
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
@@ -66,7 +65,6 @@ class WorkerActor:
         self._num_commands = 0
         self._context = WorkerContext()
         self._output = Output(on_lines=self._outbox.announce)
-        keep_freed_memory()
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
 

@@ -333,6 +333,14 @@ def test_move_from_cpus_to_gpus_or_tpus_without_code_changes(monkeypatch):
         Trainer(tpu_cores=8)
 
 
+def test_profile_your_code_for_speed_and_memory_bottlenecks(quiet, capsys):
+    """`tests/spec/test_profiling.py` and `tests/profilers` have the numbers."""
+    pl.fit(Regression(), RegressionData(), num_workers=0, max_epochs=1, profiler="simple", **quiet)
+    printed = capsys.readouterr().out
+    assert "training_step" in printed
+    assert "memory" in printed
+
+
 def test_scale_to_massive_compute_clusters(quiet):
     trainer = Trainer(num_processes=8, num_nodes=128, **quiet)
     assert (trainer.num_workers, trainer.world_size, trainer._plan.workers.num_nodes) == (1024, 1024, 128)
