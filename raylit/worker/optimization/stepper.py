@@ -10,9 +10,10 @@ from raylit.errors import NotFiniteError
 from raylit.module import LightningModule
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.unannotated import unannotated_step, unannotated_zero_grad
 from raylit.worker.session import Session
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 
 class Stepper:
@@ -26,8 +27,9 @@ class Stepper:
         self._scaler = session.precision.scaler
         self._before_zero_grad = session.hooks.of("on_before_zero_grad")
         self._before_step = session.hooks.of("on_before_optimizer_step")
-        zero_grad = self._overridden_zero_grad(session.module) or optimizer.zero_grad
-        self._zero_grad: Call = session.timed("optimizer_zero_grad", zero_grad)
+        zero_grad = self._overridden_zero_grad(session.module) or unannotated_zero_grad(optimizer)
+        self._zero_grad = session.timed("optimizer_zero_grad", zero_grad)
+        self._step_of_torch = unannotated_step(optimizer)
         self._inspect: list[Call] = _inspections(session, metrics)
         clip = self._clipping(session)
         self._clip: Call | None = None if clip is None else session.timed("configure_gradient_clipping", clip)
@@ -63,7 +65,7 @@ class Stepper:
     def finish(self) -> None:
         """The optimizer's own step with prepared gradients; with a scaler only where they are finite."""
         if self._scaler is None:
-            self.optimizer.step()
+            self._step_of_torch()
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -78,7 +80,7 @@ class Stepper:
     def _step_plainly(self) -> None:
         for hook in self._before_step:
             hook(self.optimizer)
-        self.optimizer.step()
+        self._step_of_torch()
         self._view.global_step += 1
 
     def _step_prepared(self) -> None:
