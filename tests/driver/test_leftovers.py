@@ -201,6 +201,38 @@ def test_a_killed_driver_leaves_nothing_on_a_cluster_of_the_user_s(observer, sta
     wait_until(lambda: not any("ray::WorkerActor" in line for line in driver.processes()), 15)
 
 
+FREED = """
+    import time
+    import ray, torch
+    import raylit as pl
+    from models import Regression, RegressionData
+
+    def held():
+        actors = [state for state in ray._private.state.actors().values() if state["State"] != "DEAD"]
+        groups = [entry for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
+        return len(actors), len(groups), ray.available_resources().get("CPU", 0.0)
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    pl.fit(Regression(), RegressionData(), num_workers=2, max_steps=2, logger=False, enable_checkpointing=False,
+           enable_progress_bar=False)
+    print("warm", held())
+    pl.shutdown()
+    deadline = time.monotonic() + 10
+    while held() != (0, 0, 2.0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    print("freed", held(), ray.is_initialized())
+    ray.shutdown()
+"""
+
+
+@pytest.mark.cluster
+def test_raylit_s_shutdown_frees_what_it_held_of_the_user_s_ray(run_script, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    shown = run_script(FREED)
+    assert "warm (2, 1, 0.0)" in shown
+    assert "freed (0, 0, 2.0) True" in shown
+
+
 @pytest.mark.filterwarnings("ignore:the checkpoint directory .* is not empty")
 def test_the_next_run_removes_what_a_killed_one_was_writing(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
