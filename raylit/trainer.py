@@ -43,6 +43,7 @@ from raylit.plan import BatchLimit, CombinationName
 from raylit.profilers import Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, RunStatus, Stage
+from raylit.strategy_options import StrategyOptions
 from raylit.tuner import Tuner
 from raylit.worker import handback
 from raylit.worker.context import Job
@@ -66,7 +67,7 @@ class Trainer(Outcome):
         num_processes: int | None = None,
         accelerator: str = "auto",
         devices: int | str | list[int] = "auto",
-        strategy: str = "auto",
+        strategy: str | StrategyOptions = "auto",
         precision: int | str = 32,
         sync_batchnorm: bool = False,
         resources_per_worker: dict[str, float] | None = None,

@@ -50,7 +50,7 @@ class Session:
         self.module = job.module
         self.device = accelerator.device()
         self.precision = build_precision(plan.optimization.precision, self.device)
-        self.strategy = build_strategy(plan.workers)
+        self.strategy = build_strategy(plan.strategy, is_syncing_batch_norm=plan.is_syncing_batchnorm)
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
         self.profiler = job.profiler
