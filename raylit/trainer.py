@@ -248,7 +248,7 @@ class Trainer(Outcome):
     ) -> Job:
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
-        require_automatic(job.module, self._plan.optimization)
+        require_automatic(job.module, self._plan)
         return job
 
     def _job(

@@ -25,7 +25,7 @@ class Travel:
     @classmethod
     def of(cls, options: DDPStrategy) -> "Travel":
         size = {} if options.bucket_cap_mb is None else {"bucket_bytes": options.bucket_cap_mb * 2**20}
-        return cls(**size, dtype=dtype_on_the_way(options))
+        return cls(**size, dtype=dtype_on_the_way(options.ddp_comm_hook))
 
     def average(self, gradients: list[Tensor]) -> None:
         """Their mean over the ranks, in place. Collective."""

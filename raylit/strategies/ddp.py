@@ -1,5 +1,6 @@
 """Data parallelism by torch's DistributedDataParallel. Worker."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -66,7 +67,7 @@ class DDP(Single):
             static_graph=options.static_graph,
             bucket_cap_mb=options.bucket_cap_mb,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
-            broadcast_buffers=options.broadcast_buffers,
+            **_broadcasting(options),
         )
         if (hook := comm_hook(options)) is not None:
             ddp.register_comm_hook(options.ddp_comm_state, hook)
@@ -136,6 +137,14 @@ def _is_mapping(outputs: Any) -> bool:
 
 def _searched(ddp: DistributedDataParallel, *args: Any) -> Any:
     return ddp(*args)[0]
+
+
+def _broadcasting(options: DDPStrategy) -> dict[str, Any]:
+    if options.broadcast_buffers:
+        return {}
+    # torch 2.13 warns of the older name.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
 
 
 def _static(ddp: DistributedDataParallel, *args: Any) -> Any:
