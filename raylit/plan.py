@@ -1,7 +1,7 @@
 """Plan: everything the user asked for, parsed and checked once, frozen. Both sides; it travels to the workers."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from raylit.strategy_options import SingleDeviceStrategy, StrategyOptions
 
@@ -11,6 +11,7 @@ BatchLimit = int | float
 AcceleratorName = Literal["cpu", "cuda"]
 PlacementName = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 CombinationName = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
+MatmulPrecisionName = Literal["highest", "high", "medium"]
 PrecisionName = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 
@@ -89,6 +90,12 @@ class Optimization:
     """A loss or weight that is not finite is an error."""
     is_detecting_anomaly: bool = False
     """torch.autograd's anomaly detection."""
+    matmul_precision: MatmulPrecisionName | None = None
+    """Of float32 products: torch.set_float32_matmul_precision; None: as in the driver."""
+    is_channels_last: bool = False
+    """Weights and batches of four dimensions lie in memory as NHWC."""
+    compile_options: dict[str, Any] | None = None
+    """Keywords of torch.compile; None: nothing is compiled but what the user has."""
 
     def window_in(self, epoch: int) -> int:
         """Batches whose gradients are added up before a step."""

@@ -39,7 +39,7 @@ from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.outcome import Outcome
-from raylit.plan import BatchLimit, CombinationName
+from raylit.plan import BatchLimit, CombinationName, MatmulPrecisionName
 from raylit.profilers import Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, RunStatus, Stage
@@ -69,6 +69,9 @@ class Trainer(Outcome):
         devices: int | str | list[int] = "auto",
         strategy: str | StrategyOptions = "auto",
         precision: int | str = 32,
+        float32_matmul_precision: MatmulPrecisionName | None = None,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
         sync_batchnorm: bool = False,
         resources_per_worker: dict[str, float] | None = None,
         placement: str | None = None,
