@@ -42,7 +42,7 @@ def parse_optimization(
     check_switch(terminate_on_nan=terminate_on_nan, detect_anomaly=detect_anomaly, channels_last=channels_last)
     if float32_matmul_precision not in (None, *get_args(MatmulPrecisionName)):
         raise ConfigError(
-            f"float32_matmul_precision={float32_matmul_precision!r}: must be 'highest' (float32), 'high' (TF32), 'medium' "
+            f"float32_matmul_precision={float32_matmul_precision!r}: must be 'highest', 'high' (TF32), 'medium' "
             "(bfloat16) or None (as this process has it)"
         )
     return Optimization(
