@@ -43,6 +43,7 @@ from raylit.module import LightningModule
 from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
+from raylit.strategy_options import DDPStrategy
 from raylit.trainer import Trainer
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointError",
     "CombinedLoader",
     "ConfigError",
+    "DDPStrategy",
     "DataModule",
     "DeviceStatsMonitor",
     "DriverCallback",

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from raylit.state import Progress, Stage
 from raylit.summary import Summary
+from raylit.torch_settings import TorchSettings
 
 # Commands
 
@@ -19,6 +20,8 @@ class Start:
     """The checkpoint's whole run is continued; else its weights are loaded."""
     random_state: dict[str, Any] | None = None
     """The driver's generators, for the workers to continue from; None in the driver's own process."""
+    torch_settings: TorchSettings | None = None
+    """The driver's, for the workers to take over; None in the driver's own process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

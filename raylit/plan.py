@@ -1,15 +1,17 @@
 """Plan: everything the user asked for, parsed and checked once, frozen. Both sides; it travels to the workers."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from raylit.strategy_options import SingleDeviceStrategy, StrategyOptions
 
 BatchLimit = int | float
 """A float is a fraction of the loader (1.0: all of it), an int a count of batches per worker."""
 
 AcceleratorName = Literal["cpu", "cuda"]
 PlacementName = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
-StrategyName = Literal["single", "ddp"]
 CombinationName = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
+MatmulPrecisionName = Literal["highest", "high", "medium"]
 PrecisionName = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 
@@ -22,11 +24,6 @@ class Workers:
     num_nodes: int | None = None
     """Hosts that share the workers evenly; None: wherever there is room."""
     accelerator: AcceleratorName = "cpu"
-    strategy: StrategyName = "single"
-    is_finding_unused: bool = False
-    """DDP looks for parameters that the loss does not depend on; else such a parameter is an error."""
-    is_syncing_batchnorm: bool = False
-    """Batch norm layers take their statistics over all ranks."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
     """What each actor asks Ray for, by Ray's names. Unless named: one CPU (and one GPU with accelerator="cuda")."""
     placement: PlacementName = "PACK"
@@ -93,6 +90,12 @@ class Optimization:
     """A loss or weight that is not finite is an error."""
     is_detecting_anomaly: bool = False
     """torch.autograd's anomaly detection."""
+    matmul_precision: MatmulPrecisionName | None = None
+    """Of float32 products: torch.set_float32_matmul_precision; None: as in the driver."""
+    is_channels_last: bool = False
+    """Weights and batches of four dimensions lie in memory as NHWC."""
+    compile_options: dict[str, Any] | None = None
+    """Keywords of torch.compile; None: nothing is compiled but what the user has."""
 
     def window_in(self, epoch: int) -> int:
         """Batches whose gradients are added up before a step."""
@@ -115,6 +118,10 @@ class Plan:
     """One run, as asked for. Built by the Trainer, never changed."""
 
     workers: Workers = Workers()
+    strategy: StrategyOptions = field(default_factory=SingleDeviceStrategy)
+    """How the workers share the model. It may hold classes and functions of the user's."""
+    is_syncing_batchnorm: bool = False
+    """Batch norm layers take their statistics over all ranks."""
     limits: Limits = Limits()
     validation: Validation = Validation()
     optimization: Optimization = Optimization()

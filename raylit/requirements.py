@@ -5,8 +5,10 @@ from typing import Any
 
 from raylit.errors import ConfigError, ModuleError
 from raylit.module import LightningModule
-from raylit.plan import Optimization
+from raylit.plan import Plan
 from raylit.state import Stage
+from raylit.strategies.compression import dtype_on_the_way
+from raylit.strategy_options import DDPStrategy
 from raylit.worker.context import Job
 from raylit.worker.hooks import is_overridden
 from raylit.worker.sources import HOOKS, has_loader
@@ -21,16 +23,22 @@ def check_module(model: Any) -> None:
         raise ModuleError(f"model is a {type(model).__name__}: must be a raylit.LightningModule")
 
 
-def require_automatic(module: LightningModule, plan: Optimization) -> None:
+def require_automatic(module: LightningModule, plan: Plan) -> None:
     """ConfigError for what only automatic optimization can do, asked of a module that optimizes by hand."""
     if module.automatic_optimization:
         return
-    if plan.accumulation != ((0, 1),):
+    hook = plan.strategy.ddp_comm_hook if isinstance(plan.strategy, DDPStrategy) else None
+    if callable(hook) and dtype_on_the_way(hook) is None:
+        raise ConfigError(
+            f"ddp_comm_hook={hook!r} with automatic_optimization = False, where gradients are averaged without DDP's "
+            "buckets: use 'bf16' or 'fp16', which work there too"
+        )
+    if plan.optimization.accumulation != ((0, 1),):
         raise ConfigError(
             "accumulate_grad_batches with automatic_optimization = False: the module decides when to step; call "
             "optimizer.step() every so many batches in training_step"
         )
-    if plan.clip_val is not None:
+    if plan.optimization.clip_val is not None:
         raise ConfigError(
             "gradient_clip_val with automatic_optimization = False: call self.clip_gradients(optimizer, "
             "gradient_clip_val=..., gradient_clip_algorithm=...) in training_step, before the step"

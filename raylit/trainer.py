@@ -39,10 +39,11 @@ from raylit.loggers import Logger
 from raylit.messages import Finished
 from raylit.module import LightningModule
 from raylit.outcome import Outcome
-from raylit.plan import BatchLimit, CombinationName
+from raylit.plan import BatchLimit, CombinationName, MatmulPrecisionName
 from raylit.profilers import Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, RunStatus, Stage
+from raylit.strategy_options import StrategyOptions
 from raylit.tuner import Tuner
 from raylit.worker import handback
 from raylit.worker.context import Job
@@ -66,8 +67,11 @@ class Trainer(Outcome):
         num_processes: int | None = None,
         accelerator: str = "auto",
         devices: int | str | list[int] = "auto",
-        strategy: str = "auto",
+        strategy: str | StrategyOptions = "auto",
         precision: int | str = 32,
+        float32_matmul_precision: MatmulPrecisionName | None = None,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
         sync_batchnorm: bool = False,
         resources_per_worker: dict[str, float] | None = None,
         placement: str | None = None,
@@ -247,7 +251,7 @@ class Trainer(Outcome):
     ) -> Job:
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
-        require_automatic(job.module, self._plan.optimization)
+        require_automatic(job.module, self._plan)
         return job
 
     def _job(

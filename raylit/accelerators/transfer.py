@@ -37,19 +37,38 @@ def map_tensors(
     return value
 
 
-def to_device(batch: Any, device: torch.device, floating_dtype: torch.dtype | None = None) -> Any:
-    """The batch on `device`, floating-point tensors as `floating_dtype` where given. Does not wait for the copy."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch on `device`. Does not wait for the copy."""
 
     def move(tensor: Tensor) -> Tensor:
-        dtype = floating_dtype if tensor.is_floating_point() else None
-        return tensor.to(device=device, dtype=dtype, non_blocking=True)
+        return tensor.to(device=device, non_blocking=True)
 
     return map_tensors(batch, move, on_movable=lambda value: value.to(device))
 
 
-def to_floating(batch: Any, dtype: torch.dtype) -> Any:
-    """The batch with its floating-point tensors as `dtype`, where they are."""
-    return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchForm:
+    """What a run makes of a batch's tensors, wherever they are."""
+
+    floating_dtype: torch.dtype | None = None
+    """Of floating-point tensors; None: their own."""
+    is_channels_last: bool = False
+    """Tensors of four dimensions lie in memory as NHWC."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Batches stay as they are."""
+        return self.floating_dtype is None and not self.is_channels_last
+
+    def of(self, batch: Any) -> Any:
+        return batch if self.is_plain else map_tensors(batch, self._of_tensor)
+
+    def _of_tensor(self, tensor: Tensor) -> Tensor:
+        if self.floating_dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.floating_dtype)
+        if self.is_channels_last and tensor.ndim == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
 
 
 def _rebuilt_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 from raylit.arguments.checks import check_count, check_switch
 from raylit.arguments.limits import parse_limits, parse_validation
 from raylit.arguments.optimization import parse_optimization
+from raylit.arguments.strategies import parse_strategy
 from raylit.arguments.workers import parse_workers
 from raylit.errors import ConfigError
 from raylit.plan import CombinationName, Plan, Reporting
@@ -28,9 +29,11 @@ class Given:
 
     def plan(self) -> Plan:
         """ConfigError: a value, or a combination, that cannot work."""
+        workers = self.to(parse_workers)
         return self.to(
             _assembled,
-            workers=self.to(parse_workers),
+            workers=workers,
+            strategy=self.to(parse_strategy, workers=workers),
             limits=self.to(parse_limits),
             validation=self.to(parse_validation),
             optimization=self.to(parse_optimization),
@@ -41,6 +44,7 @@ def _assembled(
     *,
     log_every_n_steps: int,
     default_root_dir: str | os.PathLike[str] | None,
+    sync_batchnorm: bool,
     use_distributed_sampler: bool,
     prepare_data_per_node: bool,
     reload_dataloaders_every_n_epochs: int,
@@ -57,6 +61,7 @@ def _assembled(
         reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
     )
     check_switch(
+        sync_batchnorm=sync_batchnorm,
         use_distributed_sampler=use_distributed_sampler,
         prepare_data_per_node=prepare_data_per_node,
         inference_mode=inference_mode,
@@ -70,6 +75,7 @@ def _assembled(
         **parsed,
         reporting=Reporting(log_every_n_steps=log_every_n_steps),
         default_root_dir=os.fspath(default_root_dir or os.getcwd()),
+        is_syncing_batchnorm=sync_batchnorm,
         use_distributed_sampler=use_distributed_sampler,
         reload_loaders_every_n_epochs=reload_dataloaders_every_n_epochs,
         combination=multiple_trainloader_mode,

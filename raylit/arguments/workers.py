@@ -6,15 +6,12 @@ from typing import Any, get_args
 
 import torch
 
-from raylit.arguments.checks import check_count, check_switch
+from raylit.arguments.checks import check_count
 from raylit.driver.where import is_on_cluster
 from raylit.errors import ConfigError
-from raylit.plan import AcceleratorName, PlacementName, StrategyName, Workers
+from raylit.plan import AcceleratorName, PlacementName, Workers
 
 _ACCELERATORS: dict[str, AcceleratorName] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
-_STRATEGIES = ("auto", "single", "ddp")
-_LAUNCHERS = ("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_cpu")
-"""Lightning's ways to start the processes of "ddp", which Ray starts here."""
 _LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _LABEL_KEY = re.compile(rf"([a-zA-Z0-9.-]+/)?{_LABEL}")
 _LABEL_CONDITION = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
@@ -30,8 +27,6 @@ def parse_workers(
     num_processes: int | None,
     accelerator: str,
     devices: int | str | list[int],
-    strategy: str,
-    sync_batchnorm: bool,
     resources_per_worker: dict[str, float] | None,
     placement: str | None,
     label_selector: dict[str, str] | None,
@@ -41,7 +36,6 @@ def parse_workers(
 ) -> Workers:
     """How many workers of which kind. Nothing asked for: this process, or a worker per GPU where there are several."""
     check_count(1, num_nodes=num_nodes)
-    check_switch(sync_batchnorm=sync_batchnorm)
     _refuse_tpus(tpu_cores, accelerator)
     if ping_timeout_s < 0:
         raise ConfigError(f"ping_timeout_s={ping_timeout_s}: must be a number of seconds, or 0 for no limit")
@@ -70,16 +64,12 @@ def parse_workers(
             "a CUDA build of torch, or connect to a cluster with GPUs (ray.init(address=...) or RAY_ADDRESS)"
         )
     world_size = max(1, num_workers)
-    chosen, is_finding_unused = _strategy(strategy, num_workers=num_workers)
     if world_size % num_nodes:
         raise ConfigError(f"{num_workers} workers cannot be spread evenly over num_nodes={num_nodes}")
     return Workers(
         num_workers=num_workers,
         num_nodes=num_nodes if num_nodes > 1 else None,
         accelerator=name,
-        strategy=chosen,
-        is_finding_unused=is_finding_unused,
-        is_syncing_batchnorm=sync_batchnorm,
         resources_per_worker=_resources(resources_per_worker or {}, name),
         placement=_placement(placement, num_nodes=num_nodes),
         label_selector=_label_selector(label_selector or {}),
@@ -143,20 +133,6 @@ def _refuse_tpus(tpu_cores: Any, accelerator: str) -> None:
         raise ConfigError(
             f"{given}: this raylit has no accelerator for TPUs yet; say gpus= instead, or num_workers= for CPUs"
         )
-
-
-def _strategy(given: str, *, num_workers: int) -> tuple[StrategyName, bool]:
-    """The strategy and whether it looks for unused parameters."""
-    name, _, unused = given.partition("_find_unused_parameters_") if isinstance(given, str) else (given, "", "")
-    name = {"single_device": "single", **dict.fromkeys(_LAUNCHERS, "ddp")}.get(name, name)
-    if name not in _STRATEGIES or unused not in ("", "true", "false") or (unused and name != "ddp"):
-        raise ConfigError(
-            f"strategy={given!r}: must be one of {', '.join(map(repr, _STRATEGIES))} and "
-            "'ddp_find_unused_parameters_true'"
-        )
-    if name == "single" and num_workers > 1:
-        raise ConfigError(f"strategy='single' with {num_workers} workers: use 'ddp' or 'auto'")
-    return "ddp" if num_workers > 1 else "single", unused == "true"
 
 
 def _default_num_workers(total: int | None, name: AcceleratorName) -> int:

@@ -19,9 +19,8 @@ from raylit.driver.failures import failure
 from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
-from raylit.driver.shared import Parcel, unpickle_job
+from raylit.driver.shared import Parcel, unpickle_job, unpickle_plan
 from raylit.messages import Command, CommandDone, Mail
-from raylit.plan import Plan
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
@@ -47,7 +46,8 @@ class Whereabouts:
 class Assignment:
     """A run, as a worker takes it up beside the user's objects."""
 
-    plan: Plan
+    plan: bytes
+    """Pickled, for the user's modules that it may refer to are found only by the import path."""
     import_path: tuple[str, ...]
     """The driver's sys.path: the user's modules are found where the worker's host has them, too."""
 
@@ -161,7 +161,7 @@ class WorkerActor:
         job, self._shared = unpickle_job(parcel)
         self._module = weakref.ref(job.module)
         self._worker = Worker(
-            plan=assignment.plan,
+            plan=unpickle_plan(assignment.plan),
             context=self._context,
             job=job,
             is_in_driver=False,

@@ -19,7 +19,7 @@ from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
 from raylit.driver.rendezvous import Rendezvous
-from raylit.driver.shared import Parcel
+from raylit.driver.shared import Parcel, pickle_plan
 from raylit.driver.watch import Watch
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
 from raylit.messages import (
@@ -89,7 +89,8 @@ class ActorGroup:
         `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
         """
         reference = _stored(parcel, f"the module and its data of {parcel.num_bytes / 2**30:.1f} GB")
-        assignment = Assignment(plan=plan, import_path=tuple(os.path.abspath(path) for path in sys.path))
+        import_path = tuple(os.path.abspath(path) for path in sys.path)
+        assignment = Assignment(plan=pickle_plan(plan), import_path=import_path)
         self._is_braking = False
         self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
         self.is_usable = self.is_usable and not self._leftovers

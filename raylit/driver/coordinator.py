@@ -44,6 +44,7 @@ from raylit.messages import (
 )
 from raylit.plan import Plan
 from raylit.state import RunState, Stage
+from raylit.torch_settings import TorchSettings
 from raylit.worker.context import Job
 
 
@@ -287,6 +288,7 @@ class Coordinator:
                 checkpoint=checkpoint,
                 is_resuming=is_resuming,
                 random_state=None if self._group.is_in_driver else format.random_state(),
+                torch_settings=None if self._group.is_in_driver else TorchSettings.current(),
             )
         )
         assert isinstance(started, Started)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from raylit.messages import Command, Report
 from raylit.plan import Plan
+from raylit.torch_settings import TorchSettings
 from raylit.worker.brake import Brake
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.worker import Worker
@@ -16,6 +17,7 @@ class InlineGroup:
         self.is_at_rest = True
         self._is_braking = False
         self._brake = Brake()
+        self._settings = TorchSettings.current()
         self._worker = Worker(plan=plan, context=WorkerContext(), job=job, is_in_driver=True, brake=self._brake)
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
@@ -37,3 +39,4 @@ class InlineGroup:
 
     def release(self, *, is_kept: bool = True) -> None:
         self._worker.abandon()
+        self._settings.apply()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raylit.datamodule import DataModule
-from raylit.errors import ModuleError
+from raylit.errors import ConfigError, ModuleError
+from raylit.plan import Plan
 from raylit.worker.context import Job
 from raylit.worker.shared_memory import SharedMemory
 
@@ -79,6 +80,22 @@ def unpickle_job(parcel: Parcel) -> tuple[Job, SharedMemory]:
     job: Job = unpickler.load()
     job.shared_memory = memory
     return job, memory
+
+
+def pickle_plan(plan: Plan) -> bytes:
+    """By cloudpickle, as the Job: a class of the user's script is one class in both. ConfigError: it cannot travel."""
+    try:
+        return cloudpickle.dumps(plan)
+    except Exception as error:
+        raise ConfigError(
+            f"{plan.strategy!r} cannot travel to the workers: {error}. Give it functions and classes that can be "
+            "pickled, or use num_workers=0"
+        ) from error
+
+
+def unpickle_plan(pickled: bytes) -> Plan:
+    plan: Plan = cloudpickle.loads(pickled)
+    return plan
 
 
 class _Pickler(cloudpickle.Pickler):

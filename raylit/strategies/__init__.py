@@ -1,17 +1,24 @@
 """How the ranks of a run share the work on one model. Worker."""
 
-from raylit.plan import Workers
 from raylit.strategies.base import PendingGradients, Skipped, Strategy
-from raylit.strategies.ddp import DDPStrategy
-from raylit.strategies.single import SingleStrategy
+from raylit.strategies.ddp import DDP
+from raylit.strategies.single import Single
+from raylit.strategy_options import DDPStrategy, SingleDeviceStrategy, StrategyOptions
 
 
-def build_strategy(workers: Workers) -> Strategy:
-    if workers.strategy == "ddp":
-        return DDPStrategy(
-            is_finding_unused=workers.is_finding_unused, is_syncing_batch_norm=workers.is_syncing_batchnorm
-        )
-    return SingleStrategy()
+def build_strategy(options: StrategyOptions, *, is_syncing_batch_norm: bool) -> Strategy:
+    if isinstance(options, DDPStrategy):
+        return DDP(options, is_syncing_batch_norm=is_syncing_batch_norm)
+    return Single()
 
 
-__all__ = ["DDPStrategy", "PendingGradients", "SingleStrategy", "Skipped", "Strategy", "build_strategy"]
+__all__ = [
+    "DDP",
+    "DDPStrategy",
+    "PendingGradients",
+    "Single",
+    "SingleDeviceStrategy",
+    "Skipped",
+    "Strategy",
+    "build_strategy",
+]

@@ -2,17 +2,47 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_BUCKET_BYTES = 25 * 2**20
-"""As DDP's: gradients travel together up to this size."""
+from raylit.strategies.compression import dtype_on_the_way
+from raylit.strategy_options import DDPStrategy
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Travel:
+    """How gradients go from rank to rank, here as in DDP."""
+
+    bucket_bytes: float = 25 * 2**20
+    """They travel together up to this size."""
+    dtype: torch.dtype | None = None
+    """As what they travel; None: as what they are."""
+
+    @classmethod
+    def of(cls, options: DDPStrategy) -> "Travel":
+        size = {} if options.bucket_cap_mb is None else {"bucket_bytes": options.bucket_cap_mb * 2**20}
+        return cls(**size, dtype=dtype_on_the_way(options.ddp_comm_hook))
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """Their mean over the ranks, in place. Collective."""
+        world_size = dist.get_world_size()
+        for bucket in _buckets(gradients, size_bytes=self.bucket_bytes):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            # Divided before it is added up, as DDP's hooks do it: sums of half-precision numbers overflow early.
+            sent = flat if self.dtype is None else flat.to(self.dtype).div_(world_size)
+            dist.all_reduce(sent)
+            mean = sent.div_(world_size) if self.dtype is None else sent.to(flat.dtype)
+            for gradient, part in zip(bucket, mean.split([one.numel() for one in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def average_gradients(
+    parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None, *, travel: Travel
+) -> None:
     """The mean of the gradients over the ranks, in place. Collective; the same parameters on every rank.
 
     `is_touched`: whose gradients have changed on this rank; by default all that there are. A parameter that no rank
@@ -30,19 +60,14 @@ def average_gradients(parameters: Sequence[nn.Parameter], is_touched: Sequence[b
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    world_size = dist.get_world_size()
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        dist.all_reduce(flat)
-        flat /= world_size
-        for gradient, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    travel.average(gradients)
 
 
 class TouchedGradients:
     """Knows which parameters' gradients backward passes have changed since they were last averaged."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, travel: Travel) -> None:
+        self._travel = travel
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._touched: set[int] = set()
         self._hooks = [
@@ -60,7 +85,7 @@ class TouchedGradients:
             return
         is_touched = [index in self._touched for index in range(len(self._parameters))]
         self._touched.clear()
-        average_gradients(self._parameters, is_touched)
+        average_gradients(self._parameters, is_touched, travel=self._travel)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -70,18 +95,18 @@ class TouchedGradients:
         self._touched.add(index)
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+def _buckets(gradients: list[Tensor], *, size_bytes: float) -> Iterator[list[Tensor]]:
     """Of one kind and place each, at most the size of a bucket unless a single one is larger."""
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_kind[gradient.dtype, gradient.device].append(gradient)
     for alike in by_kind.values():
         bucket: list[Tensor] = []
-        size_bytes = 0
+        held_bytes = 0
         for gradient in alike:
-            if bucket and size_bytes + gradient.nbytes > _BUCKET_BYTES:
+            if bucket and held_bytes + gradient.nbytes > size_bytes:
                 yield bucket
-                bucket, size_bytes = [], 0
+                bucket, held_bytes = [], 0
             bucket.append(gradient)
-            size_bytes += gradient.nbytes
+            held_bytes += gradient.nbytes
         yield bucket

@@ -1,5 +1,6 @@
 """Data parallelism by torch's DistributedDataParallel. Worker."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -11,19 +12,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylit.errors import ModuleError
-from raylit.strategies.averaging import TouchedGradients, average_gradients
+from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients
 from raylit.strategies.base import PendingGradients, Skipped, TrainingStep
 from raylit.strategies.batch_norm import SyncedBatchNorms
-from raylit.strategies.single import SingleStrategy
+from raylit.strategies.compression import comm_hook
+from raylit.strategies.single import Single
+from raylit.strategy_options import DDPStrategy
 
 _FIND_UNUSED = 'strategy="ddp_find_unused_parameters_true"'
 
 
-class DDPStrategy(SingleStrategy):
+class DDP(Single):
     """Every rank holds the whole model; gradients are averaged during the backward pass."""
 
-    def __init__(self, *, is_finding_unused: bool = False, is_syncing_batch_norm: bool = False) -> None:
-        self._is_finding_unused = is_finding_unused
+    def __init__(self, options: DDPStrategy, *, is_syncing_batch_norm: bool = False) -> None:
+        self._options = options
+        # A static graph shows what is unused in its first step.
+        self._is_finding_unused = options.find_unused_parameters and not options.static_graph
+        self._travel = Travel.of(options)
         self._is_syncing_batch_norm = is_syncing_batch_norm
         self._batch_norms: SyncedBatchNorms | None = None
 
@@ -54,26 +60,38 @@ class DDPStrategy(SingleStrategy):
         # What this optimizer does not train it need not sync: another's wrapped step does, or nobody has to.
         ignored = [f"module.{name}" for name, _ in module.named_parameters(remove_duplicate=False) if name not in names]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
-        # Gradients that are views of the buckets they travel in are not copied back: 7 % of a step of 3 million
-        # parameters on two CPU workers.
+        options = self._options
         ddp = DistributedDataParallel(
-            step, find_unused_parameters=self._is_finding_unused, gradient_as_bucket_view=True
+            step,
+            find_unused_parameters=self._is_finding_unused,
+            static_graph=options.static_graph,
+            bucket_cap_mb=options.bucket_cap_mb,
+            gradient_as_bucket_view=options.gradient_as_bucket_view,
+            **_broadcasting(options),
         )
-        return partial(_searched, ddp) if self._is_finding_unused else ddp
+        if (hook := comm_hook(options)) is not None:
+            ddp.register_comm_hook(options.ddp_comm_state, hook)
+        if self._is_finding_unused:
+            return partial(_searched, ddp)
+        return partial(_static, ddp) if options.static_graph else ddp
 
     def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
         # With find_unused_parameters DDP counts what is missing as zero, and says so of all that is.
-        return partial(_check_synced, step) if isinstance(step, DistributedDataParallel) else None
+        ddp = _ddp_of(step)
+        return None if ddp is None or self._is_finding_unused else partial(_check_synced, ddp)
 
     def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:
-        ddp = step.args[0] if isinstance(step, partial) else step
-        return ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else nullcontext()
+        ddp = _ddp_of(step)
+        # The first backward pass of a static graph has to sync. What is synced in a window before its end is alike on
+        # all ranks, so that the window's gradients are the same.
+        is_learning = self._options.static_graph and ddp is not None and not ddp._static_graph_delay_allreduce_enqueued
+        return nullcontext() if ddp is None or is_learning else ddp.no_sync()
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        average_gradients([parameter for parameter in parameters if parameter.requires_grad])
+        average_gradients([parameter for parameter in parameters if parameter.requires_grad], travel=self._travel)
 
     def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
-        return TouchedGradients(module.parameters())
+        return TouchedGradients(module.parameters(), travel=self._travel)
 
     def share_weights(self, module: nn.Module) -> None:
         _broadcast(parameter.data for parameter in module.parameters())
@@ -119,6 +137,37 @@ def _is_mapping(outputs: Any) -> bool:
 
 def _searched(ddp: DistributedDataParallel, *args: Any) -> Any:
     return ddp(*args)[0]
+
+
+def _broadcasting(options: DDPStrategy) -> dict[str, Any]:
+    if options.broadcast_buffers:
+        return {}
+    # torch 2.13 warns of the older name.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+
+
+def _static(ddp: DistributedDataParallel, *args: Any) -> Any:
+    outputs = ddp(*args)
+    if not ddp._static_graph_delay_allreduce_enqueued and isinstance(outputs, Mapping) and type(outputs) is not dict:
+        # DDP starts its first reduction by way of what forward returns, and looks into lists and dicts only.
+        for value in outputs.values():
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(partial(_reduce_at_the_end, ddp))
+    return outputs
+
+
+def _reduce_at_the_end(ddp: DistributedDataParallel, gradient: Tensor) -> None:
+    if not ddp._static_graph_delay_allreduce_enqueued:
+        reducer: Any = ddp.reducer
+        torch.autograd.Variable._execution_engine.queue_callback(reducer._delay_all_reduce)
+        ddp._static_graph_delay_allreduce_enqueued = True
+
+
+def _ddp_of(step: TrainingStep) -> DistributedDataParallel | None:
+    """What a wrapped step calls; None: it is the user's own."""
+    ddp = step.args[0] if isinstance(step, partial) and step.args else step
+    return ddp if isinstance(ddp, DistributedDataParallel) else None
 
 
 def _check_synced(ddp: DistributedDataParallel) -> None:

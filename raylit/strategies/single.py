@@ -10,7 +10,9 @@ from torch import nn
 from raylit.strategies.base import PendingGradients, TrainingStep
 
 
-class SingleStrategy:
+class Single:
+    """One worker's share is the whole."""
+
     is_forward_collective = False
 
     def set_up(self, module: nn.Module, *, device: torch.device) -> None: ...

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from raylit.torch_settings import TorchSettings
+
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -22,7 +24,7 @@ class ProcessState:
         self._threads = set(threading.enumerate())
         self._modules = set(sys.modules)
         self._import_path = list(sys.path)
-        self._dtype = torch.get_default_dtype()
+        self._settings = TorchSettings.current()
         self._num_threads = torch.get_num_threads()
         self._directory = os.getcwd()
         self._user_files: dict[str, tuple[str, float]] = {}
@@ -34,11 +36,9 @@ class ProcessState:
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._directory)
-        torch.set_default_dtype(self._dtype)
+        self._settings.apply()
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(True)
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = False
         torch.autograd.set_detect_anomaly(False)
         self._note_user_modules()
         sys.path[:] = self._import_path

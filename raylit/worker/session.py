@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from raylit.accelerators import Accelerator
+from raylit.accelerators.layout import set_layout
+from raylit.accelerators.transfer import BatchForm
 from raylit.checkpoint import format
 from raylit.compilation import compile_again, drop_compiled
 from raylit.plan import Plan
@@ -50,7 +52,7 @@ class Session:
         self.module = job.module
         self.device = accelerator.device()
         self.precision = build_precision(plan.optimization.precision, self.device)
-        self.strategy = build_strategy(plan.workers)
+        self.strategy = build_strategy(plan.strategy, is_syncing_batch_norm=plan.is_syncing_batchnorm)
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
         self.profiler = job.profiler
@@ -59,7 +61,9 @@ class Session:
             module=job.module,
             datamodule=job.datamodule,
             device=self.device,
-            floating_dtype=self.precision.weights_dtype,
+            form=BatchForm(
+                floating_dtype=self.precision.weights_dtype, is_channels_last=plan.optimization.is_channels_last
+            ),
         )
         """Brings batches to the device; None where they are as they should be already."""
         if self.mover is not None and self.profiler is not None:
@@ -82,6 +86,8 @@ class Session:
         self.hooks.set_up(self.stage, job.datamodule)
         self.module.configure_model()
         self.module.to(device=self.device, dtype=self.precision.weights_dtype)
+        if self.plan.optimization.is_channels_last:
+            set_layout(self.module, torch.channels_last)
         self._compiled = compile_again(self.module, job.compilations)
         if self.profiler is not None:
             self._attached += self.profiler.attach(self.module)
@@ -131,6 +137,8 @@ class Session:
                 self.view.handles.close()
             self.strategy.tear_down()
             self.module.to("cpu")
+            if self.plan.optimization.is_channels_last:
+                set_layout(self.module, torch.contiguous_format)
             self.let_go()
 
     def let_go(self) -> None:

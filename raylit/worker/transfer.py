@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raylit.accelerators.transfer import map_tensors, to_device, to_floating
+from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
 from raylit.profilers.base import Profiler, timed
@@ -128,9 +128,9 @@ class StreamCopy:
     """A copy on a CUDA stream of its own, beside the kernels of the step. The host waits for nothing if the batch lies
     in pinned memory (`DataLoader(pin_memory=True)`); else for its bytes to be read, but not for the device."""
 
-    def __init__(self, device: torch.device, floating_dtype: torch.dtype | None) -> None:
+    def __init__(self, device: torch.device, form: BatchForm) -> None:
         self._device = device
-        self._floating_dtype = floating_dtype
+        self._form = form
         self._stream: Any = torch.cuda.Stream(device)
 
     def start(self, batch: Any, dataloader_idx: int) -> Any:
@@ -149,11 +149,11 @@ class StreamCopy:
             return tensor
 
         # What moves itself may hold tensors that nobody else can find, so it moves on the step's own stream.
-        batch = map_tensors(moved, arrived, on_movable=lambda value: value.to(self._device))
-        return batch if self._floating_dtype is None else to_floating(batch, self._floating_dtype)
+        return self._form.of(map_tensors(moved, arrived, on_movable=lambda value: value.to(self._device)))
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
-        # With another type in the same call torch would convert on the host first, into memory that is not pinned.
+        # With another type or layout in the same call torch would convert on the host first, into memory that is not
+        # pinned.
         return tensor.to(self._device, non_blocking=True)
 
 
@@ -162,7 +162,7 @@ def build_mover(
     module: LightningModule,
     datamodule: DataModule | None,
     device: torch.device,
-    floating_dtype: torch.dtype | None,
+    form: BatchForm,
 ) -> Mover | None:
     """The way that batches take; None where they are as they should be already."""
     before, transfer, after = (
@@ -171,15 +171,15 @@ def build_mover(
     )
     is_hooked = before is not None or transfer is not None
     if is_hooked:
-        before = _converting(floating_dtype, before)
+        before = _converting(form, before)
         if transfer is not None:
             copy = DirectCopy(_with_device(transfer, device))
             return Mover(copy, before=before, after=after, may_run_ahead=False)
     if device.type == "cuda":
-        return Mover(StreamCopy(device, floating_dtype), before=before, after=after, may_run_ahead=not is_hooked)
-    if floating_dtype is None and before is None and after is None:
+        return Mover(StreamCopy(device, form), before=before, after=after, may_run_ahead=not is_hooked)
+    if form.is_plain and before is None and after is None:
         return None
-    copy = DirectCopy(lambda batch, dataloader_idx: to_device(batch, device, floating_dtype))
+    copy = DirectCopy(lambda batch, dataloader_idx: form.of(to_device(batch, device)))
     return Mover(copy, before=before, after=after, may_run_ahead=False)
 
 
@@ -202,13 +202,13 @@ def _hook(name: str, module: LightningModule, datamodule: DataModule | None) -> 
     return getattr(module, name) if is_modules else None
 
 
-def _converting(floating_dtype: torch.dtype | None, before: BatchHook | None) -> BatchHook | None:
-    """The user's hooks see the batch in the run's precision."""
-    if floating_dtype is None:
+def _converting(form: BatchForm, before: BatchHook | None) -> BatchHook | None:
+    """The user's hooks see the batch in the run's precision and layout."""
+    if form.is_plain:
         return before
 
     def converted(batch: Any, dataloader_idx: int) -> Any:
-        batch = to_floating(batch, floating_dtype)
+        batch = form.of(batch)
         return batch if before is None else before(batch, dataloader_idx)
 
     return converted

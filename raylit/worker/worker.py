@@ -30,6 +30,7 @@ from raylit.module import LightningModule
 from raylit.plan import Plan
 from raylit.profilers import Profiler
 from raylit.summary import Summary, summarized
+from raylit.torch_settings import set_matmul_precision
 from raylit.worker import handback
 from raylit.worker.brake import Brake
 from raylit.worker.combined import build_train_source
@@ -122,7 +123,7 @@ class Worker:
         yield from reports
 
     def _start(self, command: Start) -> Iterator[Report]:
-        self._prepare_process()
+        self._prepare_process(command)
         if command.random_state is not None:
             torch.manual_seed(self._plan.seed)
             format.set_random_state(command.random_state)
@@ -266,10 +267,15 @@ class Worker:
         finally:
             self.abandon()
 
-    def _prepare_process(self) -> None:
+    def _prepare_process(self, command: Start) -> None:
+        if command.torch_settings is not None:
+            command.torch_settings.apply()
+        if self._plan.optimization.matmul_precision is not None:
+            set_matmul_precision(self._plan.optimization.matmul_precision)
         if self._plan.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for of deterministic cuBLAS
             torch.use_deterministic_algorithms(True, warn_only=self._plan.deterministic == "warn")
+        if torch.are_deterministic_algorithms_enabled():
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for of deterministic cuBLAS
         if self._plan.benchmark is not None or self._plan.deterministic:
             # The fastest kernel of a benchmark may be another one in each run.
             torch.backends.cudnn.benchmark = bool(self._plan.benchmark)

@@ -11,6 +11,7 @@ import torch
 from models import Regression, RegressionData
 
 import raylit as pl
+from raylit.torch_settings import TorchSettings
 
 
 class Process(Regression):
@@ -26,10 +27,9 @@ class Process(Regression):
             self.seen = {
                 "pid": os.getpid(),
                 "time": time.time(),
-                "dtype": torch.get_default_dtype(),
                 "variable": os.environ.get("RAYLIT_TEST_LEFT"),
                 "threads": torch.get_num_threads(),
-                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "settings": TorchSettings.current(),
             }
             if self.mess is not None:
                 self.mess()
@@ -54,6 +54,9 @@ def _change_settings():
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1 if torch.get_num_threads() > 1 else 2)
     torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     os.environ["RAYLIT_TEST_LEFT"] = "1"
 
 

@@ -6,6 +6,7 @@ from models import Regression, assert_same_weights, make_data, weights_of
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
+from raylit.accelerators.transfer import BatchForm
 from raylit.worker.transfer import Mover, StreamCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -155,7 +156,7 @@ def test_batches_copied_beside_the_step_train_to_the_same_numbers(loader_workers
 
 def test_the_copy_runs_on_a_stream_of_its_own_while_the_device_computes():
     device = torch.device("cuda", torch.cuda.current_device())
-    copy = StreamCopy(device, None)
+    copy = StreamCopy(device, BatchForm())
     batch = [torch.ones(1 << 20).pin_memory(), "text"]
     mover = Mover(copy, may_run_ahead=True)
     torch.cuda.synchronize()
@@ -173,7 +174,7 @@ def test_the_copy_runs_on_a_stream_of_its_own_while_the_device_computes():
 
 def test_memory_of_a_batch_is_not_given_away_while_a_step_reads_it():
     device = torch.device("cuda", torch.cuda.current_device())
-    mover = Mover(StreamCopy(device, None), may_run_ahead=True)
+    mover = Mover(StreamCopy(device, BatchForm()), may_run_ahead=True)
     sums = torch.zeros(50, device=device)
     batches = ((number, [torch.full((1 << 18,), float(number)).pin_memory()]) for number in range(50))
     for number, (batch,) in mover.over(batches, may_run_ahead=True):

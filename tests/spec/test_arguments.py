@@ -247,9 +247,11 @@ def test_data_arguments_reach_the_plan():
 
 
 def test_strategies_of_lightning_say_how_ddp_is_to_run():
-    workers = plan_of(num_workers=2, strategy="ddp_find_unused_parameters_true", sync_batchnorm=True).workers
-    assert (workers.strategy, workers.is_finding_unused, workers.is_syncing_batchnorm) == ("ddp", True, True)
-    assert plan_of(num_workers=2, strategy="ddp_spawn").workers == plan_of(num_workers=2).workers
+    plan = plan_of(num_workers=2, strategy="ddp_find_unused_parameters_true", sync_batchnorm=True)
+    assert plan.strategy == pl.DDPStrategy(find_unused_parameters=True)
+    assert plan.is_syncing_batchnorm
+    for name in ("auto", "ddp_spawn", "ddp_spawn_find_unused_parameters_false"):
+        assert plan_of(num_workers=2, strategy=name).strategy == pl.DDPStrategy()
 
 
 @pytest.mark.parametrize("name", ["early_stop_callback", "early_stop_checkpoint"])

@@ -517,5 +517,12 @@ def test_deterministic_runs_ask_torch_for_it_and_give_the_same_numbers(quiet):
 @pytest.mark.parametrize(("arguments", "expected"), [({"benchmark": True}, True), ({"deterministic": True}, False)])
 def test_benchmark_is_torchs_switch_and_off_where_runs_are_deterministic(arguments, expected, quiet, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
-    pl.fit(Regression(), RegressionData(), max_epochs=1, **arguments, **quiet)
-    assert torch.backends.cudnn.benchmark is expected
+
+    class Asks(Regression):
+        def on_train_start(self):
+            self.is_benchmarking = torch.backends.cudnn.benchmark
+
+    model = Asks()
+    pl.fit(model, RegressionData(), max_epochs=1, **arguments, **quiet)
+    assert model.is_benchmarking is expected
+    assert torch.backends.cudnn.benchmark is not expected

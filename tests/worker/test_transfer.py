@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
-from raylit.accelerators.transfer import map_tensors, to_device
+from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.worker import session as session_module
 from raylit.worker.combined import build_eval_data
 from raylit.worker.data import TrainData
@@ -105,11 +105,14 @@ def test_only_worker_processes_let_a_loader_run_ahead():
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
 def test_without_hooks_on_the_cpu_there_is_no_mover(hook):
-    assert build_mover(module=Regression(), datamodule=None, device=CPU, floating_dtype=None) is None
+    assert build_mover(module=Regression(), datamodule=None, device=CPU, form=BatchForm()) is None
     model = Regression()
     setattr(model, hook, lambda *args: args[0])
-    assert build_mover(module=model, datamodule=None, device=CPU, floating_dtype=None) is not None
-    assert build_mover(module=Regression(), datamodule=None, device=CPU, floating_dtype=torch.float64) is not None
+    assert build_mover(module=model, datamodule=None, device=CPU, form=BatchForm()) is not None
+    assert (
+        build_mover(module=Regression(), datamodule=None, device=CPU, form=BatchForm(floating_dtype=torch.float64))
+        is not None
+    )
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -199,5 +202,13 @@ def test_what_moves_itself_is_moved_wherever_it_is():
 
 
 def test_only_floating_point_tensors_take_the_precision():
-    moved = to_device([torch.ones(1), torch.ones(1, dtype=torch.int64)], CPU, torch.float64)
+    moved = BatchForm(floating_dtype=torch.float64).of([torch.ones(1), torch.ones(1, dtype=torch.int64)])
     assert [tensor.dtype for tensor in moved] == [torch.float64, torch.int64]
+
+
+def test_only_tensors_of_four_dimensions_take_the_layout():
+    form = BatchForm(is_channels_last=True)
+    images, labels = form.of((torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4)))
+    assert images.stride() == (60, 1, 15, 3)
+    assert labels.is_contiguous()
+    assert form.of([images])[0] is images
