@@ -109,7 +109,8 @@ def _placed(demand: Demand) -> PlacementGroup:
                 raise ResourcesError(
                     f"{demand} {_are(demand.workers)} asked for, which this cluster of "
                     f"{hosts_in_words(cluster_hosts())} cannot offer, and its autoscaler says that no nodes it may "
-                    "start could: ask for fewer workers or resources, or give the cluster larger or more worker nodes (available_node_types, max_workers)"
+                    "start could: ask for fewer workers or resources, or give the cluster larger or more worker nodes "
+                    "(available_node_types, max_workers)"
                 )
             missing = f"{demand}; free now: {in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
             if waiting.is_over:
