@@ -44,6 +44,8 @@ from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfi
 from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
 from raylit.trainer import Trainer
+from raylit.tune.sweep_result import SweepResult
+from raylit.tune.sweeps import sweep
 
 __all__ = [
     "AdvancedProfiler",
@@ -81,6 +83,7 @@ __all__ = [
     "ResourcesError",
     "SimpleProfiler",
     "StochasticWeightAveraging",
+    "SweepResult",
     "TQDMProgressBar",
     "TensorBoardLogger",
     "ThroughputMonitor",
@@ -98,6 +101,7 @@ __all__ = [
     "predict",
     "seed_everything",
     "shutdown",
+    "sweep",
     "test",
     "validate",
 ]

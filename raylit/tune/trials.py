@@ -26,7 +26,7 @@ from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
 from raylit.tune.room import check_room, placement_of
 from raylit.tune.trial import CHECKPOINT, Recipe, Setting, Trial, UnknownMetric
-from raylit.tune.watching import Watcher, error_of
+from raylit.tune.watching import Ending, Watcher, error_of
 
 _ENVIRONMENT = {
     # One table of our own at the end, and a line now and then, in place of Tune's.
@@ -78,22 +78,23 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
     with _environment(), _quiet_tune(), _signals_as_before() as was_interrupted:
-        try:
-            results = _tuner(trainable, space, run).fit()
-        except UnknownMetric as error:
-            raise ConfigError(str(error)) from None
+        results = _tuner(trainable, space, run).fit()
     if was_interrupted():
         raise KeyboardInterrupt
     trials: Sequence[TuneTrial] = results._experiment_analysis.trials
+    for trial in trials:
+        if isinstance(error := error_of(trial), UnknownMetric):
+            raise ConfigError(str(error))
     return [_record(trial, run) for trial in trials]
 
 
 def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
-    if run.is_resuming:
+    if run.is_resuming and tune.Tuner.can_restore(run.directory):
         return tune.Tuner.restore(
             run.directory, trainable, param_space=dict(space), resume_unfinished=True, resume_errored=True
         )
     place, _, name = run.directory.rpartition("/")
+    ending = Ending()
     return tune.Tuner(
         trainable,
         param_space=dict(space),
@@ -114,8 +115,9 @@ def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
             verbose=0,
             callbacks=[
                 JsonLoggerCallback(),
-                Watcher(title=run.title, metric=run.metric, mode=run.mode, is_shown=run.is_shown),
+                Watcher(title=run.title, metric=run.metric, mode=run.mode, ending=ending, is_shown=run.is_shown),
             ],
+            stop=ending,
             failure_config=tune.FailureConfig(max_failures=run.max_failures),
             checkpoint_config=_checkpoints(run),
         ),
@@ -189,15 +191,17 @@ def _record(trial: TuneTrial, run: Run) -> TrialRecord:
     if status == "finished" and last.get(IS_LAST) is False:
         status = "stopped"
     manager = trial.run_metadata.checkpoint_manager
-    kept = None if manager is None else manager.best_checkpoint_result
+    best = None if manager is None else manager.best_checkpoint_result
+    kept = None if best is None else best.checkpoint
+    directory = joined(run.directory, _name(trial))
     return TrialRecord(
         id=trial.trial_id,
         config=dict(trial.config),
         status=status,
         metrics=metrics,
         history=history,
-        checkpoint=None if kept is None or kept.checkpoint is None else joined(kept.checkpoint.path, CHECKPOINT),
-        directory=joined(run.directory, _name(trial)),
+        checkpoint=None if kept is None else joined(directory, os.path.basename(kept.path), CHECKPOINT),
+        directory=directory,
         error=None if status != "failed" else str(error_of(trial)),
     )
 

@@ -1,4 +1,4 @@
-"""Watcher: Tune's events as one line of progress, and an end to runs that cannot work. Driver."""
+"""Watcher: Tune's events as lines of progress; Ending: an end to runs that cannot work. Driver."""
 
 import os
 import sys
@@ -16,13 +16,27 @@ from raylit.tune.trial import TrialFailed
 _BETWEEN_LINES_S = 10.0
 
 
-class Watcher(tune.Callback):
-    """Counts trials, says how far they are, and raises what would end every one of them."""
+class Ending(tune.Stopper):
+    """Ends a run whose trials would all fail in the same way."""
 
-    def __init__(self, *, title: str, metric: str | None, mode: Mode, is_shown: bool = True) -> None:
+    def __init__(self) -> None:
+        self.is_due = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.is_due
+
+
+class Watcher(tune.Callback):
+    """Says how far the trials are and which have failed."""
+
+    def __init__(self, *, title: str, metric: str | None, mode: Mode, ending: Ending, is_shown: bool = True) -> None:
         self._title = title
         self._metric = metric
         self._mode = mode
+        self._ending = ending
         self._is_shown = is_shown
         self._best: float | None = None
         self._best_id = ""
@@ -39,7 +53,8 @@ class Watcher(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         error = error_of(trial)
         if isinstance(error, TrialFailed) and error.is_fatal:
-            raise error
+            self._ending.is_due = True
+            return
         self._write(f"trial {trial.trial_id} failed with {trial.config}:\n{error}")
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
