@@ -45,6 +45,8 @@ from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
 from raylit.strategy_options import DDPStrategy
 from raylit.trainer import Trainer
+from raylit.tune.sweep_result import SweepResult
+from raylit.tune.sweeps import sweep
 
 __all__ = [
     "AdvancedProfiler",
@@ -83,6 +85,7 @@ __all__ = [
     "ResourcesError",
     "SimpleProfiler",
     "StochasticWeightAveraging",
+    "SweepResult",
     "TQDMProgressBar",
     "TensorBoardLogger",
     "ThroughputMonitor",
@@ -100,6 +103,7 @@ __all__ = [
     "predict",
     "seed_everything",
     "shutdown",
+    "sweep",
     "test",
     "validate",
 ]

@@ -48,6 +48,16 @@ def failure(error: BaseException, context: WorkerContext) -> Failed:
     )
 
 
+def words_of(error: BaseException) -> str:
+    """The traceback, without the frames that are raylit's or Ray's: the worker's where it was raised there. For where
+    the exception itself cannot go."""
+    if isinstance(error.__cause__, RemoteTraceback):
+        return error.__cause__.text.strip()
+    told = traceback.TracebackException.from_exception(error)
+    _hide_frames(told)
+    return "".join(told.format()).strip()
+
+
 def raise_failures(failures: Sequence[Failed], *, num_workers: int) -> None:
     """Raise one exception as itself, its cause being the traceback in the worker: of those that came first the lowest
     rank's, rather not one that follows from another. The others are listed below it."""

@@ -25,7 +25,7 @@ class Placement:
         current = ray.util.get_current_placement_group()
         self._is_own = current is None
         if current is not None:
-            self._each = _each(workers, cpu=1.0)
+            self._each = each_of(workers, cpu=1.0)
             self._group = current
             self._bundles = borrowed.bundles_for(Demand(workers=workers, each=self._each), current)
         else:
@@ -59,12 +59,12 @@ class Placement:
 
 def _demand(workers: Workers) -> Demand:
     """What the workers ask for. ResourcesError: nothing can meet it."""
-    hosts = _hosts()
+    hosts = cluster_hosts()
     if cluster.is_embedded():
         # The node is ours alone. A small share leaves room beside warm workers that wait for their next run.
-        demand = Demand(workers=workers, each=_each(workers, cpu=0.01))
+        demand = Demand(workers=workers, each=each_of(workers, cpu=0.01))
     else:
-        demand = Demand(workers=workers, each=_each(workers, cpu=1.0))
+        demand = Demand(workers=workers, each=each_of(workers, cpu=1.0))
     if demand.fits(hosts):
         return demand
     if ray_private.autoscaling() is not None:
@@ -72,18 +72,18 @@ def _demand(workers: Workers) -> Demand:
     # More processes than cores are allowed: they share.
     cpu = 0.5
     while "CPU" not in workers.resources_per_worker and cpu >= 0.001:
-        shared = Demand(workers=workers, each=_each(workers, cpu=math.floor(cpu * 1000) / 1000))
+        shared = Demand(workers=workers, each=each_of(workers, cpu=math.floor(cpu * 1000) / 1000))
         if shared.fits(hosts):
             return shared
         cpu /= 2
     raise ResourcesError(
-        f"{demand} {_are(workers)} asked for, which this cluster of {_in_words(hosts)} can never offer, and no "
+        f"{demand} {_are(workers)} asked for, which this cluster of {hosts_in_words(hosts)} can never offer, and no "
         f"autoscaler adds to it.{_note_on_own()} Ask for fewer workers or resources (num_workers, "
         "resources_per_worker, num_nodes, placement, label_selector), or connect to a larger cluster (RAY_ADDRESS)"
     )
 
 
-def _each(workers: Workers, *, cpu: float) -> Resources:
+def each_of(workers: Workers, *, cpu: float) -> Resources:
     """What a worker asks for: what is named, and what every worker needs where it is not named."""
     each = {"CPU": cpu, **({"GPU": 1.0} if workers.accelerator == "cuda" else {}), **workers.resources_per_worker}
     return {name: float(amount) for name, amount in each.items() if amount}
@@ -101,17 +101,18 @@ def _placed(demand: Demand) -> PlacementGroup:
             is_line_due = waiting.is_line_due
             scaler = ray_private.autoscaling()
             is_hopeless = scaler is not None and group.id.hex() in scaler.infeasible_groups
-            if not is_hopeless or demand.fits(_hosts()):
+            if not is_hopeless or demand.fits(cluster_hosts()):
                 hopeless_since_s = None
             elif hopeless_since_s is None:
                 hopeless_since_s = waiting.waited_s
             elif waiting.waited_s - hopeless_since_s >= _HOPELESS_S:
                 raise ResourcesError(
-                    f"{demand} {_are(demand.workers)} asked for, which this cluster of {_in_words(_hosts())} cannot "
-                    "offer, and its autoscaler says that no nodes it may start could: ask for fewer workers or "
-                    "resources, or give the cluster larger or more worker nodes (available_node_types, max_workers)"
+                    f"{demand} {_are(demand.workers)} asked for, which this cluster of "
+                    f"{hosts_in_words(cluster_hosts())} cannot offer, and its autoscaler says that no nodes it may "
+                    "start could: ask for fewer workers or resources, or give the cluster larger or more worker nodes "
+                    "(available_node_types, max_workers)"
                 )
-            missing = f"{demand}; free now: {in_words(ray.available_resources())} of {_in_words(_hosts())}"
+            missing = f"{demand}; free now: {in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
             if waiting.is_over:
                 raise ResourcesError(
                     f"{missing}: not free within start_timeout_s={timeout_s:g}. Ask for fewer workers or resources, "
@@ -136,7 +137,7 @@ def _group(demand: Demand) -> PlacementGroup:
 
 def _hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
     """Whence the missing may come."""
-    if demand.fits(_hosts()):
+    if demand.fits(cluster_hosts()):
         return "others hold the rest"
     if scaler is None:
         return "the cluster has lost what it had"
@@ -145,7 +146,7 @@ def _hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
     return "the autoscaler starts " + ", ".join(f"{count} {name}" for name, count in scaler.starting.items())
 
 
-def _hosts() -> list[Host]:
+def cluster_hosts() -> list[Host]:
     """The cluster's hosts with all they have, less what this very task or actor holds while it waits."""
     own_id, own = _own()
     hosts = []
@@ -170,7 +171,7 @@ def _note_on_own() -> str:
     return f" The task or actor that waits for them holds {held} itself, which its num_cpus=0 would leave to them."
 
 
-def _in_words(hosts: list[Host]) -> str:
+def hosts_in_words(hosts: list[Host]) -> str:
     total: Resources = {}
     for host in hosts:
         for name, amount in host.resources.items():

@@ -139,6 +139,11 @@ class _Pool:
 _pool = _Pool()
 
 
+def clear() -> None:
+    """End the idle workers."""
+    _pool.clear()
+
+
 def shutdown() -> None:
     """End the idle workers and the embedded node; a cluster of the user's is left alone."""
     _pool.clear()

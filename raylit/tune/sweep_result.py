@@ -1,0 +1,101 @@
+"""SweepResult: what a sweep has found. Driver."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raylit.checkpoint import files
+from raylit.errors import ConfigError
+from raylit.module import LightningModule
+from raylit.rebuild import load_weights
+from raylit.tune.records import Mode, TrialRecord, best_of
+
+
+class SweepResult:
+    """The trials of a sweep, and the best of them by `metric`: the best report of any trial, whenever it was made."""
+
+    def __init__(
+        self,
+        trials: Sequence[TrialRecord],
+        *,
+        metric: str,
+        mode: Mode,
+        directory: str,
+        module_of: Callable[[dict[str, Any]], LightningModule],
+    ) -> None:
+        self.trials = list(trials)
+        self.metric = metric
+        self.mode = mode
+        self.directory = directory
+        """Of the sweep's files; TensorBoard shows it."""
+        self._module_of = module_of
+
+    @property
+    def best_trial(self) -> TrialRecord:
+        """ConfigError: no trial has reported a number."""
+        best = best_of(self.trials, self.metric, self.mode)
+        if best is None:
+            failed = "".join(f"\n\ntrial {name}:\n{error}" for name, error in list(self.errors.items())[:1])
+            raise ConfigError(
+                f"no trial has reported a number as {self.metric!r}: {len(self.errors)} of {len(self.trials)} trials "
+                f"have failed{failed}"
+            )
+        return best
+
+    @property
+    def best_config(self) -> dict[str, Any]:
+        return dict(self.best_trial.config)
+
+    @property
+    def best_value(self) -> float:
+        """Of the metric."""
+        value = self.best_trial.best(self.metric, self.mode)
+        assert value is not None
+        return value
+
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The best trial's best checkpoint, for `ckpt_path` and `load_from_checkpoint`; None: none was kept."""
+        return self.best_trial.checkpoint
+
+    @property
+    def best_model(self) -> LightningModule:
+        """What `build` makes of the best config, with the best checkpoint's weights. Made anew by each access."""
+        trial = self.best_trial
+        if trial.checkpoint is None:
+            raise ConfigError("the sweep kept no checkpoints: leave enable_checkpointing=False out")
+        module = self._module_of(trial.config)
+        load_weights(module, files.read(trial.checkpoint)["state_dict"], source=trial.checkpoint)
+        return module
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """The traceback of each failed trial, by its id."""
+        return {trial.id: trial.error for trial in self.trials if trial.error is not None}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each trial: id, status, the config's values as `config/NAME`, the metric's best and the metrics of
+        the last report."""
+        return [
+            {
+                "trial": trial.id,
+                "status": trial.status,
+                **{f"config/{name}": value for name, value in trial.config.items()},
+                f"best {self.metric}": trial.best(self.metric, self.mode),
+                **trial.metrics,
+            }
+            for trial in self.trials
+        ]
+
+    def dataframe(self) -> Any:
+        """`rows` as a pandas DataFrame."""
+        import pandas  # Ray Tune depends on it
+
+        return pandas.DataFrame(self.rows())
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def __repr__(self) -> str:
+        best = best_of(self.trials, self.metric, self.mode)
+        found = "" if best is None else f", best {self.metric}={best.best(self.metric, self.mode):g} with {best.config}"
+        return f"SweepResult({len(self.trials)} trials, {len(self.errors)} failed{found})"

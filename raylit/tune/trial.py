@@ -1,0 +1,193 @@
+"""Trial: Ray Tune's actor around trainings, one after the other on the same warm workers. The trial's process."""
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from ray import tune
+from ray.tune.result import DONE, RESULT_DUPLICATE, SHOULD_CHECKPOINT
+
+from raylit.checkpoint import format
+from raylit.driver import warm
+from raylit.driver.failures import words_of
+from raylit.driver.packing import unpacked
+from raylit.errors import RaylitError
+from raylit.tune.handover import Ended, Handover
+from raylit.tune.reporter import NOT_LOGGED, Reporter
+
+CHECKPOINT = "trial.ckpt"
+"""The name of a checkpoint in the directory that Tune keeps for it."""
+_CONFIG = "config.pkl"
+"""Beside it: the config it was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialContext:
+    """What a training is told of the trial that it is."""
+
+    id: str
+    config: dict[str, Any]
+    directory: str
+    """For the trial's own files. With storage elsewhere, such as s3://, there too."""
+    reporter: Reporter
+    """A driver callback for the fit: it reports, has checkpoints written, and stops the fit when Tune says so."""
+    checkpoint: str | None
+    """Where a fit goes on from."""
+    is_perturbed: bool
+    """The checkpoint was trained with another config, as population based training does it."""
+
+
+Recipe = Callable[[TrialContext], Mapping[str, Any] | None]
+"""Runs a trial's training to its end, in a thread of the trial's process. What it returns is reported as the last
+result."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all trials of a run have in common, from the driver."""
+
+    recipe: bytes
+    """cloudpickle of the Recipe."""
+    directory: str
+    """Of the run; each trial has its own below it."""
+    metric: str | None
+    """What every report must have."""
+    is_saving: bool
+    """A checkpoint belongs to each report."""
+    import_path: tuple[str, ...]
+    random_state: Any
+    """Of the driver, packed: a trial starts with what a fit there would have."""
+
+
+class TrialFailed(RaylitError):
+    """What ended a trial, in words, as the exception itself may not be able to travel: the traceback of it."""
+
+    is_fatal = False
+    """Any other trial would end in the same way."""
+
+
+class UnknownMetric(TrialFailed):
+    """The reports do not have what the trials are to be compared by."""
+
+    is_fatal = True
+
+
+class Trial(tune.Trainable):
+    """Answers Tune; the training runs in a thread and stands still whenever Tune decides."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The user's relative paths stay what they are. Tune reads this in its constructor.
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        super().__init__(*args, **kwargs)
+
+    def setup(self, config: dict[str, Any], **parameters: Any) -> None:
+        """`parameters`: the Setting."""
+        setting: Setting = parameters["setting"]
+        sys.path.extend(path for path in setting.import_path if path not in sys.path)
+        self._setting = setting
+        self._recipe: Recipe | None = None
+        self._handover: Handover | None = None
+        self._checkpoint: str | None = None
+        self._take_up(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Another trial takes the process and its workers over."""
+        self._end_training()
+        self._take_up(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next report."""
+        if self._handover is None:
+            self._handover = Handover(self._train)
+        answer = self._handover.next()
+        if not isinstance(answer, Ended):
+            self._check_metric(answer.metrics)
+            self._has_reported = True
+            # Tune's own frequency would ask for a checkpoint after the training's end as well.
+            return {**answer.metrics, SHOULD_CHECKPOINT: self._setting.is_saving}
+        if answer.error is not None:
+            raise TrialFailed(words_of(answer.error)) from None
+        if answer.metrics is not None:
+            self._check_metric(answer.metrics)
+            return {**answer.metrics, DONE: True}
+        if not self._has_reported and self._checkpoint is None:
+            raise TrialFailed("the training has ended without a validation or the end of an epoch: nothing to report")
+        return {RESULT_DUPLICATE: True, DONE: True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        assert self._handover is not None
+        self._handover.save(os.path.join(checkpoint_dir, CHECKPOINT))
+        (Path(checkpoint_dir) / _CONFIG).write_bytes(cloudpickle.dumps(self.config))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Called before the first step. Tune's directory may be a temporary one, and the fit reads it later."""
+        assert self._handover is None
+        self._remove_copy()
+        self._copy = tempfile.mkdtemp(prefix="resumed-", dir=self.logdir)
+        shutil.copytree(checkpoint, self._copy, copy_function=_link_or_copy, dirs_exist_ok=True)
+        self._checkpoint = os.path.join(self._copy, CHECKPOINT)
+        self._is_perturbed = cloudpickle.loads((Path(self._copy) / _CONFIG).read_bytes()) != self.config
+
+    def cleanup(self) -> None:
+        """The trial's actor ends, and its workers with it."""
+        self._end_training()
+        warm.shutdown()
+
+    # Helpers
+
+    def _take_up(self, config: dict[str, Any]) -> None:
+        self.config = dict(config)
+        self._checkpoint = None
+        self._is_perturbed = False
+        self._copy = ""
+        self._has_reported = False
+
+    def _train(self, handover: Handover) -> Mapping[str, Any] | None:
+        directory = os.path.join(self._setting.directory, f"trial_{self.trial_id}")
+        # Here, as what goes wrong with it is the trial's error; once, as it may hold data.
+        self._recipe = self._recipe or cloudpickle.loads(self._setting.recipe)
+        format.set_random_state(unpacked(self._setting.random_state, is_copying=True))
+        context = TrialContext(
+            id=self.trial_id,
+            config=dict(self.config),
+            directory=directory,
+            reporter=Reporter(handover),
+            checkpoint=self._checkpoint,
+            is_perturbed=self._is_perturbed,
+        )
+        return self._recipe(context)
+
+    def _check_metric(self, metrics: Mapping[str, Any]) -> None:
+        metric = self._setting.metric
+        if metric is not None and metric not in metrics:
+            there = ", ".join(sorted(name for name in metrics if name not in NOT_LOGGED)) or "none at all"
+            raise UnknownMetric(
+                f"metric={metric!r}: the first result of trial {self.trial_id} has no such metric; there are: {there}. "
+                "Log it with self.log in validation_step (or with on_epoch=True in training_step), or name one of these"
+            )
+
+    def _end_training(self) -> None:
+        handover, self._handover = self._handover, None
+        if handover is not None:
+            handover.end()
+        self._remove_copy()
+
+    def _remove_copy(self) -> None:
+        if self._copy:
+            shutil.rmtree(self._copy, ignore_errors=True)
+            self._copy = ""
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copy2(source, target)

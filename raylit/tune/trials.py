@@ -1,0 +1,227 @@
+"""run_trials: trainings as the trials of one Ray Tune run, on warm workers. Driver."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.logger import JsonLoggerCallback
+
+from raylit.checkpoint import format
+from raylit.driver import cluster, warm
+from raylit.driver.packing import packed
+from raylit.errors import ConfigError
+from raylit.places import joined
+from raylit.plan import Workers
+from raylit.tune.records import Mode, TrialRecord, TrialStatus
+from raylit.tune.reporter import IS_LAST
+from raylit.tune.room import check_room, placement_of
+from raylit.tune.trial import CHECKPOINT, Recipe, Setting, Trial, UnknownMetric
+from raylit.tune.watching import Ending, Watcher, error_of
+
+_ENVIRONMENT = {
+    # One table of our own at the end, and a line now and then, in place of Tune's.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Histories are read from one kind of file; pictures and TensorBoard are raylit's own.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial checks its first result itself, with the names that there are.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """How the trials of a run are chosen, compared and kept."""
+
+    title: str
+    """For the lines of progress: "sweep"."""
+    directory: str
+    """Where everything of the run is kept: absolute, or a URL. The last part is its name."""
+    metric: str | None
+    mode: Mode = "min"
+    num_samples: int = 1
+    scheduler: Any = None
+    searcher: Any = None
+    max_concurrent: int | None = None
+    num_checkpoints: int | None = 1
+    """Of each trial: so many of the best, and the newest; None: all, 0: only what a scheduler needs."""
+    max_failures: int = 0
+    """How often a failed trial is tried again from its newest checkpoint."""
+    is_resuming: bool = False
+    is_shown: bool = True
+
+
+def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, run: Run) -> list[TrialRecord]:
+    """Every trial's record. Each trial has a placement group with a bundle for each of `workers`; a trial that follows
+    another takes its processes over. ResourcesError: not even one trial has room. KeyboardInterrupt: what is done is
+    kept, for `is_resuming`."""
+    cluster.connect()
+    # Idle workers of this process's own fits hold what trials need.
+    warm.clear()
+    check_room(workers)
+    setting = Setting(
+        recipe=cloudpickle.dumps(recipe),
+        directory=run.directory,
+        metric=run.metric,
+        is_saving=run.num_checkpoints != 0,
+        import_path=tuple(os.path.abspath(path) for path in sys.path),
+        random_state=packed(format.random_state()),
+    )
+    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
+    with _environment(), _quiet_tune(), _signals_as_before() as was_interrupted:
+        results = _tuner(trainable, space, run).fit()
+    if was_interrupted():
+        raise KeyboardInterrupt
+    trials: Sequence[TuneTrial] = results._experiment_analysis.trials
+    for trial in trials:
+        if isinstance(error := error_of(trial), UnknownMetric):
+            raise ConfigError(str(error))
+    return [_record(trial, run) for trial in trials]
+
+
+def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
+    if run.is_resuming and tune.Tuner.can_restore(run.directory):
+        return tune.Tuner.restore(
+            run.directory, trainable, param_space=dict(space), resume_unfinished=True, resume_errored=True
+        )
+    place, _, name = run.directory.rpartition("/")
+    ending = Ending()
+    return tune.Tuner(
+        trainable,
+        param_space=dict(space),
+        tune_config=tune.TuneConfig(
+            metric=run.metric,
+            mode=None if run.metric is None else run.mode,
+            num_samples=run.num_samples,
+            scheduler=run.scheduler,
+            search_alg=run.searcher,
+            max_concurrent_trials=run.max_concurrent,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=place,
+            verbose=0,
+            callbacks=[
+                JsonLoggerCallback(),
+                Watcher(title=run.title, metric=run.metric, mode=run.mode, ending=ending, is_shown=run.is_shown),
+            ],
+            stop=ending,
+            failure_config=tune.FailureConfig(max_failures=run.max_failures),
+            checkpoint_config=_checkpoints(run),
+        ),
+    )
+
+
+def _checkpoints(run: Run) -> tune.CheckpointConfig:
+    """Those of a scheduler that pauses trials are of one use each."""
+    return tune.CheckpointConfig(
+        num_to_keep=run.num_checkpoints or (1 if run.num_checkpoints == 0 else None),
+        checkpoint_score_attribute=run.metric,
+        checkpoint_score_order=run.mode,
+        checkpoint_at_end=False,
+    )
+
+
+def _name(trial: TuneTrial) -> str:
+    return f"trial_{trial.trial_id}"
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Tune's switches, which it reads while it runs."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Tune logs every failure, raylit says it in its own words."""
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _signals_as_before() -> Iterator[Any]:
+    """Tune takes Ctrl-C, to end in good order, and does not give it back. Yields whether there was one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    is_interrupted = False
+    try:
+        yield lambda: is_interrupted
+        # Tune's handler puts the former one back when it is called.
+        is_interrupted = signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _record(trial: TuneTrial, run: Run) -> TrialRecord:
+    history = tuple(_history(trial))
+    metrics = history[-1] if history else {}
+    statuses: dict[str, TrialStatus] = {"ERROR": "failed", "TERMINATED": "finished"}
+    status = statuses.get(trial.status, "unfinished")
+    last = trial.last_result or {}
+    if status == "finished" and last.get(IS_LAST) is False:
+        status = "stopped"
+    manager = trial.run_metadata.checkpoint_manager
+    best = None if manager is None else manager.best_checkpoint_result
+    kept = None if best is None else best.checkpoint
+    directory = joined(run.directory, _name(trial))
+    return TrialRecord(
+        id=trial.trial_id,
+        config=dict(trial.config),
+        status=status,
+        metrics=metrics,
+        history=history,
+        checkpoint=None if kept is None else joined(directory, os.path.basename(kept.path), CHECKPOINT),
+        directory=directory,
+        error=None if status != "failed" else str(error_of(trial)),
+    )
+
+
+def _history(trial: TuneTrial) -> Iterator[dict[str, Any]]:
+    """From the file that Tune's JSON logger keeps, which holds what was reported before a sweep was resumed, too."""
+    path = os.path.join(trial.local_path or "", "result.json")
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            result = json.loads(line)
+            own = {name: value for name, value in result.items() if name not in _TUNES_OWN}
+            yield {**own, "time_s": result.get("time_total_s", 0.0)}
+
+
+_TUNES_OWN = frozenset(
+    {
+        "config", "date", "done", "hostname", "iterations_since_restore", "node_ip", "pid", "time_since_restore",
+        "time_this_iter_s", "time_total_s", "timestamp", "training_iteration", "trial_id", "timesteps_total",
+        "episodes_total", "timesteps_since_restore", "should_checkpoint", "checkpoint_dir_name", IS_LAST,
+    }
+)  # fmt: skip
