@@ -29,6 +29,7 @@ from raylit.datamodule import DataModule, LightningDataModule
 from raylit.errors import (
     CheckpointError,
     ConfigError,
+    DamagedCheckpoint,
     LoggingError,
     ModuleError,
     NotFiniteError,
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointError",
     "CombinedLoader",
     "ConfigError",
+    "DamagedCheckpoint",
     "DataModule",
     "DeviceStatsMonitor",
     "DriverCallback",

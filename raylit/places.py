@@ -41,6 +41,17 @@ def entries(directory: str) -> list[str]:
     return os.listdir(directory) if os.path.isdir(directory) else []
 
 
+def modified_at(path: str) -> float:
+    """When a file was last written, in seconds since 1970; 0.0 where it is not there."""
+    try:
+        if is_url(path):
+            files, place = file_system(path)
+            return float(files.modified(place).timestamp())
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def make_directory(path: str) -> None:
     if not is_url(path):
         os.makedirs(path, exist_ok=True)
