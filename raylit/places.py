@@ -30,6 +30,11 @@ def is_inside(path: str, directory: str) -> bool:
     return Path(directory) in Path(path).parents
 
 
+def relative(path: str, directory: str) -> str:
+    """From the directory on, where the path leads into it."""
+    return path[len(directory.rstrip("/")) + 1 :] if is_inside(path, directory) else path
+
+
 def entries(directory: str) -> list[str]:
     """The names in it; none where it does not exist."""
     if is_url(directory):

@@ -1,7 +1,9 @@
 """Image: a checkpoint's file as it will be, laid out in memory without a copy of the tensors. Both sides."""
 
 import os
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import IO, Any
 
 import numpy as np
@@ -29,7 +31,8 @@ class Image:
         finally:
             torch.serialization.set_crc32_options(has_checksums)
         self._parts = recorder.parts()
-        self.num_bytes = sum(len(part) for part in self._parts)
+        self._starts = list(accumulate((len(part) for part in self._parts), initial=0))
+        self.num_bytes = self._starts.pop()
 
     def write_to(self, file: IO[bytes]) -> None:
         """From where the file stands, down to the disk."""
@@ -38,20 +41,22 @@ class Image:
         file.flush()
         os.fsync(file.fileno())
 
-    def pieces(self) -> Iterator[NDArray[np.uint8]]:
-        """All of it in order, in copies of PIECE_BYTES; the last is shorter."""
-        left = self.num_bytes
-        piece, num_filled = np.empty(min(left, PIECE_BYTES), np.uint8), 0
-        for part in self._parts:
-            while len(part) > 0:
-                taken = part[: len(piece) - num_filled]
-                piece[num_filled : num_filled + len(taken)] = taken
-                num_filled += len(taken)
-                part = part[len(taken) :]
-                if num_filled == len(piece):
-                    yield piece
-                    left -= num_filled
-                    piece, num_filled = np.empty(min(left, PIECE_BYTES), np.uint8), 0
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.num_bytes // PIECE_BYTES)
+
+    def piece(self, index: int) -> NDArray[np.uint8]:
+        """A copy of the bytes from PIECE_BYTES * index on; the last is shorter."""
+        start = PIECE_BYTES * index
+        piece = np.empty(min(PIECE_BYTES, self.num_bytes - start), np.uint8)
+        number, num_filled = bisect_right(self._starts, start) - 1, 0
+        while num_filled < len(piece):
+            first = start + num_filled - self._starts[number]
+            part = self._parts[number][first : first + len(piece) - num_filled]
+            piece[num_filled : num_filled + len(part)] = part
+            num_filled += len(part)
+            number += 1
+        return piece
 
 
 class _Recorder:

@@ -26,12 +26,11 @@ class Entry:
     """A checkpoint file."""
 
     name: str
-    """In the directory."""
+    """Its path from the directory on."""
     epoch: int = 0
     step: int = 0
-    monitor: str | None = None
     score: float | None = None
-    """Of the monitored metric, where the file is kept for it."""
+    """Where the file is kept for it."""
     is_weights_only: bool = False
 
 
@@ -57,6 +56,7 @@ def read_index(directory: str | os.PathLike[str]) -> Index:
         listed = [
             Entry(**{key: value for key, value in entry.items() if key in known})
             for entry in content.get("entries", [])
+            if isinstance(entry["name"], str)
         ]
         return Index(entries=tuple(listed), last=str(content.get("last", "")), best=str(content.get("best", "")))
     return Index()
@@ -70,22 +70,23 @@ def write_index(index: Index, directory: str | os.PathLike[str]) -> None:
 def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
     """The paths of the checkpoints, from the one written last to the first; a file with several names under one."""
     listed = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
-    paths = {name: joined(directory, name) for name in entries(os.fspath(directory)) if name.endswith(SUFFIX)}
-    times = {name: modified_at(path) for name, path in paths.items()}
-    newest_listed = max((times[name] for name in listed if name in times), default=0.0)
+    names = {*listed, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
+    times = {name: modified_at(joined(directory, name)) for name in names}
+    newest_listed = max((times[name] for name in listed), default=0.0)
 
-    def age(name: str) -> tuple[int, float, float]:
+    def age(name: str) -> tuple[int, float]:
         if name in listed:
-            return 1, -listed[name], 0.0
+            return 1, -listed[name]
         # A crash fell between the file and the index; or it is none of this run's.
-        return (0 if times[name] >= newest_listed else 2), -times[name], 0.0
+        return (0 if times[name] >= newest_listed else 2), -times[name]
 
     seen: set[Any] = set()
-    for name in sorted(paths, key=age):
-        identity = paths[name] if is_url(paths[name]) else _inode(paths[name])
+    for name in sorted((name for name in names if times[name] > 0), key=age):
+        path = joined(directory, name)
+        identity = path if is_url(path) else _inode(path)
         if identity is not None and identity not in seen:
             seen.add(identity)
-            yield paths[name]
+            yield path
 
 
 def newest_usable(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:

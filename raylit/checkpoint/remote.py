@@ -15,11 +15,8 @@ from raylit.places import file_system, is_object_store
 def upload(image: Image, url: str) -> None:
     """By a file in a temporary directory, which is whole before the upload begins."""
     try:
-        with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
-            copy = Path(directory) / "checkpoint"
-            with open(copy, "xb") as file:
-                image.write_to(file)
-            upload_file(copy, url)
+        with collected(url) as copy, open(copy, "r+b") as file:
+            image.write_to(file)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {url}: {error}") from error
 
@@ -39,6 +36,16 @@ def upload_file(copy: Path, url: str) -> None:
         files.invalidate_cache(files._parent(place))
     except Exception as error:  # of whatever kind the store's own library raises
         raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def collected(url: str) -> Iterator[Path]:
+    """An empty file in a temporary directory, which is uploaded after the block has filled it."""
+    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
+        copy = Path(directory) / "checkpoint"
+        copy.touch()
+        yield copy
+        upload_file(copy, url)
 
 
 @contextmanager
