@@ -29,6 +29,7 @@ from raylit.datamodule import DataModule, LightningDataModule
 from raylit.errors import (
     CheckpointError,
     ConfigError,
+    DamagedCheckpoint,
     LoggingError,
     ModuleError,
     NotFiniteError,
@@ -59,6 +60,7 @@ __all__ = [
     "CombinedLoader",
     "ConfigError",
     "DDPStrategy",
+    "DamagedCheckpoint",
     "DataModule",
     "DeviceStatsMonitor",
     "DriverCallback",

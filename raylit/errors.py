@@ -35,6 +35,10 @@ class CheckpointError(RaylitError):
     """A checkpoint that cannot be written, read or applied."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint file whose content is not what was written: cut short, or changed."""
+
+
 class ResourcesError(RaylitError):
     """The cluster has not, and cannot get, what the run asks for."""
 

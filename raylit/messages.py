@@ -63,9 +63,16 @@ class Predict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Save:
-    """Hand over the state. Rank 0 answers with the whole of it, the others with what is theirs alone: `Saved`."""
+    """Take the state as it is now. Rank 0 holds it ready to be written, the others hand over what is theirs alone.
+
+    Answered by one `Saved` of each rank.
+    """
 
     is_weights_only: bool = False
+    is_copying: bool = False
+    """Training goes on while it is written."""
+    driver_part: dict[str, Any] = field(default_factory=dict)
+    """What the driver adds to the checkpoint, in plain values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +198,7 @@ class Saved:
 
     rank: int
     checkpoint: dict[str, Any]
-    """The whole run without the driver's part; empty except on rank 0."""
+    """The whole run without the driver's part; empty except on rank 0, and in what travels."""
     of_rank: dict[str, Any]
     """Random state, metric buffers: what only this rank has."""
 

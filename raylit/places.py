@@ -30,6 +30,11 @@ def is_inside(path: str, directory: str) -> bool:
     return Path(directory) in Path(path).parents
 
 
+def relative(path: str, directory: str) -> str:
+    """From the directory on, where the path leads into it."""
+    return path[len(directory.rstrip("/")) + 1 :] if is_inside(path, directory) else path
+
+
 def entries(directory: str) -> list[str]:
     """The names in it; none where it does not exist."""
     if is_url(directory):
@@ -39,6 +44,17 @@ def entries(directory: str) -> list[str]:
             name.rstrip("/").rsplit("/", 1)[-1] for name in (files.ls(path, detail=False) if files.exists(path) else ())
         ]
     return os.listdir(directory) if os.path.isdir(directory) else []
+
+
+def modified_at(path: str) -> float:
+    """When a file was last written, in seconds since 1970; 0.0 where it is not there."""
+    try:
+        if is_url(path):
+            files, place = file_system(path)
+            return float(files.modified(place).timestamp())
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def make_directory(path: str) -> None:

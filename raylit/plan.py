@@ -139,6 +139,8 @@ class Plan:
     """False: samplers and iterables are the user's to split."""
     deterministic: bool | Literal["warn"] = False
     benchmark: bool | None = None
+    is_saving_async: bool = True
+    """Training goes on while a checkpoint is written."""
     is_dev_run: bool = False
     """fast_dev_run: nothing is written."""
     inference_mode: bool = True

@@ -108,6 +108,7 @@ class Trainer(Outcome):
         logger: bool | Logger | Sequence[Logger] = True,
         log_every_n_steps: int = 50,
         enable_checkpointing: bool | ModelCheckpoint = True,
+        checkpoint_async: bool = True,
         enable_progress_bar: bool | ProgressBar = True,
         enable_model_summary: bool | ModelSummary = True,
         early_stop_callback: bool | EarlyStopping = False,

@@ -71,7 +71,7 @@ def test_a_default_run_leaves_checkpoint_curves_and_metrics(num_workers, tmp_pat
     assert (trainer.current_epoch, trainer.global_step) == (3, 18)
     directory = tmp_path / "lightning_logs" / "version_0"
     assert trainer.logger.log_dir == trainer.log_dir == str(directory)
-    names = {path.name for path in (directory / "checkpoints").iterdir()}
+    names = {path.name for path in (directory / "checkpoints").glob("*.ckpt")}
     assert "epoch=2-step=18.ckpt" in names
     assert trainer.checkpoint_callback.best_model_path.startswith(str(directory / "checkpoints"))
     events = EventAccumulator(str(directory))

@@ -52,6 +52,7 @@ def _assembled(
     deterministic: bool | Literal["warn"],
     benchmark: bool | None,
     inference_mode: bool,
+    checkpoint_async: bool,
     fast_dev_run: bool | int,
     **parsed: Any,
 ) -> Plan:
@@ -65,6 +66,7 @@ def _assembled(
         use_distributed_sampler=use_distributed_sampler,
         prepare_data_per_node=prepare_data_per_node,
         inference_mode=inference_mode,
+        checkpoint_async=checkpoint_async,
         benchmark=bool(benchmark) if benchmark is None else benchmark,
         deterministic=deterministic if deterministic != "warn" else True,
     )
@@ -83,5 +85,6 @@ def _assembled(
         deterministic=deterministic,
         benchmark=benchmark,
         inference_mode=inference_mode,
+        is_saving_async=checkpoint_async,
         is_dev_run=bool(fast_dev_run),
     )

@@ -6,6 +6,8 @@ from raylit.plan import Plan
 from raylit.state import RunState
 
 if TYPE_CHECKING:
+    from raylit.checkpoint.publication import Publication
+    from raylit.errors import CheckpointError
     from raylit.loggers.base import Logger
 
 
@@ -102,18 +104,24 @@ class Run(Protocol):
         """Ask for the end of training after the step under way; min_epochs and min_steps are still honoured."""
         ...
 
-    def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
-        """Gather the state from the workers and write it to `path`, whole or not at all."""
+    def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: "Publication | None" = None) -> None:
+        """Take the run as it stands now and write it to `path`, whole or not at all, and then what follows that.
+
+        With `checkpoint_async` this returns once the state is copied, and the writing goes on beside the training;
+        `on_save_end` tells the callback of its end. A save that comes before that waits for it.
+        """
         ...
 
-    def remove_checkpoint(self, path: str) -> None: ...
+    def finish_saves(self) -> None:
+        """Wait until what was saved is written."""
+        ...
 
 
 class DriverCallback:
     """Steers from the driver: sees the run's state and the reduced metrics, may ask for a stop or a save.
 
     Every hook is called while the workers stand still, except `on_tick` and `on_step_metrics`, which are called while
-    they run.
+    they run, and `on_save_end`, which may be.
     """
 
     def on_start(self, run: Run) -> None:
@@ -139,6 +147,9 @@ class DriverCallback:
 
     def on_train_epoch_end(self, run: Run) -> None: ...
     def on_train_end(self, run: Run) -> None: ...
+    def on_save_end(self, run: Run, path: str, error: "CheckpointError | None") -> None:
+        """A save that this callback has asked for is over: the file is there, or the error says why not."""
+
     def on_end(self, run: Run) -> None:
         """The stage is over, well or not: release what is held. Called exactly once after `on_start`."""
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.callbacks.timing import Clock, is_validated_by_epoch_end, is_validation_next
+from raylit.callbacks.checkpoint_options import check_options, missing_metric
+from raylit.callbacks.timing import Clock, is_saved_at_epoch_end, is_validation_next
 from raylit.checkpoint import files
 from raylit.checkpoint.naming import fields, fill
+from raylit.checkpoint.publication import Publication
 from raylit.checkpoint.retention import BestFiles
-from raylit.errors import ConfigError
+from raylit.errors import CheckpointError, ConfigError
 from raylit.places import absolute, entries, is_inside, joined
 
 _log = logging.getLogger(__name__)
@@ -74,16 +76,14 @@ class ModelCheckpoint(DriverCallback):
         self.save_weights_only = save_weights_only
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
-        self.best_model_path = ""
-        self.last_model_path = ""
-        self.newest_model_path = ""
-        """The file written last, whatever it was written for."""
+        self.best_model_path = self.last_model_path = self.newest_model_path = ""
+        """The file written last, whatever it was written for; of its names the one that stays."""
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or 0
         self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
-        self._check_arguments()
+        check_options(self, every_n_train_steps or 0, every_n_epochs or 0, train_time_interval)
         self._is_automatic = False
         self._best = BestFiles(count=save_top_k, mode=mode)
         self._current_score: float | None = None
@@ -95,6 +95,7 @@ class ModelCheckpoint(DriverCallback):
         self._step_saved = 0
         self._step_validated: int | None = None
         self._clock = Clock(train_time_interval)
+        self._before = self._standing
 
     @classmethod
     def automatic(cls) -> Self:
@@ -174,8 +175,8 @@ class ModelCheckpoint(DriverCallback):
         is_due = self._clock.is_due() or (interval > 0 and step % interval == 0)
         if not is_due or self._is_saved_or_unwanted(run):
             return
-        is_early = self._is_missing(run) or (self.monitor is not None and is_validation_next(run))
-        self._save_or_defer(run, is_deferred=is_early)
+        is_awaited = self.monitor is not None and is_validation_next(run)
+        self._save_or_defer(run, is_deferred=is_awaited or self._is_missing(run))
 
     def on_validation_end(self, run: Run) -> None:
         if run.state.is_sanity_checking:
@@ -185,7 +186,7 @@ class ModelCheckpoint(DriverCallback):
             return
         if self._is_deferred or self._clock.is_due():
             self._save_or_defer(run, is_deferred=self._is_missing(run))  # it may be an epoch's metric of the training
-        elif not self._is_saving_at_epoch_end(run):
+        elif not is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
             self._save(run, is_ranked=self._is_epoch_due(run))
 
     def on_train_epoch_end(self, run: Run) -> None:
@@ -194,7 +195,7 @@ class ModelCheckpoint(DriverCallback):
         if self._is_deferred or self._clock.is_due():
             is_early = self._step_validated is None and run.state.has_validation
             self._save_or_defer(run, is_deferred=is_early and self._is_missing(run))
-        elif self._is_automatic or self._is_saving_at_epoch_end(run):
+        elif self._is_automatic or is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
             self._save(run, is_ranked=self._is_epoch_due(run))
 
     def on_train_end(self, run: Run) -> None:
@@ -207,7 +208,16 @@ class ModelCheckpoint(DriverCallback):
         if self.monitor is None or self.save_last:
             self._save(run, is_ranked=self.monitor is None)
         else:  # no rank among the best: the metric is of earlier weights
-            self._write(run, self._free_path(fields(run.state)))
+            run.finish_saves()
+            self._before = self._standing
+            self._write(run, self._free_path(fields(run.state)), [])
+
+    def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
+        if error is None:
+            self._say(f"step {self._step_saved}: saved {path}")
+            return
+        *paths, self._best.scores, self._current_score, self._step_saved = self._before
+        self.best_model_path, self.last_model_path, self.newest_model_path, self._linkable_path = paths
 
     # State
 
@@ -259,22 +269,6 @@ class ModelCheckpoint(DriverCallback):
 
     # Helpers, in the order in which they are called
 
-    def _check_arguments(self) -> None:
-        num_given = (
-            (self._every_n_train_steps > 0) + (self._every_n_epochs > 0) + (self._train_time_interval is not None)
-        )
-        for is_wrong, message in (
-            (self.mode not in ("min", "max"), f"mode={self.mode!r}: must be 'min' or 'max'"),
-            (self.save_top_k < -1, f"save_top_k={self.save_top_k}: must be -1 (all), 0 (none) or a count"),
-            (self.save_last not in (None, True, False, "link"), f"save_last={self.save_last!r}: allowed: True, 'link'"),
-            (self._every_n_train_steps < 0, f"every_n_train_steps={self._every_n_train_steps}: must be at least 0"),
-            (self._every_n_epochs < 0, f"every_n_epochs={self._every_n_epochs}: must be at least 0"),
-            (num_given > 1, "give one of every_n_train_steps, every_n_epochs and train_time_interval"),
-            (self.monitor is None and self.save_top_k > 1, f"save_top_k={self.save_top_k}: best by what? Give monitor"),
-        ):
-            if is_wrong:
-                raise ConfigError(f"ModelCheckpoint: {message}")
-
     def _is_saved_or_unwanted(self, run: Run) -> bool:
         state = run.state
         is_unwanted = run.plan.is_dev_run or state.stage != "fit" or state.is_sanity_checking
@@ -288,53 +282,48 @@ class ModelCheckpoint(DriverCallback):
         if not is_deferred:
             self._save(run)
 
-    def _is_saving_at_epoch_end(self, run: Run) -> bool:
-        if self._save_on_train_epoch_end is not None:
-            return self._save_on_train_epoch_end
-        return is_validated_by_epoch_end(run)
-
     def _is_epoch_due(self, run: Run) -> bool:
         return self._every_n_epochs > 0 and (run.state.progress.epoch + 1) % self._every_n_epochs == 0
 
     def _save(self, run: Run, *, is_ranked: bool = True) -> None:
-        """Write what is due, then remove what has lost its place: a crash in between leaves a file too many."""
+        """Save what is due; what has lost its place is removed once the file is there."""
+        run.finish_saves()  # what is due follows from how the one before it has ended
+        self._before = self._standing
         metrics = fields(run.state)
-        losers = []
+        path, losers, more = "", [self.last_model_path], list[str]()
         if self.save_last:  # named before anything is written, as the name is part of what is written
-            losers.append(self.last_model_path)
             self.last_model_path = self._free_path(metrics, self.CHECKPOINT_NAME_LAST, reusable=self.last_model_path)
         if self._is_automatic:
-            losers += self._save_automatically(run, metrics)
+            path, more = self._place_automatically(metrics)
         elif is_ranked and self.save_top_k != 0:
-            losers += self._save_latest(run, metrics) if self.monitor is None else self._save_if_good(run, metrics)
-        if self.save_last and not self._is_linked():
-            self._write(run, self.last_model_path)
-        for path in dict.fromkeys(losers):
-            if self._is_removable(path):
-                run.remove_checkpoint(path)
+            path, more = self._place_latest(metrics) if self.monitor is None else self._place_if_good(metrics)
+        if path:
+            self._write(run, path, losers + more)
+        elif self.save_last and not self._is_linked():
+            self._write(run, self.last_model_path, losers)
 
-    def _save_latest(self, run: Run, metrics: Mapping[str, float]) -> list[str]:
+    def _place_latest(self, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+        """The path to write to, and the paths whose files go afterwards; so the next two."""
         previous = self.best_model_path
         self.best_model_path = self._free_path(metrics, reusable=previous)
-        self._write(run, self.best_model_path)
-        return [previous] if self.save_top_k == 1 else []
+        return self.best_model_path, [previous] if self.save_top_k == 1 else []
 
-    def _save_if_good(self, run: Run, metrics: Mapping[str, float]) -> list[str]:
+    def _place_if_good(self, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+        """An empty path: it is not good enough."""
         assert self.monitor is not None
         if self.monitor not in metrics:
             self._miss(sorted(metrics))
-            return []
+            return "", []
         score = metrics[self.monitor]
         if not self._best.admits(score):
             self._say(f"{self.monitor}={score:g} is not among the best {self.save_top_k}")
-            return []
+            return "", []
         path = self._free_path(metrics, reusable=self._best.next_out)
         losers = self._best.make_room()
         self._rank(path, score)
-        self._write(run, path)
-        return losers
+        return path, losers
 
-    def _save_automatically(self, run: Run, metrics: Mapping[str, float]) -> list[str]:
+    def _place_automatically(self, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
         losers = [self.newest_model_path]
         path = self._free_path(metrics)
         score = next((metrics[name] for name in _AUTOMATIC_MONITORS if name in metrics), None)
@@ -344,14 +333,10 @@ class ModelCheckpoint(DriverCallback):
             self._rank(path, score)
         elif not self._best.scores:
             self.best_model_path = path
-        self._write(run, path)
-        return losers
+        return path, losers
 
     def _miss(self, names: list[str]) -> None:
-        message = (
-            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric has been logged; there are: "
-            f"{', '.join(names)}. Log it with self.log, or monitor one of these"
-        )
+        message = missing_metric(self.monitor, names)
         if self._step_validated is not None:
             raise ConfigError(message)
         if not self._has_warned:
@@ -363,13 +348,30 @@ class ModelCheckpoint(DriverCallback):
         self._current_score = self._best.scores[path]
         self.best_model_path = self._best.best
 
-    def _write(self, run: Run, path: str) -> None:
-        self.newest_model_path = path  # before it is written, as it is part of what is written
+    def _write(self, run: Run, path: str, losers: list[str]) -> None:
+        # Before it is written, as it is part of what is written.
+        self.newest_model_path = self.last_model_path if self.save_last is True else path
         if path != self.last_model_path:
             self._linkable_path = path
-        run.save_checkpoint(path, is_weights_only=self.save_weights_only)
         self._step_saved = run.state.progress.global_step
-        self._say(f"step {self._step_saved}: saved {path}")
+        then = Publication(
+            path=path,
+            directory=self.dirpath or "",
+            progress=run.state.progress,
+            score=self._best.scores.get(path),
+            is_weights_only=self.save_weights_only,
+            last=self.last_model_path if self.save_last else "",
+            is_last_linked=self.save_last == "link",
+            best=self.best_model_path,
+            outdated=[other for other in dict.fromkeys(losers) if other != path and self._is_removable(other)],
+        )
+        run.save_checkpoint(path, is_weights_only=self.save_weights_only, then=then)
+
+    @property
+    def _standing(self) -> tuple[Any, ...]:
+        """What a save that fails leaves as it was."""
+        paths = (self.best_model_path, self.last_model_path, self.newest_model_path, self._linkable_path)
+        return (*paths, dict(self._best.scores), self._current_score, self._step_saved)
 
     def _is_linked(self) -> bool:
         is_wanted = self.save_last == "link" and self._linkable_path != ""

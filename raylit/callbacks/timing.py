@@ -14,6 +14,11 @@ def is_validated_by_epoch_end(run: Run) -> bool:
     return not run.state.has_validation or (is_whole and validation.every_n_epochs == 1)
 
 
+def is_saved_at_epoch_end(run: Run, given: bool | None) -> bool:
+    """What was asked for; else where there are no more metrics to come."""
+    return is_validated_by_epoch_end(run) if given is None else given
+
+
 def is_validation_next(run: Run) -> bool:
     """Validation is due at this batch border."""
     progress, validation, num_batches = run.state.progress, run.plan.validation, run.state.num_training_batches

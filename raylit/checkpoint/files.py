@@ -1,24 +1,26 @@
-"""Checkpoint files: written whole or not at all, read with damage told apart from danger. Driver.
+"""Checkpoint files: written whole or not at all, read with damage told apart from danger. Both sides.
 
-Paths are local, or URLs that fsspec knows; nothing outside this module opens a checkpoint.
+Paths are local, or URLs that fsspec knows; nothing outside this module and `remote` opens a checkpoint.
 """
 
 import os
 import pickle
+import shutil
 import socket
-import tempfile
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 
+from raylit.checkpoint import remote
 from raylit.checkpoint.format import FORMAT
-from raylit.errors import CheckpointError
-from raylit.places import file_system, is_object_store, is_url
+from raylit.checkpoint.image import Image
+from raylit.errors import CheckpointError, DamagedCheckpoint
+from raylit.places import file_system, is_url
 
 
 def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -27,20 +29,41 @@ def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Directories are made as needed. A symbolic link at `path` is replaced, not followed. At a URL the object appears
     with its upload's end. CheckpointError: what stood at `path` stands there still.
     """
+    try:
+        image = Image(checkpoint)
+    except (RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
+        raise CheckpointError(f"cannot write the checkpoint {os.fspath(path)}: {error}") from error
+    write_image(image, path)
+
+
+def write_image(image: Image, path: str | os.PathLike[str]) -> None:
+    """`write`, of a checkpoint that is laid out already."""
     if is_url(path):
-        _write_remote(checkpoint, os.fspath(path))
+        remote.upload(image, os.fspath(path))
         return
+    with drafted(path) as draft, open(draft, "r+b") as file:
+        image.write_to(file)
+
+
+@contextmanager
+def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden, empty file, which after the block takes the place of `path`; whoever fills it flushes it to the disk.
+
+    CheckpointError, and whatever the block raises: what stood at `path` stands there still.
+    """
     target = _local(path)
-    temporary = target.parent / _temporary_name()
+    draft = target.parent / _temporary_name()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _save(checkpoint, temporary)
-            os.replace(temporary, target)
+            draft.touch(exist_ok=False)
+            yield draft
+            os.replace(draft, target)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the error that counts is the first
+                draft.unlink(missing_ok=True)
             raise
-    except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}") from error
     _sync_directory(target.parent)
 
@@ -48,34 +71,18 @@ def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
     """The checkpoint, its tensors on the CPU, from a path or a URL that fsspec knows; Lightning's own files too.
 
-    `allow_pickle` unpickles any object, which can run code: for trusted files. CheckpointError: no such file, damaged,
-    not a checkpoint, of a newer format, or pickled without `allow_pickle`.
+    `allow_pickle` unpickles any object, which can run code: for trusted files. CheckpointError: no such file, not a
+    checkpoint, of a newer format, or pickled without `allow_pickle`; DamagedCheckpoint: not what was written.
     """
     if is_url(path):
-        return _read_remote(os.fspath(path), allow_pickle)
+        with remote.downloaded(os.fspath(path)) as copy:
+            return _read(copy, os.fspath(path), allow_pickle)
     source = _local(path)
     if source.is_dir():
         raise CheckpointError(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
         raise CheckpointError(f"there is no checkpoint {source}.{_nearby(source.parent)}")
-    checkpoint = _load(source, allow_pickle)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(
-            f"{source} is not a checkpoint: it holds {_contents(checkpoint)}, but no 'state_dict'. Load weights alone "
-            "with module.load_state_dict(torch.load(path))"
-        )
-    if "raylit" not in checkpoint:
-        return checkpoint
-    if (damaged := _first_damaged(source)) is not None:
-        raise CheckpointError(
-            f"{source} is damaged: {damaged} does not match its checksum. Use the checkpoint before it"
-        )
-    if checkpoint["raylit"]["format"] > FORMAT:
-        raise CheckpointError(
-            f"{source} was written by raylit {checkpoint.get('raylit_version')} in format "
-            f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
-        )
-    return checkpoint
+    return _read(source, str(source), allow_pickle)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -101,10 +108,26 @@ def link(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
     return True
 
 
+def duplicate(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Give a file a second name, which stays when the first goes: one file with two names where the file system has
+    that, else a copy. CheckpointError: what stood at `path` stands there still."""
+    if is_url(target):
+        remote.copy(os.fspath(target), os.fspath(path))
+        return
+    with drafted(path) as draft:
+        draft.unlink()
+        try:
+            os.link(_local(target), draft)
+        except OSError:
+            shutil.copyfile(_local(target), draft)
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a file or link; a missing one is fine."""
     if is_url(path):
-        _remove_remote(os.fspath(path))
+        remote.remove(os.fspath(path))
         return
     target = _local(path)
     try:
@@ -124,46 +147,24 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> None:
                 file.unlink()
 
 
-def _write_remote(checkpoint: Mapping[str, Any], url: str) -> None:
-    """By a file in a temporary directory: it is whole before the upload begins."""
-    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
-        copy = Path(directory) / "checkpoint"
-        try:
-            _save(checkpoint, copy)
-            files, place = file_system(url)
-            if is_object_store(files):
-                files.put_file(os.fspath(copy), place)
-            else:
-                files.makedirs(files._parent(place), exist_ok=True)
-                temporary = f"{files._parent(place)}/{_temporary_name()}"
-                files.put_file(os.fspath(copy), temporary)
-                files.mv(temporary, place)
-            # One that was there before must not be listed from a cache.
-            files.invalidate_cache(files._parent(place))
-        except Exception as error:  # of whatever kind the store's own library raises
-            raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
-
-
-def _read_remote(url: str, allow_pickle: bool) -> dict[str, Any]:
-    """By a copy in a temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
-        copy = Path(directory) / (url.rstrip("/").rsplit("/", 1)[-1] or "checkpoint")
-        try:
-            files, place = file_system(url)
-            files.get_file(place, os.fspath(copy))
-        except Exception as error:  # of whatever kind the store's own library raises
-            raise CheckpointError(f"cannot read the checkpoint {url}: {type(error).__name__}: {error}") from error
-        return read(copy, allow_pickle=allow_pickle)
-
-
-def _remove_remote(url: str) -> None:
-    try:
-        files, place = file_system(url)
-        with suppress(FileNotFoundError):
-            files.rm_file(place)
-        files.invalidate_cache(files._parent(place))
-    except Exception as error:  # of whatever kind the store's own library raises
-        raise CheckpointError(f"cannot remove the checkpoint {url}: {type(error).__name__}: {error}") from error
+def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:
+    """A local file; `name` is how errors call it."""
+    checkpoint = _load(source, name, allow_pickle)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{name} is not a checkpoint: it holds {_contents(checkpoint)}, but no 'state_dict'. Load weights alone "
+            "with module.load_state_dict(torch.load(path))"
+        )
+    if "raylit" not in checkpoint:
+        return checkpoint
+    if (damaged := _first_damaged(source)) is not None:
+        raise DamagedCheckpoint(f"{name} is damaged: {damaged}. Use the checkpoint before it")
+    if checkpoint["raylit"]["format"] > FORMAT:
+        raise CheckpointError(
+            f"{name} is of a newer raylit: written by raylit {checkpoint.get('raylit_version')} in format "
+            f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
+        )
+    return checkpoint
 
 
 def _temporary_name() -> str:
@@ -185,19 +186,6 @@ def _local(path: str | os.PathLike[str]) -> Path:
     return Path(path).expanduser()
 
 
-def _save(checkpoint: Mapping[str, Any], temporary: Path) -> None:
-    # torch.load checks no checksums; `read` does, so they have to be there whatever the user has set.
-    has_checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        with open(temporary, "xb") as file:
-            torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        torch.serialization.set_crc32_options(has_checksums)
-
-
 def _sync_directory(directory: Path) -> None:
     """Make a rename in it outlive a power failure, where the file system can."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -208,26 +196,28 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _load(source: Path, allow_pickle: bool) -> Any:
+def _load(source: Path, name: str, allow_pickle: bool) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=not allow_pickle)
     except PermissionError as error:
-        raise CheckpointError(f"cannot read the checkpoint {source}: {error}") from error
+        raise CheckpointError(f"cannot read the checkpoint {name}: {error}") from error
     except Exception as error:
+        kind: type[CheckpointError] = CheckpointError
         # Damage first: damaged names look like foreign classes, and nobody should trust a damaged file for that.
         if zipfile.is_zipfile(source) and (damaged := _first_damaged(source)) is not None:
-            message = f"{source} is damaged: {damaged}. Use another checkpoint"
+            kind, message = DamagedCheckpoint, f"{name} is damaged: {damaged}. Use another checkpoint"
         elif allow_pickle and isinstance(error, (ImportError, AttributeError)):
-            message = f"{source} holds an object whose class is not importable here: {error}"
+            message = f"{name} holds an object whose class is not importable here: {error}"
         elif not allow_pickle and (objects := _pickled_objects(source, error)):
             message = (
-                f"{source} holds pickled objects ({objects}), whose loading can run code. If you trust the file, pass "
+                f"{name} holds pickled objects ({objects}), whose loading can run code. If you trust the file, pass "
                 "weights_only=False"
             )
         else:
             reason = str(error) or type(error).__name__
-            message = f"{source} is damaged, or not a checkpoint: {reason}. Use another checkpoint"
-        raise CheckpointError(message) from error
+            kind = DamagedCheckpoint
+            message = f"{name} is damaged, or not a checkpoint: {reason}. Use another checkpoint"
+        raise kind(message) from error
 
 
 def _pickled_objects(source: Path, error: Exception) -> str:

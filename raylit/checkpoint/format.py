@@ -59,6 +59,11 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
     return whole
 
 
+def add_ranks(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    """Put what ranks 1 and up have alone, in plain values, into a checkpoint merged from rank 0's part."""
+    checkpoint["raylit"]["ranks"] += others
+
+
 def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any) -> dict[str, Any]:
     """What every checkpoint has: weights, where the run stands, hyper-parameters of module and data module."""
     checkpoint: dict[str, Any] = {

@@ -11,10 +11,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+from raylit.checkpoint.held import HeldCheckpoint
 from raylit.driver.failures import failure
 from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
@@ -111,6 +114,27 @@ class WorkerActor:
     async def go_on(self, limit: int) -> None:
         """Let a held loop run up to a border."""
         self._brake.release(limit)
+
+    async def fill_draft(self, draft: str, others: list[dict[str, Any]]) -> bool:
+        """See HeldCheckpoint.fill; so the next ones. Beside the training thread."""
+        return await asyncio.to_thread(self._held.fill, draft, unpacked(others, is_copying=True))
+
+    async def write_held(self, url: str, others: list[dict[str, Any]]) -> None:
+        await asyncio.to_thread(self._held.write, url, unpacked(others, is_copying=True))
+
+    async def lay_out_held(self, others: list[dict[str, Any]]) -> int:
+        return await asyncio.to_thread(self._held.num_pieces, unpacked(others, is_copying=True))
+
+    async def piece_of_held(self, index: int) -> NDArray[np.uint8]:
+        return await asyncio.to_thread(self._held.piece, index)
+
+    async def release_held(self) -> None:
+        self._held.release()
+
+    @property
+    def _held(self) -> HeldCheckpoint:
+        assert self._worker is not None
+        return self._worker.held
 
     async def reports(self) -> AsyncIterator[list[Mail]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""

@@ -15,6 +15,7 @@ from raylit.driver import ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
 from raylit.driver.failures import DEATHS, raise_failures, reason_of_death
+from raylit.driver.handover import Handover
 from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
@@ -108,6 +109,10 @@ class ActorGroup:
         limit_s = self.workers.ping_timeout_s
         limit_s = max(limit_s, _PREPARING_S) if isinstance(command, Start) and limit_s > 0 else limit_s
         yield from self._until_done(Watch(self._actors, limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
+
+    @property
+    def holder(self) -> Handover:
+        return Handover(self._actors[0], ping_timeout_s=self.workers.ping_timeout_s)
 
     def brake(self) -> None:
         self._is_braking = True  # seen as soon as the wait for reports wakes up
@@ -278,8 +283,6 @@ class ActorGroup:
                         yield rank, report
         except WorkerDied as error:
             death = error
-        # The others may wait in a collective for ever: there is nothing to say goodbye to.
-        self._kill(self._actors)
         self._printouts.show_due(is_end=True)
         if death is not None and all(it.is_consequence for it in failures.values()):
             raise death

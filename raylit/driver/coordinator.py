@@ -7,12 +7,14 @@ from typing import Any
 from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.line_stream import status_line
 from raylit.callbacks.progress_bar import ProgressBar
-from raylit.checkpoint import files, format
+from raylit.checkpoint import format
+from raylit.checkpoint.publication import Publication
 from raylit.driver import predictions
 from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
 from raylit.driver.log_writer import LogWriter
+from raylit.driver.saves import Order, Saves
 from raylit.driver.schedule import Schedule
 from raylit.errors import RaylitError
 from raylit.loggers.base import Logger
@@ -34,7 +36,6 @@ from raylit.messages import (
     Reloaded,
     Report,
     Save,
-    Saved,
     Start,
     Started,
     Stepped,
@@ -75,8 +76,9 @@ class Coordinator:
         self._is_training = False
         """The workers carry out a Train command."""
         self._written: list[Written] = []
-        self._has_saved = False
-        """A callback, in the hook that it is in."""
+        self._saves = Saves(self, self._log_writer)
+        self._notified: DriverCallback | None = None
+        """The callback in one of whose hooks we are."""
         self._profiles: list[Profile] = []
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
@@ -93,6 +95,7 @@ class Coordinator:
                 self._train_epoch()
             self._notify("on_train_end")
             self._finish()
+        self._saves.raise_last()
 
     def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> list[dict[str, float]]:
         """Validate or test: for each loader its metrics by name."""
@@ -122,19 +125,25 @@ class Coordinator:
         if self._is_training and self._schedule.may_stop(self.state):
             self._brake()
 
-    def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
-        saved = [report for report in self._run(Save(is_weights_only=is_weights_only)) if isinstance(report, Saved)]
-        callback_states = {
-            callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())
-        }
-        driver_part = {} if is_weights_only else {"callbacks": callback_states, "seed": self.plan.seed}
-        with self._measured("write checkpoint"):
-            files.write(format.merge(saved, driver_part), path)
-        self._has_saved = True
+    def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
+        assert self._group is not None
+        self.finish_saves()
+        states = {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
+        driver_part = {} if is_weights_only else {"callbacks": states, "seed": self.plan.seed}
+        command = Save(
+            is_weights_only=is_weights_only,
+            is_copying=self.plan.is_saving_async,
+            driver_part=format.plain(driver_part, "checkpoint"),
+        )
+        reports = [*self._run(command)]
+        self._saves.start(Order(path=path, by=self._notified, then=then), self._group.holder, reports)
+        if not self.plan.is_saving_async:
+            self.finish_saves()
 
-    def remove_checkpoint(self, path: str) -> None:
-        with self._measured("remove checkpoint"):
-            files.remove(path)
+    def finish_saves(self) -> None:
+        if self._saves.is_under_way:
+            with self._measured("write checkpoint"):
+                self._saves.finish()
 
     # The loop
 
@@ -249,6 +258,7 @@ class Coordinator:
                 callback.on_start(self)
             yield
             self._interrupts.check()
+            self.finish_saves()
             self._log_writer.drain()
             status = "success"
         except BaseException as error:
@@ -258,6 +268,8 @@ class Coordinator:
             try:
                 if self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit)):
                     self._break_off()
+                if not self._interrupts.is_ending_at_once:
+                    self.finish_saves()
             finally:
                 for callback in started:
                     callback.on_exception(self, error)
@@ -311,6 +323,7 @@ class Coordinator:
             reports = self._costs.over("wait for workers", reports)
         for rank, report in reports:
             self._log_writer.check()
+            self._saves.settle()
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
             if isinstance(report, Written):
@@ -380,8 +393,9 @@ class Coordinator:
             self._log_writer.log_graph(module)
 
     def _notify(self, hook: str, *args: Any) -> None:
+        self._saves.settle()
+        before = self._notified
         for callback in self._callbacks:
+            self._notified = callback
             getattr(callback, hook)(self, *args)
-            if self._has_saved:
-                self._has_saved = False
-                self._log_writer.after_save_checkpoint(callback)
+        self._notified = before

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from raylit.driver.inline import InlineGroup
+from raylit.driver.saves import Holder
 from raylit.messages import Command, Report
 from raylit.plan import Plan
 from raylit.worker.context import Job
@@ -18,6 +19,11 @@ class WorkerGroup(Protocol):
     @property
     def is_at_rest(self) -> bool:
         """Every worker is through with its last command and can take another."""
+        ...
+
+    @property
+    def holder(self) -> Holder:
+        """Of what the last Save command has left to be written."""
         ...
 
     def brake(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from raylit.checkpoint.held import HeldCheckpoint
 from raylit.messages import Command, Report
 from raylit.plan import Plan
 from raylit.torch_settings import TorchSettings
@@ -28,6 +29,10 @@ class InlineGroup:
         for report in self._worker.run(command):
             yield 0, report
         self.is_at_rest = True
+
+    @property
+    def holder(self) -> HeldCheckpoint:
+        return self._worker.held
 
     def brake(self) -> None:
         # In the thread of the loop itself, between two of its instructions: nobody needs to be held.

@@ -35,6 +35,8 @@ class Interrupts:
         self.is_deferring = False
         self.is_connecting = False
         """Ray is starting: an exception in the middle of that can crash the process."""
+        self.is_ending_at_once = False
+        """A second Ctrl-C has come."""
         self._on_first = on_first
         self._first: signal.Signals | None = None
         self._first_at = 0.0
@@ -87,6 +89,8 @@ class Interrupts:
                 return
         elif number != signal.SIGINT or time.monotonic() - self._first_at < _REPEAT_S:
             return
+        else:
+            self.is_ending_at_once = True
         raise _exception(signal.Signals(number))
 
 

@@ -8,6 +8,7 @@ import ray
 
 from raylit.driver import cluster
 from raylit.driver.actors import ActorGroup
+from raylit.driver.handover import Handover
 from raylit.driver.shared import Parcel, pickle_job
 from raylit.errors import WorkerDied
 from raylit.messages import Command, Report
@@ -56,6 +57,11 @@ class WarmGroup:
     @property
     def is_at_rest(self) -> bool:
         return self._group is not None and self._group.is_at_rest
+
+    @property
+    def holder(self) -> Handover:
+        assert self._group is not None
+        return self._group.holder
 
     def brake(self) -> None:
         if self._group is not None:

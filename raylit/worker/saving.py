@@ -5,17 +5,17 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 
 from raylit.checkpoint import files, format
+from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.host_copy import HostCopy
 from raylit.errors import CheckpointError
-from raylit.messages import Saved
+from raylit.messages import Save, Saved
 from raylit.rebuild import load_weights
 from raylit.state import Progress
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
-from raylit.worker.transfer import to_cpu
 
 _WRITE_TIMEOUT_S = 3600.0
 """The others wait for rank 0's disk."""
@@ -31,17 +31,30 @@ class Saving:
         self._optimizers = optimizers
         self._schedules = schedules
         self._loop = loop
+        self._host_copy = HostCopy()
+        self.held: HeldCheckpoint | None = None
+        """The checkpoint that the driver has asked for last, on rank 0."""
 
-    def take(self, *, is_weights_only: bool) -> Saved:
-        """The whole run on rank 0, what this rank alone has on the others."""
+    def hold(self, command: Save) -> Saved:
+        """Keep the whole run ready to be written on rank 0; what this rank alone has, on the others.
+
+        CheckpointError: something in it is not plain.
+        """
         rank = self._session.context.rank
-        checkpoint = self._whole(is_weights_only) if rank == 0 else {}
-        return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._of_rank())
+        if rank > 0:
+            of_rank = {} if command.is_weights_only else format.plain(self._of_rank(), "the rank's state")
+            return Saved(rank=rank, checkpoint={}, of_rank=of_rank)
+        self.held = None
+        checkpoint = format.merge([self._take(is_weights_only=command.is_weights_only)], command.driver_part)
+        if command.is_copying or self._session.device.type != "cpu":
+            checkpoint = self._host_copy.taken(checkpoint)
+        self.held = HeldCheckpoint(checkpoint, on_release=self._host_copy.lend)
+        return Saved(rank=0, checkpoint={}, of_rank={})
 
     def write(self, path: Any, *, is_weights_only: bool) -> None:
         """A checkpoint of this moment, written by rank 0. Collective."""
         session = self._session
-        own = self.take(is_weights_only=is_weights_only)
+        own = self._take(is_weights_only=is_weights_only)
         # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
         buffer = io.BytesIO()
         torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
@@ -50,7 +63,8 @@ class Saving:
             states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
             others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
             parts = [own, *others]
-            files.write(format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed}), path)
+            checkpoint = format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed})
+            files.write(self._on_host(checkpoint), path)
         session.peers.barrier(timeout_s=_WRITE_TIMEOUT_S)
 
     def write_alone(self, path: Any) -> None:
@@ -62,7 +76,7 @@ class Saving:
         )
         if not of_rank:
             checkpoint["raylit"]["ranks"] = []
-        files.write(checkpoint, path)
+        files.write(self._on_host(checkpoint), path)
 
     def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
@@ -89,15 +103,25 @@ class Saving:
             session.precision.scaler.load_state_dict(checkpoint["scaler"])
         self._apply_position(checkpoint)
 
+    def _take(self, *, is_weights_only: bool) -> Saved:
+        """The whole run on rank 0, what this rank alone has on the others; its tensors are the training's own."""
+        rank = self._session.context.rank
+        checkpoint = self._whole(is_weights_only) if rank == 0 else {}
+        return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._of_rank())
+
+    def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """In memory of its own, as another copy may be on its way to a file."""
+        return checkpoint if self._session.device.type == "cpu" else HostCopy().taken(checkpoint)
+
     def _of_rank(self) -> dict[str, Any]:
         return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}
 
     def _whole(self, is_weights_only: bool) -> dict[str, Any]:
         session = self._session
         module, view, datamodule = session.module, session.view, session.job.datamodule
-        checkpoint = format.of_weights(_weights(module), view.progress, module=module, datamodule=datamodule)
+        checkpoint = format.of_weights(module.state_dict(), view.progress, module=module, datamodule=datamodule)
         if not is_weights_only:
-            checkpoint["optimizer_states"] = [to_cpu(optimizer.state_dict()) for optimizer in self._optimizers]
+            checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in self._optimizers]
             checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in self._schedules]
             checkpoint["callbacks"] = {
                 callback.state_key: state for callback in session.job.callbacks if (state := callback.state_dict())
@@ -135,14 +159,6 @@ class Saving:
             session.continue_random_state_at_next_batch(of_rank["random"])
         else:
             format.set_random_state(of_rank["random"])
-
-
-def _weights(module: nn.Module) -> dict[str, Any]:
-    """The state dict on the CPU, with torch's version metadata kept."""
-    weights = module.state_dict()
-    for key in list(weights):
-        weights[key] = to_cpu(weights[key])
-    return weights
 
 
 def _is_inside_epoch(progress: Progress) -> bool:

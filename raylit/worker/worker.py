@@ -9,6 +9,7 @@ import torch
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
+from raylit.checkpoint.held import HeldCheckpoint
 from raylit.errors import ModuleError
 from raylit.messages import (
     Command,
@@ -90,6 +91,12 @@ class Worker:
             Save: self._save,
             Finish: self._finish,
         }
+
+    @property
+    def held(self) -> HeldCheckpoint:
+        """What the last Save has left to be written."""
+        assert self._saving is not None and self._saving.held is not None
+        return self._saving.held
 
     def run(self, command: Command) -> Iterator[Report]:
         """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""
@@ -230,7 +237,7 @@ class Worker:
 
     def _save(self, command: Save) -> Iterator[Report]:
         assert self._saving is not None
-        yield self._saving.take(is_weights_only=command.is_weights_only)
+        yield self._saving.hold(command)
 
     def _finish(self, command: Finish) -> Iterator[Report]:
         assert self._session is not None

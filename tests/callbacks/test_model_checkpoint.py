@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.checkpoint import files
+from raylit.checkpoint import files, index
 from raylit.checkpoint.format import plain
-from raylit.errors import ConfigError
+from raylit.errors import CheckpointError, ConfigError
 from raylit.plan import Plan, Validation
 from raylit.state import Progress, RunState
 
@@ -47,7 +47,7 @@ class RecordedRun:
     def stop(self, reason: str) -> None:
         raise AssertionError("checkpointing stops nothing")
 
-    def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
+    def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Any = None) -> None:
         checkpoint = {
             "state_dict": {},
             "global_step": self.state.progress.global_step,
@@ -56,10 +56,10 @@ class RecordedRun:
         }
         files.write(checkpoint, path)
         self.saved.append(os.path.basename(path))
+        then.carry_out()
+        self.callback.on_save_end(self, path, None)
 
-    def remove_checkpoint(self, path: str) -> None:
-        assert os.path.lexists(path)
-        files.remove(path)
+    def finish_saves(self) -> None: ...
 
     def fit(
         self,
@@ -117,7 +117,8 @@ class RecordedRun:
 
 
 def names(directory: str | Path) -> list[str]:
-    return sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    """Without the index."""
+    return sorted({*os.listdir(directory)} - {index.FILE_NAME}) if os.path.isdir(directory) else []
 
 
 def step_of(path: str | Path) -> int:
@@ -282,19 +283,27 @@ def test_any_number_is_better_than_nan(tmp_path: Path) -> None:
         assert callback.best_model_score == 5.0
 
 
-def test_a_file_is_removed_only_once_the_next_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_last", [True, "link", None])
+def test_a_save_that_fails_leaves_files_and_names_as_they_were(save_last: Any, tmp_path: Path) -> None:
     class Failing(RecordedRun):
-        def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
+        def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Any = None) -> None:
             if self.state.progress.epoch == 1:
-                raise OSError("no space")
-            super().save_checkpoint(path, is_weights_only=is_weights_only)
+                self.callback.on_save_end(self, path, CheckpointError("no space"))
+                return
+            super().save_checkpoint(path, is_weights_only=is_weights_only, then=then)
 
-    with pytest.raises(OSError, match="no space"):
-        Failing(tmp_path, ModelCheckpoint(tmp_path, monitor="val_loss", save_last="link")).fit(
-            epochs=2, val_losses=[2, 1]
-        )
-    assert names(tmp_path) == ["epoch=0-step=4.ckpt", "last.ckpt"]
-    assert step_of(tmp_path / "last.ckpt") == 4
+    callback = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=save_last)
+    run = Failing(tmp_path, callback)
+    run.fit(epochs=2, val_losses=[2, 1])
+    last = ["last.ckpt"] if save_last else []
+    assert names(tmp_path) == ["epoch=0-step=4.ckpt", *last]
+    assert [step_of(tmp_path / name) for name in last] == [4] * len(last)
+    assert callback.best_model_path == str(tmp_path / "epoch=0-step=4.ckpt")
+    assert (callback.best_model_score, callback.current_score) == (2.0, 2.0)
+    assert callback.last_model_path == (str(tmp_path / "last.ckpt") if save_last else "")
+    run.fit(epochs=3, val_losses=[1.5])  # less than that of the save that failed would have been
+    assert names(tmp_path) == ["epoch=2-step=12.ckpt", *last]
+    assert callback.best_model_score == 1.5
 
 
 def test_files_of_other_directories_are_left_alone(tmp_path: Path) -> None:
@@ -411,9 +420,9 @@ def test_saving_before_the_epochs_end_precedes_it(tmp_path: Path) -> None:
     seen = []
 
     class Looking(RecordedRun):
-        def save_checkpoint(self, path: str, *, is_weights_only: bool = False) -> None:
+        def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Any = None) -> None:
             seen.append((self.state.progress.is_epoch_ended, dict(self.state.callback_metrics)))
-            super().save_checkpoint(path, is_weights_only=is_weights_only)
+            super().save_checkpoint(path, is_weights_only=is_weights_only, then=then)
 
     Looking(tmp_path, ModelCheckpoint(tmp_path)).fit(epochs=1, val_losses=[2], epoch_losses=[3])
     assert seen == [(True, {"val_loss": 2, "epoch_loss": 3})]

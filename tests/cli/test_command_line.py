@@ -48,7 +48,7 @@ def test_fit_finds_modules_of_the_current_directory_on_the_workers_too(num_worke
         *("--trainer.num_workers", num_workers, "--trainer.max_epochs", 1, "--seed_everything", 7),
     )
     run = tmp_path / "lightning_logs" / "version_0"
-    [checkpoint] = (run / "checkpoints").iterdir()
+    [checkpoint] = (run / "checkpoints").glob("*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12 // max(1, num_workers)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"] == {
@@ -64,7 +64,7 @@ def test_a_saved_config_trains_to_the_same_weights_and_evaluates(raylit, tmp_pat
     first = tmp_path / "lightning_logs" / "version_0"
     raylit("fit", "--config", first / "config.yaml")
     [before], [after] = (
-        list((tmp_path / "lightning_logs" / f"version_{number}" / "checkpoints").iterdir()) for number in (0, 1)
+        list((tmp_path / "lightning_logs" / f"version_{number}" / "checkpoints").glob("*.ckpt")) for number in (0, 1)
     )
     weights, again = (torch.load(path, weights_only=True)["state_dict"] for path in (before, after))
     assert all(torch.equal(weights[name], again[name]) for name in weights)

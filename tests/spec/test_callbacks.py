@@ -507,9 +507,9 @@ def test_several_checkpointings_keep_their_own_files(tmp_path):
         trainer = pl.Trainer(max_epochs=2, callbacks=[best, every], logger=False, enable_progress_bar=False)
         trainer.fit(Regression(), RegressionData())
     assert trainer.checkpoint_callback is best
-    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    names = sorted(path.name for path in (tmp_path / "steps").glob("*.ckpt"))
     assert names == ["epoch=0-step=4.ckpt", "epoch=1-step=12.ckpt", "epoch=1-step=8.ckpt"]
-    (kept,) = (tmp_path / "best").iterdir()
+    (kept,) = (tmp_path / "best").glob("*.ckpt")
     assert str(kept) == best.best_model_path
     states = torch.load(best.best_model_path, weights_only=True)["callbacks"]
     assert {best.state_key, every.state_key} <= set(states)

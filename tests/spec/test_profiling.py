@@ -37,6 +37,7 @@ def test_every_part_of_a_run_is_counted_exactly(quiet):
         gradient_clip_val=1.0,
         callbacks=[Seen()],
         profiler="simple",
+        checkpoint_async=False,
         **arguments,
     )
     began_s = time.perf_counter()

@@ -1,0 +1,108 @@
+"""Image: a checkpoint's file as it will be, laid out in memory without a copy of the tensors. Both sides."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+PIECE_BYTES = 16 * 2**20
+"""How much of a file travels at once."""
+
+
+class Image:
+    """The bytes of torch's format, with their checksums: headers of its own, and tensors' numbers where they lie.
+
+    The tensors must live, and stay as they are, as long as it is read.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
+        self._checkpoint = checkpoint  # lives as long as the references to its tensors' memory
+        recorder: Any = _Recorder(_places_of(checkpoint))
+        # torch.load checks no checksums; `files.read` does, so they have to be there whatever the user has set.
+        has_checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
+        try:
+            torch.save(dict(checkpoint), recorder)
+        finally:
+            torch.serialization.set_crc32_options(has_checksums)
+        self._parts = recorder.parts()
+        self._starts = list(accumulate((len(part) for part in self._parts), initial=0))
+        self.num_bytes = self._starts.pop()
+
+    def write_to(self, file: IO[bytes]) -> None:
+        """From where the file stands, down to the disk."""
+        for part in self._parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.num_bytes // PIECE_BYTES)
+
+    def piece(self, index: int) -> NDArray[np.uint8]:
+        """A copy of the bytes from PIECE_BYTES * index on; the last is shorter."""
+        start = PIECE_BYTES * index
+        piece = np.empty(min(PIECE_BYTES, self.num_bytes - start), np.uint8)
+        number, num_filled = bisect_right(self._starts, start) - 1, 0
+        while num_filled < len(piece):
+            first = start + num_filled - self._starts[number]
+            part = self._parts[number][first : first + len(piece) - num_filled]
+            piece[num_filled : num_filled + len(part)] = part
+            num_filled += len(part)
+            number += 1
+        return piece
+
+
+class _Recorder:
+    """What torch.save takes for a file: keeps what is written to it, tensors' memory by reference."""
+
+    def __init__(self, places: dict[int, int]) -> None:
+        self._places = places
+        self._parts: list[memoryview] = []
+        self._own = bytearray()
+
+    def write(self, data: memoryview) -> int:
+        view = np.frombuffer(data, dtype=np.uint8)
+        if self._places.get(view.ctypes.data, 0) >= len(data) > 0:
+            self._close_own()
+            self._parts.append(memoryview(data))
+        else:
+            self._own += data
+        return len(data)
+
+    def flush(self) -> None: ...
+
+    def parts(self) -> list[memoryview]:
+        self._close_own()
+        return self._parts
+
+    def _close_own(self) -> None:
+        if self._own:
+            self._parts.append(memoryview(self._own))
+            self._own = bytearray()
+
+
+def _places_of(value: Any) -> dict[int, int]:
+    """Address and length of the memory of every CPU tensor."""
+    places: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.layout is torch.strided and value.device.type == "cpu":
+                storage = value.untyped_storage()
+                places[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                look(item)
+        elif isinstance(value, (list, tuple, set)):
+            for item in value:
+                look(item)
+
+    look(value)
+    return places
