@@ -1,4 +1,4 @@
-"""The files of a trial's checkpoint: the run's, and the config it was trained with. Driver, and the trials' processes."""
+"""A trial's checkpoint: the run's own file, and the config it was trained with. Driver, and trials' processes."""
 
 import os
 from collections.abc import Mapping
