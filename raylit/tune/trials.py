@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,10 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         results = _tuner(trainable, space, run).fit()
     if was_interrupted():
         raise KeyboardInterrupt
-    trials: Sequence[TuneTrial] = results._experiment_analysis.trials
+    # A resumed run has them in another order; their tags begin with their numbers.
+    trials: list[TuneTrial] = sorted(
+        results._experiment_analysis.trials, key=lambda trial: int(trial.experiment_tag.split("_")[0])
+    )
     for trial in trials:
         if isinstance(error := error_of(trial), UnknownMetric):
             raise ConfigError(str(error))
