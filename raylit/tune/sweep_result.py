@@ -8,6 +8,7 @@ from raylit.errors import ConfigError
 from raylit.module import LightningModule
 from raylit.rebuild import load_weights
 from raylit.tune.records import Mode, TrialRecord, best_of
+from raylit.tune.trial_files import config_of
 
 
 class SweepResult:
@@ -43,7 +44,9 @@ class SweepResult:
 
     @property
     def best_config(self) -> dict[str, Any]:
-        return dict(self.best_trial.config)
+        """What the best checkpoint was trained with, where there is one: population based training changes configs."""
+        trial = self.best_trial
+        return dict(trial.config) if trial.checkpoint is None else config_of(trial.checkpoint)
 
     @property
     def best_value(self) -> float:
@@ -63,7 +66,7 @@ class SweepResult:
         trial = self.best_trial
         if trial.checkpoint is None:
             raise ConfigError("the sweep kept no checkpoints: leave enable_checkpointing=False out")
-        module = self._module_of(trial.config)
+        module = self._module_of(self.best_config)
         load_weights(module, files.read(trial.checkpoint)["state_dict"], source=trial.checkpoint)
         return module
 

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -21,11 +20,7 @@ from raylit.driver.packing import unpacked
 from raylit.errors import RaylitError
 from raylit.tune.handover import Ended, Handover
 from raylit.tune.reporter import NOT_LOGGED, Reporter
-
-CHECKPOINT = "trial.ckpt"
-"""The name of a checkpoint in the directory that Tune keeps for it."""
-_CONFIG = "config.pkl"
-"""Beside it: the config it was trained with."""
+from raylit.tune.trial_files import CHECKPOINT, config_of, write_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +117,15 @@ class Trial(tune.Trainable):
             raise TrialFailed("the training has ended without a validation or the end of an epoch: nothing to report")
         return {RESULT_DUPLICATE: True, DONE: True}
 
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """By way of a directory that goes with Ray's session, whatever happens meanwhile."""
+        with tempfile.TemporaryDirectory(prefix="saved-", dir=self.logdir) as directory:
+            return super().save(checkpoint_dir or directory)
+
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._handover is not None
         self._handover.save(os.path.join(checkpoint_dir, CHECKPOINT))
-        (Path(checkpoint_dir) / _CONFIG).write_bytes(cloudpickle.dumps(self.config))
+        write_config(self.config, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Called before the first step. Tune's directory may be a temporary one, and the fit reads it later."""
@@ -134,7 +134,7 @@ class Trial(tune.Trainable):
         self._copy = tempfile.mkdtemp(prefix="resumed-", dir=self.logdir)
         shutil.copytree(checkpoint, self._copy, copy_function=_link_or_copy, dirs_exist_ok=True)
         self._checkpoint = os.path.join(self._copy, CHECKPOINT)
-        self._is_perturbed = cloudpickle.loads((Path(self._copy) / _CONFIG).read_bytes()) != self.config
+        self._is_perturbed = config_of(self._checkpoint) != self.config
 
     def cleanup(self) -> None:
         """The trial's actor ends, and its workers with it."""

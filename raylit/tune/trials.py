@@ -1,20 +1,19 @@
 """run_trials: trainings as the trials of one Ray Tune run, on warm workers. Driver."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.logger import JsonLoggerCallback
+from ray.tune.schedulers import PopulationBasedTraining
 
 from raylit.checkpoint import format
 from raylit.driver import cluster, warm
@@ -22,10 +21,12 @@ from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import joined
 from raylit.plan import Workers
+from raylit.tune.histories import Histories, history_of
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
 from raylit.tune.room import check_room, placement_of
-from raylit.tune.trial import CHECKPOINT, Recipe, Setting, Trial, UnknownMetric
+from raylit.tune.trial import Recipe, Setting, Trial, UnknownMetric
+from raylit.tune.trial_files import CHECKPOINT
 from raylit.tune.watching import Ending, Watcher, error_of
 
 _ENVIRONMENT = {
@@ -81,10 +82,16 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         results = _tuner(trainable, space, run).fit()
     if was_interrupted():
         raise KeyboardInterrupt
-    trials: Sequence[TuneTrial] = results._experiment_analysis.trials
+    # A resumed run has them in another order; their tags begin with their numbers.
+    trials: list[TuneTrial] = sorted(
+        results._experiment_analysis.trials, key=lambda trial: int(trial.experiment_tag.split("_")[0])
+    )
     for trial in trials:
         if isinstance(error := error_of(trial), UnknownMetric):
             raise ConfigError(str(error))
+    if _is_copying(run) and run.num_checkpoints is not None:
+        for trial in trials:
+            _prune(trial, run)
     return [_record(trial, run) for trial in trials]
 
 
@@ -114,7 +121,7 @@ def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
             storage_path=place,
             verbose=0,
             callbacks=[
-                JsonLoggerCallback(),
+                Histories(run.directory),
                 Watcher(title=run.title, metric=run.metric, mode=run.mode, ending=ending, is_shown=run.is_shown),
             ],
             stop=ending,
@@ -125,13 +132,30 @@ def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
 
 
 def _checkpoints(run: Run) -> tune.CheckpointConfig:
-    """Those of a scheduler that pauses trials are of one use each."""
+    """With no checkpoints wanted, those of a scheduler that pauses trials are of one use each."""
     return tune.CheckpointConfig(
-        num_to_keep=run.num_checkpoints or (1 if run.num_checkpoints == 0 else None),
+        num_to_keep=None if _is_copying(run) else run.num_checkpoints or (1 if run.num_checkpoints == 0 else None),
         checkpoint_score_attribute=run.metric,
         checkpoint_score_order=run.mode,
         checkpoint_at_end=False,
     )
+
+
+def _is_copying(run: Run) -> bool:
+    """Trials take over each other's checkpoints, at any later time: Tune may remove none of them before the end."""
+    return isinstance(run.scheduler, PopulationBasedTraining) or run.scheduler in ("pbt", "pb2")
+
+
+def _prune(trial: TuneTrial, run: Run) -> None:
+    """Leave the best checkpoint and the newest, as Tune does it for other schedulers."""
+    manager = trial.run_metadata.checkpoint_manager
+    if manager is None:
+        return
+    kept = {id(manager.best_checkpoint_result), id(manager.latest_checkpoint_result)}
+    for result in manager.best_checkpoint_results:
+        if id(result) not in kept and result.checkpoint is not None:
+            files: Any = result.checkpoint.filesystem
+            files.delete_dir(result.checkpoint.path)
 
 
 def _name(trial: TuneTrial) -> str:
@@ -183,7 +207,7 @@ def _signals_as_before() -> Iterator[Any]:
 
 
 def _record(trial: TuneTrial, run: Run) -> TrialRecord:
-    history = tuple(_history(trial))
+    history = tuple(history_of(trial.trial_id, run.directory))
     metrics = history[-1] if history else {}
     statuses: dict[str, TrialStatus] = {"ERROR": "failed", "TERMINATED": "finished"}
     status = statuses.get(trial.status, "unfinished")
@@ -204,24 +228,3 @@ def _record(trial: TuneTrial, run: Run) -> TrialRecord:
         directory=directory,
         error=None if status != "failed" else str(error_of(trial)),
     )
-
-
-def _history(trial: TuneTrial) -> Iterator[dict[str, Any]]:
-    """From the file that Tune's JSON logger keeps, which holds what was reported before a sweep was resumed, too."""
-    path = os.path.join(trial.local_path or "", "result.json")
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            result = json.loads(line)
-            own = {name: value for name, value in result.items() if name not in _TUNES_OWN}
-            yield {**own, "time_s": result.get("time_total_s", 0.0)}
-
-
-_TUNES_OWN = frozenset(
-    {
-        "config", "date", "done", "hostname", "iterations_since_restore", "node_ip", "pid", "time_since_restore",
-        "time_this_iter_s", "time_total_s", "timestamp", "training_iteration", "trial_id", "timesteps_total",
-        "episodes_total", "timesteps_since_restore", "should_checkpoint", "checkpoint_dir_name", IS_LAST,
-    }
-)  # fmt: skip
