@@ -31,11 +31,10 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
-    """What the trials of a search have in common: the same weights, data and random numbers to start from."""
+    """What the trials of a search have in common, beside the Job: a copy of the same for each, whose callbacks are the
+    probe and what else a trial needs."""
 
     plan: Plan
-    job: Job
-    """Its callbacks are the probe, and what else a trial needs."""
     random_state: dict[str, Any]
     attribute: str | None = None
     """What is set to the trial's value."""

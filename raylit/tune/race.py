@@ -41,7 +41,7 @@ class Race:
         self.rungs = rungs_of(num_steps)
         self.num_at_once = num_candidates
         self.entrants = [Entrant(lr=lr) for lr in np.geomspace(min_lr, max_lr, num_candidates).tolist()]
-        # The first to come to a rung have nobody to be behind: they should not be all of the lowest rates.
+        # The first to come to a rung have nobody to be behind: they should be neither alike nor at the grid's end.
         self._left = [self.entrants[index] for index in _spread_order(num_candidates)]
         self._at_rung: dict[int, list[float]] = {step: [] for step in self.rungs}
 
@@ -149,7 +149,7 @@ def rungs_of(num_steps: int) -> list[int]:
 
 
 def _spread_order(count: int) -> list[int]:
-    """Of the places in a row: early ones lie far apart, as bits in reverse order do."""
+    """Of the places in a row, the middle first: early ones lie far apart, as bits in reverse order do."""
     num_bits = max(1, (count - 1).bit_length())
     reversed_bits = [int(f"{index:0{num_bits}b}"[::-1], 2) for index in range(2**num_bits)]
-    return [index for index in reversed_bits if index < count]
+    return [index for index in [*reversed_bits[1:], 0] if index < count]

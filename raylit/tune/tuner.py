@@ -9,18 +9,19 @@ import torch
 from raylit.arguments.checks import check_count
 from raylit.arguments.searches import Searches, SizeMode
 from raylit.callbacks.base import Callback
+from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import format
 from raylit.errors import ConfigError
 from raylit.loggers.dummy import DummyLogger
 from raylit.module import LightningModule
 from raylit.plan import Limits, Plan, Reporting
 from raylit.tune import attribute
-from raylit.tune.attempt import Experiment, Outcome
+from raylit.tune.attempt import Experiment, Outcome, Search
 from raylit.tune.memory import MemoryLimit, check_limit
 from raylit.tune.race import LossProbe, Race, RaceResult
 from raylit.tune.range_curve import RangeCurve
 from raylit.tune.range_test import RangeMode, RangeTest
-from raylit.tune.runner import DirectRunner, Runner
+from raylit.tune.runner import build_runner
 from raylit.tune.size_search import SizeSearch, course_of
 from raylit.tune.size_table import BatchSizes
 from raylit.tune.stopwatch import Stopwatch
@@ -47,6 +48,9 @@ class Owner(Protocol):
         ...
 
     def _set_accumulation(self, window: int) -> None: ...
+
+    @property
+    def callbacks(self) -> list[Any]: ...
 
 
 class Tuner:
@@ -195,7 +199,7 @@ class Tuner:
         limits = Limits(max_epochs=None, val_batches=0, sanity_val_batches=0)
         # Batches with and without a step: what accumulates has gradients beside each batch, and a speed of its own.
         window = 1 if windows.is_always_one else 2
-        self._run(search, self._experiment(job, callbacks, limits=limits, window=window, name=name))
+        self._run(search, job, callbacks, limits=limits, window=window, name=name)
         margin = margin if mode == "binsearch" else 0.0
         self.batch_sizes = BatchSizes(search.trials, mode=mode, windows=windows, margin=margin)
         if (size := self.batch_sizes.suggestion()) is None:
@@ -209,19 +213,13 @@ class Tuner:
     # Helpers, in the order in which they are called
 
     def _raced(self, job: Job, race: Race, *, name: str | None) -> RaceResult:
-        experiment = self._experiment(
-            job,
-            [LossProbe(race.rungs)],
-            limits=self._endless(max_steps=race.rungs[-1]),
-            name=name,
-            rungs=race.rungs,
-        )
-        self._run(race, experiment)
+        limits = self._endless(max_steps=race.rungs[-1])
+        self._run(race, job, [LossProbe(race.rungs)], limits=limits, name=name, rungs=race.rungs)
         return RaceResult(race)
 
     def _range_tested(self, job: Job, probe: RangeTest) -> RangeCurve:
         search = _Once()
-        self._run(search, self._experiment(job, [probe], limits=self._endless()))
+        self._run(search, job, [probe], limits=self._endless())
         lrs, losses = search.findings
         return RangeCurve(lrs=lrs, losses=losses, mode=probe.mode)
 
@@ -238,8 +236,9 @@ class Tuner:
             sanity_val_batches=0,
         )
 
-    def _experiment(
+    def _run(
         self,
+        search: Search,
         job: Job,
         callbacks: Sequence[Callback],
         *,
@@ -247,30 +246,24 @@ class Tuner:
         window: int | None = None,
         name: str | None = None,
         rungs: Sequence[int] = (),
-    ) -> Experiment:
+    ) -> None:
         plan = self._trainer._plan
         optimization = plan.optimization
         if window is not None:
             optimization = replace(optimization, accumulation=((0, window),))
-        return Experiment(
-            plan=replace(
-                plan,
-                limits=limits,
-                # To diverge, or to fail, is part of the search.
-                optimization=replace(optimization, is_ending_on_nan=False, is_detecting_anomaly=False),
-                reporting=Reporting(log_every_n_steps=1),  # the ranks agree on a stop wish at once
-                seed=torch.initial_seed() % 2**63,
-            ),
-            # Hooks that log find a logger, which keeps nothing.
-            job=replace(job, callbacks=callbacks, profiler=None, loggers=[DummyLogger()] if job.loggers else ()),
-            random_state=format.random_state(),
-            attribute=name,
-            rungs=tuple(rungs),
+        plan = replace(
+            plan,
+            limits=limits,
+            # To diverge, or to fail, is part of the search.
+            optimization=replace(optimization, is_ending_on_nan=False, is_detecting_anomaly=False),
+            reporting=Reporting(log_every_n_steps=1),  # the ranks agree on a stop wish at once
+            seed=torch.initial_seed() % 2**63,
         )
-
-    def _run(self, search: Any, experiment: Experiment) -> None:
-        runner: Runner = DirectRunner()
-        runner.run(search, experiment)
+        experiment = Experiment(plan=plan, random_state=format.random_state(), attribute=name, rungs=tuple(rungs))
+        # Hooks that log find a logger, which keeps nothing.
+        loggers = [DummyLogger()] if job.loggers else []
+        runner = build_runner(plan, is_shown=any(isinstance(each, ProgressBar) for each in self._trainer.callbacks))
+        runner.run(search, experiment, replace(job, callbacks=callbacks, profiler=None, loggers=loggers))
 
 
 def _size_name(given: str, job: Job) -> str:
