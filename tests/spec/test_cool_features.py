@@ -122,7 +122,7 @@ def test_automatically_scale_your_batch_size_ends_at_the_data_or_the_last_trial(
         Trainer(auto_scale_batch_size=True, **quiet).tune(Regression(), OutOfMemoryAbove(0))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_automatically_attempt_to_find_a_good_learning_rate(num_workers, quiet):
     model, data = Regression(lr=1e-9), RegressionData()
     before, random_state = weights_of(model), torch.get_rng_state()

@@ -1,5 +1,8 @@
 """What is known as an error of memory, and a limit whose errors are real."""
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -61,16 +64,19 @@ def test_the_cause_of_an_error_counts_and_its_frames_go():
 
 
 class Allocates(pl.LightningModule):
-    """Takes a megabyte for each sample of a batch."""
+    """Takes a megabyte for each sample of a batch; kills its process at one size."""
 
-    def __init__(self):
+    def __init__(self, *, killed_at=0):
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
         self.batch_size = 1
+        self.killed_at = killed_at
 
     def training_step(self, batch, batch_idx):
-        taken = torch.ones(len(batch), 250_000)
-        return self.layer(batch).mean() + 0 * taken[0, 0]
+        if len(batch) == self.killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        taken = torch.empty(len(batch), 250_000)
+        return self.layer(batch).mean() + 0 * taken[0, 0].nan_to_num()
 
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.ones(512, 1), batch_size=self.batch_size)
@@ -79,16 +85,34 @@ class Allocates(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_limit_makes_large_batches_fail_and_is_lifted_afterwards(num_workers, quiet):
+def test_a_limit_makes_large_batches_fail_and_is_lifted_afterwards(quiet):
     model = Allocates()
-    tuner = pl.Trainer(num_workers=num_workers, **quiet).tuner
+    tuner = pl.Trainer(**quiet).tuner
     size = tuner.scale_batch_size(model, memory_limit_bytes=200_000_000, init_val=16)
     assert size == model.batch_size == 128
     statuses = dict(zip(tuner.batch_sizes.results["batch_size"], tuner.batch_sizes.results["status"], strict=True))
     assert statuses == {16: "fits", 32: "fits", 64: "fits", 128: "fits", 256: "too large"}
     assert "allocate memory" in tuner.batch_sizes.results["error"][-1]
-    torch.ones(512, 1_000_000)
+    assert torch.empty(1_000_000_000, dtype=torch.uint8).numel() == 1_000_000_000
+
+
+def test_a_trial_without_memory_and_one_that_is_killed_end_alone(quiet):
+    model = Allocates(killed_at=192)
+    tuner = pl.Trainer(num_workers=1, **quiet).tuner
+    size = tuner.scale_batch_size(
+        model, mode="binsearch", memory_limit_bytes=210_000_000, init_val=128, max_trials=5, margin=0.1
+    )
+    results = tuner.batch_sizes.results
+    assert dict(zip(results["batch_size"], results["status"], strict=True)) == {
+        128: "fits",
+        160: "fits",
+        176: "fits",
+        192: "crashed",
+        256: "too large",
+    }
+    assert "killed by SIGKILL" in results["error"][3] or "without a word" in results["error"][3]
+    assert "allocate memory" in results["error"][4]
+    assert size == model.batch_size == 158
 
 
 def test_a_limit_is_a_number_of_bytes(quiet):
