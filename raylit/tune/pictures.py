@@ -1,6 +1,7 @@
 """Pictures of what searches have found, with matplotlib. Driver."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
@@ -23,6 +24,13 @@ def axes(ax: Any = None, *, is_shown: bool = False) -> tuple[Any, Any]:
         raise ConfigError("plot() needs matplotlib: pip install matplotlib, or raylit[plot]") from error
     figure = Figure(figsize=(6.4, 4.8), layout="tight")
     return figure, figure.subplots()
+
+
+def mark(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with these ticks and no others."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)
 
 
 def finish(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) -> Any:

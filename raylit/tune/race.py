@@ -81,9 +81,9 @@ class RaceResult:
         self.failures = {entrant.lr: entrant.error for entrant in race.entrants if entrant.error}
         """What has ended trials before their time, other than being behind."""
         self._entrants = entrants
-        self._last = race.rungs[-1]
+        self._rungs = race.rungs
         since = race.rungs[-2] + 1 if len(race.rungs) > 1 else 1
-        self.rule = f"the lowest mean loss of steps {since} to {self._last}, of {len(race.entrants)} candidates"
+        self.rule = f"the lowest mean loss of steps {since} to {race.rungs[-1]}, of {len(race.entrants)} candidates"
         """What `suggestion()` goes by."""
 
     def suggestion(self) -> float | None:
@@ -91,7 +91,7 @@ class RaceResult:
         finished = [
             (loss, lr)
             for lr, loss, steps in zip(*self.results.values(), strict=True)
-            if steps == self._last and math.isfinite(loss)
+            if steps == self._rungs[-1] and math.isfinite(loss)
         ]
         if not finished:
             warnings.warn("no candidate has come to the end of the race with a finite loss: lower max_lr", stacklevel=2)
@@ -113,7 +113,9 @@ class RaceResult:
         for entrant in self._entrants:
             width = 3 if entrant.lr == winner else 1
             ax.plot(entrant.steps, entrant.losses, "o-", linewidth=width, label=f"{entrant.lr:.1e}")
-        ax.set(xscale="log", xlabel="step", ylabel="mean loss since the rung before")
+        pictures.mark(ax.xaxis, self._rungs)
+        is_positive = all(loss > 0 for each in self._entrants for loss in each.losses if math.isfinite(loss))
+        ax.set(yscale="log" if is_positive else "linear", xlabel="step", ylabel="mean loss since the rung before")
         ax.legend(title="learning rate", fontsize="small")
         return pictures.finish(figure, path=path, is_shown=show)
 

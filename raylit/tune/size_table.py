@@ -70,7 +70,8 @@ class BatchSizes:
                 ax.axvline(trial.size, color="red", linestyle=":", label=trial.status)
         if suggest and (size := self.suggestion()) is not None:
             ax.axvline(size, color="green", label=f"chosen: {size}")
-        ax.set(xscale="log", xlabel="batch size per worker", ylabel="samples per second")
+        pictures.mark(ax.xaxis, [trial.size for trial in self.trials])
+        ax.set(xlabel="batch size per worker", ylabel="samples per second")
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
         return pictures.finish(figure, path=path, is_shown=show)
