@@ -1,7 +1,7 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
 from raylit import callbacks, metrics
-from raylit.api import fit, predict, shutdown, test, validate
+from raylit.api import fit, lr_find, predict, scale_batch_size, shutdown, test, tune, validate
 from raylit.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
@@ -48,6 +48,7 @@ from raylit.strategy_options import DDPStrategy
 from raylit.trainer import Trainer
 from raylit.tune.sweep_result import SweepResult
 from raylit.tune.sweeps import sweep
+from raylit.tune.tuner import Tuner
 
 __all__ = [
     "AdvancedProfiler",
@@ -94,6 +95,7 @@ __all__ = [
     "Timer",
     "TrainResult",
     "Trainer",
+    "Tuner",
     "UnknownArgumentError",
     "WandbLogger",
     "WeightAveraging",
@@ -101,11 +103,14 @@ __all__ = [
     "WorkerFailed",
     "callbacks",
     "fit",
+    "lr_find",
     "metrics",
     "predict",
+    "scale_batch_size",
     "seed_everything",
     "shutdown",
     "sweep",
     "test",
+    "tune",
     "validate",
 ]

@@ -3,7 +3,7 @@
 import os
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -44,7 +44,7 @@ from raylit.profilers import Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic
 from raylit.state import RunState, RunStatus, Stage
 from raylit.strategy_options import StrategyOptions
-from raylit.tuner import Tuner
+from raylit.tune.tuner import Tuner
 from raylit.worker import handback
 from raylit.worker.context import Job
 from raylit.worker.hooks import is_overridden
@@ -135,7 +135,8 @@ class Trainer(Outcome):
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
-        self.tuner = Tuner(plan=self._plan, searches=given.to(parse_searches), job_of=self._fit_job)
+        self._searches = given.to(parse_searches)
+        self.tuner = Tuner(self)
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
 
@@ -169,9 +170,9 @@ class Trainer(Outcome):
         """
         train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
         ckpt_path = settled(ckpt_path=ckpt_path, resume_from_checkpoint=self._resume_from_checkpoint)
-        job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         if ckpt_path is None:
-            self.tuner.search_once(job)
+            self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
+        job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", job, seed=seed) as coordinator:
@@ -184,10 +185,20 @@ class Trainer(Outcome):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
+        *,
+        scale_batch_size_kwargs: Mapping[str, Any] | None = None,
+        lr_find_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The searches of `auto_scale_batch_size` and `auto_lr_find`, which a `fit` of the model then leaves out: their
-        results, as `scale_batch_size` and `lr_find`."""
-        return self.tuner.search(self._fit_job(model, train_dataloaders, val_dataloaders, datamodule))
+        results, as `scale_batch_size` and `lr_find`. The arguments are those of the tuner's methods of these names."""
+        return self.tuner.search(
+            model,
+            train_dataloaders,
+            val_dataloaders,
+            datamodule,
+            size_arguments=scale_batch_size_kwargs,
+            rate_arguments=lr_find_kwargs,
+        )
 
     @shows_user_frames
     def validate(
@@ -246,6 +257,12 @@ class Trainer(Outcome):
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
         self._callbacks, self._driver_callbacks = attachments.split(callbacks)
         self._plan = attachments.completed(self._arguments_plan, callbacks, has_loggers=bool(self.loggers))
+
+    def _set_accumulation(self, window: int) -> None:
+        """As if `accumulate_grad_batches` had been given so."""
+        optimization = replace(self._plan.optimization, accumulation=((0, window),))
+        self._arguments_plan = replace(self._arguments_plan, optimization=optimization)
+        self._plan = replace(self._plan, optimization=optimization)
 
     def _fit_job(
         self, model: LightningModule, train_dataloaders: Any, val_dataloaders: Any, datamodule: DataModule | None

@@ -36,8 +36,8 @@ LAYERS = (
     },
     {"worker"},
     {"driver"},
-    {"api", "arguments", "attachments", "checkpoint_choice", "outcome", "requirements", "trainer", "tuner"},
-    {"cli", "tune"},
+    {"api", "arguments", "attachments", "checkpoint_choice", "outcome", "requirements", "trainer", "tune"},
+    {"cli"},
     {"__init__"},
 )
 """From the bottom up. A module imports from its own layer and those below it."""

@@ -33,6 +33,8 @@ class TrialContext:
     """For the trial's own files. With storage elsewhere, such as s3://, there too."""
     reporter: Reporter
     """A driver callback for the fit: it reports, has checkpoints written, and stops the fit when Tune says so."""
+    handover: Handover
+    """For reports of another kind than the reporter's."""
     checkpoint: str | None
     """Where a fit goes on from."""
     is_perturbed: bool
@@ -160,6 +162,7 @@ class Trial(tune.Trainable):
             config=dict(self.config),
             directory=directory,
             reporter=Reporter(handover),
+            handover=handover,
             checkpoint=self._checkpoint,
             is_perturbed=self._is_perturbed,
         )

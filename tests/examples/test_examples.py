@@ -78,3 +78,11 @@ def test_a_finetuned_backbone_is_better_than_a_frozen_one(tmp_path: pathlib.Path
     assert found is not None, last
     assert float(found[1]) + 0.05 < float(found[2])
     assert float(found[2]) > 0.85
+
+
+@pytest.mark.timeout(180)
+def test_a_found_rate_and_size_train_well(tmp_path: pathlib.Path) -> None:
+    found = re.fullmatch(r"accuracy: (\S+)", run(tmp_path, "find_lr.py", "--pictures", "."))
+    assert found is not None
+    assert float(found[1]) > 0.9
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["race.png", "range.png", "sizes.png"]

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from models import Regression, RegressionData, assert_same_weights, make_data, weights_of
 from torch import nn
 from torch.nn import functional as F
@@ -89,7 +90,7 @@ class OutOfMemoryAbove(RegressionData):
         return batch
 
 
-@pytest.mark.parametrize(("given", "size"), [(True, 32), ("power", 32), ("binsearch", 48)])
+@pytest.mark.parametrize(("given", "size"), [(True, 32), ("power", 32), ("binsearch", 45)])
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, torch.OutOfMemoryError])
 def test_automatically_scale_your_batch_size(given, size, error, quiet):
     model, data = Regression(), OutOfMemoryAbove(48, error=error)
@@ -118,10 +119,10 @@ def test_automatically_scale_your_batch_size_ends_at_the_data_or_the_last_trial(
     tuner = Trainer(**quiet).tuner
     assert tuner.scale_batch_size(Regression(), datamodule=data, init_val=3, max_trials=2) == 6
     with pytest.raises(MemoryError):
-        Trainer(auto_scale_batch_size=True, **quiet).tune(Regression(), OutOfMemoryAbove(1))
+        Trainer(auto_scale_batch_size=True, **quiet).tune(Regression(), OutOfMemoryAbove(0))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_automatically_attempt_to_find_a_good_learning_rate(num_workers, quiet):
     model, data = Regression(lr=1e-9), RegressionData()
     before, random_state = weights_of(model), torch.get_rng_state()
@@ -145,7 +146,7 @@ def test_automatically_attempt_to_find_a_good_learning_rate_is_a_range_test(quie
     copied = copy.deepcopy(model)
     loader = DataLoader(data, batch_size=8)
     tuner = Trainer(limit_val_batches=0, **quiet).tuner
-    found = tuner.lr_find(model, loader, min_lr=1e-3, max_lr=10.0, num_training=9)
+    found = tuner.lr_find(model, loader, min_lr=1e-3, max_lr=10.0, num_training=9, update_attr=False)
     assert found.results["lr"] == pytest.approx([10 ** (-3 + index / 2) for index in range(9)])
     optimizer, average, smoothed = copied.configure_optimizers(), 0.0, []
     batches = [batch for _ in range(3) for batch in loader]
@@ -165,9 +166,7 @@ def test_automatically_attempt_to_find_a_good_learning_rate_gives_up_where_it_di
     tuner = Trainer(**quiet).tuner
     found = tuner.lr_find(model, datamodule=RegressionData(), max_lr=1e6, num_training=100)
     assert len(found.results["loss"]) < 100
-    figure = pytest.importorskip("matplotlib.figure")
-    pytest.importorskip("matplotlib").use("agg")
-    assert isinstance(found.plot(suggest=True), figure.Figure)
+    assert isinstance(found.plot(suggest=True), Figure)
 
 
 @pytest.mark.parametrize("given", [True, "rate"])
@@ -178,7 +177,7 @@ def test_automatically_attempt_to_find_a_good_learning_rate_needs_the_attribute(
             del self._hparams["lr"]
             self.speed = 0.1
 
-    message = r"auto_lr_find: there is no attribute or hyper-parameter .*numbers that there are: .*Fixed\.speed"
+    message = r"lr_find: there is no attribute or hyper-parameter .*numbers that there are: .*Fixed\.speed"
     with pytest.raises(pl.ConfigError, match=message):
         Trainer(auto_lr_find=given, **quiet).fit(Fixed(), RegressionData())
     with pytest.raises(pl.ConfigError, match="with a loader, whose batch size is fixed"):

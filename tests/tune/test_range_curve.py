@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raylit.tuner import LearningRateFinder
+from raylit.tune.range_curve import RangeCurve
 
 
 def curve(noise=0.0, seed=0, num_points=100):
@@ -16,7 +16,7 @@ def curve(noise=0.0, seed=0, num_points=100):
     for index, loss in enumerate(raw):
         average = 0.98 * average + 0.02 * loss
         smoothed.append(average / (1 - 0.98 ** (index + 1)))
-    return LearningRateFinder(lrs=lrs.tolist(), losses=smoothed)
+    return RangeCurve(lrs=lrs.tolist(), losses=smoothed)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
@@ -33,6 +33,6 @@ def test_without_noise_it_is_the_steepest_point():
 
 def test_too_few_points_are_no_suggestion():
     with pytest.warns(UserWarning, match="too few points for a suggestion"):
-        assert LearningRateFinder(lrs=[0.1, 0.2], losses=[1.0, 0.5]).suggestion() is None
-    found = LearningRateFinder(lrs=[0.1, 0.2, 0.3, 0.4], losses=[3.0, 2.0, float("nan"), 0.5])
+        assert RangeCurve(lrs=[0.1, 0.2], losses=[1.0, 0.5]).suggestion() is None
+    found = RangeCurve(lrs=[0.1, 0.2, 0.3, 0.4], losses=[3.0, 2.0, float("nan"), 0.5])
     assert found.suggestion(skip_begin=0, skip_end=0) in (0.1, 0.2, 0.4)

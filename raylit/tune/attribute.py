@@ -4,16 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
+from raylit.worker.context import Job
 
 RATE_NAMES = ("lr", "learning_rate")
 SIZE_NAMES = ("batch_size",)
 
 
-def find(names: Sequence[str], owners: Sequence[Any], *, argument: str) -> str:
-    """The first name that an owner has, as an attribute or in its `hparams`; "hparams.lr" is read as "lr".
+def owners_of(job: Job) -> list[Any]:
+    """What may have it."""
+    return [owner for owner in (job.module, job.datamodule) if owner is not None]
+
+
+def find(names: Sequence[str], job: Job, *, argument: str) -> str:
+    """The first name that module or data module has, as an attribute or in its `hparams`; "hparams.lr" is read as "lr".
 
     ConfigError names the numbers that there are.
     """
+    owners = owners_of(job)
     for name in (name.removeprefix("hparams.") for name in names):
         if any(_places(name, owner) for owner in owners):
             return name
@@ -25,13 +32,13 @@ def find(names: Sequence[str], owners: Sequence[Any], *, argument: str) -> str:
     )
 
 
-def get(name: str, owners: Sequence[Any]) -> Any:
-    return next(place[name] for owner in owners for place in _places(name, owner))
+def get(name: str, job: Job) -> Any:
+    return next(place[name] for owner in owners_of(job) for place in _places(name, owner))
 
 
-def put(name: str, value: Any, owners: Sequence[Any]) -> None:
+def put(name: str, value: Any, job: Job) -> None:
     """In every place that has it, so that whichever is read has the value."""
-    for owner in owners:
+    for owner in owners_of(job):
         for place in _places(name, owner):
             place[name] = value
 

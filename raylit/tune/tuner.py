@@ -1,0 +1,298 @@
+"""Tuner: finds a learning rate or a batch size by short fits, and leaves everything else as it was. Driver."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+from raylit.arguments.checks import check_count
+from raylit.arguments.searches import Searches, SizeMode
+from raylit.callbacks.base import Callback
+from raylit.callbacks.progress_bar import ProgressBar
+from raylit.checkpoint import format
+from raylit.errors import ConfigError
+from raylit.loggers.dummy import DummyLogger
+from raylit.module import LightningModule
+from raylit.plan import Limits, Plan, Reporting
+from raylit.tune import attribute
+from raylit.tune.attempt import Experiment, Outcome, Search
+from raylit.tune.memory import MemoryLimit, check_limit
+from raylit.tune.race import LossProbe, Race, RaceResult
+from raylit.tune.range_curve import RangeCurve
+from raylit.tune.range_test import RangeMode, RangeTest
+from raylit.tune.runner import build_runner
+from raylit.tune.size_search import SizeSearch, course_of
+from raylit.tune.size_table import BatchSizes
+from raylit.tune.stopwatch import Stopwatch
+from raylit.tune.windows import Windows
+from raylit.worker.context import Job
+from raylit.worker.sources import is_from_hook
+
+RateMethod = Literal["range", "race", "fit"]
+
+_MEASURED_S = 0.5
+"""How long the speed of a size is measured at least."""
+_RACE_MIN_LR = 1e-5
+_RANGE_MIN_LR = 1e-8
+
+
+class Owner(Protocol):
+    """The Trainer, as its searches see it."""
+
+    _plan: Plan
+    _searches: Searches
+
+    def _fit_job(self, model: Any, train_dataloaders: Any, val_dataloaders: Any, datamodule: Any) -> Job:
+        """What `fit` would run with these arguments."""
+        ...
+
+    def _set_accumulation(self, window: int) -> None: ...
+
+    @property
+    def callbacks(self) -> list[Any]: ...
+
+
+class Tuner:
+    """The searches of a Trainer.
+
+    Each trial fits a copy, without loggers and callbacks: weights, optimizers, data and random numbers of the user's
+    stay. With workers the trials are Ray Tune's, and what goes wrong in one ends that one only.
+    """
+
+    def __init__(self, trainer: Owner) -> None:
+        self._trainer = trainer
+        self._searched: LightningModule | None = None
+        self.batch_sizes: BatchSizes | None = None
+        """What the last search for a batch size has found."""
+
+    def search_once(self, model: Any, *data: Any) -> None:
+        """What the Trainer's arguments ask for, unless that has been done for the model."""
+        if self._trainer._searches != Searches() and self._searched is not model:
+            self.search(model, *data)
+
+    def search(
+        self,
+        model: Any,
+        *data: Any,
+        size_arguments: Mapping[str, Any] | None = None,
+        rate_arguments: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What the Trainer's arguments ask for: the batch size first, as the best rate depends on it. `data`: loaders
+        or a data module, as `fit` takes them by position; the arguments are those of the two searches below."""
+        searches = self._trainer._searches
+        found: dict[str, Any] = {}
+        if searches == Searches():
+            raise ConfigError("nothing to tune: say auto_lr_find=True or auto_scale_batch_size=True to the Trainer")
+        if searches.size_mode is not None:
+            found["scale_batch_size"] = self.scale_batch_size(
+                model, *data, **{"mode": searches.size_mode, **(size_arguments or {})}
+            )
+        if searches.rate_name is not None:
+            found["lr_find"] = self.lr_find(model, *data, **{"attr_name": searches.rate_name, **(rate_arguments or {})})
+        self._searched = model
+        return found
+
+    def lr_find(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        *,
+        method: RateMethod = "range",
+        min_lr: float | None = None,
+        max_lr: float = 1.0,
+        num_training: int = 100,
+        mode: RangeMode = "exponential",
+        early_stop_threshold: float | None = 4.0,
+        num_candidates: int = 12,
+        update_attr: bool = True,
+        attr_name: str = "",
+    ) -> RangeCurve | RaceResult:
+        """Look for a learning rate and set `attr_name`, else `lr` or `learning_rate`, to the suggestion, unless
+        `update_attr` is False.
+
+        "range", Lightning's "fit": the loss over `num_training` steps of a rising rate, from 1e-8 on; ends where the
+        smoothed loss is above `early_stop_threshold` times its least. "race": `num_candidates` rates on a log grid,
+        from 1e-5 on, start from the same weights and see the same batches; at a few rungs those behind are cut, and the
+        rest trains for `num_training` steps.
+        """
+        if method not in get_args(RateMethod):
+            raise ConfigError(f"method={method!r}: must be 'range' (Lightning's 'fit') or 'race'")
+        if mode not in get_args(RangeMode):
+            raise ConfigError(f"mode={mode!r}: must be 'exponential' or 'linear'")
+        is_race = method == "race"
+        min_lr = (_RACE_MIN_LR if is_race else _RANGE_MIN_LR) if min_lr is None else min_lr
+        if not 0 < min_lr < max_lr:
+            raise ConfigError(f"min_lr={min_lr} and max_lr={max_lr}: must be rates with 0 < min_lr < max_lr")
+        check_count(3, num_training=num_training)
+        check_count(2, num_candidates=num_candidates)
+        job = self._trainer._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        name = None
+        if update_attr or is_race:  # a candidate's rate goes where the module looks for it
+            name = attribute.find([attr_name] if attr_name else attribute.RATE_NAMES, job, argument="lr_find")
+        found: RangeCurve | RaceResult
+        if is_race:
+            race = Race(min_lr, max_lr, num_candidates=num_candidates, num_steps=num_training)
+            found = self._raced(job, race, name=name)
+        else:
+            probe = RangeTest(
+                min_lr=min_lr,
+                max_lr=max_lr,
+                num_steps=num_training,
+                mode=mode,
+                early_stop_threshold=early_stop_threshold,
+            )
+            found = self._range_tested(job, probe)
+        if update_attr and name is not None and (rate := found.suggestion()) is not None:
+            attribute.put(name, rate, job)
+        return found
+
+    def scale_batch_size(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        *,
+        mode: SizeMode = "power",
+        steps_per_trial: int = 3,
+        init_val: int = 2,
+        max_trials: int = 25,
+        batch_arg_name: str = "batch_size",
+        margin: float = 0.05,
+        max_val: int = 8192,
+        effective_batch_size: int | Literal["keep", "any"] | None = None,
+        memory_limit_bytes: int | None = None,
+    ) -> int:
+        """Look for a batch size per worker, set `batch_arg_name` on module or data module to it, and return it.
+        `batch_sizes` has the whole result.
+
+        "power": the largest that fits into memory, doubled from `init_val` until one does not or the data is one batch.
+        "binsearch": the gap is then halved, and what is found lowered by `margin`. "throughput": the one with the most
+        samples per second.
+
+        `effective_batch_size`: the samples of an optimizer's step, over all workers, that the size has to divide; the
+        Trainer's accumulate_grad_batches makes up for it. "keep", the default of "throughput": what module and Trainer
+        have now. "any": whatever comes of the size. `memory_limit_bytes`: what the training of a worker may allocate
+        beyond its data and weights, in place of all that there is.
+        """
+        if mode not in get_args(SizeMode):
+            raise ConfigError(f"mode={mode!r}: must be 'power', 'binsearch' or 'throughput'")
+        check_count(1, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials, max_val=max_val)
+        if not isinstance(margin, (int, float)) or not 0 <= margin < 1:
+            raise ConfigError(f"margin={margin!r}: must be a fraction of the size, from 0 to below 1")
+        job = self._trainer._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        plan = self._trainer._plan
+        check_limit(memory_limit_bytes, is_on_cpu=plan.workers.accelerator == "cpu")
+        name = _size_name(batch_arg_name, job)
+        is_speed = mode == "throughput"
+        if effective_batch_size is None:
+            effective_batch_size = "keep" if is_speed and job.module.automatic_optimization else "any"
+        windows = Windows.of(effective_batch_size, job, plan, size=attribute.get(name, job), max_size=max_val)
+        search = SizeSearch(course_of(mode, windows.sizes, first=init_val), num_trials=max_trials, windows=windows)
+        callbacks: list[Callback] = [Stopwatch(num_steps=steps_per_trial, least_s=_MEASURED_S if is_speed else 0.0)]
+        if memory_limit_bytes is not None:
+            callbacks.append(MemoryLimit(memory_limit_bytes))
+        # Larger batches come from more data, whatever a fit would look at.
+        limits = Limits(max_epochs=None, val_batches=0, sanity_val_batches=0)
+        # Batches with and without a step: what accumulates has gradients beside each batch, and a speed of its own.
+        window = 1 if windows.is_always_one else 2
+        self._run(search, job, callbacks, limits=limits, window=window, name=name)
+        margin = margin if mode == "binsearch" else 0.0
+        self.batch_sizes = BatchSizes(search.trials, mode=mode, windows=windows, margin=margin)
+        if (size := self.batch_sizes.suggestion()) is None:
+            assert search.error is not None
+            raise search.error
+        attribute.put(name, size, job)
+        if windows.effective is not None:
+            self._trainer._set_accumulation(windows.of_size(size))
+        return size
+
+    # Helpers, in the order in which they are called
+
+    def _raced(self, job: Job, race: Race, *, name: str | None) -> RaceResult:
+        limits = self._endless(max_steps=race.rungs[-1])
+        self._run(race, job, [LossProbe(race.rungs)], limits=limits, name=name, rungs=race.rungs)
+        return RaceResult(race)
+
+    def _range_tested(self, job: Job, probe: RangeTest) -> RangeCurve:
+        search = _Once()
+        self._run(search, job, [probe], limits=self._endless())
+        lrs, losses = search.findings
+        return RangeCurve(lrs=lrs, losses=losses, mode=probe.mode)
+
+    def _endless(self, *, max_steps: int | None = None) -> Limits:
+        """A fit over the same data again and again, training alone."""
+        return replace(
+            self._trainer._plan.limits,
+            max_epochs=None,
+            min_epochs=0,
+            max_steps=max_steps,
+            min_steps=0,
+            max_time_s=None,
+            val_batches=0,
+            sanity_val_batches=0,
+        )
+
+    def _run(
+        self,
+        search: Search,
+        job: Job,
+        callbacks: Sequence[Callback],
+        *,
+        limits: Limits,
+        window: int | None = None,
+        name: str | None = None,
+        rungs: Sequence[int] = (),
+    ) -> None:
+        plan = self._trainer._plan
+        optimization = plan.optimization
+        if window is not None:
+            optimization = replace(optimization, accumulation=((0, window),))
+        plan = replace(
+            plan,
+            limits=limits,
+            # To diverge, or to fail, is part of the search.
+            optimization=replace(optimization, is_ending_on_nan=False, is_detecting_anomaly=False),
+            reporting=Reporting(log_every_n_steps=1),  # the ranks agree on a stop wish at once
+            seed=torch.initial_seed() % 2**63,
+        )
+        experiment = Experiment(plan=plan, random_state=format.random_state(), attribute=name, rungs=tuple(rungs))
+        # Hooks that log find a logger, which keeps nothing.
+        loggers = [DummyLogger()] if job.loggers else []
+        runner = build_runner(plan, is_shown=any(isinstance(each, ProgressBar) for each in self._trainer.callbacks))
+        runner.run(search, experiment, replace(job, callbacks=callbacks, profiler=None, loggers=loggers))
+
+
+def _size_name(given: str, job: Job) -> str:
+    name = attribute.find([given], job, argument="scale_batch_size")
+    if not is_from_hook(job, "train"):
+        raise ConfigError(
+            "scale_batch_size with a loader, whose batch size is fixed: define train_dataloader in the module or a "
+            f"DataModule, and make the loader there with self.{name}"
+        )
+    return name
+
+
+class _Once:
+    """The search of a single trial."""
+
+    num_at_once = 1
+
+    def __init__(self) -> None:
+        self.findings: Any = None
+        self._has_proposed = False
+
+    def propose(self) -> float | None:
+        has_proposed, self._has_proposed = self._has_proposed, True
+        return None if has_proposed else 0.0
+
+    def is_losing(self, value: Any, step: int, loss: float) -> bool:
+        return False
+
+    def receive(self, value: Any, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            raise outcome.error
+        self.findings = outcome.findings
