@@ -1,0 +1,93 @@
+"""What becomes of a fit inside a function that Ray Tune or Ray Train has called: it reports to them, and a function that
+has been restored goes on where it was. Driver."""
+
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raylit.callbacks.base import DriverCallback
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.checkpoint import files
+from raylit.driver import callers
+from raylit.driver.ray_session import RaySession, current_session
+from raylit.driver.tune_report import FILE, TuneReport
+from raylit.worker.context import Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inside:
+    """A fit, as its surroundings would have it."""
+
+    callbacks: list[DriverCallback]
+    checkpoint: dict[str, Any] | None = None
+    """What a restored function goes on from."""
+    is_perturbed: bool = False
+    """The checkpoint was trained with another config, as population based training has it."""
+
+
+class _Fits(threading.local):
+    """Counts the fits of a function that Ray has called: each call has a thread of its own."""
+
+    num_begun = 0
+
+
+_fits = _Fits()
+
+
+def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: int, is_continued: bool) -> Inside:
+    """Called once for each fit. `is_continued`: the user says himself what it goes on from."""
+    session = current_session()
+    reports = [callback for callback in callbacks if isinstance(callback, TuneReport)]
+    for report in reports:
+        report.attach(None, {})
+    if session is None:
+        return Inside(callbacks=list(callbacks))
+    number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
+    frames = callers.calling_functions()
+    around = callers.code_of(frames)
+    # Hooks on other processes see no session of Ray's.
+    hooks = callers.methods_of([*callbacks, *((job.module, *job.callbacks) if num_workers == 0 else ())])
+    is_reported = callers.is_returning_results(frames) or callers.is_calling("report", [*around, *hooks])
+    if not reports and not is_reported:
+        reports = [TuneReport.automatic(save_checkpoints=any(isinstance(c, ModelCheckpoint) for c in callbacks))]
+    for report in reports:
+        report.attach(session, {"fit": number, "config": _digest(session.config)})
+    others = [callback for callback in callbacks if not isinstance(callback, TuneReport)]
+    inside = Inside(callbacks=[*others, *reports])  # last, so that it sees what the others have done
+    if number > 0 or is_continued or callers.is_calling("get_checkpoint", around):
+        return inside
+    return _restored(session, inside)
+
+
+def _restored(session: RaySession, inside: Inside) -> Inside:
+    """With the checkpoint that the function is restored from, where a fit has reported it."""
+    checkpoint = session.checkpoint
+    notes = None if checkpoint is None else checkpoint.get_metadata().get("raylit")
+    if notes is None:
+        return inside
+    if notes["fit"] > 0:
+        warnings.warn(
+            f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1}, and begins anew: which "
+            "fit is to go on from tune.get_checkpoint(), and which ones to be left out, is yours to say, by ckpt_path",
+            stacklevel=4,
+        )
+        return inside
+    with checkpoint.as_directory() as directory:
+        restored = files.read(os.path.join(directory, FILE))
+    is_perturbed = notes["config"] != _digest(session.config)
+    return Inside(callbacks=inside.callbacks, checkpoint=restored, is_perturbed=is_perturbed)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Equal for configs of equal plain values, in any process."""
+    text = json.dumps(config, sort_keys=True, skipkeys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else type(value).__qualname__
