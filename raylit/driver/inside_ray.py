@@ -1,5 +1,5 @@
-"""What becomes of a fit inside a function that Ray Tune or Ray Train has called: it reports to them, and a function that
-has been restored goes on where it was. Driver."""
+"""What becomes of a fit inside a function that Ray Tune or Ray Train has called: it reports to them, and where the
+function has been restored it goes on from where that was. Driver."""
 
 import hashlib
 import json
@@ -72,8 +72,8 @@ def _restored(session: RaySession, inside: Inside) -> Inside:
         return inside
     if notes["fit"] > 0:
         warnings.warn(
-            f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1}, and begins anew: which "
-            "fit is to go on from tune.get_checkpoint(), and which ones to be left out, is yours to say, by ckpt_path",
+            f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1} and begins anew: say by "
+            "ckpt_path which fit is to go on from tune.get_checkpoint(), and leave out those before it",
             stacklevel=4,
         )
         return inside

@@ -15,10 +15,7 @@ from raylit.errors import ConfigError
 FILE = "checkpoint.ckpt"
 """The file in a Checkpoint of Ray's."""
 
-_OF_TUNE = frozenset(
-    "config date done hostname node_ip pid should_checkpoint time_this_iter_s time_total_s timestamp "
-    "training_iteration trial_id".split()
-)
+_OF_TUNE = frozenset({"config", "done", "should_checkpoint", "training_iteration", "trial_id"})
 """Names in a result by which Tune steers."""
 
 

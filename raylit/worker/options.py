@@ -22,11 +22,10 @@ class Options:
     def put_back(self) -> None:
         for optimizer, configured in zip(self._optimizers, self._groups, strict=True):
             for group, options in zip(optimizer.param_groups, configured, strict=False):
-                base, new_base = group.get("initial_lr"), options.get("initial_lr")
-                moved = float(group["lr"] / base) if base and new_base is not None else None
+                base, lr = group.get("initial_lr"), group.get("lr")
                 group.update(options)
-                if moved is not None:
-                    group["lr"] = new_base * moved
+                if base and "initial_lr" in options:
+                    group["lr"] = options["initial_lr"] * (lr / base)
         for scheduler, base_lrs in zip(self._schedulers, self._base_lrs, strict=True):
             if base_lrs is not None:
                 scheduler.base_lrs = base_lrs
