@@ -18,8 +18,6 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     is_resuming: bool = False
     """The checkpoint's whole run is continued; else its weights are loaded."""
-    is_perturbed: bool = False
-    """Of optimizers and schedulers the state is continued, with the options that are configured now."""
     random_state: dict[str, Any] | None = None
     """The driver's generators, for the workers to continue from; None in the driver's own process."""
     torch_settings: TorchSettings | None = None

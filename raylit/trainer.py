@@ -170,15 +170,15 @@ class Trainer(Outcome):
         train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
         ckpt_path = settled(ckpt_path=ckpt_path, resume_from_checkpoint=self._resume_from_checkpoint)
         job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
-        if ckpt_path is None:
-            self.tuner.search_once(job)
         inside = look_around(
             job, self._driver_callbacks, num_workers=self.num_workers, is_continued=ckpt_path is not None
         )
+        if ckpt_path is None and inside.checkpoint is None:
+            self.tuner.search_once(job)
         checkpoint = inside.checkpoint or read_checkpoint(ckpt_path, saved=self.checkpoint_callback)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
-        with self._coordinated("fit", job, seed=seed, callbacks=inside.callbacks) as coordinator:
-            coordinator.fit(checkpoint=checkpoint, is_perturbed=inside.is_perturbed)
+        with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
+            coordinator.fit(checkpoint=checkpoint)
 
     @shows_user_frames
     def tune(

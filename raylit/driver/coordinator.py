@@ -83,10 +83,9 @@ class Coordinator:
 
     # The entry points
 
-    def fit(self, *, checkpoint: dict[str, Any] | None = None, is_perturbed: bool = False) -> None:
-        """Train to the end; continue from a checkpoint's position where one is given. `is_perturbed`: with the options
-        of optimizers that are configured now."""
-        with self._running(checkpoint, is_resuming=True, is_perturbed=is_perturbed):
+    def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
+        """Train to the end; continue from a checkpoint's position where one is given."""
+        with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
             self._notify("on_train_start")
@@ -234,9 +233,7 @@ class Coordinator:
     # The workers
 
     @contextmanager
-    def _running(
-        self, checkpoint: dict[str, Any] | None, *, is_resuming: bool, is_perturbed: bool = False
-    ) -> Iterator[None]:
+    def _running(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
         """The group and everyone who listens, from the start to an end of whatever kind."""
         started: list[DriverCallback] = []
         status = "failed"
@@ -245,7 +242,7 @@ class Coordinator:
             self._interrupts.is_connecting = self.plan.workers.num_workers > 0
             with self._measured("get workers"), self._start_is_shown():
                 self._group = build_group(self.plan, self._job, on_connected=self._connected)
-            self._start(checkpoint, is_resuming=is_resuming, is_perturbed=is_perturbed)
+            self._start(checkpoint, is_resuming=is_resuming)
             self._interrupts.is_deferring = True
             for callback in self._callbacks:
                 started.append(callback)
@@ -257,7 +254,7 @@ class Coordinator:
         except BaseException as error:
             self._interrupts.correct(error)
             self.state.is_interrupted = self._interrupts.pending is not None or isinstance(error, KeyboardInterrupt)
-            # Ray ends a function in good order with a SystemExit of code 0.
+            # Ray ends a function of the user's in good order with a SystemExit of code 0.
             is_end = isinstance(error, SystemExit) and not error.code
             status = "interrupted" if self.state.is_interrupted else "success" if is_end else "failed"
             try:
@@ -279,7 +276,7 @@ class Coordinator:
                 self._interrupts.restore()
                 self._describe_profiles()
 
-    def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool, is_perturbed: bool) -> None:
+    def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
         is_resuming = is_resuming and checkpoint is not None
         if is_resuming:
@@ -292,7 +289,6 @@ class Coordinator:
                 stage=self.state.stage,
                 checkpoint=checkpoint,
                 is_resuming=is_resuming,
-                is_perturbed=is_perturbed,
                 random_state=None if self._group.is_in_driver else format.random_state(),
                 torch_settings=None if self._group.is_in_driver else TorchSettings.current(),
             )

@@ -7,11 +7,12 @@ import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.perturbed import PerturbedHyperparameters
 from raylit.checkpoint import files
 from raylit.driver import callers
 from raylit.driver.ray_session import RaySession, current_session
@@ -23,11 +24,10 @@ from raylit.worker.context import Job
 class Inside:
     """A fit, as its surroundings would have it."""
 
+    job: Job
     callbacks: list[DriverCallback]
     checkpoint: dict[str, Any] | None = None
     """What a restored function goes on from."""
-    is_perturbed: bool = False
-    """The checkpoint was trained with another config, as population based training has it."""
 
 
 class _Fits(threading.local):
@@ -46,7 +46,7 @@ def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: i
     for report in reports:
         report.attach(None, {})
     if session is None:
-        return Inside(callbacks=list(callbacks))
+        return Inside(job=job, callbacks=list(callbacks))
     number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
     frames = callers.calling_functions()
     around = callers.code_of(frames)
@@ -58,7 +58,7 @@ def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: i
     for report in reports:
         report.attach(session, {"fit": number, "config": _digest(session.config)})
     others = [callback for callback in callbacks if not isinstance(callback, TuneReport)]
-    inside = Inside(callbacks=[*others, *reports])  # last, so that it sees what the others have done
+    inside = Inside(job=job, callbacks=[*others, *reports])  # last, so that it sees what the others have done
     if number > 0 or is_continued or callers.is_calling("get_checkpoint", around):
         return inside
     return _restored(session, inside)
@@ -72,15 +72,18 @@ def _restored(session: RaySession, inside: Inside) -> Inside:
         return inside
     if notes["fit"] > 0:
         warnings.warn(
-            f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1} and begins anew: say by "
-            "ckpt_path which fit is to go on from tune.get_checkpoint(), and leave out those before it",
+            f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1} and begins anew: which "
+            "fit is to go on from tune.get_checkpoint(), say by ckpt_path, and leave out those before it",
             stacklevel=4,
         )
         return inside
     with checkpoint.as_directory() as directory:
         restored = files.read(os.path.join(directory, FILE))
-    is_perturbed = notes["config"] != _digest(session.config)
-    return Inside(callbacks=inside.callbacks, checkpoint=restored, is_perturbed=is_perturbed)
+    if notes["config"] == _digest(session.config):
+        return replace(inside, checkpoint=restored)
+    # A better trial's checkpoint, as population based training hands them out.
+    job = replace(inside.job, callbacks=[*inside.job.callbacks, PerturbedHyperparameters()])
+    return replace(inside, job=job, checkpoint=restored)
 
 
 def _digest(config: Mapping[str, Any]) -> str:

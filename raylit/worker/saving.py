@@ -13,7 +13,6 @@ from raylit.messages import Saved
 from raylit.rebuild import load_weights
 from raylit.state import Progress
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.options import Options
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
 from raylit.worker.transfer import to_cpu
@@ -65,7 +64,7 @@ class Saving:
             checkpoint["raylit"]["ranks"] = []
         files.write(checkpoint, path)
 
-    def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool, is_perturbed: bool = False) -> None:
+    def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
         session.module.on_load_checkpoint(checkpoint)
@@ -82,13 +81,10 @@ class Saving:
             callback.on_load_checkpoint(session.view, session.module, checkpoint)
             if callback.state_key in checkpoint.get("callbacks", {}):
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-        configured = Options(self._optimizers, self._schedules)
         for optimizer, state in zip(self._optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         for schedule, state in zip(self._schedules, checkpoint["lr_schedulers"], strict=True):
             schedule.scheduler.load_state_dict(state)
-        if is_perturbed:
-            configured.put_back()
         if session.precision.scaler is not None and "scaler" in checkpoint:
             session.precision.scaler.load_state_dict(checkpoint["scaler"])
         self._apply_position(checkpoint)

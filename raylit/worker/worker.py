@@ -177,7 +177,7 @@ class Worker:
             session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop
         )
         if command.checkpoint is not None:
-            self._saving.apply(command.checkpoint, is_resuming=command.is_resuming, is_perturbed=command.is_perturbed)
+            self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
         _enable_training(session.module)
         session.hooks.call("on_fit_start")
         yield Started(
