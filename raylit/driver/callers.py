@@ -49,20 +49,25 @@ def is_calling(name: str, functions: Functions) -> bool:
 
 def is_returning_results(frames: list[FrameType]) -> bool:
     """The function that Ray has called returns or yields something, which Tune takes for a result."""
-    if not frames:
-        return False
-    code = frames[-1].f_code
-    if code.co_flags & inspect.CO_GENERATOR:
-        return True
-    before: Any = None
-    for instruction in dis.get_instructions(code):
-        name, value = instruction.opname, instruction.argval
-        if name == "RETURN_CONST" and value is not None:
+    for frame in reversed(frames):
+        if frame.f_code.co_flags & inspect.CO_GENERATOR:
             return True
-        if name == "RETURN_VALUE" and not (before.opname == "LOAD_CONST" and before.argval is None):
-            return True
-        before = instruction
+        instructions = list(dis.get_instructions(frame.f_code))
+        current = sum(instruction.offset <= frame.f_lasti for instruction in instructions) - 1
+        returns = [index for index in range(len(instructions)) if _is_returning(instructions, index)]
+        if returns != [current + 1]:
+            return returns != []
+        # It returns what the function returns that it is in: in the end fit's None.
     return False
+
+
+def _is_returning(instructions: list[dis.Instruction], index: int) -> bool:
+    """Something else than None."""
+    name = instructions[index].opname
+    if name == "RETURN_CONST":
+        return instructions[index].argval is not None
+    before = instructions[index - 1]
+    return name == "RETURN_VALUE" and not (before.opname == "LOAD_CONST" and before.argval is None)
 
 
 def _names(code: CodeType) -> set[str]:

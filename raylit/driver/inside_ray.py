@@ -81,7 +81,11 @@ def _restored(session: RaySession, inside: Inside) -> Inside:
         restored = files.read(os.path.join(directory, FILE))
     if notes["config"] == _digest(session.config):
         return replace(inside, checkpoint=restored)
-    # A better trial's checkpoint, as population based training hands them out.
+    # A better trial's checkpoint, as population based training hands them out: its files are not this trial's.
+    states = restored.get("callbacks", {})
+    restored["callbacks"] = {
+        key: state for key, state in states.items() if not key.startswith(ModelCheckpoint.__name__)
+    }
     job = replace(inside.job, callbacks=[*inside.job.callbacks, PerturbedHyperparameters()])
     return replace(inside, job=job, checkpoint=restored)
 
