@@ -26,6 +26,7 @@ from raylit.callbacks import (
 )
 from raylit.combined_loader import CombinedLoader
 from raylit.datamodule import DataModule, LightningDataModule
+from raylit.driver.tune_report import TuneReport
 from raylit.errors import (
     CheckpointError,
     ConfigError,
@@ -95,6 +96,7 @@ __all__ = [
     "Timer",
     "TrainResult",
     "Trainer",
+    "TuneReport",
     "Tuner",
     "UnknownArgumentError",
     "WandbLogger",

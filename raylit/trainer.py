@@ -34,6 +34,7 @@ from raylit.checkpoint_choice import read_checkpoint
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
+from raylit.driver.inside_ray import look_around
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.messages import Finished
@@ -170,12 +171,15 @@ class Trainer(Outcome):
         """
         train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
         ckpt_path = settled(ckpt_path=ckpt_path, resume_from_checkpoint=self._resume_from_checkpoint)
-        if ckpt_path is None:
-            self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
         job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
-        checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback)
+        inside = look_around(
+            job, self._driver_callbacks, num_workers=self.num_workers, is_continued=ckpt_path is not None
+        )
+        if ckpt_path is None and inside.checkpoint is None:
+            self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
+        checkpoint = inside.checkpoint or read_checkpoint(ckpt_path, saved=self.checkpoint_callback)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
-        with self._coordinated("fit", job, seed=seed) as coordinator:
+        with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
 
     @shows_user_frames
@@ -302,12 +306,23 @@ class Trainer(Outcome):
         )
 
     @contextmanager
-    def _coordinated(self, stage: Stage, job: Job, *, seed: int | None = None) -> Iterator[Coordinator]:
+    def _coordinated(
+        self,
+        stage: Stage,
+        job: Job,
+        *,
+        seed: int | None = None,
+        callbacks: Sequence[DriverCallback] | None = None,
+    ) -> Iterator[Coordinator]:
         """The run's coordinator; afterwards, of an interrupted run too, the user's objects hold what it has left."""
         # The order of samples follows the seed that torch was given last; a continued run's goes on as it was.
         plan = replace(self._plan, seed=torch.initial_seed() % 2**63 if seed is None else seed)
         coordinator = Coordinator(
-            plan=plan, job=job, callbacks=self._driver_callbacks, loggers=self.loggers, stage=stage
+            plan=plan,
+            job=job,
+            callbacks=self._driver_callbacks if callbacks is None else callbacks,
+            loggers=self.loggers,
+            stage=stage,
         )
         if stage != "fit":
             coordinator.state.progress = self._state.progress

@@ -12,19 +12,26 @@ from raylit.driver.waiting import Waiting
 from raylit.errors import ResourcesError
 
 
-def bundles_for(demand: Demand, group: PlacementGroup) -> list[int]:
-    """For each worker the index of a bundle with room for it. ResourcesError: there is not enough, or not in time."""
+def bundles_for(demand: Demand, group: PlacementGroup) -> list[tuple[int, Resources]]:
+    """For each worker the index of a bundle with room for it, and what it asks for there.
+
+    Where the bundles are too small beside what this process holds itself, its workers use its CPUs as well: it only
+    waits for them. ResourcesError: there is not enough, or not in time.
+    """
     specs = dict(enumerate(dict(bundle) for bundle in group.bundle_specs))
     hosts = _hosts_of_bundles(group)
     own = ray.get_runtime_context().get_assigned_resources()
-    if _chosen(demand, _without(own, specs), hosts) is None:
+    home = _home(own, specs)
+    rest = _with(specs, home, {name: -amount for name, amount in own.items()})
+    lent = {"CPU": own.get("CPU", 0.0)} if _chosen(demand, rest, hosts) is None else {}
+    if _chosen(demand, _with(rest, home, lent), hosts) is None:
         raise ResourcesError(_too_small(demand, specs, own))
     waiting = Waiting(timeout_s=demand.workers.start_timeout_s)
     while True:
         free = ray_private.free_in_group(group.id.hex())
-        chosen = _chosen(demand, free, hosts)
+        chosen = _chosen(demand, _with(free, home, lent), hosts)
         if chosen is not None:
-            return chosen
+            return [(index, _asked(demand, lent if index == home else {}, chosen.count(index))) for index in chosen]
         missing = f"{demand} in the placement group that this runs in; free there: {_listed(free)}"
         if waiting.is_over:
             raise ResourcesError(
@@ -58,16 +65,24 @@ def _hosts_of_bundles(group: PlacementGroup) -> dict[int, tuple[str, Host]]:
     return {index: (node, Host(resources={}, labels=labels.get(node, {}))) for index, node in places.items()}
 
 
-def _without(own: Resources, specs: dict[int, Resources]) -> dict[int, Resources]:
-    """The bundles less what this task or actor holds, which Ray has taken from the first with room unless told so."""
-    rest = {index: dict(bundle) for index, bundle in specs.items()}
+def _home(own: Resources, specs: dict[int, Resources]) -> int:
+    """The bundle that this task or actor takes from: Ray takes the first with room unless told otherwise."""
     needed = {name: amount for name, amount in own.items() if amount > 0}
-    for bundle in rest.values() if needed else ():
-        if num_slots(bundle, needed):
-            for name, amount in needed.items():
-                bundle[name] -= amount
-            break
-    return rest
+    return next((index for index, bundle in specs.items() if needed and num_slots(bundle, needed)), 0)
+
+
+def _with(bundles: dict[int, Resources], home: int, more: Resources) -> dict[int, Resources]:
+    """The bundles, `more` being added to one of them."""
+    at_home = dict(bundles.get(home, {}))
+    for name, amount in more.items():
+        at_home[name] = at_home.get(name, 0.0) + amount
+    return {**bundles, home: at_home}
+
+
+def _asked(demand: Demand, lent: Resources, num_workers: int) -> Resources:
+    """What Ray has to give to each of so many workers in a bundle, where they share what is lent to them."""
+    missing = {name: amount - lent.get(name, 0.0) / num_workers for name, amount in demand.each.items()}
+    return {name: round(amount, 4) for name, amount in missing.items() if amount >= 0.0001}
 
 
 def _too_small(demand: Demand, specs: dict[int, Resources], own: Resources) -> str:

@@ -264,7 +264,9 @@ class Coordinator:
         except BaseException as error:
             self._interrupts.correct(error)
             self.state.is_interrupted = self._interrupts.pending is not None or isinstance(error, KeyboardInterrupt)
-            status = "interrupted" if self.state.is_interrupted else "failed"
+            # Ray ends a function of the user's in good order with a SystemExit of code 0.
+            is_end = isinstance(error, SystemExit) and not error.code
+            status = "interrupted" if self.state.is_interrupted else "success" if is_end else "failed"
             try:
                 if self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit)):
                     self._break_off()

@@ -25,24 +25,23 @@ class Placement:
         current = ray.util.get_current_placement_group()
         self._is_own = current is None
         if current is not None:
-            self._each = each_of(workers, cpu=1.0)
             self._group = current
-            self._bundles = borrowed.bundles_for(Demand(workers=workers, each=self._each), current)
+            self._places = borrowed.bundles_for(Demand(workers=workers, each=each_of(workers, cpu=1.0)), current)
         else:
             demand = _demand(workers)
-            self._each = demand.each
             self._group = _placed(demand)
-            self._bundles = demand.bundle_of_worker
+            self._places = [(bundle, demand.each) for bundle in demand.bundle_of_worker]
 
     def options(self, index: int) -> dict[str, Any]:
         """Ray's options for the actor of this worker."""
         named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        bundle, each = self._places[index]
         return {
             "num_cpus": 0,
-            **{named[name]: amount for name, amount in self._each.items() if name in named},
-            "resources": {name: amount for name, amount in self._each.items() if name not in named},
+            **{named[name]: amount for name, amount in each.items() if name in named},
+            "resources": {name: amount for name, amount in each.items() if name not in named},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=self._bundles[index]
+                placement_group=self._group, placement_group_bundle_index=bundle
             ),
         }
 
@@ -60,11 +59,12 @@ class Placement:
 def _demand(workers: Workers) -> Demand:
     """What the workers ask for. ResourcesError: nothing can meet it."""
     hosts = cluster_hosts()
-    if cluster.is_embedded():
-        # The node is ours alone. A small share leaves room beside warm workers that wait for their next run.
-        demand = Demand(workers=workers, each=each_of(workers, cpu=0.01))
-    else:
-        demand = Demand(workers=workers, each=each_of(workers, cpu=1.0))
+    # On the node that is ours alone, a small share leaves room beside warm workers that wait for their next run.
+    cpu = 0.01 if cluster.is_embedded() else 1.0
+    # A task or actor only waits for its workers: they use what it holds, or tasks that fill a cluster would wait for
+    # each other.
+    lent = _own()[1].get("CPU", 0.0) / workers.num_workers
+    demand = Demand(workers=workers, each=each_of(workers, cpu=max(0.0, round(cpu - lent, 4))))
     if demand.fits(hosts):
         return demand
     if ray_private.autoscaling() is not None:
@@ -86,7 +86,8 @@ def _demand(workers: Workers) -> Demand:
 def each_of(workers: Workers, *, cpu: float) -> Resources:
     """What a worker asks for: what is named, and what every worker needs where it is not named."""
     each = {"CPU": cpu, **({"GPU": 1.0} if workers.accelerator == "cuda" else {}), **workers.resources_per_worker}
-    return {name: float(amount) for name, amount in each.items() if amount}
+    # Ray has no bundles of nothing, and counts memory in bytes.
+    return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 
 
 def _placed(demand: Demand) -> PlacementGroup:

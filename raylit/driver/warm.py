@@ -102,7 +102,8 @@ class _Pool:
     def give_back(self, group: ActorGroup, *, keep_s: float | None) -> None:
         """Keep a group whose workers are as good as new; end any other."""
         if keep_s is None:
-            keep_s = 300.0 if cluster.is_embedded() else 30.0
+            # An actor whose last handle has gone lives on as long as its workers do.
+            keep_s = 300.0 if cluster.is_embedded() and not cluster.is_in_worker() else 30.0
         if keep_s > 0 and group.is_usable and ray.is_initialized():
             try:
                 group.dismiss()

@@ -122,7 +122,7 @@ class _Training:
         given = _listed(arguments.pop("callbacks", None))
         own: list[Callback | DriverCallback] = [trial.reporter]
         if trial.is_perturbed:
-            from raylit.tune.perturbed import PerturbedHyperparameters
+            from raylit.callbacks.perturbed import PerturbedHyperparameters
 
             own.append(PerturbedHyperparameters())
         if arguments.get("logger", True) is True:

@@ -52,7 +52,7 @@ def hosts(**workers):
     room = Placement(Workers(**workers))
     table = ray.util.placement_group_table(room._group)["bundles_to_node_id"]
     room.remove()
-    return [table[index] for index in room._bundles]
+    return [table[index] for index, _ in room._places]
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "labels": {"zone": "a"}})
 cluster.add_node(num_cpus=2, labels={"zone": "b"}, resources={"disk": 3})

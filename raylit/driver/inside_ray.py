@@ -1,0 +1,100 @@
+"""What becomes of a fit inside a function that Ray Tune or Ray Train has called: it reports to them, and where the
+function has been restored it goes on from where that was. Driver."""
+
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raylit.callbacks.base import DriverCallback
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.perturbed import PerturbedHyperparameters
+from raylit.checkpoint import files
+from raylit.driver import callers
+from raylit.driver.ray_session import RaySession, current_session
+from raylit.driver.tune_report import FILE, TuneReport
+from raylit.worker.context import Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inside:
+    """A fit, as its surroundings would have it."""
+
+    job: Job
+    callbacks: list[DriverCallback]
+    checkpoint: dict[str, Any] | None = None
+    """What a restored function goes on from."""
+
+
+class _Fits(threading.local):
+    """Counts the fits of a function that Ray has called: each call has a thread of its own."""
+
+    num_begun = 0
+
+
+_fits = _Fits()
+
+
+def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: int, is_continued: bool) -> Inside:
+    """Called once for each fit. `is_continued`: the user says himself what it goes on from."""
+    session = current_session()
+    reports = [callback for callback in callbacks if isinstance(callback, TuneReport)]
+    for report in reports:
+        report.attach(None, {})
+    if session is None:
+        return Inside(job=job, callbacks=list(callbacks))
+    number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
+    frames = callers.calling_functions()
+    around = callers.code_of(frames)
+    # Hooks on other processes see no session of Ray's.
+    hooks = callers.methods_of([*callbacks, *((job.module, *job.callbacks) if num_workers == 0 else ())])
+    is_reported = callers.is_returning_results(frames) or callers.is_calling("report", [*around, *hooks])
+    if not reports and not is_reported:
+        reports = [TuneReport.automatic(save_checkpoints=any(isinstance(c, ModelCheckpoint) for c in callbacks))]
+    for report in reports:
+        report.attach(session, {"fit": number, "config": _digest(session.config)})
+    others = [callback for callback in callbacks if not isinstance(callback, TuneReport)]
+    inside = Inside(job=job, callbacks=[*others, *reports])  # last, so that it sees what the others have done
+    if number > 0 or is_continued or callers.is_calling("get_checkpoint", around):
+        return inside
+    return _restored(session, inside)
+
+
+def _restored(session: RaySession, inside: Inside) -> Inside:
+    """With the checkpoint that the function is restored from, where a fit has reported it."""
+    checkpoint = session.checkpoint
+    notes = None if checkpoint is None else checkpoint.get_metadata().get("raylit")
+    if notes is None:
+        return inside
+    if notes["fit"] > 0:
+        warnings.warn(
+            f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1} and begins anew: which "
+            "fit is to go on from tune.get_checkpoint(), say by ckpt_path, and leave out those before it",
+            stacklevel=4,
+        )
+        return inside
+    with checkpoint.as_directory() as directory:
+        restored = files.read(os.path.join(directory, FILE))
+    if notes["config"] == _digest(session.config):
+        return replace(inside, checkpoint=restored)
+    # A better trial's checkpoint, as population based training hands them out: its files are not this trial's.
+    states = restored.get("callbacks", {})
+    restored["callbacks"] = {
+        key: state for key, state in states.items() if not key.startswith(ModelCheckpoint.__name__)
+    }
+    job = replace(inside.job, callbacks=[*inside.job.callbacks, PerturbedHyperparameters()])
+    return replace(inside, job=job, checkpoint=restored)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Equal for configs of equal plain values, in any process."""
+    text = json.dumps(config, sort_keys=True, skipkeys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else type(value).__qualname__
