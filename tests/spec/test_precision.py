@@ -224,7 +224,7 @@ def test_a_resumed_run_has_the_scale_that_it_had(tmp_path):
     fit(again, callbacks=[end], ckpt_path=middle, **saving)
     assert_same_weights(weights_of(again), weights_of(whole))
     saved = torch.load(end.best_model_path, weights_only=True)
-    assert saved["scaler"]["scale"] == 2.0**14
+    assert saved["MixedPrecision"]["scale"] == 2.0**14
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e38])
@@ -243,7 +243,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved(factor,
     fit(model, precision=16, enable_checkpointing=True, callbacks=[checkpointing])
     assert model.is_unmoved == (factor > 1)
     saved = torch.load(checkpointing.best_model_path, weights_only=True)
-    assert saved["scaler"]["scale"] == (2.0**15 if factor > 1 else 2.0**16)
+    assert saved["MixedPrecision"]["scale"] == (2.0**15 if factor > 1 else 2.0**16)
 
 
 @pytest.mark.parametrize(
