@@ -19,6 +19,7 @@ from raylit.loop_hooks import LoopHooks
 from raylit.rebuild import load_weights, read_for_rebuild, rebuilt
 from raylit.sequences import split_along_time
 from raylit.summary import Summary, summarized
+from raylit.weights import read_weights, write_weights
 
 _OF_THE_RUN = ("_view", "_metrics")
 """Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
@@ -343,6 +344,14 @@ class LightningModule(LoopHooks):
         module.on_load_checkpoint(checkpoint)
         load_weights(module, checkpoint["state_dict"], source=source, strict=strict)
         return module if map_location is None else module.to(map_location)
+
+    def save_weights(self, path: str | Path) -> None:
+        """The state dict as a safetensors file, to a path or a URL; a tied weight is stored once."""
+        write_weights(self, path)
+
+    def load_weights(self, path: str | Path, strict: bool = True) -> None:
+        """Take over the weights of a safetensors file, or of a checkpoint. Nothing is unpickled."""
+        read_weights(self, path, strict=strict)
 
     def freeze(self) -> None:
         """No gradients, eval mode."""

@@ -17,6 +17,7 @@ from raylit.module import LightningModule
 from raylit.plan import Plan
 from raylit.profilers import PassThroughProfiler, Profiler
 from raylit.state import RunState, RunStatus, TrainerState
+from raylit.weights import write_weights
 
 
 class Outcome:
@@ -121,3 +122,11 @@ class Outcome:
         newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
         owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
         write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
+
+    def save_weights(self, filepath: str | os.PathLike[str]) -> None:
+        """The last run's weights as a safetensors file, to a path or a URL: for other programs, and `load_weights`."""
+        if self._model is None:
+            raise ConfigError(
+                "save_weights needs a model: call fit on this Trainer before, or model.save_weights(path)"
+            )
+        write_weights(self._model, filepath)

@@ -33,6 +33,7 @@ LAYERS = (
         "results",
         "seed",
         "sequences",
+        "weights",
     },
     {"worker"},
     {"driver"},

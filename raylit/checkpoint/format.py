@@ -23,6 +23,9 @@ from raylit.state import Progress
 FORMAT = 1
 """Goes up when an older raylit could no longer resume from what this one writes."""
 
+SCALER = "MixedPrecision"
+"""Lightning's name for the state of the gradient scaler."""
+
 _WRAPPER = "__raylit__"
 """Marks a dict that stands for a hyper-parameter of another type."""
 
@@ -112,6 +115,12 @@ def seed_of(checkpoint: Mapping[str, Any]) -> int | None:
     """The seed that the saved run's order of samples follows; None in Lightning's own checkpoints."""
     seed: int | None = checkpoint.get("raylit", {}).get("seed")
     return seed
+
+
+def scaler_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The gradient scaler's state; Lightning before 1.6 called it otherwise. None: the run had no scaler."""
+    state: dict[str, Any] | None = checkpoint.get(SCALER, checkpoint.get("native_amp_scaling_state"))
+    return state
 
 
 def plain(value: Any, where: str) -> Any:

@@ -40,6 +40,9 @@ class ProcessState:
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(True)
         torch.autograd.set_detect_anomaly(False)
+        if "torch._dynamo" in sys.modules:
+            # Compiled code of a run would count against the next one's, whose functions may be the same.
+            torch._dynamo.reset()
         self._note_user_modules()
         sys.path[:] = self._import_path
         # An exception's traceback may hold the run's last frames.
@@ -91,8 +94,9 @@ def _set_apart() -> None:
 
 def _is_of_the_process(thread: threading.Thread) -> bool:
     """Autograd's threads show up when they call Python, asyncio's belong to the actor, and the process's first executor
-    is the one in which Ray runs the actor's stream of reports."""
-    return thread.name.startswith(("Dummy-", "asyncio_", "ThreadPoolExecutor-0_"))
+    is the one in which Ray runs the actor's stream of reports. tqdm, which torch's compiler uses too, has one that
+    looks after all bars."""
+    return thread.name.startswith(("Dummy-", "asyncio_", "ThreadPoolExecutor-0_", "tqdm_monitor"))
 
 
 def _is_installed(path: str) -> bool:

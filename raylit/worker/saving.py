@@ -99,8 +99,8 @@ class Saving:
             optimizer.load_state_dict(state)
         for schedule, state in zip(self._schedules, checkpoint["lr_schedulers"], strict=True):
             schedule.scheduler.load_state_dict(state)
-        if session.precision.scaler is not None and "scaler" in checkpoint:
-            session.precision.scaler.load_state_dict(checkpoint["scaler"])
+        if session.precision.scaler is not None and (scale := format.scaler_of(checkpoint)) is not None:
+            session.precision.scaler.load_state_dict(scale)
         self._apply_position(checkpoint)
 
     def _take(self, *, is_weights_only: bool) -> Saved:
@@ -127,7 +127,7 @@ class Saving:
                 callback.state_key: state for callback in session.job.callbacks if (state := callback.state_dict())
             }
             if session.precision.scaler is not None:
-                checkpoint["scaler"] = session.precision.scaler.state_dict()
+                checkpoint[format.SCALER] = session.precision.scaler.state_dict()
             if datamodule is not None and (state := datamodule.state_dict()):
                 checkpoint[type(datamodule).__qualname__] = state
             for callback in session.job.callbacks:

@@ -19,6 +19,7 @@ from raylit.profilers.base import timed
 from raylit.state import Stage
 from raylit.strategies import build_strategy
 from raylit.worker.brake import Brake
+from raylit.worker.compiling import CompilationWatch, compile_parts
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks
 from raylit.worker.peers import Peers
@@ -71,6 +72,7 @@ class Session:
         self._attached: list[RemovableHandle] = []
         """A profiler's hooks on the user's objects."""
         self._compiled: list[nn.Module] = []
+        self._compilations: CompilationWatch | None = None
         self._pending_random_state: dict[str, Any] | None = None
 
     def set_up(self) -> None:
@@ -88,11 +90,20 @@ class Session:
         self.module.to(device=self.device, dtype=self.precision.weights_dtype)
         if self.plan.optimization.is_channels_last:
             set_layout(self.module, torch.channels_last)
-        self._compiled = compile_again(self.module, job.compilations)
+        self._compile()
         if self.profiler is not None:
             self._attached += self.profiler.attach(self.module)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
+
+    def _compile(self) -> None:
+        """As the user has it, and what the Trainer is asked for besides."""
+        options = self.plan.optimization.compile_options
+        self._compiled = compile_again(self.module, self.job.compilations)
+        if options is not None:
+            self._compiled += compile_parts(self.module, options, host=self.context.host)
+        if options is not None or self.job.compilations:
+            self._compilations = CompilationWatch()
 
     def _is_preparing(self, owner: Any) -> bool:
         """One rank of each host prepares the data, or one in all."""
@@ -130,6 +141,8 @@ class Session:
 
     def tear_down(self) -> None:
         """`teardown` of everyone, and the module as an ordinary one again."""
+        if self.plan.optimization.compile_options is not None and self._compilations is not None:
+            self._compilations.check_use()
         try:
             self.hooks.tear_down(self.stage, self.job.datamodule)
         finally:
@@ -147,5 +160,7 @@ class Session:
         for attached in self._attached:
             attached.remove()
         drop_compiled(self._compiled)
+        if self._compilations is not None:
+            self._compilations.close()
         if self.job.datamodule is not None:
             self.job.datamodule.trainer = None

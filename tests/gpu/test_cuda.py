@@ -66,7 +66,7 @@ class Mixed(Regression):
         return y
 
     def on_save_checkpoint(self, checkpoint):
-        self.scale = checkpoint.get("scaler", {}).get("scale")
+        self.scale = checkpoint.get("MixedPrecision", {}).get("scale")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("16-mixed", torch.float16), ("bf16-mixed", torch.bfloat16)])

@@ -40,17 +40,17 @@ class ManualNet(Net):
         optimizer.step()
 
 
-def mixed_by_hand(model, dtype, *, scaler=None, clip=None):
+def mixed_by_hand(model, dtype, *, scaler=None, clip=None, accumulate=1, factor_of=lambda batch: 1.0):
     optimizer = model.configure_optimizers()
-    for _, _, (x, y) in batches():
-        optimizer.zero_grad()
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    for number, (_, _, (x, y)) in enumerate(batches()):
+        if number % accumulate == 0:
+            optimizer.zero_grad()
         with torch.autocast("cpu", dtype=dtype):
             loss = functional.mse_loss(model.net(x), y)
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
+        scaler.scale(loss * factor_of(number) / accumulate).backward()
+        if (number + 1) % accumulate:
             continue
-        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -86,6 +86,147 @@ def test_gradients_are_unscaled_before_they_are_clipped():
     assert_same_weights(weights_of(model), weights_of(by_hand))
 
 
+def overflow_at(number):
+    """A factor of the loss that makes its gradients infinite in one batch."""
+    return lambda batch: 1e38 if batch == number else 1.0
+
+
+class Fused(Net):
+    """An optimizer in one kernel, which unscales by itself where nobody else does; its first step overflows."""
+
+    num_seen = 0
+
+    def training_step(self, batch, batch_idx):
+        self.num_seen += 1
+        return super().training_step(batch, batch_idx) * overflow_at(0)(self.num_seen - 1)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05, fused=True)
+
+
+class FusedAsLoop(Fused):
+    training_step = Net.training_step
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_fused_optimizer_may_be_clipped_and_scaled(clip):
+    model = Fused()
+    scaler = torch.amp.GradScaler("cpu")
+    by_hand = mixed_by_hand(FusedAsLoop(), torch.float16, scaler=scaler, clip=clip, factor_of=overflow_at(0))
+    fit(model, precision=16, gradient_clip_val=clip)
+    assert_same_weights(weights_of(model), weights_of(by_hand))
+    assert scaler.get_scale() == 2.0**15
+
+
+def test_accumulated_gradients_are_unscaled_once():
+    model = Net()
+    by_hand = mixed_by_hand(
+        copy.deepcopy(model), torch.float16, scaler=torch.amp.GradScaler("cpu"), clip=0.05, accumulate=3
+    )
+    fit(model, precision=16, gradient_clip_val=0.05, accumulate_grad_batches=3)
+    assert_same_weights(weights_of(model), weights_of(by_hand))
+
+
+@pytest.mark.parametrize("kind", [Net, ManualNet])
+def test_a_hook_before_the_step_sees_unscaled_gradients(kind):
+    norms = []
+
+    class Looks(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            norms.append(max(float(parameter.grad.abs().max()) for parameter in pl_module.parameters()))
+
+    fit(kind(), precision=16, callbacks=[Looks()], max_epochs=1)
+    finite = [norm for norm in norms if norm < float("inf")]
+    assert (len(norms), len(finite)) == (6, 5)
+    assert 0 < min(finite) <= max(finite) < 10  # scaled ones are 65536 times as large
+
+
+def test_manual_optimization_clips_unscaled_gradients():
+    class Clips(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    model = Clips()
+    by_hand = mixed_by_hand(Net(), torch.float16, scaler=torch.amp.GradScaler("cpu"), clip=0.05)
+    fit(model, precision=16)
+    assert_same_weights(weights_of(model), weights_of(by_hand))
+
+
+def test_a_schedule_goes_on_through_steps_that_the_scaler_skips():
+    """As in Lightning: it follows the steps that are counted. torch's warning of a wrong order would be mistaken."""
+
+    class Scheduled(Net):
+        rates = ()
+
+        def training_step(self, batch, batch_idx):
+            self.rates = (*self.rates, self.trainer.optimizers[0].param_groups[0]["lr"])
+            return super().training_step(batch, batch_idx) * overflow_at(0)(len(self.rates) - 1)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.08)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    model = Scheduled()
+    trainer = fit(model, precision=16, max_epochs=1)
+    assert model.rates == (0.08, 0.04, 0.02, 0.01, 0.005, 0.0025)
+    assert trainer.global_step == 6
+
+
+class OverflowsOnOneRank(Net):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * 1e38 if self.global_rank == 1 and batch_idx == 2 else loss
+
+    def on_train_end(self):
+        rows = [torch.zeros_like(self.net[0].weight) for _ in range(2)]
+        torch.distributed.all_gather(rows, self.net[0].weight.detach())
+        self.is_alike = torch.equal(*rows)
+
+
+class OverflowsByHand(OverflowsOnOneRank):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [OverflowsOnOneRank, OverflowsByHand])
+def test_all_ranks_skip_a_step_in_which_one_of_them_overflows(kind):
+    model = kind()
+    fit(model, precision=16, num_workers=2)
+    assert model.is_alike
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:checkpoints go to")
+def test_a_resumed_run_has_the_scale_that_it_had(tmp_path):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * 1e38 if self.trainer.global_step in (1, 3) else loss
+
+    whole, again = Overflows(), Overflows()
+    saving = {"enable_checkpointing": True, "precision": 16}
+    half = pl.ModelCheckpoint(dirpath=tmp_path / "half", every_n_train_steps=4, save_top_k=-1)
+    fit(whole, callbacks=[half, pl.ModelCheckpoint(dirpath=tmp_path / "end")], **saving)
+    middle = next((tmp_path / "half").glob("*step=4.ckpt"))
+    end = pl.ModelCheckpoint(dirpath=tmp_path / "again")
+    fit(again, callbacks=[end], ckpt_path=middle, **saving)
+    assert_same_weights(weights_of(again), weights_of(whole))
+    saved = torch.load(end.best_model_path, weights_only=True)
+    assert saved["MixedPrecision"]["scale"] == 2.0**14
+
+
 @pytest.mark.parametrize("factor", [1.0, 1e38])
 def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved(factor, tmp_path):
     class Overflowing(Net):
@@ -102,7 +243,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved(factor,
     fit(model, precision=16, enable_checkpointing=True, callbacks=[checkpointing])
     assert model.is_unmoved == (factor > 1)
     saved = torch.load(checkpointing.best_model_path, weights_only=True)
-    assert saved["scaler"]["scale"] == (2.0**15 if factor > 1 else 2.0**16)
+    assert saved["MixedPrecision"]["scale"] == (2.0**15 if factor > 1 else 2.0**16)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +289,24 @@ def test_evaluation_runs_in_the_same_precision(quiet):
         Types(), torch.utils.data.DataLoader(make_data(), batch_size=8), precision="bf16-mixed", num_workers=0, **quiet
     )
     assert result == {"bits": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("64-true", torch.float64),
+        ("16-mixed", torch.float16),
+        ("bf16-mixed", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("bf16-true", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_predictions_come_in_the_runs_precision(precision, dtype, num_workers, quiet):
+    loader = torch.utils.data.DataLoader(make_data(8), batch_size=4)
+    outputs = pl.predict(Regression(), loader, precision=precision, num_workers=num_workers, **quiet)
+    assert [output.dtype for output in outputs] == [dtype, dtype]
 
 
 def test_an_unknown_precision_names_the_known_ones():

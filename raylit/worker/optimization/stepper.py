@@ -25,6 +25,10 @@ class Stepper:
         """The gradients have been divided by the scaler's factor since the last step."""
         self._view = session.view
         self._scaler = session.precision.scaler
+        if self._scaler is not None:
+            # The first steps may be skipped, until the scale fits. torch would take the schedulers', which go on as the
+            # count of steps does, for steps in the wrong order.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
         self._before_zero_grad = session.hooks.of("on_before_zero_grad")
         self._before_step = session.hooks.of("on_before_optimizer_step")
         zero_grad = self._overridden_zero_grad(session.module) or unannotated_zero_grad(optimizer)

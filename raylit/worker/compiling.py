@@ -1,0 +1,144 @@
+"""Trainer(compile=...): what is compiled of a module, and a report where torch does so again and again. Worker."""
+
+import os
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from raylit.errors import ConfigError
+from raylit.worker.metric_objects import is_object
+
+_NUM_ALIKE = 3
+"""So many compilations of one function for one kind of reason are reported."""
+
+
+def compile_parts(module: nn.Module, options: dict[str, Any], *, host: str) -> list[nn.Module]:
+    """Have the module's `forward` and its layers compiled at their first call, where the user has not; returns them.
+
+    A layer within a compiled `forward` becomes part of that. ConfigError: this host cannot compile.
+    """
+    _check(options, host=host)
+    compiled = []
+    for name, part in _parts(module):
+        if part._compiled_call_impl is None:
+            part._compiled_call_impl = torch.compile(_traceable(name, part), **options)
+            compiled.append(part)
+    return compiled
+
+
+class CompilationWatch:
+    """Sees what torch compiles in this process, from now until `close`."""
+
+    def __init__(self) -> None:
+        # Only where something is compiled: torch's compiler takes seconds to import.
+        from torch._dynamo.callback import callback_handler
+        from torch._dynamo.utils import get_compilation_metrics
+
+        self.num_seen = 0
+        """Compilations."""
+        self._handler = callback_handler
+        self._metrics_of = get_compilation_metrics
+        self._last = self._newest()
+        self._alike: Counter[tuple[str, str]] = Counter()
+        self._reported: set[str] = set()
+        callback_handler.register_start_callback(self._see)
+
+    def check_use(self) -> None:
+        """After a run: warns where nothing was compiled at all."""
+        if self.num_seen == 0:
+            warnings.warn(
+                "compile=... has compiled nothing: no step calls the module itself (self(...)) or one of its layers as "
+                "a whole; have the steps do so, or compile what they call, with .compile() in configure_model",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        if self._see in self._handler.start_callbacks:
+            self._handler.remove_start_callback(self._see)
+
+    def _newest(self) -> Any:
+        return next(iter(reversed(self._metrics_of())), None)
+
+    def _see(self, args: Any) -> None:
+        """At the start of a compilation, when torch has filed those before it."""
+        self.num_seen += 1
+        new = []
+        for metrics in reversed(self._metrics_of()):
+            if metrics is self._last:
+                break
+            new.append(metrics)
+        self._last = new[0] if new else self._last
+        for metrics in reversed(new):
+            if metrics.recompile_reason and metrics.co_name:
+                place = f"{metrics.co_name} ({metrics.co_filename}:{metrics.co_firstlineno})"
+                self._count(place, metrics.recompile_reason)
+
+    def _count(self, place: str, reason: str) -> None:
+        """`reason`: the guard that failed, after the number of the compilation that it belongs to."""
+        guard = re.sub(r"\s+", " ", reason.splitlines()[0].partition(": ")[2].partition(" (HINT")[0]).strip()
+        kind = place, re.sub(r"\d+", "N", guard)
+        self._alike[kind] += 1
+        if self._alike[kind] < _NUM_ALIKE or place in self._reported:
+            return
+        self._reported.add(place)
+        warnings.warn(
+            f"torch.compile has compiled {place} again and again, {self._alike[kind]} times because of: {guard}. Each "
+            "time costs seconds, and after some it runs uncompiled. Where a size changes, pad, leave the last batch "
+            "out (drop_last=True) or pass compile={'dynamic': True}; where a number changes, keep it in a tensor",
+            stacklevel=2,
+        )
+
+
+def _check(options: dict[str, Any], *, host: str) -> None:
+    backend = options.get("backend", "inductor")
+    if not isinstance(backend, str) or options.get("disable"):
+        return
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(f"compile={options!r}: torch has no backend {backend!r} here; it has {', '.join(known)}")
+    compiler = os.environ.get("CXX", "g++")
+    if backend == "inductor" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"compile needs a C++ compiler, and host {host} has no {compiler!r}: install one (apt install g++), say "
+            "which in the environment variable CXX, pass compile={'backend': 'aot_eager'} (which runs anywhere, and no "
+            "faster than without), or leave compile out"
+        )
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """By name: the module where it has a `forward` of its own, and what is called on its own otherwise, its layers with
+    weights."""
+    if type(module).forward is not nn.Module.forward:
+        yield "forward", module
+    yield from _layers(module)
+
+
+def _layers(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in owner.named_children():
+        if isinstance(layer, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{name}_{inner}", part) for inner, part in _layers(layer))
+        elif not is_object(layer) and next(layer.parameters(), None) is not None:
+            yield name, layer
+
+
+def _traceable(name: str, part: nn.Module) -> Callable[..., Any]:
+    """What torch.compile is to take for a part's call.
+
+    It compiles no function of torch's own files, such as nn.Sequential's `forward`, but what another calls. That one
+    has code of its own for each part, as torch counts compilations by code and gives up after eight.
+    """
+    if not type(part).forward.__module__.startswith("torch."):
+        return part._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return part._call_impl(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=name)
+    return FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
