@@ -10,7 +10,7 @@ from typing import Any
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import is_validated_by_epoch_end
 from raylit.driver.ray_session import RaySession
-from raylit.errors import ConfigError
+from raylit.errors import CheckpointError, ConfigError
 
 FILE = "checkpoint.ckpt"
 """The file in a Checkpoint of Ray's."""
@@ -78,6 +78,11 @@ class TuneReport(DriverCallback):
         if is_validated_by_epoch_end(run) and (self._is_validated or not run.state.has_validation):
             self._report(run)
 
+    def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
+        """Ray counts on the checkpoint."""
+        if error is not None:
+            raise error
+
     def _report(self, run: Run) -> None:
         session = self._session
         self._is_validated = False
@@ -113,6 +118,7 @@ class TuneReport(DriverCallback):
         with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
             path = os.path.join(directory, FILE)
             run.save_checkpoint(path)
+            run.finish_saves()
             checkpoint = session.checkpoint_of(directory)
             checkpoint.update_metadata({"raylit": self._notes})
             yield checkpoint

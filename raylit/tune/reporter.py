@@ -5,6 +5,7 @@ from dataclasses import replace
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import is_validated_by_epoch_end
 from raylit.driver.schedule import Schedule
+from raylit.errors import CheckpointError
 from raylit.tune.handover import Handover
 
 IS_LAST = "is_last_report"
@@ -37,11 +38,21 @@ class Reporter(DriverCallback):
         if not self._has_reported and run.state.callback_metrics:
             self._report(run)
 
+    def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
+        """Tune counts on the checkpoint."""
+        if error is not None:
+            raise error
+
     def _report(self, run: Run) -> None:
         self._has_reported = True
         progress = run.state.progress
         metrics = {"epoch": progress.epoch, "step": progress.global_step, **run.state.callback_metrics}
-        if not self._handover.report({**metrics, IS_LAST: _is_last(run)}, save=run.save_checkpoint):
+
+        def save(path: str) -> None:
+            run.save_checkpoint(path)
+            run.finish_saves()
+
+        if not self._handover.report({**metrics, IS_LAST: _is_last(run)}, save=save):
             run.stop("the scheduler has ended the trial")
 
 

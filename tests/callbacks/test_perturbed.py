@@ -5,7 +5,7 @@ import torch
 from models import Regression, RegressionData
 
 import raylit as pl
-from raylit.tune.perturbed import PerturbedHyperparameters
+from raylit.callbacks.perturbed import PerturbedHyperparameters
 
 
 class Momentum(Regression):
