@@ -104,14 +104,15 @@ def shows_user_frames(function: Callable[_Parameters, _Result]) -> Callable[_Par
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            error.__traceback__ = _without_hidden(error.__traceback__)
+            error.__traceback__ = without_hidden(error.__traceback__)
             # A raise without arguments adds no frame to what is there, so that this one is hidden as well.
             raise
 
     return call
 
 
-def _without_hidden(frames: TracebackType | None) -> TracebackType | None:
+def without_hidden(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback's frames other than raylit's and Ray's."""
     kept: TracebackType | None = None
     shown = []
     while frames is not None:

@@ -3,13 +3,14 @@
 import contextlib
 import re
 import resource
+import traceback
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 
 from raylit.callbacks.base import Callback
-from raylit.errors import ConfigError, WorkerDied
+from raylit.errors import ConfigError, RemoteTraceback, WorkerDied, without_hidden
 
 Verdict = Literal["too large", "crashed"]
 
@@ -90,7 +91,11 @@ def check_limit(num_bytes: int | None, *, is_on_cpu: bool) -> None:
 
 
 def without_traces(error: BaseException) -> BaseException:
-    """The exception, but no longer the frames that it has passed, whose variables hold a failed step's tensors."""
+    """The exception, but no longer the frames that it has passed, whose variables hold a failed step's tensors: a text
+    tells of them."""
+    if error.__cause__ is None:
+        shown = without_hidden(error.__traceback__) or error.__traceback__
+        error.__cause__ = RemoteTraceback("".join(traceback.format_exception(type(error), error, shown)))
     for each in _chain(error):
         each.__traceback__ = None
         # What was handled meanwhile explains nothing that the cause does not.

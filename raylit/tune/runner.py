@@ -1,5 +1,6 @@
 """Runner: who runs the trials of a search; DirectRunner does so one by one, from this process. Driver."""
 
+import contextlib
 import gc
 from functools import partial
 from typing import Any, Protocol
@@ -26,9 +27,10 @@ def build_runner(plan: Plan, *, is_shown: bool) -> Runner:
 
         cluster.connect()
         if not cluster.is_in_worker():
-            from raylit.tune.tune_runner import TuneRunner
+            with contextlib.suppress(ImportError):  # raylit[tune] is not installed: one trial after the other
+                from raylit.tune.tune_runner import TuneRunner
 
-            return TuneRunner(is_shown=is_shown)
+                return TuneRunner(is_shown=is_shown)
     return DirectRunner()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from raylit.errors import ConfigError
 from raylit.plan import Plan
@@ -22,7 +22,7 @@ class Windows:
     """Samples of an optimizer's step, over all workers; None: as many as the size makes them."""
 
     @classmethod
-    def of(cls, wanted: int | Literal["keep", "any"], job: Job, plan: Plan, *, size: int, max_size: int) -> "Windows":
+    def of(cls, wanted: int | Literal["keep", "any"], job: Job, plan: Plan, *, size: Any, max_size: int) -> "Windows":
         """ConfigError: no size can make steps of what is wanted. `size` is what the module has now."""
         is_number = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0
         if wanted not in ("keep", "any") and not is_number:
@@ -40,6 +40,10 @@ class Windows:
             raise ConfigError(
                 f"effective_batch_size={wanted!r} with an accumulation that changes from epoch to epoch: give one "
                 "number as accumulate_grad_batches, or effective_batch_size='any'"
+            )
+        if wanted == "keep" and not (isinstance(size, int) and size > 0):
+            raise ConfigError(
+                f"effective_batch_size='keep' of the batch size {size!r}: give the number of samples, or 'any'"
             )
         effective = window * size * world_size if wanted == "keep" else wanted
         assert isinstance(effective, int)

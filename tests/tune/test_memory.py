@@ -1,6 +1,7 @@
 """What is known as an error of memory, and a limit whose errors are real."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -47,6 +48,12 @@ def test_an_error_is_known_by_type_or_words(error, verdict):
     assert verdict_on(error) == verdict
 
 
+def caught(function):
+    with pytest.raises(IndexError) as info:
+        function()
+    return info.value
+
+
 def test_the_cause_of_an_error_counts_and_its_frames_go():
     outer = None
     try:
@@ -58,6 +65,8 @@ def test_the_cause_of_an_error_counts_and_its_frames_go():
         outer = error
     assert verdict_on(outer) == "too large"
     assert without_traces(outer).__traceback__ is outer.__cause__.__traceback__ is None
+    told = caught(lambda: [][1])
+    assert "[][1]" in str(without_traces(told).__cause__)
     told = RuntimeError("bug")
     told.__cause__ = RemoteTraceback("In rank 0: out of memory")  # only a text, of whatever
     assert verdict_on(told) is None
@@ -113,6 +122,58 @@ def test_a_trial_without_memory_and_one_that_is_killed_end_alone(quiet):
     assert "killed by SIGKILL" in results["error"][3] or "without a word" in results["error"][3]
     assert "allocate memory" in results["error"][4]
     assert size == model.batch_size == 158
+
+
+KILLED_BY_RAY = """
+    import os, time, torch
+    import raylit as pl
+    from torch.utils.data import DataLoader
+
+    class Eats(pl.LightningModule):
+        batch_size = 1
+
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 1
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            self.eaten = []
+            for _ in range(len(batch)):
+                self.eaten.append(b"x" * 100_000_000)
+                time.sleep(0.03)
+            loss, self.eaten = self.layer(batch).mean(), []
+            return loss
+
+        def train_dataloader(self):
+            return DataLoader(torch.ones(512, 1), batch_size=self.batch_size)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    if __name__ == "__main__":
+        with open("/proc/meminfo") as lines:
+            memory = {line.split()[0]: int(line.split()[1]) for line in lines}
+        limit = 1 - (memory["MemAvailable:"] - 3_000_000) / memory["MemTotal:"]
+        os.environ["RAY_memory_usage_threshold"] = str(limit)
+        os.environ["RAY_memory_monitor_refresh_ms"] = "100"
+        trainer = pl.Trainer(num_workers=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        size = trainer.tuner.scale_batch_size(Eats(), init_val=8, steps_per_trial=1)
+        print("SIZE", size, trainer.tuner.batch_sizes.results)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(180)
+def test_a_trial_that_rays_memory_monitor_kills_is_too_large(run_script):
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    if available < 6_000_000:
+        pytest.skip("needs 6 GB of free memory")
+    shown = run_script(KILLED_BY_RAY, timeout_s=170.0)
+    found = re.search(r"SIZE (\d+) .*'too large'\].*killed by Ray's memory monitor", shown)
+    assert found is not None, shown
+    assert 8 <= int(found[1]) < 512  # of 100 MB each
 
 
 def test_a_limit_is_a_number_of_bytes(quiet):
