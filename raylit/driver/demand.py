@@ -1,6 +1,7 @@
 """Demand: what the workers of a run need, and whether given hosts can ever offer it. Driver; knows nothing of Ray."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,8 +83,9 @@ def num_slots(resources: Resources, each: Resources) -> int:
 
 
 def in_words(resources: Resources) -> str:
-    """Amounts by name, CPU and GPU first, without Ray's internal ones. Ray itself lists them in no order."""
-    named = {name: amount for name, amount in resources.items() if ":" not in name and "memory" not in name}
+    """Amounts by name, CPU and GPU first, without Ray's internal ones, such as those of placement groups. Ray itself
+    lists them in no order."""
+    named = {name: amount for name, amount in resources.items() if not re.search(":|memory|_group_", name)}
     ordered = sorted(named, key=lambda name: (name != "CPU", name != "GPU", name))
     return ", ".join(f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0) or "nothing"
 

@@ -24,7 +24,7 @@ from raylit.plan import Workers
 from raylit.tune.histories import Histories, history_of
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
-from raylit.tune.room import check_room, placement_of
+from raylit.tune.room import check_room, demand_of, placement_of
 from raylit.tune.trial import Recipe, Setting, Trial, UnknownMetric
 from raylit.tune.trial_files import CHECKPOINT
 from raylit.tune.watching import Ending, Watcher, error_of
@@ -79,8 +79,9 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
     with _environment(), _quiet_tune(), _signals_as_before() as was_interrupted:
-        results = _tuner(trainable, space, run).fit()
+        results = _tuner(trainable, space, workers, run).fit()
     if was_interrupted():
+        sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
         raise KeyboardInterrupt
     # A resumed run has them in another order; their tags begin with their numbers.
     trials: list[TuneTrial] = sorted(
@@ -95,13 +96,15 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
     return [_record(trial, run) for trial in trials]
 
 
-def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
+def _tuner(trainable: Any, space: Mapping[str, Any], workers: Workers, run: Run) -> tune.Tuner:
     if run.is_resuming and tune.Tuner.can_restore(run.directory):
-        return tune.Tuner.restore(
-            run.directory, trainable, param_space=dict(space), resume_unfinished=True, resume_errored=True
-        )
+        return _restored(trainable, space, run)
     place, _, name = run.directory.rpartition("/")
     ending = Ending()
+    needs = str(demand_of(workers))
+    watcher = Watcher(
+        title=run.title, metric=run.metric, mode=run.mode, needs=needs, ending=ending, is_shown=run.is_shown
+    )
     return tune.Tuner(
         trainable,
         param_space=dict(space),
@@ -120,15 +123,22 @@ def _tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
             name=name,
             storage_path=place,
             verbose=0,
-            callbacks=[
-                Histories(run.directory),
-                Watcher(title=run.title, metric=run.metric, mode=run.mode, ending=ending, is_shown=run.is_shown),
-            ],
+            callbacks=[Histories(run.directory), watcher],
             stop=ending,
             failure_config=tune.FailureConfig(max_failures=run.max_failures),
             checkpoint_config=_checkpoints(run),
         ),
     )
+
+
+def _restored(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
+    """Unfinished trials go on from their newest checkpoints, and failed ones get another chance."""
+    try:
+        return tune.Tuner.restore(
+            run.directory, trainable, param_space=dict(space), resume_unfinished=True, resume_errored=True
+        )
+    except ValueError as error:
+        raise ConfigError(f"{run.directory} cannot be resumed: the space is another. {error}") from error
 
 
 def _checkpoints(run: Run) -> tune.CheckpointConfig:

@@ -1,5 +1,6 @@
 """Watcher: Tune's events as lines of progress; Ending: an end to runs that cannot work. Driver."""
 
+import math
 import os
 import sys
 import time
@@ -7,9 +8,12 @@ from collections import Counter
 from typing import Any
 
 import cloudpickle
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
+from raylit.driver.demand import in_words
+from raylit.driver.waiting import Waiting
 from raylit.tune.records import Mode, is_better, is_number
 from raylit.tune.trial import TrialFailed
 
@@ -30,17 +34,34 @@ class Ending(tune.Stopper):
 
 
 class Watcher(tune.Callback):
-    """Says how far the trials are and which have failed."""
+    """Says how far the trials are, which have failed, and what the first of them wait for."""
 
-    def __init__(self, *, title: str, metric: str | None, mode: Mode, ending: Ending, is_shown: bool = True) -> None:
+    def __init__(
+        self, *, title: str, metric: str | None, mode: Mode, needs: str, ending: Ending, is_shown: bool = True
+    ) -> None:
+        """`needs`: what a trial asks the cluster for."""
         self._title = title
         self._metric = metric
         self._mode = mode
+        self._needs = needs
         self._ending = ending
         self._is_shown = is_shown
         self._best: float | None = None
         self._best_id = ""
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        """Called once more when a run is resumed, with an object that comes from the storage."""
+        self._num_trials: int | None = total_num_samples
+        self._waiting = Waiting(timeout_s=math.inf)
+        self._groups_before = _placed_groups()
         self._shown_at_s = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        if any(trial.status == TuneTrial.RUNNING for trial in trials):
+            self._waiting = Waiting(timeout_s=math.inf)
+        elif self._is_shown and self._waiting.is_line_due and _placed_groups() <= self._groups_before:
+            free = in_words(ray.available_resources())
+            self._waiting.say(f"room for a trial of {self._needs}; free now: {free}")
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
@@ -61,16 +82,16 @@ class Watcher(tune.Callback):
         self._say(trials)
 
     def _say(self, trials: list[TuneTrial]) -> None:
-        if not self._is_shown or time.monotonic() - self._shown_at_s < _BETWEEN_LINES_S:
-            return
-        self._shown_at_s = time.monotonic()
-        self._write(self._progress(trials))
+        if self._is_shown and time.monotonic() - self._shown_at_s >= _BETWEEN_LINES_S:
+            self._shown_at_s = time.monotonic()
+            self._write(self._progress(trials))
 
     def _progress(self, trials: list[TuneTrial]) -> str:
         counts = Counter(trial.status for trial in trials)
-        parts = [f"{counts['TERMINATED']} trials done", f"{counts['RUNNING']} running"]
-        if counts["ERROR"]:
-            parts.append(f"{counts['ERROR']} failed")
+        of_all = "" if self._num_trials is None else f" of {self._num_trials}"
+        parts = [f"{counts[TuneTrial.TERMINATED]}{of_all} trials done", f"{counts[TuneTrial.RUNNING]} running"]
+        if counts[TuneTrial.ERROR]:
+            parts.append(f"{counts[TuneTrial.ERROR]} failed")
         if self._best is not None:
             parts.append(f"best {self._metric}={self._best:.4g} (trial {self._best_id})")
         return ", ".join(parts)
@@ -80,11 +101,19 @@ class Watcher(tune.Callback):
         sys.stderr.flush()
 
 
+def _placed_groups() -> set[str]:
+    """Placement groups that have their room, by id in hex: beside others' those of trials whose processes start."""
+    table = ray.util.placement_group_table()
+    return {name for name, entry in table.items() if entry["state"] == "CREATED"}
+
+
 def error_of(trial: TuneTrial) -> BaseException | None:
     """What ended a failed trial: raylit's own words where it got to say them."""
     error: Any = None
+    # Beside the trial's other files only when the run is over, or in another process.
     if os.path.exists(trial.pickled_error_file or ""):
         with open(trial.pickled_error_file, "rb") as file:
             error = cloudpickle.load(file)
+    error = error or trial.get_pickled_error()
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, TrialFailed) else error

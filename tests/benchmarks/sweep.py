@@ -134,8 +134,8 @@ def main() -> None:
             print(f"{name}: {each_s - alone_s[int(constants['NUM_WORKERS'])]:.2f} s beside a further trial's training")
     for number in args.trials:
         for peer in (name for name in contenders if name.startswith("Tune")):
-            ratio = times["raylit, 1 worker", number] / times[peer, number]
-            print(f"{number} trials: raylit, 1 worker / {peer}: {ratio:.2f}")
+            for own in (name for name in contenders if name.startswith("raylit")):
+                print(f"{number} trials: {own} / {peer}: {times[own, number] / times[peer, number]:.2f}")
 
 
 if __name__ == "__main__":
