@@ -1,0 +1,122 @@
+"""Trainers in real trials of Ray Tune, workers of Ray Train and actors, on the session's node: room, ends, leftovers."""
+
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import pytest
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+import raylit as pl
+from raylit.driver import cluster, warm
+
+TESTS = str(pathlib.Path(__file__).parents[1])
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Runs trials; trials that need all CPUs find them."""
+    cluster.connect()
+    warm.clear()
+
+    def run(function, configs, *, room=None, **settings):
+        trainable = tune.with_resources(function, room) if room else function
+        return tune.Tuner(
+            trainable,
+            param_space={"case": tune.grid_search(configs)},
+            tune_config=tune.TuneConfig(max_concurrent_trials=1, **settings),
+            run_config=tune.RunConfig(storage_path=str(tmp_path / "results"), verbose=0),
+        ).fit()
+
+    return run
+
+
+def training(**arguments):
+    """A function for Tune and Train to run: it may not refer to this module, which their processes cannot import."""
+    tests = TESTS
+
+    def train(config):
+        import os
+        import sys
+        import time
+
+        sys.path.insert(0, tests)
+        import raylit as pl
+        from models import Regression, RegressionData
+
+        config = config.get("case", config)
+
+        class Model(Regression):
+            def on_train_epoch_end(self):
+                self.log("process", float(os.getpid()))
+                time.sleep(config.get("epoch_s", 0.0))
+
+        switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        quiet = dict.fromkeys(switches, False)
+        trainer = pl.Trainer(
+            **{"max_epochs": 3, "start_timeout_s": 30, **quiet, **arguments, **config.get("trainer", {})}
+        )
+        trainer.fit(Model(lr=config.get("lr", 0.01)), RegressionData())
+
+    return train
+
+
+def left_over():
+    """Actors and placement groups, once the ends that are under way are over."""
+    deadline = time.monotonic() + 20
+    while True:
+        actors = [state["ActorClassName"] for state in ray._private.state.actors().values() if state["State"] != "DEAD"]
+        groups = [entry for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
+        if not (actors or groups) or time.monotonic() > deadline:
+            return actors, groups
+        time.sleep(0.1)
+
+
+def test_trials_share_their_cpus_with_their_workers_and_leave_nothing_behind(node):
+    rates = [{"lr": 0.01}, {"lr": 1e9}, {"lr": 0.02}]
+    scheduler = AsyncHyperBandScheduler(max_t=3, grace_period=1, reduction_factor=2)
+    results = node(
+        training(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        rates,
+        metric="val_loss",
+        mode="min",
+        scheduler=scheduler,
+        reuse_actors=True,
+    )
+    assert [result.error for result in results] == [None] * 3
+    assert results[0].metrics["training_iteration"] == 3
+    assert results[1].metrics["training_iteration"] < 3  # as the scheduler said
+    assert results[2].metrics["process"] == results[0].metrics["process"]  # the same worker, warm
+    assert left_over() == ([], [])
+
+
+@pytest.mark.slow
+def test_a_killed_trial_takes_its_workers_with_it(node, tmp_path):
+    pids = tmp_path / "pids"
+    train = training(num_workers=2, resources_per_worker={"CPU": 0.5})
+
+    def trial(config):
+        import os
+
+        with open(pids, "w") as file:
+            file.write(str(os.getpid()))
+        train(config)
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while not any("WorkerActor" in state["ActorClassName"] for state in ray._private.state.actors().values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(5)
+        os.kill(int(pids.read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    results = node(trial, [{"epoch_s": 60.0}])
+    killer.join()
+    assert results.num_errors == 1
+    assert left_over() == ([], [])
