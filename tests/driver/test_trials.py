@@ -1,4 +1,4 @@
-"""Trainers in real trials of Ray Tune, workers of Ray Train and actors, on the session's node: room, ends, leftovers."""
+"""Trainers in real trials of Ray Tune and workers of Ray Train, on the session's node: room, ends, leftovers."""
 
 import os
 import pathlib
@@ -11,7 +11,6 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
-import raylit as pl
 from raylit.driver import cluster, warm
 
 TESTS = str(pathlib.Path(__file__).parents[1])
@@ -45,8 +44,9 @@ def training(**arguments):
         import time
 
         sys.path.insert(0, tests)
-        import raylit as pl
         from models import Regression, RegressionData
+
+        import raylit as pl
 
         config = config.get("case", config)
 
@@ -57,9 +57,7 @@ def training(**arguments):
 
         switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         quiet = dict.fromkeys(switches, False)
-        trainer = pl.Trainer(
-            **{"max_epochs": 3, "start_timeout_s": 30, **quiet, **arguments, **config.get("trainer", {})}
-        )
+        trainer = pl.Trainer(max_epochs=3, start_timeout_s=30, **quiet, **arguments)
         trainer.fit(Model(lr=config.get("lr", 0.01)), RegressionData())
 
     return train
