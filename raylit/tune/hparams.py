@@ -34,8 +34,11 @@ class Session(DriverCallback):
     """A training of a trial, with the config that it has: it starts, has a best value, and ends. In the trial's own
     run, to `logger`."""
 
-    def __init__(self, config: Mapping[str, Any], *, logger: TensorBoardLogger, metric: str, mode: Mode) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], *, name: str, logger: TensorBoardLogger, metric: str, mode: Mode
+    ) -> None:
         self._config = config
+        self._name = name
         self._logger = logger
         self._metric = metric
         self._mode: Mode = mode
@@ -44,8 +47,7 @@ class Session(DriverCallback):
 
     def on_start(self, run: Run) -> None:
         hparams = {name: _plain(value) for name, value in flat(self._config)}
-        # By the run's name: two trials of one config are two sessions.
-        self._write(summary_v2.hparams_pb(hparams, trial_id=self._logger.log_dir))
+        self._write(summary_v2.hparams_pb(hparams, trial_id=self._name))
 
     def on_validation_end(self, run: Run) -> None:
         self._take(run)

@@ -137,7 +137,8 @@ class _Training:
             from raylit.tune.hparams import Session
 
             arguments["logger"] = logger = _logger(trial)
-            own.insert(0, Session(trial.config, logger=logger, metric=self.metric, mode=self.mode))
+            name = "/".join([trial.id, *([str(logger.version)] if logger.version else [])])
+            own.insert(0, Session(trial.config, name=name, logger=logger, metric=self.metric, mode=self.mode))
         trainer = Trainer(callbacks=[*given, *own], default_root_dir=trial.directory, **self._of_workers(arguments))
         train, validate = built.loaders
         trainer.fit(built.module, train, validate, datamodule=built.datamodule, ckpt_path=trial.checkpoint)

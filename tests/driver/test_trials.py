@@ -67,11 +67,16 @@ def training(**arguments):
     return train
 
 
+def living():
+    actors = ray._private.state.actors().values()
+    return [state["ActorClassName"] for state in actors if state["State"] in ("ALIVE", "PENDING_CREATION")]
+
+
 def left_over():
     """Actors and placement groups, once the ends that are under way are over."""
     deadline = time.monotonic() + 20
     while True:
-        actors = [state["ActorClassName"] for state in ray._private.state.actors().values() if state["State"] != "DEAD"]
+        actors = living()
         groups = [entry for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
         if not (actors or groups) or time.monotonic() > deadline:
             return actors, groups
@@ -111,10 +116,9 @@ def test_a_killed_trial_takes_its_workers_with_it(node, tmp_path):
 
     def kill():
         deadline = time.monotonic() + 60
-        while not any("WorkerActor" in state["ActorClassName"] for state in ray._private.state.actors().values()):
+        while living().count("WorkerActor") < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(5)
         os.kill(int(pids.read_text()), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)

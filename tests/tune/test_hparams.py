@@ -53,7 +53,7 @@ def test_each_trial_is_a_session_with_its_config_and_its_best(tmp_path, quiet):
     for index, (lr, model) in enumerate([(0.05, Regression), (1e-6, Regression), (0.01, Fails)]):
         config = {"lr": lr, "net": {"width": 8, "kind": "mlp"}, "depth": 2, "data": "digits"}
         logger = TensorBoardLogger(tmp_path / f"trial_{index}", name="", version="", default_hp_metric=False)
-        session = Session(config, logger=logger, metric="val_loss", mode="min")
+        session = Session(config, name=f"trial_{index}", logger=logger, metric="val_loss", mode="min")
         trainer = pl.Trainer(max_epochs=3, num_workers=0, callbacks=[session], **{**quiet, "logger": logger})
         try:
             trainer.fit(model(lr=lr), RegressionData())
