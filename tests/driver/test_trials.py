@@ -61,7 +61,8 @@ def training(**arguments):
 
         switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         quiet = dict.fromkeys(switches, False)
-        trainer = pl.Trainer(max_epochs=3, start_timeout_s=30, **quiet, **arguments)
+        given = {**quiet, **arguments, "callbacks": config.get("callbacks")}
+        trainer = pl.Trainer(max_epochs=3, start_timeout_s=30, **given)
         trainer.fit(Model(lr=config.get("lr", 0.01)), RegressionData())
 
     return train
@@ -127,3 +128,37 @@ def test_a_killed_trial_takes_its_workers_with_it(node, tmp_path):
     killer.join()
     assert results.num_errors == 1
     assert left_over() == ([], [])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_worker_of_train_reports_and_goes_on_where_it_failed(node, tmp_path):
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    train, failed = training(num_workers=1, enable_checkpointing=True), str(tmp_path / "failed")
+
+    def loop(config):
+        import os
+
+        import raylit as pl
+
+        class FailsOnce(pl.DriverCallback):
+            def on_train_epoch_start(self, run):
+                if run.state.progress.epoch == 2 and not os.path.exists(failed):
+                    open(failed, "w").close()
+                    raise RuntimeError("on purpose")
+
+        train({"callbacks": FailsOnce(), **config})
+
+    result = TorchTrainer(
+        loop,
+        train_loop_config={},
+        # The worker's own CPU, which it lends to raylit's.
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(storage_path=str(tmp_path / "results"), failure_config=FailureConfig(max_failures=1)),
+    ).fit()
+    assert (result.metrics["epoch"], result.metrics["step"]) == (2, 18)
+    assert len(result.best_checkpoints) == 3  # two before the failure and one after it
+    with result.checkpoint.as_directory() as directory:
+        assert os.listdir(directory) != []
