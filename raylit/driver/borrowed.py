@@ -91,7 +91,8 @@ def _too_small(demand: Demand, specs: dict[int, Resources], own: Resources) -> s
     return (
         f"{demand} are asked for inside a placement group of {_listed(specs)}, of which this task, actor or trial "
         f"holds {in_words(own)} itself: that is too small. Give it a bundle for each worker (in Tune: "
-        f"tune.with_resources(trainable, tune.{needed})), or ask for fewer workers or resources"
+        f"tune.with_resources(trainable, tune.{needed})) or more CPUs of its own, which its workers use then (Train's "
+        "ScalingConfig(resources_per_worker=...)), or ask for fewer workers or resources"
     )
 
 

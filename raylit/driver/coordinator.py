@@ -245,7 +245,6 @@ class Coordinator:
     def _running(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
         """The group and everyone who listens, from the start to an end of whatever kind."""
         started: list[DriverCallback] = []
-        status = "failed"
         self._interrupts.install()
         try:
             self._interrupts.is_connecting = self.plan.workers.num_workers > 0
@@ -262,11 +261,8 @@ class Coordinator:
             self._log_writer.drain()
             status = "success"
         except BaseException as error:
-            self._interrupts.correct(error)
-            self.state.is_interrupted = self._interrupts.pending is not None or isinstance(error, KeyboardInterrupt)
-            # Ray ends a function of the user's in good order with a SystemExit of code 0.
-            is_end = isinstance(error, SystemExit) and not error.code
-            status = "interrupted" if self.state.is_interrupted else "success" if is_end else "failed"
+            status = self._interrupts.status_after(error)
+            self.state.is_interrupted = status == "interrupted"
             try:
                 if self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit)):
                     self._break_off()

@@ -82,10 +82,8 @@ def _restored(session: RaySession, inside: Inside) -> Inside:
     if notes["config"] == _digest(session.config):
         return replace(inside, checkpoint=restored)
     # A better trial's checkpoint, as population based training hands them out: its files are not this trial's.
-    states = restored.get("callbacks", {})
-    restored["callbacks"] = {
-        key: state for key, state in states.items() if not key.startswith(ModelCheckpoint.__name__)
-    }
+    for key in [key for key in restored["callbacks"] if key.startswith(ModelCheckpoint.__name__)]:
+        del restored["callbacks"][key]
     job = replace(inside.job, callbacks=[*inside.job.callbacks, PerturbedHyperparameters()])
     return replace(inside, job=job, checkpoint=restored)
 

@@ -63,7 +63,15 @@ class Interrupts:
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)
 
-    def correct(self, error: BaseException) -> None:
+    def status_after(self, error: BaseException) -> Literal["interrupted", "success", "failed"]:
+        """What the run has come to by this exception, for the loggers. A SystemExit by SIGTERM has its code then."""
+        self._correct(error)
+        if self._first is not None or isinstance(error, KeyboardInterrupt):
+            return "interrupted"
+        # Ray ends a function of the user's in good order with a SystemExit of code 0.
+        return "success" if isinstance(error, SystemExit) and not error.code else "failed"
+
+    def _correct(self, error: BaseException) -> None:
         """Give a SystemExit by SIGTERM its exit code back. Ray's calls lose the code of one that is raised in them, and
         Ray's own handler, in place while it connects, exits with 15."""
         is_ray_s = self.is_connecting and isinstance(error, SystemExit) and error.code == signal.SIGTERM

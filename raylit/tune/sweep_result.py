@@ -1,13 +1,19 @@
 """SweepResult: what a sweep has found. Driver."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from raylit.checkpoint import files
 from raylit.errors import ConfigError
 from raylit.module import LightningModule
+from raylit.places import is_url, joined
 from raylit.rebuild import load_weights
+from raylit.tables import printable
 from raylit.tune.records import Mode, TrialRecord, best_of
+from raylit.tune.summary import summary
+from raylit.tune.sweep_pictures import objective_figure, parallel_figure
 from raylit.tune.trial_files import config_of
 
 
@@ -94,6 +100,27 @@ class SweepResult:
         import pandas  # Ray Tune depends on it
 
         return pandas.DataFrame(self.rows())
+
+    def summary(self) -> str:
+        """A table of the trials, the best first, with what differs between their configs."""
+        return summary(self.trials, metric=self.metric, mode=self.mode, directory=self.directory)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The metric along each training, and the trials with the best so far: a matplotlib Figure, saved under
+        `path`."""
+        return objective_figure(self.trials, metric=self.metric, mode=self.mode, path=path)
+
+    def plot_parallel(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Parallel coordinates: a line for each trial through its hyper-parameters to the best that it reached."""
+        return parallel_figure(self.trials, metric=self.metric, mode=self.mode, path=path)
+
+    def show(self) -> None:
+        """Print the table and, where matplotlib is there, save both pictures beside the sweep's files."""
+        print(printable(self.summary()))
+        if importlib.util.find_spec("matplotlib") is None or is_url(self.directory):
+            return
+        for draw, name in ((self.plot, "objective.png"), (self.plot_parallel, "parallel.png")):
+            draw(joined(self.directory, name))
 
     def __len__(self) -> int:
         return len(self.trials)

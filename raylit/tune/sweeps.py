@@ -32,6 +32,7 @@ validation, and last a dict of Trainer arguments of this trial alone."""
 
 _PLACE = "sweeps"
 """Below the root directory."""
+_PERTURBED = "perturbed_"
 _KEEP_S = 3600.0
 """A trial's workers stay while its actor does, which may wait for its next trial."""
 _EARLIER = {
@@ -82,6 +83,7 @@ def sweep(
         _check_has_no_metric(named, given)
     try:
         # Importing Ray's tune takes seconds, which only a sweep should pay.
+        from raylit.tune.hparams import write_experiment
         from raylit.tune.trials import Run, run_trials
     except ImportError as error:
         raise ConfigError("sweep needs Ray Tune: pip install 'raylit[tune]'") from error
@@ -102,9 +104,13 @@ def sweep(
         max_failures=max_failures,
         is_resuming=is_resuming,
     )
-    training = _Training(build=build, workers=workers, arguments=cloudpickle.dumps(arguments))
+    training = _Training(build=build, metric=metric, mode=mode, workers=workers, arguments=cloudpickle.dumps(arguments))
+    if arguments.get("logger", True) is True:
+        write_experiment(directory, space, metric=metric)
     records = run_trials(training, space, workers=workers, run=run)
-    return SweepResult(records, metric=metric, mode=mode, directory=directory, module_of=training.module_of)
+    result = SweepResult(records, metric=metric, mode=mode, directory=directory, module_of=training.module_of)
+    result.show()
+    return result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +118,8 @@ class _Training:
     """The Recipe of a sweep's trials."""
 
     build: Build
+    metric: str
+    mode: Mode
     workers: Workers
     arguments: bytes
     """Trainer arguments, pickled: each trial has callbacks of its own."""
@@ -126,7 +134,11 @@ class _Training:
 
             own.append(PerturbedHyperparameters())
         if arguments.get("logger", True) is True:
-            arguments["logger"] = TensorBoardLogger(trial.directory, name="", version="")
+            from raylit.tune.hparams import Session
+
+            arguments["logger"] = logger = _logger(trial)
+            name = "/".join([trial.id, *([str(logger.version)] if logger.version else [])])
+            own.insert(0, Session(trial.config, name=name, logger=logger, metric=self.metric, mode=self.mode))
         trainer = Trainer(callbacks=[*given, *own], default_root_dir=trial.directory, **self._of_workers(arguments))
         train, validate = built.loaders
         trainer.fit(built.module, train, validate, datamodule=built.datamodule, ckpt_path=trial.checkpoint)
@@ -158,6 +170,16 @@ class _Training:
             "start_timeout_s": workers.start_timeout_s,
             "ping_timeout_s": workers.ping_timeout_s,
         }
+
+
+def _logger(trial: "TrialContext") -> TensorBoardLogger:
+    """In the trial's directory; a training with a perturbed config is a run of its own below it, as hyper-parameters
+    are a run's. What the HParams page shows comes from the sweep."""
+    version = ""
+    if trial.is_perturbed:
+        num_before = sum(name.startswith(_PERTURBED) for name in entries(trial.directory))
+        version = f"{_PERTURBED}{num_before + 1}"
+    return TensorBoardLogger(trial.directory, name="", version=version, default_hp_metric=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -391,6 +391,29 @@ def test_only_the_first_fit_of_a_trial_is_gone_on_with(start, fit):
     assert [step for step, _ in begun] == [0, 0, 0, 0]
 
 
+def test_trains_session_is_seen_where_its_function_runs():
+    """Train's local mode, in whose place a worker of Train has an actor's context: tests/driver/test_trials.py."""
+    from ray.train.v2._internal.execution import context, train_fn_utils
+
+    assert context._train_context is None
+    local = train_fn_utils.LocalTrainFnUtils("experiment", world_size=3)
+    train_fn_utils.set_train_fn_utils(local)
+    try:
+        session = current_session()
+        assert session is not None
+        assert (session.name, session.world_size, session.num_reports) == ("a worker of Ray Train", 3, 0)
+        assert (session.checkpoint, session.config) == (None, {})
+        with pytest.warns(UserWarning, match="each of them trains the whole model by itself, and none reports"):
+            fit_quietly()
+        assert local._get_last_metrics() is None
+        train_fn_utils.set_train_fn_utils(alone := train_fn_utils.LocalTrainFnUtils("experiment"))
+        fit_quietly()
+        assert alone._get_last_metrics()["epoch"] == 0
+    finally:
+        train_fn_utils._train_fn_utils = None
+    assert current_session() is None
+
+
 def test_nothing_of_tune_is_imported_for_a_fit_that_is_not_in_a_trial(tmp_path):
     source = """
 import sys, torch, raylit as pl

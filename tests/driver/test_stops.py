@@ -215,10 +215,10 @@ def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
     interrupts = Interrupts(on_first=lambda: None)
     interrupts.is_connecting = True
     error = SystemExit(signal.SIGTERM)
-    interrupts.correct(error)
+    assert interrupts.status_after(error) == "interrupted"
     assert (error.code, interrupts.pending) == (143, "SIGTERM")
     of_the_user_s = SystemExit(4)
-    Interrupts(on_first=lambda: None).correct(of_the_user_s)
+    assert Interrupts(on_first=lambda: None).status_after(of_the_user_s) == "failed"
     assert of_the_user_s.code == 4
 
 
