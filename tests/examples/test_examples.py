@@ -86,3 +86,13 @@ def test_a_found_rate_and_size_train_well(tmp_path: pathlib.Path) -> None:
     assert found is not None
     assert float(found[1]) > 0.9
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["race.png", "range.png", "sizes.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_cheaper_steps_train_to_weights_for_other_programs(tmp_path: pathlib.Path) -> None:
+    last = run(tmp_path, "precision_compile.py", "--num-workers", "2", "--backend", "aot_eager")
+    found = re.fullmatch(r"test accuracy: (\S+)", last)
+    assert found is not None, last
+    assert float(found[1]) > 0.9
+    assert (tmp_path / "digits.safetensors").stat().st_size > 29_000 * 4

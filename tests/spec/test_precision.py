@@ -158,6 +158,82 @@ def test_manual_optimization_clips_unscaled_gradients():
     assert_same_weights(weights_of(model), weights_of(by_hand))
 
 
+class TwoNets(pl.LightningModule):
+    """Both losses' backward passes, then both steps; the first loss overflows in one batch."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.second = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.num_seen = 0
+
+    def losses(self, x, y):
+        self.num_seen += 1
+        first, second = (functional.mse_loss(net(x), y) for net in (self.first, self.second))
+        is_half = torch.get_autocast_dtype("cpu") == torch.float16
+        return first * (overflow_at(2)(self.num_seen - 1) if is_half else 1.0), second
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for loss in self.losses(*batch):
+            self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.05) for net in (self.first, self.second)]
+
+
+class OneAfterTheOther(TwoNets):
+    """A step right after each backward pass, two of the second network's."""
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for index, optimizer in enumerate((second, second, first)):
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(*batch)[index // 2 == 0])
+            optimizer.step()
+
+
+def test_gradients_that_wait_while_another_optimizer_steps_are_unscaled_by_their_own_factor():
+    model, by_hand = TwoNets(), TwoNets()
+    fit(model, precision=16)
+    optimizers, scaler = by_hand.configure_optimizers(), torch.amp.GradScaler("cpu")
+    for _, _, (x, y) in batches():
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses = by_hand.losses(x, y)
+        for loss in losses:
+            scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    assert_same_weights(weights_of(model), weights_of(by_hand))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_an_optimizer_may_step_several_times_in_a_batch(precision):
+    """Each forward pass takes the weights as they are then, not as autocast has converted them before."""
+    is_half = precision == "16-mixed"
+    model, by_hand = OneAfterTheOther(), OneAfterTheOther()
+    fit(model, precision=precision)
+    (first, second), scaler = by_hand.configure_optimizers(), torch.amp.GradScaler("cpu", enabled=is_half)
+    for _, _, (x, y) in batches():
+        for index, optimizer in enumerate((second, second, first)):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16 if is_half else torch.bfloat16):
+                loss = by_hand.losses(x, y)[index // 2 == 0]
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert_same_weights(weights_of(model), weights_of(by_hand))
+
+
 def test_a_schedule_goes_on_through_steps_that_the_scaler_skips():
     """As in Lightning: it follows the steps that are counted. torch's warning of a wrong order would be mistaken."""
 

@@ -12,6 +12,7 @@ from raylit.worker.optimization.following import FollowingOptimization
 from raylit.worker.optimization.handles import Handles
 from raylit.worker.optimization.manual import ManualOptimization
 from raylit.worker.optimization.several import SeveralOptimizers
+from raylit.worker.optimization.shared_scale import SharedScale
 from raylit.worker.optimization.stepper import Stepper
 from raylit.worker.optimization.training_step import step_of
 from raylit.worker.optimization.truncated import TruncatedOptimization
@@ -27,6 +28,10 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
     for optimizer in optimizers.optimizers:
         session.watch_optimizer(optimizer)
     steppers = [Stepper(optimizer, session=session, metrics=metrics) for optimizer in optimizers.optimizers]
+    if session.precision.scaler is not None and len(steppers) > 1:
+        shared_scale = SharedScale(session.precision.scaler, optimizers.optimizers)
+        for stepper in steppers:
+            stepper.shared_scale = shared_scale
     handles = session.view.handles = Handles(session, steppers, is_manual=is_manual)
     length = plan.truncated_steps or module.truncated_bptt_steps
     if is_manual:

@@ -122,6 +122,11 @@ class Handles:
         if self._pending is not None:
             self._pending.average()
 
+    def end_batch(self) -> None:
+        """No gradients wait for a step any longer."""
+        if self._steppers and (shared_scale := self._steppers[0].shared_scale) is not None:
+            shared_scale.update()
+
     def follow_trained(self) -> None:
         """Sync the gradients of the parameters that are trained now: a thaw takes effect with the next epoch."""
         if self._pending is not None and self._pending.is_outdated(self._module.parameters()):

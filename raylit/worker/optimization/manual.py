@@ -29,6 +29,7 @@ class ManualOptimization:
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         with self._precision.around_step():
             outputs = self._training_step(batch, batch_idx)
+        self._handles.end_batch()
         file_metrics(outputs, self._metrics)
         return outputs
 

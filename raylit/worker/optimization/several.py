@@ -27,7 +27,10 @@ class SeveralOptimizers:
             turn.start_epoch(window=window)
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
-        return self._in_turn(lambda turn, own: turn.run_batch(batch, batch_idx, is_window_end, *own), extra)
+        outputs = self._in_turn(lambda turn, own: turn.run_batch(batch, batch_idx, is_window_end, *own), extra)
+        if is_window_end:
+            self._handles.end_batch()
+        return outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
         return self._in_turn(lambda turn, own: turn.run_share(batch, batch_idx, is_window_end, weight, *own), extra)

@@ -10,6 +10,7 @@ from raylit.errors import NotFiniteError
 from raylit.module import LightningModule
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.shared_scale import SharedScale
 from raylit.worker.optimization.unannotated import unannotated_step, unannotated_zero_grad
 from raylit.worker.session import Session
 
@@ -23,12 +24,15 @@ class Stepper:
         self.optimizer = optimizer
         self.is_unscaled = False
         """The gradients have been divided by the scaler's factor since the last step."""
+        self.shared_scale: SharedScale | None = None
+        """With a scaler, where there are other optimizers."""
         self._view = session.view
         self._scaler = session.precision.scaler
         if self._scaler is not None:
             # The first steps may be skipped, until the scale fits. torch would take the schedulers', which go on as the
             # count of steps does, for steps in the wrong order.
             optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._is_autocasting = session.precision.autocast_dtype is not None
         self._before_zero_grad = session.hooks.of("on_before_zero_grad")
         self._before_step = session.hooks.of("on_before_optimizer_step")
         zero_grad = self._overridden_zero_grad(session.module) or unannotated_zero_grad(optimizer)
@@ -63,6 +67,8 @@ class Stepper:
 
     def unscale(self) -> None:
         if self._scaler is not None and not self.is_unscaled:
+            if self.shared_scale is not None:
+                self.shared_scale.before_step(self.optimizer)
             self._scaler.unscale_(self.optimizer)
             self.is_unscaled = True
 
@@ -72,12 +78,18 @@ class Stepper:
             self._step_of_torch()
         else:
             self._scaler.step(self.optimizer)
-            self._scaler.update()
             self.is_unscaled = False
+            if self.shared_scale is None:
+                self._scaler.update()
+            else:
+                self.shared_scale.after_step(self.optimizer)
         self.count_step()
 
     def count_step(self) -> None:
         self._view.global_step += 1
+        if self._is_autocasting:
+            # Inside a training_step that goes on, autocast would take the weights that it has converted before.
+            torch.clear_autocast_cache()
         if self._after_step is not None:
             self._after_step()
 
