@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,19 @@ def compile_parts(module: nn.Module, options: dict[str, Any], *, host: str) -> l
             part._compiled_call_impl = torch.compile(_traceable(name, part), **options)
             compiled.append(part)
     return compiled
+
+
+def name_scopes(module: nn.Module) -> None:
+    """Have torch's compiler read the globals of classes that have come from the user's script in their own scope.
+
+    It looks them up in the module that they name, `__main__`, which on a worker is another program's. A scope of the
+    name that they get here it takes for no module's.
+    """
+    for kind in {kind for part in module.modules() for kind in type(part).__mro__}:
+        for function in vars(kind).values():
+            scope = getattr(function, "__globals__", None)
+            if isinstance(scope, dict) and "__name__" in scope and not _is_of_module(scope):
+                scope["__name__"] = "namedtuple_raylit"
 
 
 class CompilationWatch:
@@ -94,6 +108,11 @@ class CompilationWatch:
             "out (drop_last=True) or pass compile={'dynamic': True}; where a number changes, keep it in a tensor",
             stacklevel=2,
         )
+
+
+def _is_of_module(scope: dict[str, Any]) -> bool:
+    module = sys.modules.get(scope["__name__"])
+    return module is not None and vars(module) is scope
 
 
 def _check(options: dict[str, Any], *, host: str) -> None:

@@ -19,7 +19,7 @@ from raylit.profilers.base import timed
 from raylit.state import Stage
 from raylit.strategies import build_strategy
 from raylit.worker.brake import Brake
-from raylit.worker.compiling import CompilationWatch, compile_parts
+from raylit.worker.compiling import CompilationWatch, compile_parts, name_scopes
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks
 from raylit.worker.peers import Peers
@@ -103,6 +103,7 @@ class Session:
         if options is not None:
             self._compiled += compile_parts(self.module, options, host=self.context.host)
         if options is not None or self.job.compilations:
+            name_scopes(self.module)
             self._compilations = CompilationWatch()
 
     def _is_preparing(self, owner: Any) -> bool:

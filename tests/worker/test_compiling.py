@@ -4,6 +4,7 @@ With backends that need no C++ compiler; the default one is in a slow test.
 """
 
 import copy
+import textwrap
 
 import pytest
 import torch
@@ -70,6 +71,24 @@ def test_what_the_step_calls_is_compiled_and_trains_to_the_same_numbers(kind, nu
     assert model.num_graphs == num_graphs
     assert_same_weights(weights_of(model), weights_of(plain), rtol=1e-5, atol=1e-6)
     assert all(part._compiled_call_impl is None for part in model.modules())
+
+
+def test_layers_of_the_users_script_find_its_globals():
+    """As they arrive on a worker: their scope says that it is `__main__`, which there is another program."""
+    scope = {"__name__": "__main__", "nn": nn, "functional": functional}
+    source = """
+        class Block(nn.Module):
+            def forward(self, x):
+                return functional.relu(x)
+    """
+    exec(textwrap.dedent(source), scope)
+    model = CallsLayers()
+    model.net.append(scope["Block"]())
+    plain = copy.deepcopy(model)
+    fit(model, compile={"backend": "eager"})
+    fit(plain)
+    assert model.num_graphs == 1
+    assert_same_weights(weights_of(model), weights_of(plain))
 
 
 def test_what_one_run_has_compiled_does_not_count_in_the_next():
