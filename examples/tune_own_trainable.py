@@ -95,7 +95,7 @@ def main() -> None:
             metric="val_acc", mode="max", num_samples=arguments.num_trials, scheduler=scheduler, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            storage_path=tempfile.mkdtemp(), checkpoint_config=tune.CheckpointConfig(num_to_keep=2), verbose=0
+            storage_path=tempfile.mkdtemp(), checkpoint_config=tune.CheckpointConfig(num_to_keep=4), verbose=0
         ),
     )
     results = tuner.fit()
