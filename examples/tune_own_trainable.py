@@ -95,7 +95,10 @@ def main() -> None:
             metric="val_acc", mode="max", num_samples=arguments.num_trials, scheduler=scheduler, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            storage_path=tempfile.mkdtemp(), checkpoint_config=tune.CheckpointConfig(num_to_keep=4), verbose=0
+            storage_path=tempfile.mkdtemp(),
+            # Of each trial. Population based training may come back to any of another trial's.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=None if arguments.pbt else 2),
+            verbose=0,
         ),
     )
     results = tuner.fit()
