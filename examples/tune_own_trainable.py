@@ -11,6 +11,7 @@ import argparse
 import os
 import tempfile
 
+import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
@@ -80,6 +81,7 @@ def main() -> None:
             perturbation_interval=2,
             hyperparam_mutations={"lr": tune.loguniform(1e-4, 1.0)},
         )
+    ray.init(log_to_driver=False)
     # The trial's own process only waits for its workers: they use the CPUs that it holds.
     room = {"cpu": max(1, arguments.num_workers)}
     tuner = tune.Tuner(
@@ -95,7 +97,10 @@ def main() -> None:
             metric="val_acc", mode="max", num_samples=arguments.num_trials, scheduler=scheduler, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            storage_path=tempfile.mkdtemp(), checkpoint_config=tune.CheckpointConfig(num_to_keep=2), verbose=0
+            storage_path=tempfile.mkdtemp(),
+            # Of each trial. Population based training may come back to any of another trial's.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=None if arguments.pbt else 2),
+            verbose=0,
         ),
     )
     results = tuner.fit()

@@ -14,8 +14,8 @@ Functions = Iterable[tuple[CodeType, Mapping[str, Any]]]
 
 
 def calling_functions() -> list[FrameType]:
-    """The frames of the user's that have led here, the innermost first, down from the nearest that is Ray's: where Ray
-    has called a function of the user's."""
+    """The frames of the user's that have led here, the innermost first, since Ray has called a function of the user's;
+    none in a thread of the user's own."""
     frames: list[FrameType] = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -23,9 +23,9 @@ def calling_functions() -> list[FrameType]:
         if package not in _OURS:
             frames.append(frame)
         elif frames and package == "ray":
-            break
+            return frames
         frame = frame.f_back
-    return frames
+    return []
 
 
 def code_of(frames: Iterable[FrameType]) -> Functions:

@@ -71,6 +71,16 @@ def test_every_worker_writes_its_predictions(tmp_path: pathlib.Path) -> None:
     assert names == ["predictions-0.pt", "predictions-1.pt"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("options", [("--num-workers", "2"), ("--num-workers", "1", "--pbt", "--num-trials", "4")])
+def test_trials_of_ones_own_trainable_find_a_learning_rate(tmp_path: pathlib.Path, options: tuple[str, ...]) -> None:
+    last = run(tmp_path, "tune_own_trainable.py", *options)
+    found = re.fullmatch(r"best: lr=(\S+) with a validation accuracy of (\S+)", last)
+    assert found is not None, last
+    assert float(found[2]) > 0.85
+
+
 @pytest.mark.timeout(180)
 def test_a_finetuned_backbone_is_better_than_a_frozen_one(tmp_path: pathlib.Path) -> None:
     last = run(tmp_path, "finetune.py", "--num-workers", "2")

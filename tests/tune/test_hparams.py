@@ -1,5 +1,7 @@
 """The HParams page of a sweep, as TensorBoard's own plugin reads it."""
 
+import contextlib
+
 import pytest
 from models import Regression, RegressionData
 from ray import tune
@@ -55,10 +57,8 @@ def test_each_trial_is_a_session_with_its_config_and_its_best(tmp_path, quiet):
         logger = TensorBoardLogger(tmp_path / f"trial_{index}", name="", version="", default_hp_metric=False)
         session = Session(config, name=f"trial_{index}", logger=logger, metric="val_loss", mode="min")
         trainer = pl.Trainer(max_epochs=3, num_workers=0, callbacks=[session], **{**quiet, "logger": logger})
-        try:
+        with contextlib.suppress(ValueError):
             trainer.fit(model(lr=lr), RegressionData())
-        except ValueError:
-            continue
         bests[lr] = session._best
     experiment, rows = page_of(tmp_path, "val_loss")
     columns = {info.name: info.WhichOneof("domain") for info in experiment.hparam_infos}
@@ -69,9 +69,9 @@ def test_each_trial_is_a_session_with_its_config_and_its_best(tmp_path, quiet):
         "depth": "domain_interval",
     }
     assert [info.name.tag for info in experiment.metric_infos] == ["best/val_loss", "val_loss"]
-    assert [hparams["lr"] for hparams, _, _ in rows[:2]] == sorted(bests, key=bests.__getitem__)
-    for hparams, metrics, status in rows[:2]:
+    assert [hparams["lr"] for hparams, _, _ in rows] == sorted(bests, key=bests.__getitem__)
+    for hparams, metrics, status in rows:
         assert metrics["best/val_loss"] == pytest.approx(bests[hparams["lr"]])
         assert metrics["val_loss"] >= metrics["best/val_loss"]
-        assert (hparams["net/kind"], hparams["data"], status) == ("mlp", "digits", api_pb2.STATUS_SUCCESS)
-    assert [status for _, _, status in rows[2:]] == [api_pb2.STATUS_FAILURE]
+        assert (hparams["net/kind"], hparams["data"]) == ("mlp", "digits")
+        assert status == (api_pb2.STATUS_FAILURE if hparams["lr"] == 0.01 else api_pb2.STATUS_SUCCESS)
