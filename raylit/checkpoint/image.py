@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.serialization import config as serialization
+from torch.utils.serialization import config
 
 from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES, write_through
 
@@ -30,11 +30,12 @@ class Image:
         # So that the disk can take them from where they lie. A file of many small ones would be mostly filling.
         is_aligned = sum(places.values()) >= MIN_DIRECT_BYTES * len(places) > 0
         alignment = BLOCK_BYTES if is_aligned else 64
+        patched: Any = config.patch  # type: ignore[attr-defined]
         # torch.load checks no checksums; `files.read` does, so they have to be there whatever the user has set.
         has_checksums = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(True)
         try:
-            with serialization.patch({"save.storage_alignment": alignment}):
+            with patched({"save.storage_alignment": alignment}):
                 torch.save(dict(checkpoint), recorder)
         finally:
             torch.serialization.set_crc32_options(has_checksums)
