@@ -41,8 +41,8 @@ def write_image(image: Image, path: str | os.PathLike[str]) -> None:
     if is_url(path):
         remote.upload(image, os.fspath(path))
         return
-    with drafted(path) as draft, open(draft, "r+b") as file:
-        image.write_to(file)
+    with drafted(path) as draft:
+        image.write_to(draft)
 
 
 @contextmanager

@@ -33,9 +33,7 @@ class HeldCheckpoint:
         """Write into a file that the driver has made. False: it is not to be found, or not to be written to, here."""
         if not os.access(draft, os.W_OK):
             return False
-        image = self._laid_out(others)
-        with open(draft, "r+b") as file:
-            image.write_to(file)
+        self._laid_out(others).write_to(draft)
         return True
 
     def num_pieces(self, others: list[dict[str, Any]]) -> int:

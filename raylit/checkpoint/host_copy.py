@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES
+
 _ALIGNMENT = 64
+"""Of what is small."""
 
 
 class HostCopy:
@@ -33,8 +36,10 @@ class HostCopy:
         _map_tensors(checkpoint, lambda tensor: _note(tensor, storages))
         starts, num_bytes = {}, 0
         for key, storage in storages.items():
-            starts[key] = num_bytes
-            num_bytes += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
+            # What is large lies so that the disk can take it from here.
+            alignment = BLOCK_BYTES if storage.nbytes() >= MIN_DIRECT_BYTES else _ALIGNMENT
+            starts[key] = -(-num_bytes // alignment) * alignment
+            num_bytes = starts[key] + storage.nbytes()
         is_on_device = any(storage.device.type != "cpu" for storage in storages.values())
         memory = self._prepared(num_bytes, is_pinned=is_on_device)
         copies = {}

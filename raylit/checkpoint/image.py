@@ -4,11 +4,14 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.serialization import config
+
+from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES, write_through
 
 PIECE_BYTES = 16 * 2**20
 """How much of a file travels at once."""
@@ -22,24 +25,27 @@ class Image:
 
     def __init__(self, checkpoint: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint  # lives as long as the references to its tensors' memory
-        recorder: Any = _Recorder(_places_of(checkpoint))
+        places = _places_of(checkpoint)
+        recorder: Any = _Recorder(places)
+        # So that the disk can take them from where they lie. A file of many small ones would be mostly filling.
+        is_aligned = sum(places.values()) >= MIN_DIRECT_BYTES * len(places) > 0
+        alignment = BLOCK_BYTES if is_aligned else 64
+        patched: Any = config.patch  # type: ignore[attr-defined]
         # torch.load checks no checksums; `files.read` does, so they have to be there whatever the user has set.
         has_checksums = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(True)
         try:
-            torch.save(dict(checkpoint), recorder)
+            with patched({"save.storage_alignment": alignment}):
+                torch.save(dict(checkpoint), recorder)
         finally:
             torch.serialization.set_crc32_options(has_checksums)
         self._parts = recorder.parts()
         self._starts = list(accumulate((len(part) for part in self._parts), initial=0))
         self.num_bytes = self._starts.pop()
 
-    def write_to(self, file: IO[bytes]) -> None:
-        """From where the file stands, down to the disk."""
-        for part in self._parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    def write_to(self, path: str | os.PathLike[str]) -> None:
+        """To an existing, empty file, and down to the disk."""
+        write_through(self._parts, path)
 
     @property
     def num_pieces(self) -> int:

@@ -15,8 +15,8 @@ from raylit.places import file_system, is_object_store
 def upload(image: Image, url: str) -> None:
     """By a file in a temporary directory, which is whole before the upload begins."""
     try:
-        with collected(url) as copy, open(copy, "r+b") as file:
-            image.write_to(file)
+        with collected(url) as copy:
+            image.write_to(copy)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {url}: {error}") from error
 

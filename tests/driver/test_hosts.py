@@ -1,6 +1,7 @@
 """A run over two hosts: network namespaces of this machine, each with its own Ray node, joined by RAY_ADDRESS."""
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -32,8 +33,57 @@ print("CHECKPOINT", os.path.exists(trainer.checkpoint_callback.best_model_path))
 """
 
 
-@pytest.mark.cluster
-def test_a_cluster_that_ray_address_names_is_used_and_the_driver_writes_the_checkpoint(tmp_path):
+SAVING = """
+import os, resource, socket, sys
+import torch
+import raylit as pl
+
+NUM_MB = 400
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+class Large(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.tables = torch.nn.ParameterList(torch.zeros(1000) for _ in range(20))
+
+    def on_fit_start(self):
+        self.host = socket.gethostname()
+
+    def training_step(self, batch, batch_idx):
+        return sum(table.sum() for table in self.tables)
+
+    def on_save_checkpoint(self, checkpoint):
+        generator = torch.Generator().manual_seed(self.global_step)
+        numbers = torch.randint(255, (NUM_MB * 2**20,), dtype=torch.uint8, generator=generator)
+        checkpoint["large"] = dict(enumerate(numbers.chunk(20)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Watching(pl.DriverCallback):
+    def on_train_start(self, run):
+        self.before = peak_mb()
+
+    def on_end(self, run):
+        self.more = peak_mb() - self.before
+
+watching = Watching()
+saving = pl.ModelCheckpoint("/tmp/only-here", "{step}", every_n_train_steps=2)
+model = Large()
+pl.fit(model, torch.utils.data.DataLoader(list(range(4))), num_workers=1, resources_per_worker={"CPU": 1, "h1": 1},
+       max_epochs=1, callbacks=[saving, watching], logger=False, enable_progress_bar=False)
+print("HOSTS", model.host, socket.gethostname())
+print("MORE", watching.more)
+checkpoint = torch.load(saving.best_model_path, weights_only=True)
+expected = torch.randint(255, (NUM_MB * 2**20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+print("SAME", torch.equal(torch.cat(list(checkpoint["large"].values())), expected), os.listdir("/tmp/only-here"))
+"""
+
+
+def run_on_two_hosts(source, tmp_path):
+    """What a script on the first of two hosts prints; its /tmp is its own."""
     if not NETCLUSTER.is_dir():
         pytest.skip(f"needs {NETCLUSTER}")
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -42,11 +92,25 @@ def test_a_cluster_that_ray_address_names_is_used_and_the_driver_writes_the_chec
     from netcluster import NetCluster
 
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(tests=str(CHECKOUT / "tests")))
+    script.write_text(textwrap.dedent(source))
     share = [path for path in (str(CHECKOUT), sys.prefix, str(tmp_path)) if path.startswith("/tmp/")]
     with NetCluster(hosts=2, cpus_per_host=1, share=share) as cluster:
-        # The logs go to the driver's host alone: its /tmp is its own.
         job = cluster.popen(0, [sys.executable, str(script)], env={"RAY_ADDRESS": cluster.address}, cwd="/tmp")
         assert job.wait(DEADLINE_S) == 0, job.output
-    assert "PLACES [(0, 0, 0, 'h0'), (1, 0, 1, 'h1')]" in job.output
-    assert "CHECKPOINT True" in job.output
+        return job.output
+
+
+@pytest.mark.cluster
+def test_a_cluster_that_ray_address_names_is_used_and_the_driver_writes_the_checkpoint(tmp_path):
+    output = run_on_two_hosts(SCRIPT.format(tests=str(CHECKOUT / "tests")), tmp_path)
+    assert "PLACES [(0, 0, 0, 'h0'), (1, 0, 1, 'h1')]" in output
+    assert "CHECKPOINT True" in output
+
+
+@pytest.mark.cluster
+def test_a_checkpoint_comes_in_pieces_from_a_host_that_does_not_see_the_drivers_disk(tmp_path):
+    """400 MB of state; the driver holds a few pieces of it at a time."""
+    output = run_on_two_hosts(SAVING, tmp_path)
+    assert "HOSTS h1 h0" in output
+    assert "SAME True ['" in output
+    assert float(re.search(r"MORE (.*)", output)[1]) < 150

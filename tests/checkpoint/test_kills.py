@@ -1,0 +1,160 @@
+"""Whatever is killed while a checkpoint is on its way, the one before it can be used."""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import raylit as pl
+from raylit.checkpoint import index
+
+_DRIVERS = """
+import os, sys, torch
+import raylit as pl
+
+class Filled(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(4_000_000))
+
+    def training_step(self, batch, batch_idx):
+        return self.table.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+def train(directory):
+    torch.set_num_threads(1)
+    saving = pl.ModelCheckpoint(directory, "{step}", every_n_train_steps=2, save_last=sys.argv[1] == "1")
+    data = torch.utils.data.DataLoader(list(range(100_000)))
+    pl.fit(Filled(), data, num_workers=0, max_epochs=1, callbacks=saving, logger=False, enable_progress_bar=False,
+           enable_model_summary=False)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        train(line.strip())
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
+"""
+"""For each line, a directory, a driver that trains, and saves 32 MB at every other step, until it is killed."""
+
+
+def check(directory: pathlib.Path) -> int:
+    """The step of the newest checkpoint, which is sound; a damaged one would be a warning, and so an error."""
+    listed = index.read_index(directory).entries
+    found = index.newest_usable(directory)
+    assert found is not None
+    path, checkpoint = found
+    table: Tensor = checkpoint["state_dict"]["table"]
+    assert torch.equal(table, table[:1].expand_as(table)), path
+    step: int = checkpoint["global_step"]
+    assert step >= max(entry.step for entry in listed)
+    return step
+
+
+def kill_drivers(directory: pathlib.Path, *, num_kills: int, seed: int, has_last: bool) -> int:
+    """How many of the kills fell into a write."""
+    delays, num_broken_off = random.Random(seed), 0
+    command = [sys.executable, "-W", "ignore", "-c", _DRIVERS, str(int(has_last))]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(pl.__file__).parents[1])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as drivers:
+        assert drivers.stdin is not None
+        assert drivers.stdout is not None
+        for number in range(num_kills):
+            place = directory / str(number)
+            drivers.stdin.write(f"{place}\n")
+            drivers.stdin.flush()
+            pid = int(drivers.stdout.readline())
+            deadline = time.monotonic() + 60
+            while not (place / index.FILE_NAME).exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(delays.uniform(0, 0.2))
+            os.kill(pid, signal.SIGKILL)
+            while drivers.stdout.readline().strip() != "dead":
+                assert time.monotonic() < deadline
+            assert check(place) >= 2
+            num_broken_off += len(list(place.glob(".*.tmp")))
+            shutil.rmtree(place)
+        drivers.stdin.close()
+    return num_broken_off
+
+
+def test_a_killed_driver_leaves_a_usable_checkpoint(tmp_path: pathlib.Path) -> None:
+    assert kill_drivers(tmp_path, num_kills=3, seed=0, has_last=True) > 0, "no kill fell into a write"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_last", [True, False])
+@pytest.mark.timeout(300)
+def test_a_driver_may_be_killed_at_any_moment(has_last: bool, tmp_path: pathlib.Path) -> None:
+    assert kill_drivers(tmp_path, num_kills=30, seed=1, has_last=has_last) > 3
+
+
+class KilledWhileSaving(pl.LightningModule):
+    """Its first worker is killed in the step after the fifth save began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(4_000_000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.table.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_a_killed_worker_leaves_a_usable_checkpoint(tmp_path: pathlib.Path) -> None:
+    saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1)
+    data = torch.utils.data.DataLoader(list(range(20)))
+    with pytest.raises(pl.WorkerDied):
+        pl.fit(
+            KilledWhileSaving(),
+            data,
+            num_workers=1,
+            max_epochs=1,
+            callbacks=saving,
+            logger=False,
+            enable_progress_bar=False,
+        )
+    assert check(tmp_path) in (4, 5)
+    assert list(tmp_path.glob(".*.tmp")) == []
+
+
+class FailsWhileSaving(KilledWhileSaving):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 5:
+            raise ValueError("in the middle of a save")
+        return self.table.sum()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_save_is_finished_when_a_hook_fails(num_workers: int, tmp_path: pathlib.Path) -> None:
+    saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1)
+    data = torch.utils.data.DataLoader(list(range(20)))
+    with pytest.raises(ValueError, match="in the middle"):
+        pl.fit(
+            FailsWhileSaving(),
+            data,
+            num_workers=num_workers,
+            max_epochs=1,
+            callbacks=saving,
+            logger=False,
+            enable_progress_bar=False,
+        )
+    assert check(tmp_path) == 5
