@@ -149,6 +149,7 @@ class Coordinator:
 
     def _train_epoch(self) -> None:
         self.state.progress = self.state.progress.at_next_batch()
+        self._schedule.begin_epoch(self.state)
         if self.state.progress.batch == 0:
             if self._schedule.is_reload_due(self.state):
                 self._one(Reload())
