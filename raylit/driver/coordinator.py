@@ -156,8 +156,10 @@ class Coordinator:
             self._notify("on_train_epoch_start")
         is_over = False
         while not is_over:
+            is_owed = self._schedule.is_validation_owed(self.state)
             paused = self._train()
-            self._notify("on_train_pause")
+            if not is_owed:
+                self._notify("on_train_pause")
             is_over = self._schedule.is_epoch_over(self.state, paused)
             if self._schedule.is_validation_due(self.state, paused):
                 self._validate()
@@ -297,6 +299,7 @@ class Coordinator:
             for callback in self._callbacks:
                 if callback.state_key in checkpoint.get("callbacks", {}):
                     callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            self.state.callback_metrics.update(format.metrics_of(checkpoint))
         started = self._one(
             Start(
                 stage=self.state.stage,

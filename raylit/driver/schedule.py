@@ -84,10 +84,20 @@ class Schedule:
         """The batch of this epoch, counted from 1, after which validation is due."""
         if not self._is_validation_epoch(state) or math.isinf(self._validation_batches):
             return math.inf
+        if self.is_validation_owed(state):
+            return state.progress.batch
         before = self._batches_before(state.progress)
         done = before + state.progress.batch
         interval = self._interval_in(state)
         return (done // interval + 1) * interval - before
+
+    def is_validation_owed(self, state: RunState) -> bool:
+        """A run goes on from a checkpoint that was taken before the validation of its batch."""
+        progress = state.progress
+        is_validated = progress.validated_batch == progress.batch or not self._is_validation_epoch(state)
+        if is_validated or not progress.is_inside_epoch or math.isinf(self._validation_batches):
+            return False
+        return (self._batches_before(progress) + progress.batch) % self._interval_in(state) == 0
 
     def is_validation_due(self, state: RunState, paused: Paused) -> bool:
         progress = state.progress

@@ -141,8 +141,8 @@ class Saving:
         if not ranks or self._loop is None:
             return
         if len(ranks) != session.context.world_size:
-            # How far the data was dealt out, and what the samplers' own generators stood at, is alike on all ranks.
-            self._loop.load_data_state(ranks[0])
+            # Random numbers belong to ranks that were.
+            self._loop.load_states_of_others(ranks)
             return
         of_rank = ranks[session.context.rank]
         self._loop.load_state_of_rank(of_rank)

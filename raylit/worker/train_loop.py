@@ -1,7 +1,7 @@
 """TrainLoop: the training batches between two decisions of the driver. Worker; the hot path."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any
 
@@ -14,11 +14,13 @@ from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
 from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.forward_epoch import run_forward
+from raylit.worker.metric_entry import added_up
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
+from raylit.worker.optimization.gradients import mean_gradients
 from raylit.worker.recording import TimedFeed
-from raylit.worker.returns import EpochOutputs, detached
+from raylit.worker.returns import EpochOutputs, detached, joined
 from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed
 
@@ -161,6 +163,8 @@ class TrainLoop:
             "metrics": self.metrics.state_dict(module),
             "objects": metric_objects.states_in(module),
             "outputs": [] if self._kept is None else self._kept.state_dict(),
+            "optimization": self._optimization.state_dict(),
+            "reduced": self._view.metrics_state(),
             "data": self._data.state_dict(num_done=self._view.num_batches_done),
         }
 
@@ -170,14 +174,21 @@ class TrainLoop:
         metric_objects.load_states(module, state.get("objects", {}))
         if self._kept is not None:
             self._kept.load_state_dict(state.get("outputs", []))
-        self.load_data_state(state)
+        self._optimization.load_state_dict(state.get("optimization", {}))
+        self._view.load_metrics_state(state.get("reduced", {}))
+        self._load_data_state(state)
 
-    def load_data_state(self, state: dict[str, Any]) -> None:
-        """After the view has moved to where the state was taken."""
-        self._data.load_state_dict(state["data"])
-        progress = self._view.progress
-        if progress.is_inside_epoch:
-            self._set_length(self._length_of_rest(progress.epoch, progress.batch))
+    def load_states_of_others(self, states: Sequence[dict[str, Any]]) -> None:
+        """Of another number of ranks: what they had added up is shared out; states of torchmetrics are left out."""
+        context = self._session.context
+        own = states[context.rank :: context.world_size]
+        self.metrics.load_state_dict(added_up([state["metrics"] for state in own]), self._session.module)
+        if self._kept is not None:
+            self._kept.load_state_dict(joined([state.get("outputs", []) for state in own]))
+        self._optimization.load_state_dict(mean_gradients([state.get("optimization", {}) for state in states]))
+        self._view.load_metrics_state(states[0].get("reduced", {}))
+        # How far the data was dealt out, and what the samplers' own generators stood at, is alike on all ranks.
+        self._load_data_state(states[0])
 
     # Helpers, in the order in which they are called
 
@@ -205,6 +216,13 @@ class TrainLoop:
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
         return self._feed
+
+    def _load_data_state(self, state: dict[str, Any]) -> None:
+        """After the view has moved to where the state was taken."""
+        self._data.load_state_dict(state["data"])
+        progress = self._view.progress
+        if progress.is_inside_epoch:
+            self._set_length(self._length_of_rest(progress.epoch, progress.batch))
 
     def _set_length(self, num_batches: float) -> None:
         self.num_batches_in_epoch = self._view.num_training_batches = num_batches
