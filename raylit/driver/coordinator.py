@@ -1,5 +1,6 @@
 """Coordinator: the driver's loop. Decides when to train, validate, save and stop. Driver."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -90,6 +91,8 @@ class Coordinator:
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
+            if checkpoint is not None and self._schedule.is_finished(self.state):
+                warnings.warn(self._schedule.nothing_left(self.state), stacklevel=2)
             self._notify("on_train_start")
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()
