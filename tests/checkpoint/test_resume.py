@@ -2,6 +2,8 @@
 that a run can be made of. With another number of workers every sample of the epoch is met once."""
 
 import copy
+import itertools
+import json
 import random
 
 import numpy
@@ -313,3 +315,53 @@ def test_a_run_continued_from_any_batch_ends_with_the_same_bits(case, tmp_path):
         actual = torch.load(tmp_path / str(point) / "202.ckpt", weights_only=True)
         for key in ("optimizer_states", "lr_schedulers", "epoch", "global_step", "state_dict", "raylit"):
             assert_same(expected[key], actual[key], key)
+
+
+class Seen(pl.LightningModule):
+    """Writes down what every rank is given."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = directory
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        numbers = batch[0]
+        with open(self.directory / f"{self.global_rank}.txt", "a") as file:
+            file.write(json.dumps([self.current_epoch, batch_idx, numbers.tolist()]) + "\n")
+        self.log("mean", numbers.mean(), on_step=False, on_epoch=True)
+        return (self.weight - numbers).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def seen_in(directory):
+    lines = itertools.chain.from_iterable(path.read_text().splitlines() for path in directory.glob("*.txt"))
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.filterwarnings("ignore:checkpoints go to")
+def test_other_numbers_of_workers_twice_in_one_epoch_meet_every_sample_once(quiet, tmp_path):
+    data = torch.utils.data.TensorDataset(torch.arange(47.0))
+    path = None
+    # Three workers' batches of 3 are 9 samples a step, two workers' 6: 9 + 12 + 26.
+    for num_workers, max_steps in ((3, 1), (2, 3), (0, -1)):
+        directory = tmp_path / str(num_workers)
+        directory.mkdir()
+        saving = pl.ModelCheckpoint(directory, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer = pl.Trainer(
+            **{**quiet, "enable_checkpointing": True},
+            num_workers=num_workers,
+            max_steps=max_steps,
+            max_epochs=2,
+            callbacks=saving,
+        )
+        pl.seed_everything(4, verbose=False)
+        trainer.fit(Seen(directory), DataLoader(data, batch_size=3, shuffle=True), ckpt_path=path)
+        path = directory / f"step={trainer.global_step}.ckpt"
+    rows = [row for num_workers in (3, 2, 0) for row in seen_in(tmp_path / str(num_workers))]
+    assert sorted(number for epoch, _, numbers in rows for number in numbers if epoch == 0) == list(range(47))
+    assert sorted(number for epoch, _, numbers in rows for number in numbers if epoch == 1) == list(range(47))
+    assert [batch for epoch, batch, _ in seen_in(tmp_path / "0") if epoch == 0] == list(range(3, 12))
+    assert trainer.global_step == 12 + 16
