@@ -1,6 +1,5 @@
 """Coordinator: the driver's loop. Decides when to train, validate, save and stop. Driver."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -91,8 +90,7 @@ class Coordinator:
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
-            if checkpoint is not None and self._schedule.is_finished(self.state):
-                warnings.warn(self._schedule.nothing_left(self.state), stacklevel=2)
+            self._schedule.check_rest(self.state, is_continued=checkpoint is not None)
             self._notify("on_train_start")
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()
@@ -313,7 +311,8 @@ class Coordinator:
             )
         )
         assert isinstance(started, Started)
-        self._log_hyperparams()
+        if self.state.stage == "fit":
+            self._log_writer.log_start(self._job.module, self._job.datamodule)
 
     def _one(self, command: Command) -> Report:
         """Run a command and return rank 0's last report."""
@@ -390,16 +389,6 @@ class Coordinator:
         self.state.logged_metrics.update(logged)
         self._log_writer.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
         return True
-
-    def _log_hyperparams(self) -> None:
-        module, datamodule = self._job.module, self._job.datamodule
-        params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
-        if datamodule is not None and datamodule._hparams and datamodule._is_logging_hparams:
-            params.update(datamodule.hparams)
-        if self.state.stage == "fit":
-            if params:
-                self._log_writer.log_hyperparams(params)
-            self._log_writer.log_graph(module)
 
     def _notify(self, hook: str, *args: Any) -> None:
         self._saves.settle()

@@ -68,12 +68,17 @@ class Schedule:
         """Between two epochs."""
         return self._is_out_of_reach(state) or self.may_stop(state)
 
-    def nothing_left(self, state: RunState) -> str:
-        """To a run that goes on from a checkpoint, in words."""
+    def check_rest(self, state: RunState, *, is_continued: bool) -> None:
+        """A run that goes on from a checkpoint and has nothing left to train says so."""
+        if not is_continued or not self.is_finished(state):
+            return
         limits, epochs, step = self._plan.limits, _epochs_done(state.progress), state.progress.global_step
         given = {"max_epochs": limits.max_epochs, "max_steps": limits.max_steps}
         limit = " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-        return f"nothing is left to train: the checkpoint is of epoch {epochs}, step {step}, the limit is {limit}"
+        warnings.warn(
+            f"nothing is left to train: the checkpoint is of epoch {epochs}, step {step}, the limit is {limit}",
+            stacklevel=2,
+        )
 
     def may_stop(self, state: RunState) -> bool:
         """A stop is asked for and the least of epochs and steps is reached."""
