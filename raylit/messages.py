@@ -109,6 +109,8 @@ class Started:
 
     progress: Progress
     num_training_batches: float = 0
+    num_batches_in_epoch: float = 0
+    """Of the training epoch under way, which other workers may have begun; of the next one, where there is none."""
     num_eval_batches: tuple[float, ...] = ()
     """Of each validation, test or predict loader."""
     summary: Summary | None = None

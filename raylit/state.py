@@ -53,6 +53,11 @@ class Progress:
         """Batches of the epochs before this one."""
         return self.batch_in_all - self.batch
 
+    @property
+    def is_inside_epoch(self) -> bool:
+        """Some of the epoch's batches are done, and its end has not come."""
+        return self.batch > 0 and not self.is_epoch_ended
+
     def at_next_batch(self) -> "Progress":
         """Where the next batch belongs: this epoch, or the start of the next one."""
         if not self.is_epoch_ended:

@@ -30,7 +30,8 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
-from raylit.checkpoint_choice import read_checkpoint
+from raylit.checkpoint.earlier_runs import EarlierRuns
+from raylit.checkpoint_choice import AUTO, earlier_runs, newest_run, read_checkpoint
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
@@ -113,6 +114,7 @@ class Trainer(Outcome):
         enable_progress_bar: bool | ProgressBar = True,
         enable_model_summary: bool | ModelSummary = True,
         early_stop_callback: bool | EarlyStopping = False,
+        resume: str | os.PathLike[str] | None = None,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         deterministic: bool | Literal["warn"] = False,
@@ -133,6 +135,7 @@ class Trainer(Outcome):
         self.loggers = given.to(attachments.build_loggers, default_root_dir=plan.default_root_dir)
         self._attach(given.to(attachments.chosen_callbacks))
         self._profiler = given.to(chosen_profiler)
+        self._resume = resume
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
@@ -167,17 +170,23 @@ class Trainer(Outcome):
         """Train; afterwards `model` holds the trained weights and what hooks have left on it.
 
         `train_dataloaders`, in Lightning 0.9 `train_dataloader`, may be a DataModule. `ckpt_path`: a file, "best" or
-        "last", whose run is continued; by default the Trainer's `resume_from_checkpoint`.
+        "last", of this Trainer or else of the newest run that saved where it does, whose run is continued; by default
+        the Trainer's `resume`, which may be "auto" too: the newest run's newest sound checkpoint, if there is one.
         """
         train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
-        ckpt_path = settled(ckpt_path=ckpt_path, resume_from_checkpoint=self._resume_from_checkpoint)
-        job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
-        inside = look_around(
-            job, self._driver_callbacks, num_workers=self.num_workers, is_continued=ckpt_path is not None
+        ckpt_path = settled(
+            ckpt_path=ckpt_path, resume=self._resume, resume_from_checkpoint=self._resume_from_checkpoint
         )
-        if ckpt_path is None and inside.checkpoint is None:
+        found = None
+        if ckpt_path == AUTO and not self._plan.is_dev_run:
+            # Before the loggers begin a run of their own.
+            found = newest_run(self._earlier_runs, loggers=self.loggers)
+        job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        is_continued = found is not None or ckpt_path not in (None, AUTO)
+        inside = look_around(job, self._driver_callbacks, num_workers=self.num_workers, is_continued=is_continued)
+        if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
-        checkpoint = inside.checkpoint or read_checkpoint(ckpt_path, saved=self.checkpoint_callback)
+        checkpoint = inside.checkpoint or found or self._read_checkpoint(None if ckpt_path == AUTO else ckpt_path)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
@@ -247,7 +256,7 @@ class Trainer(Outcome):
     ) -> list[Any] | None:
         """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
         where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
-        checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback, is_best_default=model is None)
+        checkpoint = self._read_checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
         with self._coordinated("predict", job) as coordinator:
@@ -257,6 +266,18 @@ class Trainer(Outcome):
         return outputs[0] if len(outputs) == 1 else outputs
 
     # Helpers, in the order in which they are called
+
+    def _read_checkpoint(
+        self, path: str | os.PathLike[str] | None, *, is_best_default: bool = False
+    ) -> dict[str, Any] | None:
+        saved = self.checkpoint_callback
+        return read_checkpoint(path, saved=saved, earlier=self._earlier_runs, is_best_default=is_best_default)
+
+    @property
+    def _earlier_runs(self) -> EarlierRuns:
+        return earlier_runs(
+            saved=self.checkpoint_callback, loggers=self.loggers, default_root_dir=self.default_root_dir
+        )
 
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
         self._callbacks, self._driver_callbacks = attachments.split(callbacks)
@@ -344,7 +365,7 @@ class Trainer(Outcome):
         verbose: bool,
         datamodule: DataModule | None,
     ) -> list[dict[str, float]]:
-        checkpoint = read_checkpoint(ckpt_path, saved=self.checkpoint_callback, is_best_default=model is None)
+        checkpoint = self._read_checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
         require(job, stage)
         with self._coordinated(stage, job) as coordinator:

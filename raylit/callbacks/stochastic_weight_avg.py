@@ -87,6 +87,8 @@ class StochasticWeightAveraging(Callback):
         start = self.swa_epoch_start
         self._first_epoch = max((int(trainer.max_epochs * start) if isinstance(start, float) else start) - 1, 0)
         self._last_epoch = trainer.max_epochs - 1
+        if self._scheduler_state is not None:
+            self._scheduler = self._begun(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
@@ -143,10 +145,13 @@ class StochasticWeightAveraging(Callback):
         # As Lightning counts, so that its runs give the same numbers.
         last_epoch = trainer.max_epochs if self._annealing_strategy == "cos" else -1
         all_rates: Any = rates  # torch's annotation knows a single one only
+        before = [group["lr"] for group in groups]
         scheduler = SWALR(optimizer, all_rates, self._annealing_epochs, self._annealing_strategy, last_epoch)
         if self._scheduler_state is not None:
             scheduler.load_state_dict(self._scheduler_state)
             self._scheduler_state = None
+            for rate, group in zip(before, groups, strict=True):
+                group["lr"] = rate  # a new scheduler has begun to anneal it
         trainer.lr_scheduler_configs.clear()
         return scheduler
 

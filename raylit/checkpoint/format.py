@@ -111,6 +111,13 @@ def ranks_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     return ranks
 
 
+def metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float]:
+    """The last reduced value of every metric in the saved run."""
+    ranks = ranks_of(checkpoint)
+    values: dict[str, float] = ranks[0].get("reduced", {}).get("values", {}) if ranks else {}
+    return dict(values)
+
+
 def seed_of(checkpoint: Mapping[str, Any]) -> int | None:
     """The seed that the saved run's order of samples follows; None in Lightning's own checkpoints."""
     seed: int | None = checkpoint.get("raylit", {}).get("seed")

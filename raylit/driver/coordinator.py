@@ -90,6 +90,7 @@ class Coordinator:
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
+            self._schedule.check_rest(self.state, is_continued=checkpoint is not None)
             self._notify("on_train_start")
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()
@@ -149,14 +150,17 @@ class Coordinator:
 
     def _train_epoch(self) -> None:
         self.state.progress = self.state.progress.at_next_batch()
+        self._schedule.begin_epoch(self.state)
         if self.state.progress.batch == 0:
             if self._schedule.is_reload_due(self.state):
                 self._one(Reload())
             self._notify("on_train_epoch_start")
         is_over = False
         while not is_over:
+            is_owed = self._schedule.is_validation_owed(self.state)
             paused = self._train()
-            self._notify("on_train_pause")
+            if not is_owed:
+                self._notify("on_train_pause")
             is_over = self._schedule.is_epoch_over(self.state, paused)
             if self._schedule.is_validation_due(self.state, paused):
                 self._validate()
@@ -292,6 +296,7 @@ class Coordinator:
             for callback in self._callbacks:
                 if callback.state_key in checkpoint.get("callbacks", {}):
                     callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            self.state.callback_metrics.update(format.metrics_of(checkpoint))
         started = self._one(
             Start(
                 stage=self.state.stage,
@@ -302,7 +307,8 @@ class Coordinator:
             )
         )
         assert isinstance(started, Started)
-        self._log_hyperparams()
+        if self.state.stage == "fit":
+            self._log_writer.log_start(self._job.module, self._job.datamodule)
 
     def _one(self, command: Command) -> Report:
         """Run a command and return rank 0's last report."""
@@ -379,16 +385,6 @@ class Coordinator:
         self.state.logged_metrics.update(logged)
         self._log_writer.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
         return True
-
-    def _log_hyperparams(self) -> None:
-        module, datamodule = self._job.module, self._job.datamodule
-        params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
-        if datamodule is not None and datamodule._hparams and datamodule._is_logging_hparams:
-            params.update(datamodule.hparams)
-        if self.state.stage == "fit":
-            if params:
-                self._log_writer.log_hyperparams(params)
-            self._log_writer.log_graph(module)
 
     def _notify(self, hook: str, *args: Any) -> None:
         self._saves.settle()

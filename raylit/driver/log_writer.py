@@ -37,6 +37,15 @@ class LogWriter:
         for logger in self._loggers:
             self._put(partial(logger.log_metrics, dict(metrics), step=step))
 
+    def log_start(self, module: Any, datamodule: Any) -> None:
+        """Of a fit: hyper-parameters of both, and the graph."""
+        params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
+        if datamodule is not None and datamodule._hparams and datamodule._is_logging_hparams:
+            params.update(datamodule.hparams)
+        if params:
+            self.log_hyperparams(params)
+        self.log_graph(module)
+
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         for logger in self._loggers:
             self._put(partial(logger.log_hyperparams, params))

@@ -17,11 +17,14 @@ class Schedule:
         self._plan = plan
         self._validation_batches = math.inf
         self._loaded_epoch = 0
+        self._num_batches = math.inf
+        """Of an epoch; the one under way may have another number, see `Started`."""
+        self._odd_epoch: int | None = None
 
     def set_sizes(self, state: RunState, started: Started | Reloaded) -> None:
         """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
         self._loaded_epoch = state.progress.at_next_batch().epoch
-        state.num_training_batches = started.num_training_batches
+        self._num_batches = state.num_training_batches = started.num_training_batches
         state.num_val_batches = started.num_eval_batches
         if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches == 1.0:
             warnings.warn(
@@ -33,6 +36,15 @@ class Schedule:
         self._check_limits(state)
         if state.has_validation:
             self._validation_batches = self._interval_in_batches(started.num_training_batches)
+        self._odd_epoch = None
+        if isinstance(started, Started) and started.num_batches_in_epoch != started.num_training_batches:
+            self._odd_epoch = self._loaded_epoch
+            state.num_training_batches = started.num_batches_in_epoch
+
+    def begin_epoch(self, state: RunState) -> None:
+        """Its number of batches is the usual one, unless other workers have begun it."""
+        if state.progress.epoch != self._odd_epoch:
+            state.num_training_batches = self._num_batches
 
     @property
     def last_step(self) -> float:
@@ -56,6 +68,18 @@ class Schedule:
         """Between two epochs."""
         return self._is_out_of_reach(state) or self.may_stop(state)
 
+    def check_rest(self, state: RunState, *, is_continued: bool) -> None:
+        """A run that goes on from a checkpoint and has nothing left to train says so."""
+        if not is_continued or not self.is_finished(state):
+            return
+        limits, epochs, step = self._plan.limits, _epochs_done(state.progress), state.progress.global_step
+        given = {"max_epochs": limits.max_epochs, "max_steps": limits.max_steps}
+        limit = " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        warnings.warn(
+            f"nothing is left to train: the checkpoint is of epoch {epochs}, step {step}, the limit is {limit}",
+            stacklevel=2,
+        )
+
     def may_stop(self, state: RunState) -> bool:
         """A stop is asked for and the least of epochs and steps is reached."""
         limits = self._plan.limits
@@ -72,9 +96,20 @@ class Schedule:
         """The batch of this epoch, counted from 1, after which validation is due."""
         if not self._is_validation_epoch(state) or math.isinf(self._validation_batches):
             return math.inf
+        if self.is_validation_owed(state):
+            return state.progress.batch
         before = self._batches_before(state.progress)
         done = before + state.progress.batch
-        return (done // self._validation_batches + 1) * self._validation_batches - before
+        interval = self._interval_in(state)
+        return (done // interval + 1) * interval - before
+
+    def is_validation_owed(self, state: RunState) -> bool:
+        """A run goes on from a checkpoint that was taken before the validation of its batch."""
+        progress = state.progress
+        is_validated = progress.validated_batch == progress.batch or not self._is_validation_epoch(state)
+        if is_validated or not progress.is_inside_epoch or math.isinf(self._validation_batches):
+            return False
+        return (self._batches_before(progress) + progress.batch) % self._interval_in(state) == 0
 
     def is_validation_due(self, state: RunState, paused: Paused) -> bool:
         progress = state.progress
@@ -84,9 +119,11 @@ class Schedule:
             return paused.is_epoch_finished
         done = self._batches_before(progress) + progress.batch
         validation = self._plan.validation
-        # The length of an iterable is an estimate: the epoch may end before it.
-        is_at_end = paused.is_epoch_finished and validation.interval == 1.0 and validation.every_n_epochs is not None
-        return is_at_end or done % self._validation_batches == 0 or self.may_stop(state)
+        # The length of an iterable is an estimate: the epoch may end before it. A fraction of an epoch that other
+        # workers have begun need not fall on its end.
+        is_by_epoch = validation.interval == 1.0 or (isinstance(validation.interval, float) and self._is_odd(state))
+        is_at_end = paused.is_epoch_finished and is_by_epoch and validation.every_n_epochs is not None
+        return is_at_end or done % self._interval_in(state) == 0 or self.may_stop(state)
 
     def validated(self, state: RunState) -> Progress:
         """The progress after an evaluation."""
@@ -101,6 +138,13 @@ class Schedule:
     def _batches_before(self, progress: Progress) -> int:
         """Batches before this epoch, where the interval counts them."""
         return progress.batches_before if self._plan.validation.every_n_epochs is None else 0
+
+    def _is_odd(self, state: RunState) -> bool:
+        return state.progress.epoch == self._odd_epoch
+
+    def _interval_in(self, state: RunState) -> float:
+        is_whole = isinstance(self._plan.validation.interval, float) and self._plan.validation.interval == 1.0
+        return state.num_training_batches if is_whole and self._is_odd(state) else self._validation_batches
 
     def _interval_in_batches(self, num_batches: float) -> float:
         validation = self._plan.validation

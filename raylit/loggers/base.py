@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from raylit.places import entries, joined
+
 
 class Logger:
     """A destination of metrics. Lives in the driver; a worker never writes to it.
@@ -43,6 +45,13 @@ class Logger:
 
     def bind(self, default_root_dir: str) -> None:
         """The Trainer's root directory, for a logger that was given none. Called before anything else."""
+
+    def run_dirs(self) -> list[str]:
+        """The `log_dir` of every run that there is below `root_dir`; of the given version alone, where one was."""
+        return [] if self.root_dir is None else [joined(self.root_dir, name) for name in entries(self.root_dir)]
+
+    def continue_run(self, name: str) -> None:
+        """Log to the run of that name below `root_dir`, if there is one and no version was given."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Scalars at a step of the x axis."""

@@ -60,11 +60,19 @@ class FileLogger(Logger):
     @property
     def log_dir(self) -> str:
         if self._log_dir is None:
-            version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-            log_dir = joined(self.root_dir, version, self._sub_dir).rstrip("/")
+            log_dir = self._dir_of(_directory_name(self.version))
             make_directory(log_dir)
             self._log_dir = log_dir
         return self._log_dir
+
+    def run_dirs(self) -> list[str]:
+        names = entries(self.root_dir) if self._version is None else [_directory_name(self._version)]
+        return [self._dir_of(name) for name in names]
+
+    def continue_run(self, name: str) -> None:
+        if self._version is None and name in entries(self.root_dir):
+            number = name.removeprefix("version_")
+            self._version = int(number) if name != number and number.isdecimal() else name
 
     def bind(self, default_root_dir: str) -> None:
         if self._save_dir is None:
@@ -77,6 +85,9 @@ class FileLogger(Logger):
         self._hparams.update(vars(params) if isinstance(params, Namespace) else params)
         text = yaml.safe_dump(plain(self._hparams), sort_keys=False, allow_unicode=True)
         write_text(text, joined(self.log_dir, "hparams.yaml"))
+
+    def _dir_of(self, version: str) -> str:
+        return joined(self.root_dir, version, self._sub_dir).rstrip("/")
 
     def _prefixed(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {name: float(value) for name, value in self._named(metrics).items()}
@@ -105,6 +116,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return repr(value)
+
+
+def _directory_name(version: int | str) -> str:
+    return version if isinstance(version, str) else f"version_{version}"
 
 
 def _claim_next_version(root_dir: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from raylit.callbacks.base import Callback
-from raylit.worker.data import batch_size_of
+from raylit.worker.batch_size import batch_size_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,16 +1,18 @@
 """Several loaders as one, shared out over the ranks: for training in step with each other, for evaluations as one
 stream. Worker."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from raylit.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
 from raylit.plan import CombinationName
-from raylit.worker.data import Feed, TrainData, TrainSource
+from raylit.worker.data import TrainData
 from raylit.worker.eval_data import EvalData
+from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.loaders import is_users_own_split
 from raylit.worker.streams import advance
 
@@ -48,8 +50,8 @@ class CombinedTrainData:
     """The training loaders of a combination, each a TrainData of its own. Building it is collective.
 
     A loader that is run through more than once in an epoch has an order of its own for each pass. What TrainData says
-    of resumed epochs holds for each loader; with "max_size_cycle" and an iterable among the loaders a resumed epoch is
-    run through from its start.
+    of resumed epochs holds for each loader; with "max_size_cycle" or "sequential" and an iterable among the loaders a
+    resumed epoch is run through from its start, by steps: it is exact where the number of workers has stayed.
     """
 
     def __init__(self, combined: CombinedLoader, *, make: Callable[..., TrainData], seed: int) -> None:
@@ -59,64 +61,108 @@ class CombinedTrainData:
             for index, loader in enumerate(combined.flattened)
         ]
         lengths = [member.num_batches for member in self._members]
-        self._has_lengths = all(member.has_exact_length for member in self._members)
+        has_lengths = all(member.has_exact_length for member in self._members)
+        self._is_run_through = combined.mode in ("max_size_cycle", "sequential") and not has_lengths
+        """Where in which loader an epoch goes on can only be found out from its start."""
         self.num_batches: float = num_steps(lengths, mode=combined.mode)
         """Per worker and epoch; infinite if unknown, an estimate where a loader is an iterable."""
+        self._epoch = -1
+        self._num_before = 0
+        """Steps of the epoch before this run, or the iteration under way, began."""
+        self._starts = [_Place() for _ in self._members]
+        """Where each loader was then."""
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         """The combined batches from `skip` on. Ends an earlier Feed."""
+        places = [_Place() for _ in self._members] if self._is_run_through else self._places(epoch, skip)
+        self._epoch, self._num_before, self._starts = epoch, skip, places
         if self._combined.mode == "sequential" and self._members:
-            return self._one_after_the_other(epoch, skip)
-        is_cycling = self._combined.mode == "max_size_cycle"
-        if is_cycling and not self._has_lengths:
-            steps = self._steps(epoch, [(0, 0) for _ in self._members])
+            return self._one_after_the_other(epoch, places, num_passed=skip if self._is_run_through else 0)
+        steps = self._steps(epoch, places)
+        if self._is_run_through:
             advance(steps, skip)
-        elif is_cycling and self.num_batches > 0:
-            lengths = [int(member.num_batches) for member in self._members]
-            # At its end a loader is still in the pass that ends there.
-            passes = [max(0, skip - 1) // length for length in lengths]
-            steps = self._steps(epoch, [(n, skip - n * length) for n, length in zip(passes, lengths, strict=True)])
-        else:
-            steps = self._steps(epoch, [(0, skip) for _ in self._members])
         # To begin another pass draws from torch's generator.
+        is_cycling = self._combined.mode == "max_size_cycle"
         may_run_ahead = not is_cycling and all(member.may_run_ahead for member in self._members)
         return Feed(map(self._combined.shaped, steps), may_run_ahead=may_run_ahead)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"members": [member.state_dict() for member in self._members]}
+    def num_left(self, epoch: int, num_done: int) -> float:
+        if self._is_run_through or not self._members:
+            return max(0, self.num_batches - num_done)
+        places = self._places(epoch, num_done)
+        lefts = [self._left_in_pass(epoch, index, place) for index, place in enumerate(places)]
+        if self._combined.mode == "max_size_cycle":
+            first = [left for left, place in zip(lefts, places, strict=True) if place.number == 0]
+            is_empty = any(member.num_batches == 0 for member in self._members)
+            return 0 if is_empty else max(first, default=0)
+        return num_steps(lefts, mode=self._combined.mode)
+
+    def state_dict(self, *, num_done: int) -> dict[str, Any]:
+        places = self._starts if self._is_run_through else self._places(self._epoch, num_done)
+        return {
+            "epoch": self._epoch,
+            "num_done": num_done,
+            "places": [tuple(place) for place in places],
+            "members": [
+                member.state_dict(num_done=place.num_done) for member, place in zip(self._members, places, strict=True)
+            ],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As TrainData's. The state of other loaders than these is left alone."""
         states = state.get("members", [])
         if len(states) != len(self._members):
             return
-        is_run_through = self._combined.mode in ("max_size_cycle", "sequential") and not self._has_lengths
+        self._epoch, self._num_before = state["epoch"], state["num_done"]
+        self._starts = [_Place(*place) for place in state["places"]]
         for member, of_member in zip(self._members, states, strict=True):
             # A loader that goes on from its own state cannot be run through from its start.
-            left_out = {"loader", "world_size"} if is_run_through else set()
+            left_out = {"loader"} if self._is_run_through else set()
             member.load_state_dict({key: value for key, value in of_member.items() if key not in left_out})
 
-    def _steps(self, epoch: int, positions: list[tuple[int, int]]) -> Iterator[list[Any]]:
-        """From where each loader stands: its pass, and the batches of it that are done."""
+    def _places(self, epoch: int, num_done: int) -> list["_Place"]:
+        """Where each loader is after so many steps of the epoch."""
+        num_more, starts = num_done - self._num_before, self._starts
+        if epoch != self._epoch or num_more < 0:
+            num_more, starts = num_done, [_Place() for _ in self._members]
+        places = []
+        for index, start in enumerate(starts):
+            # An estimate is no border.
+            left = self._left_in_pass(epoch, index, start) if self._members[index].has_exact_length else math.inf
+            num_taken = min(num_more, left)
+            place = _Place(start.number, start.num_done + int(num_taken))
+            if self._combined.mode == "sequential":
+                num_more -= int(num_taken)
+            elif self._combined.mode == "max_size_cycle" and num_more > left and self._members[index].num_batches > 0:
+                # At its end a loader is still in the pass that ends there.
+                length = int(self._members[index].num_batches)
+                further, rest = divmod(int(num_more - left) - 1, length)
+                place = _Place(start.number + 1 + further, rest + 1)
+            places.append(place)
+        return places
 
-        def opened(number: int, *, member: TrainData, position: tuple[int, int]) -> Feed:
-            first, num_done = position
-            return member.epoch(epoch + number * _PASS_STRIDE, skip=num_done if number == first else 0)
+    def _left_in_pass(self, epoch: int, index: int, place: "_Place") -> float:
+        return self._members[index].num_left(epoch + place.number * _PASS_STRIDE, place.num_done)
+
+    def _steps(self, epoch: int, places: list["_Place"]) -> Iterator[list[Any]]:
+        """From where each loader stands."""
+
+        def opened(number: int, *, member: TrainData, place: _Place) -> Feed:
+            return member.epoch(epoch + number * _PASS_STRIDE, skip=place.num_done if number == place.number else 0)
 
         openers = [
-            partial(opened, member=member, position=position)
-            for member, position in zip(self._members, positions, strict=True)
+            partial(opened, member=member, place=place) for member, place in zip(self._members, places, strict=True)
         ]
-        return stepwise(openers, mode=self._combined.mode, passes=[number for number, _ in positions])
+        return stepwise(openers, mode=self._combined.mode, passes=[place.number for place in places])
 
-    def _one_after_the_other(self, epoch: int, skip: int) -> Feed:
-        index = 0
-        while self._has_lengths and index < len(self._members) - 1 and skip >= self._members[index].num_batches:
-            skip -= int(self._members[index].num_batches)
-            index += 1
+    def _one_after_the_other(self, epoch: int, places: list["_Place"], *, num_passed: int) -> Feed:
+        lefts = [self._left_in_pass(epoch, index, place) for index, place in enumerate(places)]
+        index = next((index for index, left in enumerate(lefts) if left > 0), len(lefts) - 1)
+        if self._is_run_through:
+            index = 0
         weights: deque[float] = deque()
         # Begun here and now; the loaders after it when it ends.
-        first = self._members[index].epoch(epoch, skip=skip if self._has_lengths else 0)
+        first = self._members[index].epoch(epoch, skip=places[index].num_done)
 
         def chained() -> Iterator[Any]:
             for number in range(index, len(self._members)):
@@ -126,9 +172,17 @@ class CombinedTrainData:
                     yield batch
 
         feed = Feed(chained(), weights=weights)
-        if not self._has_lengths:
-            advance(feed, skip)
+        advance(feed, num_passed)
         return feed
+
+
+class _Place(NamedTuple):
+    """Of a loader in an epoch."""
+
+    number: int = 0
+    """Of its pass through the data."""
+    num_done: int = 0
+    """Batches of that pass."""
 
 
 def build_eval_data(

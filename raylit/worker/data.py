@@ -1,102 +1,44 @@
 """TrainData: a user's training loader, shared out over the ranks. Worker."""
 
-import dataclasses
 import math
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import repeat
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
+from raylit.worker.batch_size import batch_size_of
+from raylit.worker.feed import Feed
 from raylit.worker.loaders import (
     is_map_style,
-    is_stateful,
     is_users_own_split,
     iterated,
     may_run_ahead,
     parts_of,
     samplers_of,
     share_of_sequence,
+    stateful_part,
     with_indices,
 )
-from raylit.worker.sampling import IndexSource, IsolatedRandom, SamplerGenerators, Share, is_plain_batching, length_of
-from raylit.worker.streams import advance, every_nth
+from raylit.worker.position import Position
+from raylit.worker.process_random import ProcessRandom
+from raylit.worker.sampling import (
+    IndexSource,
+    IsolatedRandom,
+    RandomState,
+    SamplerGenerators,
+    Share,
+    is_plain_batching,
+    length_of,
+)
+from raylit.worker.streams import Opening, every_nth, opened
 
 _END = object()
-
-
-class Feed:
-    """An epoch's batches of this rank. A batch of None: this rank has no share of an incomplete last global batch, but
-    takes part in its step with weight 0."""
-
-    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "may_run_ahead", "weight")
-
-    def __init__(
-        self,
-        batches: Iterator[Any],
-        *,
-        weights: deque[float] | None = None,
-        is_checked: bool = False,
-        may_run_ahead: bool = False,
-    ) -> None:
-        self.weight = 1.0
-        """Of the batch just returned: the loss times this, averaged over the ranks, is the mean over the samples."""
-        self.may_run_ahead = may_run_ahead
-        """A batch may be fetched before the step that comes before it: that has no effect but on the loader."""
-        self._batches = batches
-        self._weights: deque[float] = deque() if weights is None else weights
-        self._next_weight = repeat(1.0).__next__ if weights is None else weights.popleft
-        self._is_checked = is_checked
-
-    def __iter__(self) -> "Feed":
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self._batches, _END)
-        if batch is _END:
-            return self._end()
-        try:
-            self.weight = self._next_weight()
-        except IndexError:
-            self.weight = 1.0
-            self._mismatch()
-        return batch
-
-    def _end(self) -> None:
-        if not self._weights:
-            raise StopIteration
-        self.weight = self._weights.popleft()
-        if self.weight > 0.0:
-            self._weights.clear()
-            self._mismatch()
-            raise StopIteration
-
-    def _mismatch(self) -> None:
-        if self._is_checked:
-            raise ModuleError(
-                "the training DataLoader does not yield one batch for each item of its batch sampler, so it cannot be "
-                "shared out or continued in mid-epoch: split the data in the loader itself and pass "
-                "use_distributed_sampler=False"
-            )
-
-
-class TrainSource(Protocol):
-    """What the training loop takes its batches from."""
-
-    num_batches: float
-    """Per worker and epoch; infinite if unknown."""
-
-    def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
-        """The batches from `skip` on. Ends an earlier Feed."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class TrainData:
@@ -114,11 +56,16 @@ class TrainData:
     every rank's next batch size, 0 where its data has ended. Building a TrainData is collective for these.
 
     `epoch` draws a number from torch's generator, as iterating a DataLoader does: restore the random state of a
-    resumed run after it. A resumed epoch repeats the order, but not the random augmentations that run in a DataLoader's
-    worker processes. With `in_order=False` the batches that were trained are not known exactly.
+    resumed run after it. A resumed epoch repeats the order, and the random augmentations that run in a DataLoader's
+    worker processes, where their number has stayed. With `in_order=False` the batches that were trained are not known
+    exactly.
 
-    A loader with `state_dict` and `load_state_dict` of its own is continued from its state; a DataLoader's only inside
-    an epoch.
+    An epoch that was begun by another number of ranks, or with batches of another size, goes on with every sample that
+    nobody has had, in batches of today's size.
+
+    A loader with `state_dict` and `load_state_dict` of its own, or a data set that has them and is read in this
+    process, is continued from its state; a DataLoader's only inside an epoch. Without them a stream is run through from
+    its start to where it was.
 
     With `is_padded` no rank is ever without a batch, for a member of a combination: the first samples of the epoch
     fill up an incomplete last global batch, and where batches are dealt out whole a rank repeats its last one.
@@ -145,6 +92,7 @@ class TrainData:
         self._generators = SamplerGenerators(
             samplers_of(loader), has_persistent_workers=getattr(loader, "persistent_workers", False)
         )
+        self._opening = Opening()
         self._share = self._shared(loader)
         self._loader: Any = loader
         if self._share is not None and isinstance(loader, DataLoader):
@@ -152,34 +100,45 @@ class TrainData:
             is_order_needed = self._is_divided and world_size > 1
             self._loader = with_indices(loader, self._share, in_order=True if is_order_needed else None)
         self._must_agree = world_size > 1 and not self._is_even(loader)
-        self._is_stateful = is_stateful(loader)
-        self._loader_state: dict[str, Any] | None = None
-        """Of a resumed run, to go on from at the next epoch."""
+        stateful = stateful_part(loader)
+        self._stateful = self._loader if stateful is loader else stateful
+        self._state: Any = None
+        """Of the stateful part in a resumed run, to go on from at the next epoch."""
         self._has_begun = False
-        self.may_run_ahead = may_run_ahead(loader) and not self._must_agree and not self._is_stateful
+        self._origin = Position()
+        """Where the loader began what it is iterated over now."""
+        self._has_processes = may_run_ahead(loader)
+        self._processes: ProcessRandom | None = None
+        if isinstance(loader, DataLoader) and self._has_processes and self._share is not None:
+            self._processes = ProcessRandom(loader)
+        self._is_seeding_again = False
+        """The next iteration starts persistent processes that the uninterrupted run has had before."""
+        self._difference: str | None = None
+        """What keeps an epoch that goes on from being exact."""
+        self.may_run_ahead = may_run_ahead(loader) and not self._must_agree
         self.num_batches: float = self._count(loader)
         """Per worker and epoch, a worker's None included; infinite if unknown, an estimate for iterables."""
         self.has_exact_length = self._share is not None and math.isfinite(self.num_batches)
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
-        """The batches from `skip` on. Those of iterables are fetched and thrown away. Ends an earlier Feed."""
+        """The batches from `skip` on. Those of streams are fetched and thrown away. Ends an earlier Feed."""
         for owner in self._epoch_setters:
             owner.set_epoch(epoch)
-        num_replayed = skip if self._continues_loader(skip) else 0
+        origin = self._origin_in(epoch, skip)
+        is_continued = self._continues_loader(skip)
+        if not is_continued:
+            origin = Position(epoch=epoch, num_batches=skip, num_items=self._num_dealt(origin, skip))
+        self._origin = origin
+        if skip > 0 and self._difference is not None and self._rank == 0:
+            warnings.warn(self._difference, stacklevel=2)
+        self._difference = None
         weights: deque[float] = deque()
         is_weighted_by_share = self._share is not None and self._is_divided
         passed: Any = None
         if self._share is not None:
-            self._share.start(
-                epoch,
-                skip=skip - num_replayed,
-                num_replayed=num_replayed,
-                weights=weights if is_weighted_by_share else deque(maxlen=0),
-            )
-            batches = iterated(self._loader, self._share)
+            batches = self._shared_out(self._share, skip, weights if is_weighted_by_share else deque(maxlen=0))
         else:
-            batches = self._streamed(epoch)
-            passed = advance(batches, skip - num_replayed)
+            batches, passed = self._streamed(epoch, num_passed=0 if is_continued else origin.num_items)
         if self._must_agree:
             assert self._agree is not None
             last = passed if self._is_padded else None
@@ -192,38 +151,140 @@ class TrainData:
         is_checked = self._world_size > 1 or skip > 0
         return Feed(batches, weights=weights, is_checked=is_checked, may_run_ahead=self.may_run_ahead)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and CPU tensors: the states of the samplers' own generators and of a stateful loader."""
-        state = self._generators.state_dict()
+    def num_left(self, epoch: int, num_done: int) -> float:
+        num_dealt = self._num_dealt(self._origin_in(epoch, num_done), num_done)
+        if self._share is not None and self._is_divided:
+            return self._share.num_batches_after(num_dealt)
+        return max(0.0, self.num_batches - num_dealt // self._group_size)
+
+    def state_dict(self, *, num_done: int) -> dict[str, Any]:
+        """Plain values and CPU tensors."""
+        # In a combination there are loaders that the epoch has not come to.
+        origin = self._origin if num_done >= self._origin.num_batches else Position()
+        position = replace(origin, num_batches=num_done, num_items=self._num_dealt(origin, num_done))
+        state = {
+            **self._generators.state_dict(),
+            "position": position.to_dict(),
+            "num_items": self._num_items,
+            "world_size": self._world_size,
+            "has_begun": self._has_begun,
+            "opening": self._opening.state,
+        }
+        if self._processes is not None:
+            assert self._share is not None
+            num_given = min(num_done - origin.num_batches, self._share.num_drawn)
+            state["processes"] = self._processes.state_dict(num_given=num_given)
         # A loader that has not begun may do so to have a state.
-        loader_state = self._loader.state_dict() if self._is_stateful and self._has_begun else self._loader_state
-        return state if loader_state is None else {**state, "loader": loader_state, "world_size": self._world_size}
+        of_loader = self._stateful.state_dict() if self._stateful is not None and self._has_begun else self._state
+        return state if of_loader is None else {**state, "loader": of_loader, "origin": origin.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The epoch under way when the state was taken is replayed if it is asked for again; the others go on from
-        where the generators stood."""
+        """The epoch under way when the state was taken is replayed or continued if it is asked for again; the others go
+        on from where the generators stood."""
         self._generators.load_state_dict(state)
-        # What a loader has yielded on one of three workers is not what it is to go on with on one of two.
-        if self._is_stateful and state.get("world_size") == self._world_size:
-            self._loader_state = state["loader"]
+        self._opening.state = state.get("opening")
+        self._origin = Position.of(state.get("position")) or Position()
+        is_alike = state.get("world_size") == self._world_size
+        is_stream = self._share is None and self._is_divided
+        # What a loader has yielded on one of three workers is not what it is to go on with on one of two; but a stream
+        # stands at the same place on all of them.
+        if self._stateful is not None and "loader" in state and (is_alike or is_stream):
+            self._state = state["loader"]
+            if self._stateful is self._loader and self._share is not None:
+                self._origin = Position.of(state["origin"]) or self._origin
+        if is_alike and self._processes is not None:
+            self._processes.load_state_dict(state.get("processes"))
+        is_persistent = self._has_processes and self._loader.persistent_workers
+        self._is_seeding_again = is_persistent and state.get("has_begun", False)
+        self._difference = self._difference_to(state, is_alike=is_alike)
+
+    def _origin_in(self, epoch: int, num_done: int) -> Position:
+        """Where the loader began, if that is before `num_done` batches of this epoch; else at the epoch's start."""
+        origin = self._origin
+        is_before = origin.epoch == epoch and origin.num_batches <= num_done
+        return origin if is_before else Position(epoch=epoch)
+
+    def _num_dealt(self, origin: Position, num_done: int) -> int:
+        num_dealt = origin.num_items_at(num_done, group_size=self._group_size)
+        return num_dealt if self._num_items is None else min(num_dealt, self._num_items)
+
+    @property
+    def _group_size(self) -> int:
+        """Items of a global batch."""
+        if self._share is not None:
+            return self._share.group_size
+        return self._world_size if self._is_divided else 1
+
+    @property
+    def _num_items(self) -> int | None:
+        """Of an epoch; None where that is not known exactly."""
+        is_known = self._share is not None and math.isfinite(self._share.num_items)
+        return int(self._share.num_items) if self._share is not None and is_known else None
+
+    def _difference_to(self, state: dict[str, Any], *, is_alike: bool) -> str | None:
+        if not self._is_divided and not is_alike:
+            return (
+                f"the epoch under way was begun by {state.get('world_size')} workers and goes on with "
+                f"{self._world_size}, but its samples are split by the loader itself: some of them may be repeated or "
+                "left out"
+            )
+        before, now = state.get("num_items"), self._num_items
+        if before is not None and now is not None and before != now:
+            return (
+                f"the epoch under way was begun with {before} samples or batches and the loader has {now} now: their "
+                "order is another one, so that some of them may be repeated or left out"
+            )
+        return None
 
     def _continues_loader(self, skip: int) -> bool:
         """Whether the loader goes on from a state of its own that was taken inside the epoch."""
-        state, self._loader_state, self._has_begun = self._loader_state, None, True
-        # A DataLoader whose epoch has ended begins twice, drawing twice from the generators that the run goes on with.
-        if state is None or (skip == 0 and isinstance(self._loader, DataLoader)):
+        state, self._state, self._has_begun = self._state, None, True
+        if state is None:
             return False
-        self._loader.load_state_dict(state)
+        if self._stateful is not self._loader and self._share is not None:
+            # A data set that is read by index: where to go on is its sampler's business.
+            self._stateful.load_state_dict(state)
+            return False
+        # A DataLoader whose epoch has ended begins twice, drawing twice from the generators that the run goes on with.
+        if skip == 0 and isinstance(self._loader, DataLoader):
+            return False
+        self._stateful.load_state_dict(state)
         return skip > 0
 
-    def _streamed(self, epoch: int) -> Iterator[Any]:
+    def _shared_out(self, share: Share, skip: int, weights: deque[float]) -> Iterator[Any]:
+        origin = self._origin
+        if self._processes is not None:
+            if self._processes.is_restart_due():
+                self._is_seeding_again = True
+                self._generators.expect_seeding()
+            self._processes.begin(self._loader, num_drawn=share.num_drawn, is_going_on=skip > 0)
+        self._opening.num_passed = origin.num_items
+        num_replayed = skip - origin.num_batches
+        share.start(origin.epoch, num_dealt=origin.num_items, num_replayed=num_replayed, weights=weights)
+        outside = RandomState.take() if self._is_seeding_again else None
+        batches = iterated(self._loader, share)
+        if outside is not None:
+            outside.restore()
+        self._is_seeding_again = False
+        return batches
+
+    def _streamed(self, epoch: int, *, num_passed: int) -> tuple[Iterator[Any], Any]:
+        """The batches of this rank, and the last one of those that were passed over."""
+        if num_passed > 0 and self._rank == 0:
+            warnings.warn(
+                f"the training loader is a stream without a state_dict: the {num_passed} batches of this epoch that "
+                "the run has had are fetched and thrown away",
+                stacklevel=3,
+            )
+        self._opening.num_passed = num_passed
         if not self._is_divided or self._world_size == 1:
-            return iter(self._loader)
+            return opened(self._loader, opening=self._opening)
         return every_nth(
             self._loader,
             rank=self._rank,
             world_size=self._world_size,
             own_random=IsolatedRandom(self._seed + epoch),
+            opening=self._opening,
         )
 
     def _shared(self, loader: Any) -> Share | None:
@@ -233,13 +294,13 @@ class TrainData:
             return share_of_sequence(loader, rank=rank, world_size=world_size, is_padded=self._is_padded)
         if not is_map_style(loader):
             return None
-        source = IndexSource.of(loader)
-        seed: int | None = self._seed
-        if not self._is_divided:
-            source = IndexSource(sampler=loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
-            seed = None
         # Without a reference to self: a cycle would keep worker processes alive until the garbage collector comes.
-        order = partial(_order, generators=self._generators, source=source, seed=seed, world_size=world_size)
+        if self._is_divided:
+            source = IndexSource.of(loader)
+            order = partial(_order, generators=self._generators, source=source, seed=self._seed, world_size=world_size)
+        else:
+            source = IndexSource(sampler=loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
+            order = partial(_own_order, generators=self._generators, source=source, opening=self._opening)
         return Share(
             order,
             num_items=length_of(source.sampler),
@@ -276,33 +337,19 @@ class TrainData:
         return math.inf if min(counts) < 0 else max(counts)
 
 
-def batch_size_of(batch: Any) -> int:
-    """First dimension of the first tensor in the batch; 1 where that has none, or where there is no tensor."""
-    size = _first_dimension(batch)
-    return 1 if size is None else size
-
-
-def _first_dimension(value: Any) -> int | None:
-    if isinstance(value, torch.Tensor):
-        return value.shape[0] if value.ndim > 0 else 1
-    parts: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        parts = value.values()
-    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, range)):
-        parts = value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = (getattr(value, field.name) for field in dataclasses.fields(value))
-    return next((size for part in parts if (size := _first_dimension(part)) is not None), None)
-
-
 def _order(
-    epoch: int, *, generators: SamplerGenerators, source: IndexSource, seed: int | None, world_size: int
+    epoch: int, *, generators: SamplerGenerators, source: IndexSource, seed: int, world_size: int
 ) -> Iterator[Any]:
-    """A seed of None: the user's own order, drawn from the random numbers of the process."""
     generators.begin(epoch)
-    if seed is None:
-        return iter(source.sampler)
     return source.order(seed=seed + epoch, num_at_once=world_size * (source.batch_size or 1))
+
+
+def _own_order(epoch: int, *, generators: SamplerGenerators, source: IndexSource, opening: Opening) -> Iterator[Any]:
+    """The user's own, drawn from the random numbers of the process."""
+    generators.begin(epoch)
+    passed = opening.num_passed
+    items, _ = opened(source.sampler, opening=opening)
+    return chain(range(passed), items)
 
 
 def _agreed(

@@ -16,7 +16,7 @@ from raylit.worker.loaders import (
     with_indices,
 )
 from raylit.worker.sampling import IndexSource, IsolatedRandom, Share, length_of
-from raylit.worker.streams import every_nth
+from raylit.worker.streams import Opening, every_nth
 
 
 class EvalData:
@@ -84,8 +84,13 @@ class EvalData:
     def batches(self) -> Iterator[Any]:
         """Of this rank, without their index."""
         if self._is_stream:
-            own_random = IsolatedRandom(self._seed)
-            return every_nth(self._loader, rank=self._rank, world_size=self._world_size, own_random=own_random)
+            return every_nth(
+                self._loader,
+                rank=self._rank,
+                world_size=self._world_size,
+                own_random=IsolatedRandom(self._seed),
+                opening=Opening(),
+            )[0]
         return iterated(self._loader, self._share)
 
 

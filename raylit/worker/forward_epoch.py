@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raylit.strategies.batch_norm import SyncedBatchNorms
-from raylit.worker.data import TrainSource
+from raylit.worker.feed import TrainSource
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed

@@ -32,6 +32,15 @@ def is_stateful(loader: Any) -> bool:
     return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
+def stateful_part(loader: Any) -> Any:
+    """What is to be asked for its place: the loader, or a data set that a plain DataLoader reads in this process. None:
+    neither knows."""
+    if is_stateful(loader):
+        return loader
+    is_read_here = isinstance(loader, DataLoader) and loader.num_workers == 0
+    return loader.dataset if is_read_here and is_stateful(loader.dataset) else None
+
+
 def may_run_ahead(loader: Any) -> bool:
     """Fetching a batch has no effect in this process: another one has made it."""
     return isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_stateful(loader)

@@ -165,6 +165,20 @@ def epoch_across(totals: Tensor, weights: Tensor, reduction: str) -> float:
     return float(_REDUCTIONS[reduction](totals))
 
 
+def added_up(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """What MetricBuffer.state_dict gave on several ranks, as one rank's; without torchmetrics objects."""
+    merged: dict[str, Any] = {}
+    for name, kept in ((name, kept) for state in states for name, kept in state.items() if "total" in kept):
+        if name not in merged:
+            merged[name] = dict(kept)
+            continue
+        totals = torch.tensor([merged[name]["total"], kept["total"]], dtype=torch.float64)
+        reduction = Spec(*kept["spec"]).reduction
+        fold = torch.sum if reduction == "mean" else _REDUCTIONS[str(reduction)]
+        merged[name].update(total=float(fold(totals)), weight=merged[name]["weight"] + kept["weight"])
+    return merged
+
+
 def applied(reduction: Callable[[Tensor], Tensor], values: list[Any]) -> float:
     return float(reduction(torch.tensor(values)))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raylit.errors import ConfigError
 from raylit.messages import Metric, Metrics
 from raylit.worker import metric_objects
-from raylit.worker.data import batch_size_of
+from raylit.worker.batch_size import batch_size_of
 from raylit.worker.metric_entry import (
     NUM_KEPT,
     OBJECT,

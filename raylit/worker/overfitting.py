@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 
 from raylit.combined_loader import CombinedLoader, holds_loaders
-from raylit.worker.data import Feed, TrainSource
+from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.loaders import is_map_style
 from raylit.worker.sampling import is_of_torchdata, is_plain_batching
 
@@ -29,8 +29,11 @@ class SameEpoch:
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         return self._source.epoch(0, skip=skip)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._source.state_dict()
+    def num_left(self, epoch: int, num_done: int) -> float:
+        return self._source.num_left(0, num_done)
+
+    def state_dict(self, *, num_done: int) -> dict[str, Any]:
+        return self._source.state_dict(num_done=num_done)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._source.load_state_dict(state)

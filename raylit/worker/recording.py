@@ -23,7 +23,7 @@ from raylit.messages import (
 from raylit.profilers.base import Profiler
 from raylit.profilers.memory import PeakMemory
 from raylit.worker.context import WorkerContext
-from raylit.worker.data import Feed
+from raylit.worker.feed import Feed
 from raylit.worker.peers import Peers
 
 DRIVER = "wait for the driver"

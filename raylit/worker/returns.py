@@ -1,6 +1,6 @@
 """What steps return: the loss in it, the metrics it carries, and what hooks get to see of it. Worker."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -149,6 +149,11 @@ class EpochOutputs:
         hook = session.timed(f"{type(session.module).__name__}.{self._hook}", getattr(session.module, self._hook))
         with self._metrics.as_global():
             _file_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
+
+
+def joined(states: Sequence[list[list[tuple[int, Any]]]]) -> list[list[tuple[int, Any]]]:
+    """Several ranks' outputs, as EpochOutputs keeps them, as one rank's."""
+    return [[*chain.from_iterable(parts)] for parts in zip(*states, strict=True)]
 
 
 def _file_end(outputs: Any, metrics: MetricBuffer, *, hook: str) -> None:

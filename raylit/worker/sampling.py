@@ -95,19 +95,29 @@ class Share:
         self._is_padded = is_padded
         self._rank = rank
         self._world_size = world_size
-        self._group_size = world_size * (batch_size or 1)
-        self._epoch = self._skip = self._num_replayed = 0
+        self.group_size = world_size * (batch_size or 1)
+        """Items of a global batch."""
+        self.num_items = num_items
+        self.num_drawn = 0
+        """Batches that have been asked for since the last `start`; a loader may have fetched more than it has given."""
+        self._epoch = self._num_dealt = self._num_replayed = 0
         self._weights: deque[float] = deque(maxlen=0)
-        num_groups = num_items / self._group_size
-        self.num_batches: float = num_groups
-        if math.isfinite(num_groups):
-            self.num_batches = math.floor(num_groups) if drop_last else math.ceil(num_groups)
+        self.num_batches: float = self.num_batches_after(0)
 
-    def start(self, epoch: int, *, skip: int, weights: deque[float], num_replayed: int = 0) -> None:
-        """What the iterations from now on yield. `skip` counts batches; `weights` receives the weight of each batch
-        before it is yielded, and a last 0.0 if this rank has none of the last global batch. The first `num_replayed`
-        have no weight: a loader that goes on from a state of its own passes over them by itself."""
-        self._epoch, self._skip, self._weights, self._num_replayed = epoch, skip, weights, num_replayed
+    def num_batches_after(self, num_dealt: int) -> float:
+        """What is left of an epoch once `num_dealt` items of it have gone to ranks, these or others."""
+        num_groups = max(0.0, self.num_items - num_dealt) / self.group_size
+        if math.isinf(num_groups):
+            return num_groups
+        return math.floor(num_groups) if self._drop_last else math.ceil(num_groups)
+
+    def start(self, epoch: int, *, num_dealt: int, weights: deque[float], num_replayed: int = 0) -> None:
+        """What the iterations from now on yield: what the epoch has after its first `num_dealt` items. `weights`
+        receives the weight of each batch before it is yielded, and a last 0.0 if this rank has none of the last global
+        batch. The first `num_replayed` have no weight: a loader that goes on from a state of its own passes over them
+        by itself."""
+        self._epoch, self._num_dealt, self._weights, self._num_replayed = epoch, num_dealt, weights, num_replayed
+        self.num_drawn = 0
 
     def __len__(self) -> int:
         if math.isinf(self.num_batches):
@@ -117,15 +127,15 @@ class Share:
     def __iter__(self) -> Iterator[Any]:
         # Bound now: the generator runs later, perhaps ahead of the batches. DataLoaders with worker processes call
         # `iter` twice and use the second, so nothing may happen before the first item is asked for.
-        return self._batches(self._epoch, self._skip, self._weights, self._num_replayed)
+        return self._batches(self._epoch, self._num_dealt, self._weights, self._num_replayed)
 
-    def _batches(self, epoch: int, skip: int, weights: deque[float], num_replayed: int) -> Iterator[Any]:
-        group_size, world_size, rank = self._group_size, self._world_size, self._rank
+    def _batches(self, epoch: int, num_dealt: int, weights: deque[float], num_replayed: int) -> Iterator[Any]:
+        group_size, world_size, rank = self.group_size, self._world_size, self._rank
         items, first = self._order(epoch), []
         if self._is_padded:
             first = list(islice(items, world_size))
             items = chain(first, items)
-        items = islice(items, skip * group_size, None)
+        items = islice(items, num_dealt, None)
         while group := list(islice(items, group_size)):
             if self._drop_last and len(group) < group_size:
                 return
@@ -138,6 +148,7 @@ class Share:
                 # Gradients are averaged over ranks; this makes that the mean over the samples.
                 weights.append(len(share) * world_size / len(group))
             if share:
+                self.num_drawn += 1
                 yield share[0] if self._batch_size is None else share
 
 
@@ -163,6 +174,10 @@ class SamplerGenerators:
                 self._restore(self._resumed)
             self._epoch, self._epoch_start = epoch, self._states()
         self._resumed = []
+
+    def expect_seeding(self) -> None:
+        """Persistent workers are about to be seeded, which the uninterrupted run does not do."""
+        self._resumed = self._states()
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "epoch_start": self._epoch_start, "now": self._states()}
@@ -197,11 +212,11 @@ class IsolatedRandom:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._inside: _RandomState | None = None
-        self._outside: _RandomState | None = None
+        self._inside: RandomState | None = None
+        self._outside: RandomState | None = None
 
     def __enter__(self) -> None:
-        self._outside = _RandomState.take()
+        self._outside = RandomState.take()
         if self._inside is not None:
             self._inside.restore()
             return
@@ -213,19 +228,19 @@ class IsolatedRandom:
 
     def __exit__(self, *exc_info: object) -> None:
         assert self._outside is not None
-        self._inside = _RandomState.take()
+        self._inside = RandomState.take()
         self._outside.restore()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _RandomState:
+class RandomState:
     torch_cpu: Tensor
     python: Any
     numpy: Any
     """None where NumPy has not been imported."""
 
     @classmethod
-    def take(cls) -> "_RandomState":
+    def take(cls) -> "RandomState":
         numpy = sys.modules.get("numpy")
         return cls(
             torch_cpu=torch.get_rng_state(),

@@ -1,7 +1,6 @@
 """A rank's part of a checkpoint, taken from and applied to its session. Worker."""
 
 import io
-import warnings
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from raylit.checkpoint.host_copy import HostCopy
 from raylit.errors import CheckpointError
 from raylit.messages import Save, Saved
 from raylit.rebuild import load_weights
-from raylit.state import Progress
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
@@ -143,23 +141,12 @@ class Saving:
         if not ranks or self._loop is None:
             return
         if len(ranks) != session.context.world_size:
-            # What the samplers' own generators stood at is alike on all ranks; the rest belongs to ranks that were.
-            self._loop.load_data_state(ranks[0])
-            if _is_inside_epoch(progress) and session.context.rank == 0:
-                warnings.warn(
-                    f"the checkpoint was taken inside an epoch of {len(ranks)} workers and goes on with "
-                    f"{session.context.world_size}: its batches are cut anew, so that samples of this epoch may be "
-                    "repeated or left out",
-                    stacklevel=2,
-                )
+            # Random numbers belong to ranks that were.
+            self._loop.load_states_of_others(ranks)
             return
         of_rank = ranks[session.context.rank]
         self._loop.load_state_of_rank(of_rank)
-        if _is_inside_epoch(progress):
+        if progress.is_inside_epoch:
             session.continue_random_state_at_next_batch(of_rank["random"])
         else:
             format.set_random_state(of_rank["random"])
-
-
-def _is_inside_epoch(progress: Progress) -> bool:
-    return progress.batch > 0 and not progress.is_epoch_ended

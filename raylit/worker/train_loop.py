@@ -1,7 +1,7 @@
 """TrainLoop: the training batches between two decisions of the driver. Worker; the hot path."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any
 
@@ -12,13 +12,15 @@ from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticke
 from raylit.plan import BatchLimit
 from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
-from raylit.worker.data import Feed, TrainSource
+from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.forward_epoch import run_forward
+from raylit.worker.metric_entry import added_up
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
+from raylit.worker.optimization.gradients import mean_gradients
 from raylit.worker.recording import TimedFeed
-from raylit.worker.returns import EpochOutputs, detached
+from raylit.worker.returns import EpochOutputs, detached, joined
 from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed
 
@@ -57,7 +59,8 @@ class TrainLoop:
         limits = self._session.plan.limits
         self._data = data
         self.num_batches = limited(data.num_batches, limits.overfit_batches or limits.train_batches)
-        self._view.num_training_batches = self.num_batches
+        """Of an epoch."""
+        self._set_length(self.num_batches)
 
     def run(self, command: Train) -> Iterator[Report]:
         """Train until the command's limits, the epoch's end or an agreed stop."""
@@ -68,7 +71,7 @@ class TrainLoop:
         if self._kept is not None:
             on_batch_end = (self._kept.keep_batch, *on_batch_end)
         run_batch, run_share = optimization.run_batch, optimization.run_share
-        num_batches, is_alone = self.num_batches, session.peers.world_size == 1
+        num_batches, is_alone = self.num_batches_in_epoch, session.peers.world_size == 1
         brake = session.brake
         window = session.plan.optimization.window_in(view.current_epoch)
         log_every = session.plan.reporting.log_every_n_steps or math.inf
@@ -138,6 +141,7 @@ class TrainLoop:
         )
         view.is_epoch_ended = True
         self._feed = None
+        self._set_length(self.num_batches)
         session.strategy.sync_buffers(session.module)
         yield EpochEnded(progress=view.progress, metrics=metrics, stop_reason=self._stop_reason())
 
@@ -159,7 +163,9 @@ class TrainLoop:
             "metrics": self.metrics.state_dict(module),
             "objects": metric_objects.states_in(module),
             "outputs": [] if self._kept is None else self._kept.state_dict(),
-            "data": self._data.state_dict(),
+            "optimization": self._optimization.state_dict(),
+            "reduced": self._view.metrics_state(),
+            "data": self._data.state_dict(num_done=self._view.num_batches_done),
         }
 
     def load_state_of_rank(self, state: dict[str, Any]) -> None:
@@ -168,10 +174,21 @@ class TrainLoop:
         metric_objects.load_states(module, state.get("objects", {}))
         if self._kept is not None:
             self._kept.load_state_dict(state.get("outputs", []))
-        self.load_data_state(state)
+        self._optimization.load_state_dict(state.get("optimization", {}))
+        self._view.load_metrics_state(state.get("reduced", {}))
+        self._load_data_state(state)
 
-    def load_data_state(self, state: dict[str, Any]) -> None:
-        self._data.load_state_dict(state["data"])
+    def load_states_of_others(self, states: Sequence[dict[str, Any]]) -> None:
+        """Of another number of ranks: what they had added up is shared out; states of torchmetrics are left out."""
+        context = self._session.context
+        own = states[context.rank :: context.world_size]
+        self.metrics.load_state_dict(added_up([state["metrics"] for state in own]), self._session.module)
+        if self._kept is not None:
+            self._kept.load_state_dict(joined([state.get("outputs", []) for state in own]))
+        self._optimization.load_state_dict(mean_gradients([state.get("optimization", {}) for state in states]))
+        self._view.load_metrics_state(states[0].get("reduced", {}))
+        # How far the data was dealt out, and what the samplers' own generators stood at, is alike on all ranks.
+        self._load_data_state(states[0])
 
     # Helpers, in the order in which they are called
 
@@ -199,6 +216,26 @@ class TrainLoop:
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
         return self._feed
+
+    def _load_data_state(self, state: dict[str, Any]) -> None:
+        """After the view has moved to where the state was taken."""
+        self._data.load_state_dict(state["data"])
+        progress = self._view.progress
+        if progress.is_inside_epoch:
+            self._set_length(self._length_of_rest(progress.epoch, progress.batch))
+
+    def _set_length(self, num_batches: float) -> None:
+        self.num_batches_in_epoch = self._view.num_training_batches = num_batches
+
+    def _length_of_rest(self, epoch: int, num_done: int) -> float:
+        """Batches of an epoch whose first `num_done` were perhaps not of this size, or of other workers."""
+        limits, usual = self._session.plan.limits, self._data.num_batches
+        num_left = self._data.num_left(epoch, num_done)
+        limit = limits.overfit_batches or limits.train_batches
+        if math.isinf(usual) or isinstance(limit, int):
+            return limited(num_done + num_left, limit)
+        # A fraction's end in these batches, less what they would have been up to here.
+        return num_done + max(0, limited(usual, limit) - (usual - num_left))
 
     def _report_step(self) -> Iterator[Report]:
         view = self._view

@@ -10,7 +10,7 @@ from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.datamodule import DataModule
 from raylit.module import LightningModule
 from raylit.profilers.base import Profiler, timed
-from raylit.worker.data import Feed
+from raylit.worker.feed import Feed
 from raylit.worker.hooks import is_overridden
 from raylit.worker.recording import TimedFeed
 from raylit.worker.signatures import num_positional

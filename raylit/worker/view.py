@@ -64,6 +64,14 @@ class TrainerView:
         self._reduced.update({name: metric.value for name, metric in metrics.items()})
         self._logged.update({name: metric.value for name, metric in metrics.items() if metric.logger})
 
+    def metrics_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"values": dict(self._reduced), "logged": list(self._logged)}
+
+    def load_metrics_state(self, state: dict[str, Any]) -> None:
+        self._reduced = dict(state.get("values", {}))
+        self._logged = {name: self._reduced[name] for name in state.get("logged", [])}
+
     @property
     def progress(self) -> Progress:
         """The position as a message takes it."""

@@ -36,8 +36,8 @@ from raylit.worker import handback
 from raylit.worker.brake import Brake
 from raylit.worker.combined import build_train_source
 from raylit.worker.context import Job, WorkerContext
-from raylit.worker.data import TrainSource
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
+from raylit.worker.feed import TrainSource
 from raylit.worker.forwarding import logger_views
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
@@ -190,6 +190,7 @@ class Worker:
         yield Started(
             progress=session.view.progress,
             num_training_batches=loop.num_batches,
+            num_batches_in_epoch=loop.num_batches_in_epoch,
             num_eval_batches=self._num_val_batches,
             summary=self._summary(session.module),
         )

@@ -30,7 +30,7 @@ def dealt_out(num_items, *, world_size, skip=0, **options):
             lambda epoch: iter(range(num_items)), num_items=num_items, rank=rank, world_size=world_size, **options
         )
         weights = deque()
-        share.start(0, skip=skip, weights=weights)
+        share.start(0, num_dealt=skip * world_size * (options.get("batch_size") or 1), weights=weights)
         dealt.append((list(share), list(weights), share.num_batches))
     return dealt
 
@@ -94,9 +94,9 @@ class TestShare:
     def test_an_iteration_keeps_to_what_was_started_when_it_began(self):
         share = Share(lambda epoch: iter(range(100 * epoch, 100 * epoch + 4)), num_items=4, rank=0, world_size=1)
         first, second = deque(), deque()
-        share.start(1, skip=0, weights=first)
+        share.start(1, num_dealt=0, weights=first)
         batches = iter(share)
-        share.start(2, skip=3, weights=second)
+        share.start(2, num_dealt=3, weights=second)
         assert list(batches) == [100, 101, 102, 103]
         assert (len(first), len(second)) == (4, 0)
 

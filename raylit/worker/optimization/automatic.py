@@ -12,6 +12,7 @@ from raylit.strategies import Skipped
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.gradient_sync import GradientSync
+from raylit.worker.optimization.gradients import gradients_of, set_gradients
 from raylit.worker.optimization.stepper import Stepper, loss_check
 from raylit.worker.returns import hiddens_of, loss_of
 from raylit.worker.session import Session
@@ -87,6 +88,14 @@ class AutomaticOptimization:
         self._strategy.reduce_gradients(self._module.parameters())
         self._stepper.step()
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._is_window_start else gradients_of(self._stepper.optimizer, self._module)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            set_gradients(self._stepper.optimizer, self._module, state)
+            self._is_window_start = False
 
     def is_active(self, optimizer_idx: int | None) -> bool:
         return True

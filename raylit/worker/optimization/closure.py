@@ -15,6 +15,7 @@ from raylit.strategies import Skipped
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.gradient_sync import GradientSync
+from raylit.worker.optimization.gradients import gradients_of, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandle
 from raylit.worker.optimization.stepper import Stepper, loss_check
 from raylit.worker.returns import hiddens_of, loss_of
@@ -91,6 +92,14 @@ class ClosureOptimization:
         evaluation = _Evaluation(None, is_synced_by_hand=True)
         self._run(functools.partial(self._evaluate, evaluation, 0.0), self._view.num_batches_done, True)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._is_window_start else gradients_of(self._stepper.optimizer, self._module)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            set_gradients(self._stepper.optimizer, self._module, state)
+            self._is_window_start = False
 
     def is_active(self, optimizer_idx: int | None) -> bool:
         return True

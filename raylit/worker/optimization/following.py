@@ -22,6 +22,8 @@ class FollowingOptimization:
         self.start_epoch = inner.start_epoch
         self.run_batch = inner.run_batch
         self.finish_window = inner.finish_window
+        self.state_dict = inner.state_dict
+        self.load_state_dict = inner.load_state_dict
         self.is_active = inner.is_active
         self.hiddens_of = inner.hiddens_of
 

@@ -18,6 +18,8 @@ class OptimizerHandle:
     def __init__(self, stepper: Stepper, handles: "Handles") -> None:
         self._stepper = stepper
         self._handles = handles
+        self.is_step_pending = False
+        """There has been a backward pass, of this optimizer or another, since its last step."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -33,6 +35,7 @@ class OptimizerHandle:
         stepper = self._stepper
         if self._handles.is_manual:
             self._handles.sync()
+        self.is_step_pending = False
         if stepper.has_scaler:
             return self._step_scaled(closure)
         if closure is None:
@@ -112,6 +115,8 @@ class Handles:
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
         self._own_backward(loss, *args, **kwargs)
+        for handle in self.optimizers:
+            handle.is_step_pending = True
         if self.is_syncing:
             self.sync()
         for hook in self._after_backward:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raylit.worker.metrics import MetricBuffer
+from raylit.worker.optimization.gradients import gradients_of, set_gradients
 from raylit.worker.optimization.handles import Handles
 from raylit.worker.returns import file_metrics
 from raylit.worker.session import Session
@@ -18,6 +19,7 @@ class ManualOptimization:
         self, session: Session, *, handles: Handles, training_step: Callable[..., Any], metrics: MetricBuffer
     ) -> None:
         session.strategy.share_weights(session.module)
+        self._module = session.module
         self._precision = session.precision
         self._handles = handles
         self._training_step = training_step
@@ -42,6 +44,20 @@ class ManualOptimization:
 
     def finish_window(self) -> bool:
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        pending = {
+            str(index): gradients_of(handle.optimizer, self._module)
+            for index, handle in enumerate(self._handles.optimizers)
+            if handle.is_step_pending
+        }
+        return {index: gradients for index, gradients in pending.items() if gradients}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for index, gradients in state.items():
+            handle = self._handles.optimizers[int(index)]
+            set_gradients(handle.optimizer, self._module, gradients)
+            handle.is_step_pending = True
 
     def is_active(self, optimizer_idx: int | None) -> bool:
         return False

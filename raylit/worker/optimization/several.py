@@ -38,6 +38,14 @@ class SeveralOptimizers:
     def finish_window(self) -> bool:
         return any([turn.finish_window() for turn in self._turns])
 
+    def state_dict(self) -> dict[str, Any]:
+        states = {str(index): turn.state_dict() for index, turn in enumerate(self._turns)}
+        return {index: state for index, state in states.items() if state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for index, turn in enumerate(self._turns):
+            turn.load_state_dict(state.get(str(index), {}))
+
     def is_active(self, optimizer_idx: int | None) -> bool:
         return optimizer_idx is None or optimizer_idx in self._active
 

@@ -35,6 +35,12 @@ class TruncatedOptimization:
     def finish_window(self) -> bool:
         return self._inner.finish_window()
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+
     def is_active(self, optimizer_idx: int | None) -> bool:
         return self._inner.is_active(optimizer_idx)
 

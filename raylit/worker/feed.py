@@ -1,0 +1,86 @@
+"""Feed: an epoch's batches of one rank, and what the training loop asks of where they come from. Worker."""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, Protocol
+
+from raylit.errors import ModuleError
+
+_END = object()
+
+
+class Feed:
+    """An epoch's batches of this rank. A batch of None: this rank has no share of an incomplete last global batch, but
+    takes part in its step with weight 0."""
+
+    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "may_run_ahead", "weight")
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        *,
+        weights: deque[float] | None = None,
+        is_checked: bool = False,
+        may_run_ahead: bool = False,
+    ) -> None:
+        self.weight = 1.0
+        """Of the batch just returned: the loss times this, averaged over the ranks, is the mean over the samples."""
+        self.may_run_ahead = may_run_ahead
+        """A batch may be fetched before the step that comes before it: that has no effect but on the loader."""
+        self._batches = batches
+        self._weights: deque[float] = deque() if weights is None else weights
+        self._next_weight = repeat(1.0).__next__ if weights is None else weights.popleft
+        self._is_checked = is_checked
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches, _END)
+        if batch is _END:
+            return self._end()
+        try:
+            self.weight = self._next_weight()
+        except IndexError:
+            self.weight = 1.0
+            self._mismatch()
+        return batch
+
+    def _end(self) -> None:
+        if not self._weights:
+            raise StopIteration
+        self.weight = self._weights.popleft()
+        if self.weight > 0.0:
+            self._weights.clear()
+            self._mismatch()
+            raise StopIteration
+
+    def _mismatch(self) -> None:
+        if self._is_checked:
+            raise ModuleError(
+                "the training DataLoader does not yield one batch for each item of its batch sampler, so it cannot be "
+                "shared out or continued in mid-epoch: split the data in the loader itself and pass "
+                "use_distributed_sampler=False"
+            )
+
+
+class TrainSource(Protocol):
+    """What the training loop takes its batches from."""
+
+    num_batches: float
+    """Per worker and epoch; infinite if unknown."""
+
+    def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
+        """The batches from `skip` on. Ends an earlier Feed."""
+        ...
+
+    def num_left(self, epoch: int, num_done: int) -> float:
+        """Batches that an epoch has after its first `num_done`, which other workers than these may have taken."""
+        ...
+
+    def state_dict(self, *, num_done: int) -> dict[str, Any]:
+        """As of the first `num_done` batches of the epoch under way; the loader may be ahead of that."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

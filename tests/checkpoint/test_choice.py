@@ -1,0 +1,152 @@
+"""`ckpt_path` and `resume`: the words, what they find in this Trainer's runs and in earlier ones, and what they say."""
+
+import os
+
+import pytest
+import torch
+from models import Regression, RegressionData, assert_same_weights, weights_of
+
+import raylit as pl
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "num_workers": 0}
+
+
+def trained(max_epochs, *, model=None, **arguments):
+    trainer = pl.Trainer(**{**QUIET, "max_epochs": max_epochs, "resume": "auto", **arguments})
+    torch.manual_seed(3)
+    model = model or Regression()
+    trainer.fit(model, RegressionData())
+    return trainer, model
+
+
+class Chances:
+    """The directory of logs and checkpoints that is asked for, and where the checkpoints go then."""
+
+    DEFAULT = ({}, "lightning_logs/version_0/checkpoints")
+    NAMED = ({"logger": lambda: pl.TensorBoardLogger("logs", name="mine")}, "logs/mine/version_0/checkpoints")
+    VERSION = ({"logger": lambda: pl.CSVLogger("logs", version="this")}, "logs/lightning_logs/this/checkpoints")
+    NO_LOGGER = ({"logger": lambda: False, "default_root_dir": lambda: "root"}, "root/checkpoints")
+    GIVEN = ({"callbacks": lambda: pl.ModelCheckpoint("given")}, "given")
+    URL = ({"callbacks": lambda: pl.ModelCheckpoint("memory://bucket/given")}, "memory://bucket/given")
+
+
+@pytest.mark.parametrize("name", ["DEFAULT", "NAMED", "VERSION", "NO_LOGGER", "GIVEN", "URL"])
+def test_auto_continues_the_newest_run_and_begins_one_where_there_is_none(name, capsys, tmp_path):
+    options, directory = getattr(Chances, name)
+
+    def run(max_epochs):
+        return trained(max_epochs, **{key: make() for key, make in options.items()})
+
+    _, reference = trained(4, resume=None, logger=False, default_root_dir="elsewhere")
+    first, _ = run(2)
+    assert "resume='auto': no checkpoint of an earlier run is in" in capsys.readouterr().err
+    second, model = run(4)
+    said = capsys.readouterr().err
+    assert f"resume='auto': continues {first.checkpoint_callback.newest_model_path}, of epoch 1, step 12" in said
+    assert (second.current_epoch, second.global_step, len(model.losses)) == (4, 24, 12)
+    assert_same_weights(weights_of(model), weights_of(reference))
+    assert directory in second.checkpoint_callback.newest_model_path
+    if "://" not in directory:
+        files = {file for file in os.listdir(directory) if file.endswith(".ckpt")}
+        assert "epoch=3-step=24.ckpt" in files
+        assert "epoch=2-step=18.ckpt" not in files
+
+
+def test_a_run_that_is_continued_goes_on_in_its_own_log(capsys):
+    loggers = [pl.CSVLogger("logs", name="a"), pl.CSVLogger("logs", name="b")]
+    trained(1, logger=loggers, resume=None)
+    trained(2, logger=[pl.CSVLogger("logs", name="a"), pl.CSVLogger("logs", name="b")])
+    assert os.listdir("logs/a") == os.listdir("logs/b") == ["version_0"]
+    trained(2, logger=pl.CSVLogger("logs", name="a"), resume=None)
+    assert sorted(os.listdir("logs/a")) == ["version_0", "version_1"]
+
+
+def test_a_damaged_newest_file_is_named_and_the_one_before_it_continued(capsys):
+    saving = {"callbacks": pl.ModelCheckpoint("saved", filename="{epoch}", save_top_k=-1, monitor="step", mode="max")}
+    trained(3, **saving)
+    with open("saved/epoch=2.ckpt", "r+b") as file:
+        file.seek(3000)
+        file.write(b"\xff" * 200)
+    saving = {"callbacks": pl.ModelCheckpoint("saved", filename="{epoch}", save_top_k=-1, monitor="step", mode="max")}
+    with pytest.warns(UserWarning, match=r"epoch=2.ckpt is damaged"):
+        trainer, model = trained(4, **saving)
+    assert "continues" in (said := capsys.readouterr().err)
+    assert "epoch=1.ckpt, of epoch 1, step 12" in said
+    assert (trainer.current_epoch, len(model.losses)) == (4, 12)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint directory")
+def test_weights_alone_are_not_continued(capsys):
+    trained(1, callbacks=pl.ModelCheckpoint("saved", save_weights_only=True))
+    trainer, _ = trained(1, callbacks=pl.ModelCheckpoint("saved"))
+    assert trainer.global_step == 6
+    assert capsys.readouterr().err.count("a new run begins") == 2
+
+
+def test_a_finished_run_says_that_nothing_is_left(capsys):
+    trained(2)
+    for max_epochs in (2, 1):
+        with pytest.warns(
+            UserWarning, match=rf"nothing is left to train: .* epoch 2, step 12, the limit is .*={max_epochs}"
+        ):
+            trainer, model = trained(max_epochs)
+        assert not model.losses
+        assert trainer.current_epoch == 2
+
+
+def test_another_model_names_the_first_keys_that_do_not_fit(capsys):
+    class Deeper(Regression):
+        def __init__(self):
+            super().__init__()
+            self.extra = torch.nn.Linear(2, 2)
+
+    trained(1, model=Deeper())
+    with pytest.raises(
+        pl.CheckpointError, match=r"checkpoint of this Regression: missing none, unexpected extra.weight"
+    ):
+        trained(2)
+
+
+def test_a_dev_run_neither_continues_nor_says_anything(capsys):
+    trained(1)
+    capsys.readouterr()
+    _, model = trained(1, fast_dev_run=True)
+    assert len(model.losses) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_last_and_best_are_found_in_earlier_runs_for_every_entry_point():
+    saving = pl.ModelCheckpoint("saved", monitor="val_loss", save_last=True)
+    # The last epoch is not the best.
+    trainer, model = trained(2, model=Regression(lr=1.9), resume=None, callbacks=saving)
+    assert "epoch=0" in saving.best_model_path
+
+    def fresh(**options):
+        saving = pl.ModelCheckpoint("saved", monitor="val_loss", save_last=True)
+        return pl.Trainer(**QUIET, logger=False, callbacks=saving, **options)
+
+    of_best = trainer.validate(model, ckpt_path="best", verbose=False, datamodule=RegressionData())
+    of_last = trainer.validate(model, ckpt_path="last", verbose=False, datamodule=RegressionData())
+    assert of_best != of_last
+    for word, expected in (("best", of_best), ("last", of_last)):
+        other = Regression(lr=0.1)
+        assert fresh().validate(other, ckpt_path=word, verbose=False, datamodule=RegressionData()) == expected
+        assert len(fresh().predict(other, ckpt_path=word, datamodule=RegressionData())) == 3
+        assert fresh().test(other, ckpt_path=word, verbose=False, datamodule=RegressionData())
+    going_on = fresh(max_epochs=3)
+    going_on.fit(Regression(), datamodule=RegressionData(), ckpt_path="last")
+    assert going_on.global_step == 18
+
+
+@pytest.mark.parametrize("word", ["best", "last"])
+def test_a_word_without_a_checkpoint_says_where_it_looked(word):
+    trainer = pl.Trainer(**QUIET, logger=False, default_root_dir="root")
+    for call in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        with pytest.raises(pl.ConfigError, match=rf"ckpt_path='{word}': this Trainer has saved no .*/root; call fit"):
+            call(Regression(), datamodule=RegressionData(), ckpt_path=word)
+
+
+def test_a_file_that_is_not_there_names_those_that_are(tmp_path):
+    trained(1, callbacks=pl.ModelCheckpoint("saved", filename="this-one"))
+    with pytest.raises(pl.CheckpointError, match=r"no checkpoint saved/that-one.ckpt. In saved: this-one.ckpt"):
+        pl.Trainer(**QUIET).fit(Regression(), RegressionData(), ckpt_path="saved/that-one.ckpt")
