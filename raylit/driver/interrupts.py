@@ -113,11 +113,11 @@ def _exception(number: signal.Signals) -> BaseException:
     if number != signal.SIGINT:
         return SystemExit(128 + number)
     if "ray" in sys.modules:
-        _end_uncaught_by_signal()
+        end_uncaught_by_signal()
     return KeyboardInterrupt()
 
 
-def _end_uncaught_by_signal() -> None:
+def end_uncaught_by_signal() -> None:
     """Python ends by SIGINT (130 in a shell) where nobody catches a KeyboardInterrupt, but with 1 once Ray 2.60 is
     imported: do what Python would have done."""
     before = sys.excepthook

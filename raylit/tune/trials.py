@@ -17,6 +17,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 from raylit.checkpoint import format
 from raylit.driver import cluster, warm
+from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import joined
@@ -82,6 +83,7 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         results = _tuner(trainable, space, workers, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
+        end_uncaught_by_signal()
         raise KeyboardInterrupt
     # A resumed run has them in another order; their tags begin with their numbers.
     trials: list[TuneTrial] = sorted(

@@ -48,6 +48,8 @@ class Watcher(tune.Callback):
         self._is_shown = is_shown
         self._best: float | None = None
         self._best_id = ""
+        self._shown_errors: set[str] = set()
+        """Last lines: of the same, the traceback is shown once."""
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         """Called once more when a run is resumed, with an object that comes from the storage."""
@@ -76,7 +78,12 @@ class Watcher(tune.Callback):
         if isinstance(error, TrialFailed) and error.is_fatal:
             self._ending.is_due = True
             return
-        self._write(f"trial {trial.trial_id} failed with {trial.config}:\n{error}")
+        summary = (str(error).strip().splitlines() or [""])[-1]
+        self._write(
+            f"trial {trial.trial_id} failed with {trial.config}: "
+            + (summary if summary in self._shown_errors else f"\n{error}")
+        )
+        self._shown_errors.add(summary)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._say(trials)

@@ -16,7 +16,8 @@ import raylit as pl
 TESTS = str(Path(__file__).parents[1])
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.path.insert(0, {tests!r})
 from models import Regression, RegressionData
 from ray import tune
@@ -56,8 +57,7 @@ def test_an_interrupted_sweep_leaves_nothing_and_goes_on_where_it_was(tmp_path, 
     script.write_text(SCRIPT.format(tests=TESTS, log=str(log), place=str(tmp_path)))
     temporary = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
     environment = {**os.environ, "RAY_TMPDIR": temporary}
-    command = [sys.executable, "-c", "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
-               f"runpy.run_path({str(script)!r})"]  # fmt: skip
+    command = [sys.executable, str(script)]
     driver = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
     try:
         wait_until(lambda: log.exists() and log.read_text().count("\n") >= 8, 90)
