@@ -17,6 +17,7 @@ from raylit.checkpoint import files
 from raylit.driver import callers
 from raylit.driver.ray_session import RaySession, current_session
 from raylit.driver.tune_report import FILE, TuneReport
+from raylit.places import absolute, joined
 from raylit.worker.context import Job
 
 
@@ -80,11 +81,15 @@ def _restored(session: RaySession, inside: Inside) -> Inside:
         return inside
     with checkpoint.as_directory() as directory:
         restored = files.read(os.path.join(directory, FILE))
+    # Tune moves trials, and hands out those of others: a ModelCheckpoint begins anew where its files are not.
+    savers = [callback for callback in inside.callbacks if isinstance(callback, ModelCheckpoint)]
+    places = [saver.dirpath or joined(absolute(inside.job.log_dir), "checkpoints") for saver in savers]
+    for key, state in list(restored["callbacks"].items()):
+        if key.startswith(ModelCheckpoint.__name__) and state.get("dirpath") not in places:
+            del restored["callbacks"][key]
     if notes["config"] == _digest(session.config):
         return replace(inside, checkpoint=restored)
-    # A better trial's checkpoint, as population based training hands them out: its files are not this trial's.
-    for key in [key for key in restored["callbacks"] if key.startswith(ModelCheckpoint.__name__)]:
-        del restored["callbacks"][key]
+    # A better trial's checkpoint, as population based training hands them out.
     job = replace(inside.job, callbacks=[*inside.job.callbacks, PerturbedHyperparameters()])
     return replace(inside, job=job, checkpoint=restored)
 
