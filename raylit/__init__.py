@@ -45,7 +45,7 @@ from raylit.module import LightningModule
 from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
-from raylit.strategy_options import DDPStrategy
+from raylit.strategy_options import DDPStrategy, FSDPStrategy
 from raylit.trainer import Trainer
 from raylit.tune.sweep_result import SweepResult
 from raylit.tune.sweeps import sweep
@@ -69,6 +69,7 @@ __all__ = [
     "EMAWeightAveraging",
     "EarlyStopping",
     "EvalResult",
+    "FSDPStrategy",
     "GradientAccumulationScheduler",
     "LambdaCallback",
     "LearningRateMonitor",

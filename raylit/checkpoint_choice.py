@@ -21,13 +21,15 @@ def read_checkpoint(
     saved: ModelCheckpoint | None,
     earlier: EarlierRuns,
     is_best_default: bool = False,
+    is_whole: bool = True,
 ) -> dict[str, Any] | None:
     """Read the checkpoint that a path, "best" or "last" stands for; the best of the last fit by default where that is
-    meant. ConfigError: the word stands for nothing here."""
+    meant. `is_whole`: with what is in a sharded one's parts, which workers that shard read themselves. ConfigError: the
+    word stands for nothing here."""
     if path is None:
         path = saved.best_model_path if is_best_default and saved is not None else None
-        return files.read(path) if path else None
-    return files.read(_named(path, saved, earlier) if path in ("best", "last") else path)
+        return files.read(path, is_whole=is_whole) if path else None
+    return files.read(_named(path, saved, earlier) if path in ("best", "last") else path, is_whole=is_whole)
 
 
 def newest_run(earlier: EarlierRuns, *, loggers: Sequence[Logger]) -> dict[str, Any] | None:

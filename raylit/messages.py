@@ -73,6 +73,8 @@ class Save:
     """Training goes on while it is written."""
     driver_part: dict[str, Any] = field(default_factory=dict)
     """What the driver adds to the checkpoint, in plain values."""
+    directory: str | None = None
+    """Where each rank writes its part of a state that is sharded; what is held has placeholders for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +208,13 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """A piece of the weights that no single rank has, at the end of a run. Rank 0's."""
+
+    state_dict: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
     """Rank 0's module and callbacks as training and hooks left them; empty where they are the driver's own objects."""
 
@@ -296,6 +305,7 @@ Report = (
     | Written
     | Predicted
     | Saved
+    | Weights
     | LogCall
     | Profile
     | Finished

@@ -341,6 +341,7 @@ class LightningModule(LoopHooks):
         )
         name, source = checkpoint.get("hparams_name", "kwargs"), str(checkpoint_path)
         module = rebuilt(cls, checkpoint["hyper_parameters"], name, overrides=overrides, source=source)
+        module.configure_model()
         module.on_load_checkpoint(checkpoint)
         load_weights(module, checkpoint["state_dict"], source=source, strict=strict)
         return module if map_location is None else module.to(map_location)

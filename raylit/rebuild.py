@@ -65,6 +65,12 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str, strict: bool = True) -> None:
     """Load into the module's own tensors. CheckpointError names the first keys that do not fit."""
+    check_weights(module, state_dict, source=source, strict=strict)
+    module.load_state_dict(state_dict, strict=strict)
+
+
+def check_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str, strict: bool = True) -> None:
+    """CheckpointError names the first keys that do not fit."""
     own = module.state_dict()
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
@@ -78,7 +84,6 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source:
             f"{source} is not a checkpoint of this {type(module).__name__}: missing {_first(missing)}, "
             f"unexpected {_first(unexpected)}, of another shape {_first(other_shape)}"
         )
-    module.load_state_dict(state_dict, strict=strict)
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -3,6 +3,10 @@
 import warnings
 from typing import Any
 
+from raylit.callbacks.finetuning import BaseFinetuning
+from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
+from raylit.callbacks.weight_averaging import WeightAveraging
 from raylit.errors import ConfigError, ModuleError
 from raylit.module import LightningModule
 from raylit.plan import Plan
@@ -11,9 +15,13 @@ from raylit.strategies.compression import dtype_on_the_way
 from raylit.strategy_options import DDPStrategy
 from raylit.worker.context import Job
 from raylit.worker.hooks import is_overridden
+from raylit.worker.signatures import takes
 from raylit.worker.sources import HOOKS, has_loader
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+
+_NEEDING_THE_WHOLE_MODEL = (BaseFinetuning, OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging)
 
 
 def check_module(model: Any) -> None:
@@ -42,6 +50,45 @@ def require_automatic(module: LightningModule, plan: Plan) -> None:
         raise ConfigError(
             "gradient_clip_val with automatic_optimization = False: call self.clip_gradients(optimizer, "
             "gradient_clip_val=..., gradient_clip_algorithm=...) in training_step, before the step"
+        )
+
+
+def require_shardable(job: Job, plan: Plan) -> None:
+    """ConfigError for what a fit that shards the model cannot do."""
+    if not plan.strategy.is_sharding:
+        return
+    module, name = job.module, type(job.module).__name__
+    whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _NEEDING_THE_WHOLE_MODEL)]
+    for is_wrong, what, instead in (
+        (
+            not module.automatic_optimization,
+            f"{name}.automatic_optimization = False",
+            "its backward passes and steps have to be those that torch's fully_shard expects",
+        ),
+        (
+            takes(module.training_step, "optimizer_idx"),
+            f"{name}.training_step(..., optimizer_idx)",
+            "have one optimizer, with a parameter group for each of these",
+        ),
+        (
+            bool(plan.optimization.truncated_steps or module.truncated_bptt_steps),
+            "truncated back-propagation",
+            "sequences differ in length, and each piece would have to run on all workers",
+        ),
+        (plan.is_syncing_batchnorm, "sync_batchnorm=True", "leave it out, or use another norm"),
+        (plan.optimization.is_channels_last, "channels_last=True", "a share of a weight has no such layout"),
+        (bool(whole), f"the callback {', '.join(whole)}", "it needs the whole model in one process"),
+    ):
+        if is_wrong:
+            raise ConfigError(f"strategy='fsdp' does not go together with {what}: {instead}; or use strategy='ddp'")
+
+
+def require_weights(module: LightningModule, *, has_checkpoint: bool) -> None:
+    """ConfigError: there is nothing to evaluate."""
+    if not has_checkpoint and any(parameter.is_meta for parameter in module.parameters()):
+        raise ConfigError(
+            f"the weights of this {type(module).__name__} are on the meta device, without numbers: pass "
+            "ckpt_path='best' or a checkpoint's path; FSDPStrategy(gather_weights=False) leaves them there after a fit"
         )
 
 

@@ -1,10 +1,15 @@
 """How the workers are to share one model: each strategy's options, as the user gives them. Both sides; in the plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
 
 from raylit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 CommHook = Callable[..., Any]
 """As torch's `register_comm_hook` takes it: (state, bucket) to a future of the bucket's tensor."""
@@ -14,6 +19,9 @@ CompressionName = Literal["bf16", "fp16"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SingleDeviceStrategy:
     """One worker: nothing to share."""
+
+    is_sharding: ClassVar[bool] = False
+    is_saving_parts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +49,8 @@ class DDPStrategy:
     """The hook's first argument; each worker gets a copy."""
     ddp_comm_wrapper: Callable[[CommHook], CommHook] | None = None
     """Makes another hook of the hook, such as torch's `fp16_compress_wrapper`."""
+    is_sharding: ClassVar[bool] = False
+    is_saving_parts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """ConfigError: a value that cannot work."""
@@ -67,4 +77,75 @@ class DDPStrategy:
             )
 
 
-StrategyOptions = SingleDeviceStrategy | DDPStrategy
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FSDPStrategy:
+    """Every worker holds its share of parameters, gradients and optimizer states: torch's `fully_shard`.
+
+    Lightning's names where it has one, values as torch takes them. With one worker none of it matters. A model that
+    is too large for one process is built in `configure_model`; one that is built before is in each of them for a
+    moment.
+    """
+
+    auto_wrap_policy: Collection[type[nn.Module]] | Callable[[nn.Module], bool] | None = None
+    """What is gathered at a time: modules of these classes, or those that the function says True to. None: the repeated
+    blocks, which are members of one class in a ModuleList, ModuleDict or Sequential."""
+    activation_checkpointing_policy: Collection[type[nn.Module]] | None = None
+    """Modules of these classes compute their activations again in the backward pass instead of keeping them."""
+    cpu_offload: bool = False
+    """Parameters, gradients and optimizer states stay in main memory, and with it the optimizer's step."""
+    mixed_precision: "MixedPrecisionPolicy | None" = None
+    """torch.distributed.fsdp.MixedPrecisionPolicy; None: as the Trainer's precision has it. With "bf16-mixed" and
+    "16-mixed" parameters are gathered in that type, kept and reduced in float32."""
+    reshard_after_forward: bool | int = True
+    """Gathered parameters are let go of after the forward pass and gathered again for the backward pass: less memory,
+    half as much traffic again. An int: kept by groups of so many workers."""
+    state_dict_type: Literal["sharded", "full"] = "sharded"
+    """Checkpoints are directories to which each worker writes its part at the same time, or single files, for which
+    the whole goes through rank 0's memory."""
+    empty_init: bool = True
+    """`configure_model` builds on the meta device, and each part is initialised by its `reset_parameters`: the same
+    numbers as in a plain build whose constructors end with that call. False: it builds real tensors, all of them in
+    each worker for a moment, such as pretrained ones."""
+    gather_weights: bool = True
+    """After a run the driver's module has the trained weights, which have come piece by piece. False: it keeps what
+    it has had, and is on the meta device where `configure_model` has made it; the weights are in the checkpoints."""
+
+    is_sharding: ClassVar[bool] = True
+
+    @property
+    def is_saving_parts(self) -> bool:
+        """A checkpoint is a directory, and each worker writes its part."""
+        return self.state_dict_type == "sharded"
+
+    def __post_init__(self) -> None:
+        """ConfigError: a value that cannot work."""
+        for name in ("cpu_offload", "empty_init", "gather_weights"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"FSDPStrategy({name}={value!r}): must be True or False")
+        policy, checkpointed = self.auto_wrap_policy, self.activation_checkpointing_policy
+        is_function = callable(policy) and not isinstance(policy, type)
+        if policy is not None and not is_function and not _are_module_classes(policy):
+            raise ConfigError(
+                f"FSDPStrategy(auto_wrap_policy={policy!r}): must be classes of modules, such as {{Block}}, or a "
+                "function of a module that says whether it is gathered by itself"
+            )
+        if checkpointed is not None and not _are_module_classes(checkpointed):
+            raise ConfigError(
+                f"FSDPStrategy(activation_checkpointing_policy={checkpointed!r}): must be classes of modules, such as "
+                "{Block}"
+            )
+        if self.state_dict_type not in ("sharded", "full"):
+            raise ConfigError(f"FSDPStrategy(state_dict_type={self.state_dict_type!r}): must be 'sharded' or 'full'")
+        reshard = self.reshard_after_forward
+        if not isinstance(reshard, int) or (reshard is not False and reshard < 1):
+            raise ConfigError(
+                f"FSDPStrategy(reshard_after_forward={reshard!r}): must be True, False or a number of workers"
+            )
+
+
+StrategyOptions = SingleDeviceStrategy | DDPStrategy | FSDPStrategy
+
+
+def _are_module_classes(value: Any) -> bool:
+    is_collection = isinstance(value, Collection) and not isinstance(value, str) and len(value) > 0
+    return is_collection and all(isinstance(one, type) and issubclass(one, nn.Module) for one in value)

@@ -43,7 +43,7 @@ from raylit.module import LightningModule
 from raylit.outcome import Outcome
 from raylit.plan import BatchLimit, CombinationName, MatmulPrecisionName
 from raylit.profilers import Profiler, chosen_profiler
-from raylit.requirements import check_module, require, require_automatic
+from raylit.requirements import check_module, require, require_automatic, require_shardable, require_weights
 from raylit.state import RunState, RunStatus, Stage
 from raylit.strategy_options import StrategyOptions
 from raylit.tune.tuner import Tuner
@@ -259,6 +259,7 @@ class Trainer(Outcome):
         checkpoint = self._read_checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
+        require_weights(job.module, has_checkpoint=checkpoint is not None)
         with self._coordinated("predict", job) as coordinator:
             outputs = coordinator.predict(checkpoint=checkpoint, is_returning=return_predictions is not False)
         if return_predictions is False:
@@ -271,7 +272,10 @@ class Trainer(Outcome):
         self, path: str | os.PathLike[str] | None, *, is_best_default: bool = False
     ) -> dict[str, Any] | None:
         saved = self.checkpoint_callback
-        return read_checkpoint(path, saved=saved, earlier=self._earlier_runs, is_best_default=is_best_default)
+        is_whole = not self._plan.strategy.is_sharding
+        return read_checkpoint(
+            path, saved=saved, earlier=self._earlier_runs, is_best_default=is_best_default, is_whole=is_whole
+        )
 
     @property
     def _earlier_runs(self) -> EarlierRuns:
@@ -295,6 +299,7 @@ class Trainer(Outcome):
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         require_automatic(job.module, self._plan)
+        require_shardable(job, self._plan)
         return job
 
     def _job(
@@ -368,6 +373,7 @@ class Trainer(Outcome):
         checkpoint = self._read_checkpoint(ckpt_path, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
         require(job, stage)
+        require_weights(job.module, has_checkpoint=checkpoint is not None)
         with self._coordinated(stage, job) as coordinator:
             results = coordinator.evaluate(checkpoint=checkpoint)
         if verbose:

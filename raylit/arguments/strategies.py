@@ -2,7 +2,7 @@
 
 from raylit.errors import ConfigError
 from raylit.plan import Workers
-from raylit.strategy_options import DDPStrategy, SingleDeviceStrategy, StrategyOptions
+from raylit.strategy_options import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyOptions
 
 _NAMED: dict[str, StrategyOptions | None] = {
     "auto": None,
@@ -11,6 +11,8 @@ _NAMED: dict[str, StrategyOptions | None] = {
     "ddp": DDPStrategy(),
     # Lightning's ways to start the processes of "ddp", which Ray starts here.
     **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_cpu"), DDPStrategy()),
+    "fsdp": FSDPStrategy(),
+    "fsdp_cpu_offload": FSDPStrategy(cpu_offload=True),
 }
 """None: what the number of workers asks for."""
 _UNUSED = "_find_unused_parameters_"

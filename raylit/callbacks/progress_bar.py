@@ -2,11 +2,12 @@
 
 import math
 import sys
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TextIO
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.callbacks.line_stream import lines_above_bars
+from raylit.callbacks.line_stream import lines_above_bars, status_line
 from raylit.callbacks.meters import Lines, Meter, NotebookBar, TerminalBar
 from raylit.errors import ConfigError
 
@@ -137,3 +138,10 @@ def _is_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in shell.config
+
+
+def start_is_shown(num_workers: int, callbacks: Sequence[DriverCallback]) -> AbstractContextManager[None]:
+    """While workers start, where one of the callbacks shows the rest."""
+    is_shown = num_workers > 0 and any(isinstance(c, ProgressBar) and c.refresh_rate for c in callbacks)
+    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+    return status_line(f"Starting {workers} ...") if is_shown else nullcontext()

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import torch
 
-from raylit.checkpoint import remote
+from raylit.checkpoint import directory, format, remote
 from raylit.checkpoint.format import FORMAT
 from raylit.checkpoint.image import Image
 from raylit.errors import CheckpointError, DamagedCheckpoint
@@ -45,6 +45,36 @@ def write_image(image: Image, path: str | os.PathLike[str]) -> None:
         image.write_to(draft)
 
 
+class DirectoryDraft:
+    """A hidden directory beside a path, which it takes the place of when it is published; who fills it flushes its
+    files to the disk."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """CheckpointError: it cannot be made."""
+        if is_url(path):
+            raise CheckpointError(
+                f"cannot write {os.fspath(path)}: a sharded checkpoint is a directory of a file system that all hosts "
+                "share; for a URL use FSDPStrategy(state_dict_type='full')"
+            )
+        self._target = _local(path).absolute()  # workers stand elsewhere
+        self.path = self._target.parent / _temporary_name()
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
+
+    def publish(self) -> None:
+        """CheckpointError: what stood at the path stands there still."""
+        try:
+            directory.put(self.path, self._target)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
+
+    def discard(self) -> None:
+        """What is left of it, and what it has taken the place of."""
+        directory.discard(self.path)
+
+
 @contextmanager
 def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden, empty file, which after the block takes the place of `path`; whoever fills it flushes it to the disk.
@@ -68,8 +98,11 @@ def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_directory(target.parent)
 
 
-def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: bool = True) -> dict[str, Any]:
     """The checkpoint, its tensors on the CPU, from a path or a URL that fsspec knows; Lightning's own files too.
+
+    Of a sharded one, which is a directory, `is_whole` reads what workers have written, too; else there are placeholders
+    for it.
 
     `allow_pickle` unpickles any object, which can run code: for trusted files. CheckpointError: no such file, not a
     checkpoint, of a newer format, or pickled without `allow_pickle`; DamagedCheckpoint: not what was written.
@@ -78,11 +111,24 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[st
         with remote.downloaded(os.fspath(path)) as copy:
             return _read(copy, os.fspath(path), allow_pickle)
     source = _local(path)
+    if directory.is_checkpoint(source):
+        index = _read(source / directory.INDEX, str(source), allow_pickle)
+        return directory.whole(index, source) if is_whole else directory.with_place(index, source)
     if source.is_dir():
         raise CheckpointError(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
         raise CheckpointError(f"there is no checkpoint {source}.{_nearby(source.parent)}")
     return _read(source, str(source), allow_pickle)
+
+
+def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *, is_weights_only: bool = False) -> None:
+    """Write one file of a sharded checkpoint. CheckpointError: it is none, or that is not possible."""
+    index = read(source, is_whole=False)
+    if (place := directory.place_of(index)) is None:
+        raise CheckpointError(f"{os.fspath(source)} is one file already")
+    if is_weights_only:
+        index = format.without_run(index)
+    write(directory.whole(index, place), path)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -101,6 +147,8 @@ def link(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
     temporary = place.parent / _temporary_name()
     try:
         temporary.symlink_to(os.path.relpath(_local(target), place.parent))
+        if directory.is_checkpoint(place) and not place.is_symlink():
+            directory.remove(place, temporary_name=_temporary_name())
         os.replace(temporary, place)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -114,14 +162,17 @@ def duplicate(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
     if is_url(target):
         remote.copy(os.fspath(target), os.fspath(path))
         return
+    if directory.is_checkpoint(_local(target)):
+        copy = DirectoryDraft(path)
+        try:
+            shutil.copytree(_local(target), copy.path, copy_function=_linked, dirs_exist_ok=True)
+            copy.publish()
+        finally:
+            copy.discard()
+        return
     with drafted(path) as draft:
         draft.unlink()
-        try:
-            os.link(_local(target), draft)
-        except OSError:
-            shutil.copyfile(_local(target), draft)
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
+        _linked(_local(target), draft)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -131,20 +182,23 @@ def remove(path: str | os.PathLike[str]) -> None:
         return
     target = _local(path)
     try:
-        target.unlink(missing_ok=True)
+        if directory.is_checkpoint(target) and not target.is_symlink():
+            directory.remove(target, temporary_name=_temporary_name())
+        else:
+            target.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot remove the checkpoint {target}: {error}") from error
 
 
-def remove_abandoned(directory: str | os.PathLike[str]) -> None:
+def remove_abandoned(place: str | os.PathLike[str]) -> None:
     """Remove the temporary files of processes of this host that ended while they wrote. At a URL there are none."""
-    if is_url(directory):
+    if is_url(place):
         return
-    for file in _local(directory).glob(f".{socket.gethostname()}.*.tmp"):
+    for file in _local(place).glob(f".{socket.gethostname()}.*.tmp"):
         pid = file.name.split(".")[-3]
         if pid.isdigit() and not _is_running(int(pid)):
             with suppress(OSError):  # another run may have been faster
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:
@@ -165,6 +219,16 @@ def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:
             f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
         )
     return checkpoint
+
+
+def _linked(file: Any, path: Any) -> None:
+    """One file with two names where the file system has that, else a copy."""
+    try:
+        os.link(file, path)
+    except OSError:
+        shutil.copyfile(file, path)
+        with open(path, "rb") as copy:
+            os.fsync(copy.fileno())
 
 
 def _temporary_name() -> str:

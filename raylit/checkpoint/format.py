@@ -37,8 +37,8 @@ _MAX_INT_BITS = 8 * 255 - 1
 def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, Any]:
     """The whole checkpoint: rank 0's part, what each rank has alone, and the driver's part, which wins.
 
-    `progress` (Progress.to_dict()) and `seed` (of the order of samples) in either part go to `raylit`. CheckpointError:
-    a value that is not plain, or two callbacks under one key.
+    `progress` (Progress.to_dict()), `seed` (of the order of samples) and `parts` (checksums) go to `raylit`.
+    CheckpointError: a value that is not plain, or two callbacks under one key.
     """
     parts = sorted(saved, key=lambda part: part.rank)
     assert [part.rank for part in parts] == list(range(len(parts))), "one part of each rank"
@@ -58,6 +58,8 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
         "seed": checkpoint.pop("seed", None),
         "ranks": [part.of_rank for part in parts],
     }
+    if "parts" in checkpoint:
+        checkpoint["raylit"]["parts"] = checkpoint.pop("parts")
     whole: dict[str, Any] = plain(checkpoint, "checkpoint")
     return whole
 
@@ -80,6 +82,14 @@ def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any
             checkpoint[f"{prefix}hparams_name"] = owner._hparams_name
             checkpoint[f"{prefix}hyper_parameters"] = pack_hyper_parameters(owner.hparams)
     return checkpoint
+
+
+def without_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights and hyper-parameters alone, as a checkpoint of weights only has them."""
+    of_run = ("optimizer_states", "lr_schedulers", "callbacks", "scaler")
+    kept = {name: value for name, value in checkpoint.items() if name not in of_run}
+    about = {**checkpoint["raylit"], "seed": None, "ranks": [{} for _ in checkpoint["raylit"]["ranks"]]}
+    return {**kept, "raylit": about}
 
 
 def progress_of(checkpoint: Mapping[str, Any]) -> Progress:

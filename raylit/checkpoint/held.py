@@ -10,6 +10,28 @@ from numpy.typing import NDArray
 
 from raylit.checkpoint import files, format
 from raylit.checkpoint.image import Image
+from raylit.errors import CheckpointError
+
+
+class FailedCheckpoint:
+    """What stands for a checkpoint that could not be taken: each way out of here says why."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        self._error = error
+
+    def write(self, path: str, others: list[dict[str, Any]]) -> None:
+        raise self._error
+
+    def fill(self, draft: str, others: list[dict[str, Any]]) -> bool:
+        raise self._error
+
+    def num_pieces(self, others: list[dict[str, Any]]) -> int:
+        raise self._error
+
+    def piece(self, index: int) -> NDArray[np.uint8]:
+        raise self._error
+
+    def release(self) -> None: ...
 
 
 class HeldCheckpoint:

@@ -77,6 +77,8 @@ def _note(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
 
 
 def _copied(tensor: Tensor, copies: dict[int, torch.UntypedStorage]) -> Tensor:
+    if tensor.is_meta:  # a placeholder
+        return tensor
     if not _is_dense(tensor):
         return tensor.detach().cpu().clone()
     storage = copies[tensor.untyped_storage()._cdata]
@@ -89,7 +91,13 @@ def _copied(tensor: Tensor, copies: dict[int, torch.UntypedStorage]) -> Tensor:
 
 def _is_dense(tensor: Tensor) -> bool:
     """It is all in its storage."""
-    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.untyped_storage().nbytes() > 0
+    is_there = not tensor.is_meta
+    return (
+        is_there
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and tensor.untyped_storage().nbytes() > 0
+    )
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

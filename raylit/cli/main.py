@@ -4,6 +4,7 @@ import os
 import sys
 from importlib import metadata
 
+from raylit.cli import checkpoints
 from raylit.cli.command_line import RaylitCLI
 from raylit.errors import RaylitError
 
@@ -16,6 +17,9 @@ def main(args: list[str] | None = None) -> int:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
+        if args[:1] == ["checkpoint"]:
+            checkpoints.main(args[1:])
+            return 0
         RaylitCLI(args=args, parser_kwargs={"prog": "raylit", "version": metadata.version("raylit")})
     except RaylitError as error:
         print(f"raylit: {type(error).__name__}: {error}", file=sys.stderr)

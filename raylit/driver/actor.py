@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
 from raylit.driver.failures import failure
 from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
@@ -132,7 +132,7 @@ class WorkerActor:
         self._held.release()
 
     @property
-    def _held(self) -> HeldCheckpoint:
+    def _held(self) -> HeldCheckpoint | FailedCheckpoint:
         assert self._worker is not None
         return self._worker.held
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
-from raylit.callbacks.line_stream import status_line
-from raylit.callbacks.progress_bar import ProgressBar
+from raylit.callbacks.progress_bar import start_is_shown
 from raylit.checkpoint import format
 from raylit.checkpoint.publication import Publication
 from raylit.driver import predictions
@@ -41,6 +41,7 @@ from raylit.messages import (
     Stepped,
     Ticked,
     Train,
+    Weights,
     Written,
 )
 from raylit.plan import Plan
@@ -79,6 +80,8 @@ class Coordinator:
         self._saves = Saves(self, self._log_writer)
         self._notified: DriverCallback | None = None
         """The callback in one of whose hooks we are."""
+        self._pieces: dict[str, Any] = {}
+        """Of the weights, at the end, from workers that each have a part."""
         self._profiles: list[Profile] = []
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
@@ -114,10 +117,8 @@ class Coordinator:
             ]
             self._interrupts.check()
             self._notify("on_evaluation_end", "predict")
-            num_loaders = len(parts[0].outputs)
-            placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(num_loaders)]
             self._finish()
-            return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
+            return predictions.in_order(parts)
 
     # What a driver callback may ask for
 
@@ -131,13 +132,12 @@ class Coordinator:
         self.finish_saves()
         states = {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
         driver_part = {} if is_weights_only else {"callbacks": states, "seed": self.plan.seed}
-        command = Save(
-            is_weights_only=is_weights_only,
-            is_copying=self.plan.is_saving_async,
-            driver_part=format.plain(driver_part, "checkpoint"),
-        )
-        reports = [*self._run(command)]
-        self._saves.start(Order(path=path, by=self._notified, then=then), self._group.holder, reports)
+        order = Order(path=path, by=self._notified, then=then, is_in_parts=self.plan.strategy.is_saving_parts)
+        what = {"is_weights_only": is_weights_only, "is_copying": self.plan.is_saving_async}
+        with self._saves.drafted(order) as directory:
+            command = Save(**what, driver_part=format.plain(driver_part, "checkpoint"), directory=directory)
+            reports = [*self._run(command)]
+            self._saves.start(order, self._group.holder, reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
 
@@ -208,7 +208,7 @@ class Coordinator:
     def _finish(self) -> None:
         finished = self._one(Finish(interruption=self._interrupts.pending))
         assert isinstance(finished, Finished)
-        self.finished = finished
+        self.finished = replace(finished, state_dict={**finished.state_dict, **self._pieces})
 
     def _brake(self) -> None:
         if self._group is not None:
@@ -226,12 +226,6 @@ class Coordinator:
         if self.state.stage == "fit":
             self._notify("on_interrupt")
         self._finish()
-
-    def _start_is_shown(self) -> AbstractContextManager[None]:
-        num_workers = self.plan.workers.num_workers
-        is_shown = num_workers > 0 and any(isinstance(c, ProgressBar) and c.refresh_rate for c in self._callbacks)
-        workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
-        return status_line(f"Starting {workers} ...") if is_shown else nullcontext()
 
     def _measured(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._costs is None else self._costs.measured(name)
@@ -252,7 +246,7 @@ class Coordinator:
         self._interrupts.install()
         try:
             self._interrupts.is_connecting = self.plan.workers.num_workers > 0
-            with self._measured("get workers"), self._start_is_shown():
+            with self._measured("get workers"), start_is_shown(self.plan.workers.num_workers, self._callbacks):
                 self._group = build_group(self.plan, self._job, on_connected=self._connected)
             self._start(checkpoint, is_resuming=is_resuming)
             self._interrupts.is_deferring = True
@@ -365,6 +359,8 @@ class Coordinator:
                 state.progress = report.progress
                 state.summary = report.summary
                 self._schedule.set_sizes(state, report)
+            case Weights():
+                self._pieces.update(report.state_dict)
             case LogCall():
                 self._log_writer.take(report)
             case Reloaded():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
 from raylit.messages import Command, Report
 from raylit.plan import Plan
 from raylit.torch_settings import TorchSettings
@@ -31,7 +31,7 @@ class InlineGroup:
         self.is_at_rest = True
 
     @property
-    def holder(self) -> HeldCheckpoint:
+    def holder(self) -> HeldCheckpoint | FailedCheckpoint:
         return self._worker.held
 
     def brake(self) -> None:

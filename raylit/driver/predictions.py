@@ -1,4 +1,4 @@
-"""Files of predictions: the rows that EvalResult.write has collected on all workers. Driver."""
+"""Predictions of all workers in data-set order, and files of what EvalResult.write has collected there. Driver."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from raylit.errors import ConfigError
-from raylit.messages import Written
+from raylit.messages import Predicted, Written
+
+
+def in_order(parts: Sequence[Predicted]) -> list[list[Any]]:
+    """For each loader the outputs of its batches."""
+    placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(len(parts[0].outputs))]
+    return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
 
 
 def write(reports: Sequence[Written]) -> None:

@@ -63,6 +63,16 @@ def average_gradients(
     travel.average(gradients)
 
 
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values to all, in place. Collective."""
+    for tensor in tensors:
+        copy = tensor.contiguous()
+        dist.broadcast(copy, src=0)
+        if copy is not tensor:
+            tensor.copy_(copy)
+
+
 class TouchedGradients:
     """Knows which parameters' gradients backward passes have changed since they were last averaged."""
 

@@ -1,11 +1,13 @@
 """Strategy: the small interface between the loop and how gradients and state are shared."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from raylit.strategies.parts import Checksums
 
 TrainingStep = Callable[..., Any]
 """(batch, batch_idx, ...) to what the user's training_step returns."""
@@ -36,12 +38,46 @@ class Strategy(Protocol):
         """A forward pass in train mode waits for the other ranks: each has to run one in every step."""
         ...
 
+    @property
+    def is_evaluation_collective(self) -> bool:
+        """The same of a forward pass in eval mode."""
+        ...
+
+    @property
+    def is_sharding(self) -> bool:
+        """A rank has a part of the state only."""
+        ...
+
+    @property
+    def is_gathering(self) -> bool:
+        """Sharded, but `handed_over` brings the whole state together: it is collective."""
+        ...
+
+    def building(self) -> AbstractContextManager[object]:
+        """Around `configure_model`."""
+        ...
+
+    def place(
+        self, module: nn.Module, *, device: torch.device, dtype: torch.dtype | None, steps: Sequence[str]
+    ) -> None:
+        """To the device, floating-point numbers in that type. Collective where the strategy shards. `steps`: names of
+        the user's methods that run the model."""
+        ...
+
     def set_up(self, module: nn.Module, *, device: torch.device) -> None:
         """Before training, with the module on its device. Collective."""
         ...
 
+    def check_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """ConfigError: it cannot work with these."""
+        ...
+
     def tear_down(self) -> None:
-        """The module is the user's own again."""
+        """The end of what `set_up` has begun."""
+        ...
+
+    def recall(self, module: nn.Module) -> None:
+        """The user's own module again, in main memory; its parameters on the meta device where no rank has them all."""
         ...
 
     def silence(self, *, is_silent: bool) -> None:
@@ -82,3 +118,39 @@ class Strategy(Protocol):
     ) -> None:
         """In place: by the L2 norm over all the parameters, or each element."""
         ...
+
+    def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+        """Of each, of this order. Collective where the strategy shards."""
+        ...
+
+    def evaluating(self, *, is_inference_mode: bool) -> AbstractContextManager[object]:
+        """Around forward passes without gradients."""
+        ...
+
+    def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's or an optimizer's state dict as rank 0 gives it to a checkpoint: placeholders on the meta device
+        stand for what `write_parts` writes."""
+        ...
+
+    def write_parts(
+        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, directory: str
+    ) -> Checksums:
+        """This rank's part, into a directory that all ranks see. Collective."""
+        ...
+
+    def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """The whole weights at the end of a run, in pieces; nothing where every rank has them. Collective, rank 0's
+        count."""
+        ...
+
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, directory: str | None) -> None:
+        """Those that fit the module; what placeholders stand for is read from the directory."""
+        ...
+
+    def load_optimizer_states(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        states: Sequence[dict[str, Any]],
+        *,
+        directory: str | None,
+    ) -> None: ...

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylit.errors import ModuleError
-from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients
+from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
 from raylit.strategies.base import PendingGradients, Skipped, TrainingStep
 from raylit.strategies.batch_norm import SyncedBatchNorms
 from raylit.strategies.compression import comm_hook
@@ -94,11 +93,11 @@ class DDP(Single):
         return TouchedGradients(module.parameters(), travel=self._travel)
 
     def share_weights(self, module: nn.Module) -> None:
-        _broadcast(parameter.data for parameter in module.parameters())
+        broadcast(parameter.data for parameter in module.parameters())
         self.sync_buffers(module)
 
     def sync_buffers(self, module: nn.Module) -> None:
-        _broadcast(module.buffers())
+        broadcast(module.buffers())
 
 
 class _StepModule(nn.Module):
@@ -184,11 +183,3 @@ def _check_synced(ddp: DistributedDataParallel) -> None:
             f"the loss does not depend on {', '.join(unused) or 'a parameter'}, whose gradient the other workers wait "
             f"for: use it, freeze it (requires_grad_(False)), leave it out of the optimizer, or pass {_FIND_UNUSED}"
         ) from error
-
-
-def _broadcast(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        copy = tensor.contiguous()
-        dist.broadcast(copy, src=0)
-        if copy is not tensor:
-            tensor.copy_(copy)

@@ -1,23 +1,41 @@
 """One worker: nothing to share. Worker."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raylit.strategies.base import PendingGradients, TrainingStep
+from raylit.strategies.parts import Checksums
 
 
 class Single:
     """One worker's share is the whole."""
 
     is_forward_collective = False
+    is_evaluation_collective = False
+    is_sharding = False
+    is_gathering = False
+
+    def building(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def place(
+        self, module: nn.Module, *, device: torch.device, dtype: torch.dtype | None, steps: Sequence[str]
+    ) -> None:
+        module.to(device=device, dtype=dtype)
 
     def set_up(self, module: nn.Module, *, device: torch.device) -> None: ...
 
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None: ...
+
     def tear_down(self) -> None: ...
+
+    def recall(self, module: nn.Module) -> None:
+        module.to("cpu")
 
     def silence(self, *, is_silent: bool) -> None: ...
 
@@ -46,3 +64,27 @@ class Single:
             nn.utils.clip_grad_norm_(parameters, limit)
         else:
             nn.utils.clip_grad_value_(parameters, limit)
+
+    def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+        return list(torch._foreach_norm(list(gradients), order))
+
+    def evaluating(self, *, is_inference_mode: bool) -> AbstractContextManager[object]:
+        return torch.inference_mode() if is_inference_mode else torch.no_grad()
+
+    def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state
+
+    def write_parts(self, module: nn.Module, optimizers: Sequence[Optimizer], *, directory: str) -> Checksums:
+        return {}
+
+    def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        return iter(())
+
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, directory: str | None) -> None:
+        module.load_state_dict(state_dict)
+
+    def load_optimizer_states(
+        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, directory: str | None
+    ) -> None:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)

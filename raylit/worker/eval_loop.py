@@ -3,11 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
-import torch
 from torch import nn
 
 from raylit.callbacks.prediction_writer import BasePredictionWriter
@@ -18,7 +17,9 @@ from raylit.plan import BatchLimit
 from raylit.profilers.base import NEXT_BATCH
 from raylit.results import EvalResult
 from raylit.state import Stage
+from raylit.worker import metric_objects
 from raylit.worker.combined import build_eval_data, joined
+from raylit.worker.following import BORROWED, followed
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.recording import timed_items
@@ -81,6 +82,9 @@ class _SharedLoop:
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
         batches = self._batches(index)
+        if session.strategy.is_evaluation_collective:
+            batches = followed(batches, num_batches=num_batches, peers=session.peers)
+            num_batches = math.inf
         brake = session.brake
         while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_go_on()):
             try:
@@ -88,6 +92,9 @@ class _SharedLoop:
             except StopIteration:
                 return
             metrics.batch, metrics.place = batch, place
+            if place == BORROWED:
+                self._follow(step, batch, metrics, of_step)
+                continue
             for hook in on_start:
                 hook(batch, self._num_done, *extra)
             with session.around_step():
@@ -97,6 +104,16 @@ class _SharedLoop:
             self._num_done += 1
             brake.num_done += 1
             yield place, output
+
+    def _follow(self, step: Callable[..., Any], batch: Any, metrics: MetricBuffer, of_step: tuple[int, ...]) -> None:
+        """Run the step as others wait for it; it counts for nothing."""
+        metrics.is_muted = True
+        try:
+            with metric_objects.preserved(self._session.module), self._session.around_step():
+                step(batch, self._num_done, *of_step)
+        finally:
+            metrics.is_muted = False
+        self._session.brake.num_done += 1
 
     def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
         loader, mover = self._loaders[index], self._session.mover
@@ -153,7 +170,7 @@ class _SharedLoop:
         modes: list[tuple[nn.Module, bool]] = [(child, child.training) for child in module.modules()]
         getattr(module, f"on_{prefix}_model_eval")()
         try:
-            with self._without_gradients():
+            with self._session.strategy.evaluating(is_inference_mode=self._session.plan.inference_mode):
                 yield
         finally:
             if is_overridden(f"on_{prefix}_model_train", module, LightningModule):
@@ -161,9 +178,6 @@ class _SharedLoop:
             else:
                 for child, is_training in modes:
                     child.training = is_training
-
-    def _without_gradients(self) -> AbstractContextManager[object]:
-        return torch.inference_mode() if self._session.plan.inference_mode else torch.no_grad()
 
 
 class EvalLoop(_SharedLoop):

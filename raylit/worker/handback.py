@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -70,12 +71,26 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
 
 
 def apply_weights(state_dict: Mapping[str, Any], module: nn.Module) -> None:
-    """Load what was trained into the driver's own tensors, in the precision that it was trained in."""
+    """Load what was trained into the driver's own tensors, in the precision that it was trained in. Those on the meta
+    device come to the CPU with it."""
+    _materialize(module)
     for name, tensor in module.state_dict(keep_vars=True).items():
         trained = state_dict.get(name)
         if isinstance(tensor, Tensor) and isinstance(trained, Tensor) and tensor.dtype != trained.dtype:
             tensor.data = tensor.data.to(trained.dtype)
     module.load_state_dict(state_dict)
+
+
+def _materialize(module: nn.Module) -> None:
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(
+                        torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad
+                    )
+                part._parameters[name] = made[parameter]
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """A rank's part of a checkpoint, taken from and applied to its session. Worker."""
 
 import io
+import os
 from typing import Any
 
 import torch
 
+from raylit.checkpoint import directory as directories
 from raylit.checkpoint import files, format
-from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
 from raylit.checkpoint.host_copy import HostCopy
-from raylit.errors import CheckpointError
+from raylit.errors import CheckpointError, PartsError
 from raylit.messages import Save, Saved
-from raylit.rebuild import load_weights
+from raylit.rebuild import check_weights
+from raylit.strategies.parts import Checksums
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
@@ -30,43 +33,52 @@ class Saving:
         self._schedules = schedules
         self._loop = loop
         self._host_copy = HostCopy()
-        self.held: HeldCheckpoint | None = None
+        self.held: HeldCheckpoint | FailedCheckpoint | None = None
         """The checkpoint that the driver has asked for last, on rank 0."""
 
     def hold(self, command: Save) -> Saved:
-        """Keep the whole run ready to be written on rank 0; what this rank alone has, on the others.
+        """Keep the whole run ready to be written on rank 0; what this rank alone has, on the others. Collective where
+        the state is sharded: each rank writes its part into the command's directory.
 
         CheckpointError: something in it is not plain.
         """
         rank = self._session.context.rank
-        if rank > 0:
-            of_rank = {} if command.is_weights_only else format.plain(self._of_rank(), "the rank's state")
-            return Saved(rank=rank, checkpoint={}, of_rank=of_rank)
         self.held = None
-        checkpoint = format.merge([self._take(is_weights_only=command.is_weights_only)], command.driver_part)
+        try:
+            own = self._take(is_weights_only=command.is_weights_only, directory=command.directory)
+        except PartsError as error:  # on all ranks; training goes on
+            self.held = FailedCheckpoint(error)
+            return Saved(rank=rank, checkpoint={}, of_rank={})
+        if rank > 0:
+            return Saved(rank=rank, checkpoint={}, of_rank=format.plain(own.of_rank, "the rank's state"))
+        checkpoint = format.merge([own], command.driver_part)
         if command.is_copying or self._session.device.type != "cpu":
             checkpoint = self._host_copy.taken(checkpoint)
         self.held = HeldCheckpoint(checkpoint, on_release=self._host_copy.lend)
         return Saved(rank=0, checkpoint={}, of_rank={})
 
     def write(self, path: Any, *, is_weights_only: bool) -> None:
-        """A checkpoint of this moment, written by rank 0. Collective."""
+        """A checkpoint of this moment, written by rank 0; of sharded state each rank's part by itself. Collective."""
         session = self._session
-        own = self._take(is_weights_only=is_weights_only)
-        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
-        buffer = io.BytesIO()
-        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
-        ranked = session.peers.gather_objects(buffer.getvalue())
-        if session.context.rank == 0:
-            states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
-            others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
-            parts = [own, *others]
-            checkpoint = format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed})
-            files.write(self._on_host(checkpoint), path)
+        if not session.plan.strategy.is_saving_parts:
+            self._write(path, is_weights_only=is_weights_only, directory=None)
+        else:
+            draft = files.DirectoryDraft(path) if session.context.rank == 0 else None
+            [directory, *_] = session.peers.gather_objects(None if draft is None else str(draft.path))
+            try:
+                index = os.path.join(directory, directories.INDEX)
+                self._write(index, is_weights_only=is_weights_only, directory=directory)
+                if draft is not None:
+                    draft.publish()
+            finally:
+                if draft is not None:
+                    draft.discard()
         session.peers.barrier(timeout_s=_WRITE_TIMEOUT_S)
 
     def write_alone(self, path: Any) -> None:
-        """The same by this rank alone, without what only the others have."""
+        """The same by this rank alone, without what only the others have. CheckpointError: it has a part only."""
+        if self._session.strategy.is_sharding:
+            raise CheckpointError(f"cannot write {path}: a single rank has only its part of a model that is sharded")
         of_rank = self._of_rank() if self._session.context.world_size == 1 else {}
         checkpoint = format.merge(
             [Saved(rank=0, checkpoint=self._whole(is_weights_only=False), of_rank=of_rank)],
@@ -80,7 +92,12 @@ class Saving:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
         session.module.on_load_checkpoint(checkpoint)
-        load_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
+        directory = directories.place_of(checkpoint)
+        if directory is not None:
+            share = session.context.rank, session.context.world_size
+            directories.check(checkpoint, directory, share=share)
+        check_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
+        session.strategy.load_weights(session.module, checkpoint["state_dict"], directory=directory)
         if not is_resuming:
             return
         if "optimizer_states" not in checkpoint:
@@ -93,23 +110,51 @@ class Saving:
             callback.on_load_checkpoint(session.view, session.module, checkpoint)
             if callback.state_key in checkpoint.get("callbacks", {}):
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-        for optimizer, state in zip(self._optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+        states = checkpoint["optimizer_states"]
+        session.strategy.load_optimizer_states(self._optimizers, states, directory=directory)
         for schedule, state in zip(self._schedules, checkpoint["lr_schedulers"], strict=True):
             schedule.scheduler.load_state_dict(state)
         if session.precision.scaler is not None and (scale := format.scaler_of(checkpoint)) is not None:
             session.precision.scaler.load_state_dict(scale)
         self._apply_position(checkpoint)
 
-    def _take(self, *, is_weights_only: bool) -> Saved:
+    def _take(self, *, is_weights_only: bool, directory: str | None = None) -> Saved:
         """The whole run on rank 0, what this rank alone has on the others; its tensors are the training's own."""
-        rank = self._session.context.rank
-        checkpoint = self._whole(is_weights_only) if rank == 0 else {}
+        session = self._session
+        rank, strategy = session.context.rank, session.strategy
+        optimizers = [] if is_weights_only else self._optimizers
+        checksums: Checksums = {}
+        if directory is not None:
+            own = strategy.write_parts(session.module, optimizers, directory=directory)
+            for ranked in session.peers.gather_objects(own):
+                checksums.update(ranked)
+        checkpoint = {}
+        if rank == 0:
+            checkpoint = self._whole(is_weights_only)
+            if checksums:
+                checkpoint["parts"] = {name: list(checksum) for name, checksum in checksums.items()}
+        elif strategy.is_gathering:
+            for state in (session.module.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)):
+                strategy.handed_over(state)
         return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._of_rank())
 
     def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """In memory of its own, as another copy may be on its way to a file."""
         return checkpoint if self._session.device.type == "cpu" else HostCopy().taken(checkpoint)
+
+    def _write(self, path: Any, *, is_weights_only: bool, directory: str | None) -> None:
+        session = self._session
+        own = self._take(is_weights_only=is_weights_only, directory=directory)
+        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
+        buffer = io.BytesIO()
+        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
+        ranked = session.peers.gather_objects(buffer.getvalue())
+        if session.context.rank == 0:
+            states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
+            others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
+            parts = [own, *others]
+            checkpoint = format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed})
+            files.write(self._on_host(checkpoint), path)
 
     def _of_rank(self) -> dict[str, Any]:
         return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}
@@ -117,9 +162,13 @@ class Saving:
     def _whole(self, is_weights_only: bool) -> dict[str, Any]:
         session = self._session
         module, view, datamodule = session.module, session.view, session.job.datamodule
-        checkpoint = format.of_weights(module.state_dict(), view.progress, module=module, datamodule=datamodule)
+        strategy = session.strategy
+        weights = strategy.handed_over(module.state_dict())
+        checkpoint = format.of_weights(weights, view.progress, module=module, datamodule=datamodule)
         if not is_weights_only:
-            checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in self._optimizers]
+            checkpoint["optimizer_states"] = [
+                strategy.handed_over(optimizer.state_dict()) for optimizer in self._optimizers
+            ]
             checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in self._schedules]
             checkpoint["callbacks"] = {
                 callback.state_key: state for callback in session.job.callbacks if (state := callback.state_dict())

@@ -13,6 +13,7 @@ from raylit.accelerators.layout import set_layout
 from raylit.accelerators.transfer import BatchForm
 from raylit.checkpoint import format
 from raylit.compilation import compile_again, drop_compiled
+from raylit.module import LightningModule
 from raylit.plan import Plan
 from raylit.precision import build_precision
 from raylit.profilers.base import timed
@@ -21,11 +22,12 @@ from raylit.strategies import build_strategy
 from raylit.worker.brake import Brake
 from raylit.worker.compiling import CompilationWatch, compile_parts, name_scopes
 from raylit.worker.context import Job, WorkerContext
-from raylit.worker.hooks import Hooks
+from raylit.worker.hooks import Hooks, is_overridden
 from raylit.worker.peers import Peers
 from raylit.worker.transfer import Mover, build_mover
 from raylit.worker.view import TrainerView
 
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _PREPARE_TIMEOUT_S = 24 * 3600.0
 """A download in prepare_data may take hours on one host while the others wait."""
 
@@ -53,7 +55,7 @@ class Session:
         self.module = job.module
         self.device = accelerator.device()
         self.precision = build_precision(plan.optimization.precision, self.device)
-        self.strategy = build_strategy(plan.strategy, is_syncing_batch_norm=plan.is_syncing_batchnorm)
+        self.strategy = build_strategy(plan)
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
         self.profiler = job.profiler
@@ -86,8 +88,14 @@ class Session:
                 self.timed(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
         self.peers.barrier(timeout_s=_PREPARE_TIMEOUT_S)
         self.hooks.set_up(self.stage, job.datamodule)
-        self.module.configure_model()
-        self.module.to(device=self.device, dtype=self.precision.weights_dtype)
+        with self.strategy.building():
+            self.module.configure_model()
+        self.strategy.place(
+            self.module,
+            device=self.device,
+            dtype=self.precision.weights_dtype,
+            steps=[name for name in _STEPS if is_overridden(name, self.module, LightningModule)],
+        )
         if self.plan.optimization.is_channels_last:
             set_layout(self.module, torch.channels_last)
         self._compile()
@@ -150,7 +158,7 @@ class Session:
             if self.view.handles is not None:
                 self.view.handles.close()
             self.strategy.tear_down()
-            self.module.to("cpu")
+            self.strategy.recall(self.module)
             if self.plan.optimization.is_channels_last:
                 set_layout(self.module, torch.contiguous_format)
             self.let_go()

@@ -184,8 +184,12 @@ def build_mover(
 
 
 def to_cpu(value: Any) -> Any:
-    """Detached, on the CPU. Waits for the device."""
-    return map_tensors(value, lambda tensor: tensor.detach().cpu(), on_movable=lambda movable: movable.to("cpu"))
+    """Detached, on the CPU; what is on the meta device stays there. Waits for the device."""
+    return map_tensors(value, _on_cpu, on_movable=lambda movable: movable.to("cpu"))
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
 
 
 def _hook(name: str, module: LightningModule, datamodule: DataModule | None) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
-from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
 from raylit.errors import ModuleError
 from raylit.messages import (
     Command,
@@ -26,6 +26,7 @@ from raylit.messages import (
     Start,
     Started,
     Train,
+    Weights,
 )
 from raylit.module import LightningModule
 from raylit.plan import Plan
@@ -93,7 +94,7 @@ class Worker:
         }
 
     @property
-    def held(self) -> HeldCheckpoint:
+    def held(self) -> HeldCheckpoint | FailedCheckpoint:
         """What the last Save has left to be written."""
         assert self._saving is not None and self._saving.held is not None
         return self._saving.held
@@ -160,6 +161,7 @@ class Worker:
 
     def _start_fit(self, session: Session, command: Start) -> Iterator[Report]:
         optimizers = configured(session.module)
+        session.strategy.check_optimizers(optimizers.optimizers)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
         session.view.lr_scheduler_configs = optimizers.schedules
@@ -192,12 +194,16 @@ class Worker:
             num_training_batches=loop.num_batches,
             num_batches_in_epoch=loop.num_batches_in_epoch,
             num_eval_batches=self._num_val_batches,
-            summary=self._summary(session.module),
+            summary=self._summary(session),
         )
 
-    def _summary(self, module: LightningModule) -> Summary | None:
+    def _summary(self, session: Session) -> Summary | None:
         depth = self._plan.reporting.summary_depth
-        return None if depth is None or self._context.rank > 0 else summarized(module, max_depth=depth)
+        # With an example input it runs the module, for which a rank that shards needs the others.
+        if depth is None or (self._context.rank > 0 and not session.strategy.is_evaluation_collective):
+            return None
+        with session.strategy.evaluating(is_inference_mode=False):
+            return summarized(session.module, max_depth=depth)
 
     def _reload(self, command: Reload) -> Iterator[Report]:
         session, loop, validation = self._session, self._train_loop, self._validation_loop
@@ -248,12 +254,17 @@ class Worker:
         elif self._train_loop is not None:
             self._train_loop.end()
             session.hooks.call("on_fit_end")
+        if self._has_new_weights:
+            for piece in session.strategy.gathered_weights(session.module):
+                if self._context.rank == 0:
+                    yield Weights(state_dict=piece)
         session.tear_down()
         self._session = None
         if self._is_in_driver or self._context.rank > 0:
             yield Finished()
             return
-        state_dict = session.module.state_dict() if self._has_new_weights else {}
+        is_whole = self._has_new_weights and not session.strategy.is_sharding
+        state_dict = session.module.state_dict() if is_whole else {}
         attributes = handback.pack(
             session.module, self._job.callbacks, state_keys=self._state_keys, shared=self._job.shared_memory
         )

@@ -153,7 +153,7 @@ def _inspections(session: Session, metrics: MetricBuffer) -> list[Call]:
     """`track_grad_norm`: each parameter's and the total norm of the gradients, at logging steps."""
     order = session.plan.optimization.grad_norm_order
     log_every = session.plan.reporting.log_every_n_steps
-    view = session.view
+    view, strategy = session.view, session.strategy
     if order is None or not log_every:
         return []
 
@@ -163,7 +163,7 @@ def _inspections(session: Session, metrics: MetricBuffer) -> list[Call]:
         graded = {name: p.grad.detach() for name, p in session.module.named_parameters() if p.grad is not None}
         if not graded:
             return
-        norms = torch._foreach_norm(list(graded.values()), order)
+        norms = strategy.norms(list(graded.values()), order)
         for name, norm in zip(graded, norms, strict=True):
             metrics.log_step(f"grad_{order}_norm/{name}", norm)
         metrics.log_step(f"grad_{order}_norm_total", torch.linalg.vector_norm(torch.stack(norms), order))

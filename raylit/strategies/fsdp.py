@@ -1,0 +1,350 @@
+"""Fully sharded data parallelism by torch's `fully_shard`: every rank holds its share of the state. Worker."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from raylit.errors import ConfigError, ModuleError
+from raylit.plan import PrecisionName
+from raylit.strategies import part_files, parts
+from raylit.strategies.averaging import broadcast
+from raylit.strategies.base import TrainingStep
+from raylit.strategies.freeing import free_eagerly
+from raylit.strategies.materializing import BuildOrder, Materializer
+from raylit.strategies.recomputing import Recomputed
+from raylit.strategies.shards import counterpart, counterpart_of_state, gathered, shards, whole
+from raylit.strategies.single import Single
+from raylit.strategies.units import check_not_shared, chosen_units
+from raylit.strategy_options import FSDPStrategy
+
+_PIECE_BYTES = 64 * 2**20
+"""Of the weights that come back at the end at a time; a single larger one is a piece of its own."""
+_MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+class FSDP(Single):
+    """Parameters are gathered unit by unit around their use, and gradients are averaged to the rank that owns them."""
+
+    is_forward_collective = True
+    is_evaluation_collective = True
+    is_sharding = True
+
+    def __init__(self, options: FSDPStrategy, *, precision: PrecisionName) -> None:
+        self.is_gathering = options.state_dict_type == "full"
+        self._options = options
+        self._policy = options.mixed_precision or _policy(precision)
+        self._order = BuildOrder()
+        self._root: Any = None
+        """The module, once it is sharded."""
+        self._steps: Sequence[str] = ()
+        self._trained: set[int] | None = None
+        self._added: list[tuple[nn.Module, set[str]]] = []
+        """Modules and the attributes that sharding has added to each."""
+        self._recomputed: Recomputed | None = None
+
+    # From the user's module to shards and back
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        with torch.device("meta") if self._options.empty_init else nullcontext(), self._order.recording():
+            yield
+
+    def place(
+        self, module: nn.Module, *, device: torch.device, dtype: torch.dtype | None, steps: Sequence[str]
+    ) -> None:
+        _check_shapes(module)
+        self._is_on_cpu = device.type == "cpu"
+        if self._is_on_cpu:
+            free_eagerly(is_eager=True)
+        units = chosen_units(module, self._options.auto_wrap_policy)
+        check_not_shared(module, units)
+        if self._options.activation_checkpointing_policy is not None:
+            self._recomputed = Recomputed(module, self._options.activation_checkpointing_policy)
+        alone = set(_norms_in_full_precision(module) if self._policy.param_dtype is not None else ())
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        materializer = Materializer(module, owners=self._order.owners)
+        for part in self._order.over(module):
+            materializer.materialize(part)
+            if part in alone or part is module or part in units:
+                _to_device(part, device, dtype)
+                broadcast([*_own_parameters(part), *part.buffers()])
+                policy = MixedPrecisionPolicy() if part in alone else self._policy
+                self._shard(part, mesh, policy, is_root=part is module)
+                materializer.note_sharded(part)
+        self._order = BuildOrder()  # it refers to the modules
+        self._root = module
+        self._steps = steps
+        for name in steps:
+            _make_forward(module, name)
+
+    def recall(self, module: nn.Module) -> None:
+        if self._root is None:
+            return
+        for name in self._steps:
+            del vars(module)[name]
+        if self._recomputed is not None:
+            self._recomputed.restore()
+        for part, added in reversed(self._added):
+            _forget_sharding(part, added)
+        _leave_on_meta(module)
+        self._root, self._added = None, []
+        if self._is_on_cpu:
+            free_eagerly(is_eager=False)
+
+    def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        if not self._options.gather_weights:
+            return
+        piece: dict[str, Tensor] = {}
+        size_bytes = 0
+        for name, value in module.state_dict().items():
+            if size_bytes + value.nbytes > _PIECE_BYTES and piece:
+                yield piece
+                piece, size_bytes = {}, 0
+            piece[name] = whole(value)
+            size_bytes += value.nbytes
+        yield piece
+
+    # Training
+
+    def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
+        before, self._trained = self._trained, {id(parameter) for parameter in trained}
+        if before is not None and before != self._trained:
+            raise ModuleError(
+                "parameters have been frozen or thawed, or given to the optimizer, during training, which "
+                "strategy='fsdp' cannot follow: set requires_grad before it starts, in configure_model, or use 'ddp'"
+            )
+        return partial(_never_skipping, training_step)
+
+    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
+        return self._finish_backward
+
+    @contextmanager
+    def without_sync(self, step: TrainingStep) -> Iterator[None]:
+        self._root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._root.set_requires_gradient_sync(True)
+
+    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._finish_backward()
+
+    def sync_buffers(self, module: nn.Module) -> None:
+        broadcast(module.buffers())
+
+    def clip_gradients(
+        self, parameters: Iterable[nn.Parameter], *, limit: float, algorithm: Literal["norm", "value"]
+    ) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        if algorithm == "value":
+            for shard in shards(gradients):
+                shard.clamp_(-limit, limit)
+            return
+        total = torch.linalg.vector_norm(torch.stack(self.norms(gradients, 2.0)))
+        # As torch's clip_grad_norm_ has it.
+        torch._foreach_mul_(shards(gradients), torch.clamp(limit / (total + 1e-6), max=1.0))
+
+    def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+        own = torch.stack(torch._foreach_norm(shards(gradients), order))
+        if math.isinf(order):
+            dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        else:
+            own = own.pow(order)
+            dist.all_reduce(own)
+            own = own.pow(1.0 / order)
+        return list(own)
+
+    @contextmanager
+    def evaluating(self, *, is_inference_mode: bool) -> Iterator[None]:
+        # What is gathered in inference mode could not be used in a later backward pass.
+        with torch.no_grad():
+            yield
+        self._root.reshard()
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        if len(optimizers) > 1:
+            raise ConfigError(
+                f"strategy='fsdp' with {len(optimizers)} optimizers: each would need the others' parameters frozen, "
+                "which fully_shard cannot follow; use one optimizer with a parameter group for each, or strategy='ddp'"
+            )
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ConfigError("strategy='fsdp' with LBFGS: it needs whole gradients in one process; use 'ddp'")
+
+    # State
+
+    def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
+        handed: dict[str, Any] = gathered(state) if self.is_gathering else parts.split(state, "", {})
+        return handed
+
+    def write_parts(self, module: nn.Module, optimizers: Sequence[Optimizer], *, directory: str) -> parts.Checksums:
+        own: dict[str, Tensor] = {}
+        parts.split(module.state_dict(), "state_dict", own)
+        parts.split([optimizer.state_dict() for optimizer in optimizers], "optimizer_states", own)
+        return part_files.write(own, directory, rank=dist.get_rank())
+
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, directory: str | None) -> None:
+        own = module.state_dict()
+        targets: dict[str, Tensor] = {}
+        loaded = {
+            name: counterpart(value, own[name], f"state_dict.{name}", targets, is_in_place=True)
+            for name, value in state_dict.items()
+        }
+        if directory is not None:
+            part_files.read(targets, directory)
+        module.load_state_dict(loaded)
+
+    def load_optimizer_states(
+        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, directory: str | None
+    ) -> None:
+        targets: dict[str, Tensor] = {}
+        loaded = [
+            counterpart_of_state(state, optimizer, f"optimizer_states.{index}", targets)
+            for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
+        ]
+        if directory is not None:
+            part_files.read(targets, directory)
+        for optimizer, state in zip(optimizers, loaded, strict=True):
+            optimizer.load_state_dict(state)
+
+    # Helpers, in the order in which they are called
+
+    def _shard(self, part: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, is_root: bool) -> None:
+        is_offloading = self._options.cpu_offload and mesh.device_type != "cpu"
+        before = {module: set(vars(module)) for module in part.modules()}
+        fully_shard(
+            part,
+            mesh=mesh,
+            # None: the root's parameters stay until the backward pass, which begins at once.
+            reshard_after_forward=None if is_root else self._options.reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=CPUOffloadPolicy() if is_offloading else OffloadPolicy(),
+        )
+        self._added += [(module, set(vars(module)) - names) for module, names in before.items()]
+
+    def _finish_backward(self) -> None:
+        """What the backward pass has left over to reduce: gradients added up without a sync; those of a module in
+        whose outputs torch has found no tensor. Collective; nothing where nothing is left."""
+        # Private to torch: the callback that it queues itself at the start of a backward pass, for its end.
+        self._root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _policy(precision: PrecisionName) -> MixedPrecisionPolicy:
+    """Inputs are left to autocast, which runs around the step."""
+    dtype = _MIXED.get(precision)
+    if dtype is None:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _check_shapes(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModuleError(
+                f"strategy='fsdp' has to know how large {name} is: give its size in the place of a lazy module's, or "
+                "run the module on an example before fit"
+            )
+        if parameter.ndim == 0:
+            raise ModuleError(
+                f"strategy='fsdp' cannot share out {name}, which is a single number: give it the shape (1,)"
+            )
+
+
+def _norms_in_full_precision(module: nn.Module) -> list[nn.Module]:
+    """Batch norms take no parameters of another type than their running statistics."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.affine]
+
+
+def _own_parameters(part: nn.Module) -> list[nn.Parameter]:
+    """Without those that are sharded already."""
+    return [parameter for parameter in part.parameters() if not isinstance(parameter, DTensor)]
+
+
+def _to_device(part: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    for parameter in _own_parameters(part):
+        parameter.data = moved(parameter.data)
+    for owner in part.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = moved(buffer)
+
+
+def _make_forward(module: nn.Module, name: str) -> None:
+    """Parameters are gathered around a method as they are around `forward`."""
+    own = getattr(module, name)
+    register_fsdp_forward_method(module, name)
+    gathering = getattr(module, name)
+
+    @wraps(own)  # with its signature, which torch's loses an argument of
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return gathering(*args, **kwargs)
+
+    setattr(module, name, step)
+
+
+def _never_skipping(training_step: TrainingStep, *args: Any) -> Any:
+    outputs = training_step(*args)
+    if outputs is None:
+        raise ModuleError(
+            "training_step returned None, and with strategy='fsdp' no rank can skip a batch, as the others wait for "
+            "its part of the backward pass: return the loss times 0.0"
+        )
+    return outputs
+
+
+def _forget_sharding(part: nn.Module, added: set[str]) -> None:
+    """Class, hooks and attributes as they were. What they are called is private to torch 2.13."""
+    if isinstance(part, FSDPModule):
+        state: Any = part._get_fsdp_state()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        for group in state._fsdp_param_groups:
+            for handles in (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for handle in handles.values():
+                    handle.remove()
+            for parameter in group.fsdp_params:
+                parameter._post_load_hook_handle.remove()
+        part.__class__ = type(part).__mro__[2]
+    for name in added & set(vars(part)):
+        del vars(part)[name]
+
+
+def _leave_on_meta(module: nn.Module) -> None:
+    """Parameters of the whole shape without numbers, in the place of shards; buffers on the CPU."""
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter not in whole:
+                meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                whole[parameter] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+            if parameter is not None:
+                part._parameters[name] = whole[parameter]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.cpu()

@@ -1,0 +1,93 @@
+"""Sharded state: what stands for its parts where they are not, and whether their files are sound. Both sides.
+
+A state with parts is the usual dict whose sharded tensors are placeholders on the meta device, of their whole shape;
+the parts' names are where they stand in it.
+"""
+
+import copy
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Checksums = dict[str, tuple[int, int]]
+"""Size in bytes and CRC-32 of each file, by its name."""
+
+_CHUNK_BYTES = 4 * 2**20
+
+
+def split(value: Any, where: str, parts: dict[str, Tensor]) -> Any:
+    """The value with a placeholder for each sharded tensor, which goes into `parts`; other tensors on the CPU."""
+    if isinstance(value, Tensor):
+        if not is_sharded(value):
+            return value.detach().cpu()
+        parts[where] = value.detach()
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        parted = copy.copy(value)  # a state dict carries the versions of its modules along
+        for name, item in value.items():
+            parted[name] = split(item, f"{where}.{name}", parts)
+        return parted
+    if type(value) in (list, tuple):
+        return type(value)(split(item, f"{where}.{index}", parts) for index, item in enumerate(value))
+    return value
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def placeholders(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+    """What stands for a part, by the part's name."""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            yield where, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from placeholders(item, f"{where}.{name}")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            yield from placeholders(item, f"{where}.{index}")
+
+
+def filled(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+    """The value with `tensors` in the place of placeholders."""
+    if isinstance(value, Tensor):
+        return tensors[where] if value.is_meta else value
+    if isinstance(value, dict):
+        whole = copy.copy(value)
+        for name, item in value.items():
+            whole[name] = filled(item, f"{where}.{name}", tensors)
+        return whole
+    if type(value) in (list, tuple):
+        return type(value)(filled(item, f"{where}.{index}", tensors) for index, item in enumerate(value))
+    return value
+
+
+def first_damaged(directory: str, checksums: Mapping[str, tuple[int, int]], *, share: tuple[int, int] = (0, 1)) -> str:
+    """What is wrong with the first of the files that is not as it was written; empty: they are all sound.
+
+    `share`: of the files only every n-th, from the i-th.
+    """
+    first, step = share
+    for name in sorted(checksums)[first::step]:
+        path, size_bytes = Path(directory) / name, checksums[name][0]
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size_bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {size_bytes}"
+        if checksum(path) != tuple(checksums[name]):
+            return f"{name} does not match its checksum"
+    return ""
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return os.stat(path).st_size, crc
