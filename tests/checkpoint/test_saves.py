@@ -122,7 +122,8 @@ def test_an_error_of_the_last_save_is_raised_when_all_is_done(soon: None, tmp_pa
     model, directory = Large(), tmp_path / "checkpoints"
     saving = pl.ModelCheckpoint(directory, "{step}", every_n_train_steps=2)
     disk = FullDisk(4, 4)
-    trainer = pl.Trainer(num_workers=0, max_epochs=1, callbacks=[saving, disk], logger=False, enable_progress_bar=False)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "checkpoint_async"), False)
+    trainer = pl.Trainer(num_workers=0, max_epochs=1, callbacks=[saving, disk], **quiet)
     try:
         with (
             pytest.warns(UserWarning, match="next save"),
