@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from raylit.driver import cluster, warm
 from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
-from raylit.places import joined
+from raylit.places import is_url, joined
 from raylit.plan import Workers
 from raylit.tune.histories import Histories, history_of
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
@@ -79,7 +80,7 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         random_state=packed(format.random_state()),
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
-    with _environment(), _quiet_tune(), _signals_as_before() as was_interrupted:
+    with _environment(run), _quiet_tune(), _signals_as_before() as was_interrupted:
         results = _tuner(trainable, space, workers, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
@@ -175,10 +176,14 @@ def _name(trial: TuneTrial) -> str:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def _environment(run: Run) -> Iterator[None]:
     """Tune's switches, which it reads while it runs."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+    variables = dict(_ENVIRONMENT)
+    if run.is_resuming and not is_url(run.directory):
+        # What Tune reads there it locks by files in Ray's temporary directory, which it leaves behind.
+        variables["RAY_TMPDIR"] = run.directory
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -187,6 +192,8 @@ def _environment() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+        if "RAY_TMPDIR" in variables:
+            shutil.rmtree(os.path.join(run.directory, "_ray_lockfiles"), ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -106,3 +106,12 @@ def test_cheaper_steps_train_to_weights_for_other_programs(tmp_path: pathlib.Pat
     assert found is not None, last
     assert float(found[1]) > 0.9
     assert (tmp_path / "digits.safetensors").stat().st_size > 29_000 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_best_of_a_sweep_knows_digits(tmp_path: pathlib.Path) -> None:
+    last = run(tmp_path, "sweep.py")
+    found = re.fullmatch(r"test accuracy: (\S+)", last)
+    assert found is not None, last
+    assert float(found[1]) > 0.95

@@ -51,6 +51,7 @@ def wait_until(is_true, limit_s):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_sweep_leaves_nothing_and_goes_on_where_it_was(tmp_path, end):
     log, script = tmp_path / "log", tmp_path / "script.py"
@@ -76,6 +77,7 @@ def test_an_interrupted_sweep_leaves_nothing_and_goes_on_where_it_was(tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_worker_that_dies_ends_its_trial_alone(tmp_path):
     from ray import tune
 
@@ -102,6 +104,7 @@ def test_a_worker_that_dies_ends_its_trial_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_population_based_training_copies_weights_into_warm_workers(tmp_path):
     from ray import tune
     from ray.tune.schedulers import PopulationBasedTraining
