@@ -23,11 +23,19 @@ def fit(
     *,
     datamodule: DataModule | None = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> Trainer:
     """`Trainer(**trainer_arguments).fit(...)`; returns the Trainer, to look at metrics and to test with."""
     trainer = Trainer(**trainer_arguments)
-    trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    trainer.fit(
+        model,
+        train_dataloaders,
+        val_dataloaders,
+        datamodule=datamodule,
+        ckpt_path=ckpt_path,
+        weights_only=weights_only,
+    )
     return trainer
 
 
@@ -38,10 +46,13 @@ def validate(
     *,
     datamodule: DataModule | None = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> list[dict[str, float]]:
     """`Trainer(**trainer_arguments).validate(...)`."""
-    return Trainer(**trainer_arguments).validate(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule)
+    return Trainer(**trainer_arguments).validate(
+        model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=weights_only
+    )
 
 
 @shows_user_frames
@@ -51,10 +62,13 @@ def test(
     *,
     datamodule: DataModule | None = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> list[dict[str, float]]:
     """`Trainer(**trainer_arguments).test(...)`."""
-    return Trainer(**trainer_arguments).test(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule)
+    return Trainer(**trainer_arguments).test(
+        model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=weights_only
+    )
 
 
 @shows_user_frames
@@ -64,10 +78,13 @@ def predict(
     *,
     datamodule: DataModule | None = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> list[Any] | None:
     """`Trainer(**trainer_arguments).predict(...)`."""
-    return Trainer(**trainer_arguments).predict(model, dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    return Trainer(**trainer_arguments).predict(
+        model, dataloaders, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only
+    )
 
 
 @shows_user_frames

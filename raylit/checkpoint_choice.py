@@ -22,20 +22,22 @@ def read_checkpoint(
     earlier: EarlierRuns,
     is_best_default: bool = False,
     is_whole: bool = True,
+    allow_pickle: bool = False,
 ) -> dict[str, Any] | None:
     """Read the checkpoint that a path, "best" or "last" stands for; the best of the last fit by default where that is
-    meant. `is_whole`: with what is in a sharded one's parts, which workers that shard read themselves. ConfigError: the
-    word stands for nothing here."""
+    meant. `is_whole` and `allow_pickle` as for `files.read`: workers that shard read a sharded one's parts themselves.
+    ConfigError: the word stands for nothing here."""
     if path is None:
-        path = saved.best_model_path if is_best_default and saved is not None else None
-        return files.read(path, is_whole=is_whole) if path else None
-    return files.read(_named(path, saved, earlier) if path in ("best", "last") else path, is_whole=is_whole)
+        path = (saved.best_model_path or None) if is_best_default and saved is not None else None
+    elif path in ("best", "last"):
+        path = _named(path, saved, earlier, allow_pickle)
+    return None if path is None else files.read(path, allow_pickle=allow_pickle, is_whole=is_whole)
 
 
-def newest_run(earlier: EarlierRuns, *, loggers: Sequence[Logger]) -> dict[str, Any] | None:
+def newest_run(earlier: EarlierRuns, *, loggers: Sequence[Logger], allow_pickle: bool = False) -> dict[str, Any] | None:
     """What resume="auto" continues: the newest checkpoint, in the log directory of its run. Says which, or that there
     is none."""
-    found = earlier.newest_usable()
+    found = earlier.newest_usable(allow_pickle=allow_pickle)
     if found is None:
         _say(f"no checkpoint of an earlier run is in {earlier.described()}: a new run begins")
         return None
@@ -49,18 +51,18 @@ def newest_run(earlier: EarlierRuns, *, loggers: Sequence[Logger]) -> dict[str, 
     return checkpoint
 
 
-def earlier_runs(*, saved: ModelCheckpoint | None, loggers: Sequence[Logger], default_root_dir: str) -> EarlierRuns:
+def earlier_runs(*, saved: ModelCheckpoint | None, loggers: Sequence[Logger], root_dir: str) -> EarlierRuns:
     """Those that saved where this one does: in the directory that was given, else in the first logger's runs."""
     if saved is not None and saved.dirpath is not None:
         return EarlierRuns([saved.dirpath])
     logger = next((logger for logger in loggers if logger.root_dir is not None), None)
-    runs = [default_root_dir] if logger is None else logger.run_dirs()
+    runs = [root_dir] if logger is None else logger.run_dirs()
     return EarlierRuns([joined(absolute(run), "checkpoints") for run in runs])
 
 
-def _named(name: Any, saved: ModelCheckpoint | None, earlier: EarlierRuns) -> str:
+def _named(name: Any, saved: ModelCheckpoint | None, earlier: EarlierRuns, allow_pickle: bool) -> str:
     path = "" if saved is None else (saved.best_model_path if name == "best" else saved.newest_model_path)
-    path = path or (earlier.best() if name == "best" else earlier.last())
+    path = path or (earlier.best(allow_pickle=allow_pickle) if name == "best" else earlier.last())
     if not path:
         raise ConfigError(
             f"ckpt_path={name!r}: this Trainer has saved no checkpoint, nor has a run before it in "

@@ -99,12 +99,12 @@ class DataModule:
         cls,
         checkpoint_path: str | Path,
         hparams_file: str | Path | None = None,
-        weights_only: bool = True,
+        weights_only: bool | None = None,
         **overrides: Any,
     ) -> Self:
         """Rebuild the data module with the hyper-parameters of a checkpoint's run, or of the file; `overrides` win."""
         checkpoint = read_for_rebuild(
-            checkpoint_path, hparams_file=None, overrides=overrides, allow_pickle=not weights_only
+            checkpoint_path, hparams_file=None, overrides=overrides, allow_pickle=weights_only is False
         )
         hparams, name = checkpoint["datamodule_hyper_parameters"], checkpoint.get("datamodule_hparams_name", "kwargs")
         if hparams_file is not None:

@@ -327,7 +327,7 @@ class LightningModule(LoopHooks):
         map_location: Any = None,
         hparams_file: str | Path | None = None,
         strict: bool = True,
-        weights_only: bool = True,
+        weights_only: bool | None = None,
         **overrides: Any,
     ) -> Self:
         """Rebuild the module with its saved hyper-parameters (`overrides` win) and load its weights.
@@ -337,7 +337,7 @@ class LightningModule(LoopHooks):
         the file is missing, damaged or of another model.
         """
         checkpoint = read_for_rebuild(
-            checkpoint_path, hparams_file=hparams_file, overrides=overrides, allow_pickle=not weights_only
+            checkpoint_path, hparams_file=hparams_file, overrides=overrides, allow_pickle=weights_only is False
         )
         name, source = checkpoint.get("hparams_name", "kwargs"), str(checkpoint_path)
         module = rebuilt(cls, checkpoint["hyper_parameters"], name, overrides=overrides, source=source)

@@ -164,6 +164,7 @@ class Trainer(Outcome):
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
         *,
         train_dataloader: Any = None,
     ) -> None:
@@ -172,6 +173,7 @@ class Trainer(Outcome):
         `train_dataloaders`, in Lightning 0.9 `train_dataloader`, may be a DataModule. `ckpt_path`: a file, "best" or
         "last", of this Trainer or else of the newest run that saved where it does, whose run is continued; by default
         the Trainer's `resume`, which may be "auto" too: the newest run's newest sound checkpoint, if there is one.
+        `weights_only=False` unpickles whatever objects the checkpoint holds, which can run code: for files you trust.
         """
         train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
         ckpt_path = settled(
@@ -180,13 +182,14 @@ class Trainer(Outcome):
         found = None
         if ckpt_path == AUTO and not self._plan.is_dev_run:
             # Before the loggers begin a run of their own.
-            found = newest_run(self._earlier_runs, loggers=self.loggers)
+            found = newest_run(self._earlier_runs, loggers=self.loggers, allow_pickle=weights_only is False)
         job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         is_continued = found is not None or ckpt_path not in (None, AUTO)
         inside = look_around(job, self._driver_callbacks, num_workers=self.num_workers, is_continued=is_continued)
         if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
-        checkpoint = inside.checkpoint or found or self._read_checkpoint(None if ckpt_path == AUTO else ckpt_path)
+        path = None if ckpt_path == AUTO else ckpt_path
+        checkpoint = inside.checkpoint or found or self._read_checkpoint(path, weights_only)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
@@ -221,13 +224,14 @@ class Trainer(Outcome):
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
         *,
         val_dataloaders: Any = None,
     ) -> list[dict[str, float]]:
         """The metrics of the validation loop, a dict for each loader; exact over the whole data set. `val_dataloaders`
         is Lightning 0.9's name of `dataloaders`."""
         dataloaders = settled(dataloaders=dataloaders, val_dataloaders=val_dataloaders)
-        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)
+        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     @shows_user_frames
     def test(
@@ -237,13 +241,14 @@ class Trainer(Outcome):
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
         *,
         test_dataloaders: Any = None,
     ) -> list[dict[str, float]]:
         """The metrics of the test loop, a dict for each loader. Without a model: the best weights of the last fit, or
         else its last. `test_dataloaders` is Lightning 0.9's name of `dataloaders`."""
         dataloaders = settled(dataloaders=dataloaders, test_dataloaders=test_dataloaders)
-        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)
+        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     @shows_user_frames
     def predict(
@@ -253,10 +258,11 @@ class Trainer(Outcome):
         datamodule: DataModule | None = None,
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
     ) -> list[Any] | None:
         """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
         where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
-        checkpoint = self._read_checkpoint(ckpt_path, is_best_default=model is None)
+        checkpoint = self._read_checkpoint(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
         require_weights(job.module, has_checkpoint=checkpoint is not None)
@@ -269,19 +275,20 @@ class Trainer(Outcome):
     # Helpers, in the order in which they are called
 
     def _read_checkpoint(
-        self, path: str | os.PathLike[str] | None, *, is_best_default: bool = False
+        self, path: str | os.PathLike[str] | None, weights_only: bool | None, *, is_best_default: bool = False
     ) -> dict[str, Any] | None:
-        saved = self.checkpoint_callback
-        is_whole = not self._plan.strategy.is_sharding
         return read_checkpoint(
-            path, saved=saved, earlier=self._earlier_runs, is_best_default=is_best_default, is_whole=is_whole
+            path,
+            saved=self.checkpoint_callback,
+            earlier=self._earlier_runs,
+            is_best_default=is_best_default,
+            is_whole=not self._plan.strategy.is_sharding,
+            allow_pickle=weights_only is False,
         )
 
     @property
     def _earlier_runs(self) -> EarlierRuns:
-        return earlier_runs(
-            saved=self.checkpoint_callback, loggers=self.loggers, default_root_dir=self.default_root_dir
-        )
+        return earlier_runs(saved=self.checkpoint_callback, loggers=self.loggers, root_dir=self.default_root_dir)
 
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
         self._callbacks, self._driver_callbacks = attachments.split(callbacks)
@@ -369,8 +376,9 @@ class Trainer(Outcome):
         ckpt_path: str | os.PathLike[str] | None,
         verbose: bool,
         datamodule: DataModule | None,
+        weights_only: bool | None,
     ) -> list[dict[str, float]]:
-        checkpoint = self._read_checkpoint(ckpt_path, is_best_default=model is None)
+        checkpoint = self._read_checkpoint(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
         require(job, stage)
         require_weights(job.module, has_checkpoint=checkpoint is not None)

@@ -17,23 +17,26 @@ class EarlierRuns:
     def __init__(self, directories: Sequence[str]) -> None:
         self._directories = directories
 
-    def newest_usable(self) -> tuple[str, dict[str, Any]] | None:
+    def newest_usable(self, *, allow_pickle: bool = False) -> tuple[str, dict[str, Any]] | None:
         """Path and content of the checkpoint to continue from: the newest of the newest run. Damaged ones are named in
         a warning and passed over. None: there is none."""
-        return next((found for directory in self._newest_first() if (found := newest_usable(directory))), None)
+        for directory in self._newest_first():
+            if found := newest_usable(directory, allow_pickle=allow_pickle):
+                return found
+        return None
 
     def last(self) -> str:
         """The file written last; empty where there is none."""
         return next((path for directory in self._newest_first() for path in newest_first(directory)), "")
 
-    def best(self) -> str:
+    def best(self, *, allow_pickle: bool = False) -> str:
         """What the newest run holds for its best; empty where it has none."""
         for directory in self._newest_first():
             if name := read_index(directory).best:
                 return joined(directory, name)
             for path in newest_first(directory):
                 with suppress(CheckpointError):
-                    return _best_path_in(files.read(path))
+                    return _best_path_in(files.read(path, allow_pickle=allow_pickle))
         return ""
 
     def described(self) -> str:

@@ -20,7 +20,7 @@ from raylit.checkpoint import directory, format, remote
 from raylit.checkpoint.format import FORMAT
 from raylit.checkpoint.image import Image
 from raylit.errors import CheckpointError, DamagedCheckpoint
-from raylit.places import file_system, is_url
+from raylit.places import is_url
 
 
 def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -132,10 +132,9 @@ def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *,
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """A file is there; a link that leads nowhere is none."""
+    """A file is there; a link that leads nowhere is none. StoreUnreachable: a URL's store does not say."""
     if is_url(path):
-        files, place = file_system(os.fspath(path))
-        return bool(files.exists(place))
+        return remote.exists(os.fspath(path))
     return _local(path).exists()
 
 

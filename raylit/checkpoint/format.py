@@ -188,7 +188,7 @@ def unpack_hyper_parameters(packed: Mapping[str, Any], *, allow_pickle: bool = F
         raise CheckpointError(
             "these hyper-parameters are pickled objects, whose loading can run code: "
             + ", ".join(f"{name} ({packed[name]['type']})" for name in pickled)
-            + ". For a file that you trust, pass load_from_checkpoint(..., weights_only=False)"
+            + ". For a file that you trust, pass weights_only=False"
         )
     return {name: _unpack(value, name) for name, value in packed.items()}
 

@@ -89,7 +89,9 @@ def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
             yield path
 
 
-def newest_usable(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
+def newest_usable(
+    directory: str | os.PathLike[str], *, allow_pickle: bool = False
+) -> tuple[str, dict[str, Any]] | None:
     """Path and content of the newest checkpoint that a run can be continued from; None: there is none.
 
     Damaged ones are named in a warning and passed over. CheckpointError: one that cannot be read for another reason,
@@ -97,7 +99,7 @@ def newest_usable(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any
     """
     for path in newest_first(directory):
         try:
-            checkpoint = files.read(path)
+            checkpoint = files.read(path, allow_pickle=allow_pickle)
         except DamagedCheckpoint as error:
             warnings.warn(f"{error}; it is passed over for the one before it", stacklevel=2)
             continue

@@ -12,6 +12,23 @@ from raylit.errors import CheckpointError
 from raylit.places import file_system, is_object_store
 
 
+class StoreUnreachable(CheckpointError):
+    """Nobody can tell what is at the URL."""
+
+    def __init__(self, url: str, error: Exception) -> None:
+        super().__init__(f"cannot look for the checkpoint {url}: {type(error).__name__}: {error}")
+        self.url = url
+
+
+def exists(url: str) -> bool:
+    """StoreUnreachable: the store does not say."""
+    try:
+        files, place = file_system(url)
+        return bool(files.exists(place))
+    except Exception as error:  # of whatever kind the store's own library raises
+        raise StoreUnreachable(url, error) from error
+
+
 def upload(image: Image, url: str) -> None:
     """By a file in a temporary directory, which is whole before the upload begins."""
     try:

@@ -9,6 +9,7 @@ from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.progress_bar import start_is_shown
 from raylit.checkpoint import format
 from raylit.checkpoint.publication import Publication
+from raylit.checkpoint.remote import StoreUnreachable
 from raylit.driver import predictions
 from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
@@ -387,5 +388,8 @@ class Coordinator:
         before = self._notified
         for callback in self._callbacks:
             self._notified = callback
-            getattr(callback, hook)(self, *args)
+            try:
+                getattr(callback, hook)(self, *args)
+            except StoreUnreachable as error:  # which it asks for a free name before it saves
+                self._saves.note_failed(callback, error.url, error)
         self._notified = before

