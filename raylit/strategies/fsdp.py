@@ -35,7 +35,7 @@ from raylit.strategies.single import Single
 from raylit.strategies.units import check_not_shared, chosen_units
 from raylit.strategy_options import FSDPStrategy
 
-_PIECE_BYTES = 64 * 2**20
+_PIECE_BYTES = 16 * 2**20
 """Of the weights that come back at the end at a time; a single larger one is a piece of its own."""
 _MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
