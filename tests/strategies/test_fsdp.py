@@ -297,6 +297,44 @@ def test_a_sharded_run_goes_on_in_shards_or_without(interrupted, strategy):
     assert_same_weights(weights_of(model), expected, **TOLERANCE)
 
 
+def rest_by_hand(path, *, num_workers, num_done):
+    """What one process makes of the run that another number of workers has left after `num_done` samples of its first
+    epoch, with its optimizer's state."""
+    checkpoint = files.read(path)
+    model = built(optimizer="AdamW")
+    optimizer = optimizer_of(model)
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    x, y = data().tensors
+    size = 8 * num_workers
+    for epoch in range(2):
+        for start in range(num_done if epoch == 0 else 0, len(x), size):
+            optimizer.zero_grad()
+            functional.mse_loss(model.net(x[start : start + size]), y[start : start + size]).backward()
+            optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("num_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_another_number_of_workers_goes_on_inside_the_epoch(interrupted, num_workers):
+    directory, _ = interrupted
+    path = saved_at(directory, 2)
+    model = Deep(optimizer="AdamW")
+    trainer = fit(model, num_workers=num_workers, ckpt_path=path)
+    assert_same_weights(weights_of(model), rest_by_hand(path, num_workers=num_workers, num_done=32), **TOLERANCE)
+    assert trainer.current_epoch == 2
+
+
+@pytest.mark.slow
+def test_fewer_workers_go_on_with_what_more_have_sharded(tmp_path):
+    callback = pl.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(Deep(optimizer="AdamW"), num_workers=3, max_epochs=1, callbacks=[callback])
+    path = saved_at(tmp_path, 1)
+    model = Deep(optimizer="AdamW")
+    fit(model, num_workers=2, ckpt_path=path)
+    assert_same_weights(weights_of(model), rest_by_hand(path, num_workers=2, num_done=24), **TOLERANCE)
+
+
 @pytest.mark.slow
 def test_a_sharded_checkpoint_is_read_by_another_number_of_workers(interrupted):
     directory, expected = interrupted
