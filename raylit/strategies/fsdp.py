@@ -1,6 +1,7 @@
 """Fully sharded data parallelism by torch's `fully_shard`: every rank holds its share of the state. Worker."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
@@ -92,6 +93,9 @@ class FSDP(Single):
         self._order = BuildOrder()  # it refers to the modules
         self._root = module
         self._steps = steps
+        # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
+        name = f"FSDP{type(module).__mro__[1].__name__}"
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({name}\) returned a view tensor")
         for name in steps:
             _make_forward(module, name)
 
