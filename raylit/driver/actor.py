@@ -31,7 +31,6 @@ from raylit.worker.process_state import ProcessState
 from raylit.worker.shared_memory import SharedMemory
 from raylit.worker.worker import Worker
 
-
 _AHEAD = 2
 """Pieces of the weights on their way to the driver: what they need of this host's memory."""
 

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylit as pl
 from raylit.checkpoint import files
+from raylit.checkpoint.index import newest_usable
+from raylit.strategies.fsdp import FSDP
 
 WIDTH = 72
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -436,11 +438,25 @@ class Alternating(Deep):
         (Deep, {"sync_batchnorm": True}, "sync_batchnorm"),
         (Deep, {"truncated_bptt_steps": 2}, "truncated"),
         (Deep, {"callbacks": [pl.EMAWeightAveraging()]}, "EMAWeightAveraging"),
+        (Deep, {"callbacks": [pl.ModelCheckpoint("memory://runs")]}, "checkpoints at memory://runs.*'full'"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_anything_starts(model, arguments, message):
     with pytest.raises(pl.ConfigError, match=rf"strategy='fsdp' does not go together with .*{message}"):
         fit(model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda one, other: [torch.optim.SGD([one]), torch.optim.SGD([other])], "2 optimizers.*one optimizer"),
+        (lambda one, other: [torch.optim.LBFGS([one, other])], "LBFGS.*use 'ddp'"),
+    ],
+)
+def test_optimizers_that_need_more_than_shards_are_refused(make, message):
+    strategy = FSDP(pl.FSDPStrategy(), precision="32-true")
+    with pytest.raises(pl.ConfigError, match=message):
+        strategy.check_optimizers(make(*nn.Linear(2, 2).parameters()))
 
 
 class Skipping(Deep):
