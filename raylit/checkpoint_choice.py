@@ -32,10 +32,10 @@ def read_checkpoint(
     return files.read(_named(path, saved, earlier) if path in ("best", "last") else path, is_whole=is_whole)
 
 
-def newest_run(earlier: EarlierRuns, *, loggers: Sequence[Logger]) -> dict[str, Any] | None:
+def newest_run(earlier: EarlierRuns, *, loggers: Sequence[Logger], is_whole: bool = True) -> dict[str, Any] | None:
     """What resume="auto" continues: the newest checkpoint, in the log directory of its run. Says which, or that there
-    is none."""
-    found = earlier.newest_usable()
+    is none. `is_whole`: as `read_checkpoint` has it."""
+    found = earlier.newest_usable(is_whole=is_whole)
     if found is None:
         _say(f"no checkpoint of an earlier run is in {earlier.described()}: a new run begins")
         return None

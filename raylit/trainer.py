@@ -180,7 +180,7 @@ class Trainer(Outcome):
         found = None
         if ckpt_path == AUTO and not self._plan.is_dev_run:
             # Before the loggers begin a run of their own.
-            found = newest_run(self._earlier_runs, loggers=self.loggers)
+            found = newest_run(self._earlier_runs, loggers=self.loggers, is_whole=self._is_reading_whole)
         job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         is_continued = found is not None or ckpt_path not in (None, AUTO)
         inside = look_around(job, self._driver_callbacks, num_workers=self.num_workers, is_continued=is_continued)
@@ -271,11 +271,18 @@ class Trainer(Outcome):
     def _read_checkpoint(
         self, path: str | os.PathLike[str] | None, *, is_best_default: bool = False
     ) -> dict[str, Any] | None:
-        saved = self.checkpoint_callback
-        is_whole = not self._plan.strategy.is_sharding
         return read_checkpoint(
-            path, saved=saved, earlier=self._earlier_runs, is_best_default=is_best_default, is_whole=is_whole
+            path,
+            saved=self.checkpoint_callback,
+            earlier=self._earlier_runs,
+            is_best_default=is_best_default,
+            is_whole=self._is_reading_whole,
         )
+
+    @property
+    def _is_reading_whole(self) -> bool:
+        """Of a sharded checkpoint, not only what workers do not read for themselves."""
+        return not self._plan.strategy.is_sharding
 
     @property
     def _earlier_runs(self) -> EarlierRuns:

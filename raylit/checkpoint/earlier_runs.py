@@ -17,10 +17,11 @@ class EarlierRuns:
     def __init__(self, directories: Sequence[str]) -> None:
         self._directories = directories
 
-    def newest_usable(self) -> tuple[str, dict[str, Any]] | None:
+    def newest_usable(self, *, is_whole: bool = True) -> tuple[str, dict[str, Any]] | None:
         """Path and content of the checkpoint to continue from: the newest of the newest run. Damaged ones are named in
-        a warning and passed over. None: there is none."""
-        return next((found for directory in self._newest_first() if (found := newest_usable(directory))), None)
+        a warning and passed over. `is_whole`: as `files.read` has it. None: there is none."""
+        found = (newest_usable(directory, is_whole=is_whole) for directory in self._newest_first())
+        return next((one for one in found if one is not None), None)
 
     def last(self) -> str:
         """The file written last; empty where there is none."""
@@ -33,7 +34,7 @@ class EarlierRuns:
                 return joined(directory, name)
             for path in newest_first(directory):
                 with suppress(CheckpointError):
-                    return _best_path_in(files.read(path))
+                    return _best_path_in(files.read(path, is_whole=False))
         return ""
 
     def described(self) -> str:

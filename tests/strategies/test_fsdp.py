@@ -1,6 +1,7 @@
 """FSDP on two workers: the numbers of a plain loop, of shards that each worker holds and writes by itself."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -400,10 +401,35 @@ def test_a_hook_saves_the_parts_too(tmp_path):
     assert_same_weights(files.read(tmp_path / "mine.ckpt")["state_dict"], weights_of(model), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint directory")
+def test_the_newest_sound_parts_are_continued_unread_by_the_driver(interrupted, tmp_path):
+    directory, expected = interrupted
+    for step in (4, 6):
+        shutil.copytree(saved_at(directory, step), tmp_path / f"step={step}.ckpt")
+    os.truncate(tmp_path / "step=6.ckpt" / "__1_0.distcp", 1000)
+    with pytest.warns(UserWarning, match="step=6.ckpt is damaged: __1_0.distcp"):
+        _, checkpoint = newest_usable(tmp_path, is_whole=False)
+    assert all(value.is_meta for value in checkpoint["state_dict"].values())
+    model = Deep(optimizer="AdamW")
+    with pytest.warns(UserWarning, match="step=6.ckpt is damaged: __1_0.distcp"):
+        fit(model, resume="auto", callbacks=[pl.ModelCheckpoint(dirpath=tmp_path, every_n_epochs=9)])
+    assert_same_weights(weights_of(model), expected, **TOLERANCE)
+
+
+class OutOfSight(Deep):
+    def setup(self, stage):
+        shutil.rmtree(self.hparams.path, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_see_the_parts_says_so(interrupted, tmp_path):
+    path = shutil.copytree(saved_at(interrupted[0], 6), tmp_path / "one.ckpt")
+    with pytest.raises(pl.CheckpointError, match=r"cannot see .*one.ckpt, .*consolidate"):
+        fit(OutOfSight(optimizer="AdamW", path=str(path)), ckpt_path=path)
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_a_damaged_part_is_named(interrupted, tmp_path, harm):
-    import shutil
-
     directory, _ = interrupted
     copy_of = tmp_path / "copy.ckpt"
     shutil.copytree(saved_at(directory, 6), copy_of)
