@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -84,7 +85,8 @@ class Letters(pl.LightningModule):
         self.log("val_loss", F.cross_entropy(self(letters).flatten(0, 1), following.flatten()))
 
     def on_train_start(self) -> None:
-        own = sum(parameter.to_local().numel() for parameter in self.parameters())
+        parts = [part.to_local() if isinstance(part, DTensor) else part for part in self.parameters()]
+        own = sum(part.numel() for part in parts)
         whole = sum(parameter.numel() for parameter in self.parameters())
         print(f"holds {own:,} of {whole:,} parameters")
 

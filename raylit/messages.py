@@ -209,7 +209,8 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A piece of the weights that no single rank has, at the end of a run. Rank 0's."""
+    """A piece of the weights that no single rank has, at the end of a run. Rank 0's, who waits with the next ones until
+    the driver has taken it."""
 
     state_dict: dict[str, Any]
 

@@ -30,8 +30,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
-from raylit.checkpoint.earlier_runs import EarlierRuns
-from raylit.checkpoint_choice import AUTO, earlier_runs, newest_run, read_checkpoint
+from raylit.checkpoint_choice import AUTO, CheckpointChoice
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
@@ -182,14 +181,14 @@ class Trainer(Outcome):
         found = None
         if ckpt_path == AUTO and not self._plan.is_dev_run:
             # Before the loggers begin a run of their own.
-            found = newest_run(self._earlier_runs, loggers=self.loggers, allow_pickle=weights_only is False)
+            found = self._checkpoints.newest_run(weights_only)
         job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         is_continued = found is not None or ckpt_path not in (None, AUTO)
         inside = look_around(job, self._driver_callbacks, num_workers=self.num_workers, is_continued=is_continued)
         if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
         path = None if ckpt_path == AUTO else ckpt_path
-        checkpoint = inside.checkpoint or found or self._read_checkpoint(path, weights_only)
+        checkpoint = inside.checkpoint or found or self._checkpoints.read(path, weights_only)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
@@ -262,7 +261,7 @@ class Trainer(Outcome):
     ) -> list[Any] | None:
         """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
         where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
-        checkpoint = self._read_checkpoint(ckpt_path, weights_only, is_best_default=model is None)
+        checkpoint = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
         require(job, "predict")
         require_weights(job.module, has_checkpoint=checkpoint is not None)
@@ -274,21 +273,14 @@ class Trainer(Outcome):
 
     # Helpers, in the order in which they are called
 
-    def _read_checkpoint(
-        self, path: str | os.PathLike[str] | None, weights_only: bool | None, *, is_best_default: bool = False
-    ) -> dict[str, Any] | None:
-        return read_checkpoint(
-            path,
-            saved=self.checkpoint_callback,
-            earlier=self._earlier_runs,
-            is_best_default=is_best_default,
-            is_whole=not self._plan.strategy.is_sharding,
-            allow_pickle=weights_only is False,
-        )
-
     @property
-    def _earlier_runs(self) -> EarlierRuns:
-        return earlier_runs(saved=self.checkpoint_callback, loggers=self.loggers, root_dir=self.default_root_dir)
+    def _checkpoints(self) -> CheckpointChoice:
+        return CheckpointChoice(
+            saved=self.checkpoint_callback,
+            loggers=self.loggers,
+            root_dir=self.default_root_dir,
+            is_whole=not self._plan.strategy.is_sharding,
+        )
 
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
         self._callbacks, self._driver_callbacks = attachments.split(callbacks)
@@ -306,7 +298,7 @@ class Trainer(Outcome):
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         require_automatic(job.module, self._plan)
-        require_shardable(job, self._plan)
+        require_shardable(job, self._plan, callbacks=self._driver_callbacks)
         return job
 
     def _job(
@@ -378,7 +370,7 @@ class Trainer(Outcome):
         datamodule: DataModule | None,
         weights_only: bool | None,
     ) -> list[dict[str, float]]:
-        checkpoint = self._read_checkpoint(ckpt_path, weights_only, is_best_default=model is None)
+        checkpoint = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
         require(job, stage)
         require_weights(job.module, has_checkpoint=checkpoint is not None)

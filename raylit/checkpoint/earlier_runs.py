@@ -17,11 +17,11 @@ class EarlierRuns:
     def __init__(self, directories: Sequence[str]) -> None:
         self._directories = directories
 
-    def newest_usable(self, *, allow_pickle: bool = False) -> tuple[str, dict[str, Any]] | None:
+    def newest_usable(self, *, allow_pickle: bool = False, is_whole: bool = True) -> tuple[str, dict[str, Any]] | None:
         """Path and content of the checkpoint to continue from: the newest of the newest run. Damaged ones are named in
-        a warning and passed over. None: there is none."""
+        a warning and passed over. Arguments: as `files.read` has them. None: there is none."""
         for directory in self._newest_first():
-            if found := newest_usable(directory, allow_pickle=allow_pickle):
+            if found := newest_usable(directory, allow_pickle=allow_pickle, is_whole=is_whole):
                 return found
         return None
 
@@ -36,7 +36,7 @@ class EarlierRuns:
                 return joined(directory, name)
             for path in newest_first(directory):
                 with suppress(CheckpointError):
-                    return _best_path_in(files.read(path, allow_pickle=allow_pickle))
+                    return _best_path_in(files.read(path, allow_pickle=allow_pickle, is_whole=False))
         return ""
 
     def described(self) -> str:

@@ -121,6 +121,12 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: 
     return _read(source, str(source), allow_pickle)
 
 
+def check_parts(checkpoint: Mapping[str, Any]) -> None:
+    """DamagedCheckpoint: what placeholders stand for is not as it was written. Nothing of it is kept in memory."""
+    if (place := directory.place_of(checkpoint)) is not None:
+        directory.check(checkpoint, place)
+
+
 def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *, is_weights_only: bool = False) -> None:
     """Write one file of a sharded checkpoint. CheckpointError: it is none, or that is not possible."""
     index = read(source, is_whole=False)

@@ -23,13 +23,16 @@ from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job, unpickle_plan
-from raylit.messages import Command, CommandDone, Mail
+from raylit.messages import Command, CommandDone, Mail, Weights
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
 from raylit.worker.process_state import ProcessState
 from raylit.worker.shared_memory import SharedMemory
 from raylit.worker.worker import Worker
+
+_AHEAD = 2
+"""Pieces of the weights on their way to the driver: what they need of this host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,7 @@ class WorkerActor:
         self._shared: SharedMemory | None = None
         self._brake = Brake()
         self._num_commands = 0
+        self._room = threading.Semaphore(_AHEAD)
         self._context = WorkerContext()
         self._output = Output(on_lines=self._outbox.announce)
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
@@ -114,6 +118,10 @@ class WorkerActor:
     async def go_on(self, limit: int) -> None:
         """Let a held loop run up to a border."""
         self._brake.release(limit)
+
+    async def make_room(self) -> None:
+        """The driver has a piece of the weights in its own memory: another may follow."""
+        self._room.release()
 
     async def fill_draft(self, draft: str, others: list[dict[str, Any]]) -> bool:
         """See HeldCheckpoint.fill; so the next ones. Beside the training thread."""
@@ -209,5 +217,7 @@ class WorkerActor:
         assert self._worker is not None and self._shared is not None
         for report in self._worker.run(unpacked(command, is_copying=True)):
             self._shared.check(is_due=False)
+            if isinstance(report, Weights):
+                self._room.acquire()
             self._outbox.put(report)
         self._shared.check()

@@ -35,6 +35,7 @@ from raylit.messages import (
     Report,
     Start,
     Train,
+    Weights,
 )
 from raylit.plan import Plan, Workers
 from raylit.worker.context import WorkerContext
@@ -206,6 +207,8 @@ class ActorGroup:
                     self._leftovers += report.leftovers
                 else:
                     yield rank, report
+                    if isinstance(report, Weights):
+                        self._calls.append(self._actors[rank].make_room.remote())
         self._printouts.show_due(is_end=True)
         self.is_usable = is_usable
         self.is_at_rest = True

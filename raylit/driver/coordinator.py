@@ -361,7 +361,8 @@ class Coordinator:
                 state.summary = report.summary
                 self._schedule.set_sizes(state, report)
             case Weights():
-                self._pieces.update(report.state_dict)
+                # Out of the object store, which has room for a few pieces.
+                self._pieces.update({name: value.clone() for name, value in report.state_dict.items()})
             case LogCall():
                 self._log_writer.take(report)
             case Reloaded():

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 
-from raylit.messages import CommandDone, Failed, Mail, Ticked
+from raylit.messages import CommandDone, Failed, Mail, Ticked, Weights
 
 _COALESCE_S = 0.1
 """Reports that nobody waits for travel together: each batch of them takes the interpreter away from the steps."""
@@ -29,7 +29,7 @@ class Outbox:
                 self._reports[-1] = report
                 return
             self._reports.append(report)
-        if isinstance(report, (CommandDone, Failed)):
+        if isinstance(report, (CommandDone, Failed, Weights)):
             self._call(self._is_urgent)
         if is_first:
             self._call(self._has_mail)

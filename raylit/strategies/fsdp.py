@@ -1,6 +1,7 @@
 """Fully sharded data parallelism by torch's `fully_shard`: every rank holds its share of the state. Worker."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
@@ -35,7 +36,7 @@ from raylit.strategies.single import Single
 from raylit.strategies.units import check_not_shared, chosen_units
 from raylit.strategy_options import FSDPStrategy
 
-_PIECE_BYTES = 64 * 2**20
+_PIECE_BYTES = 16 * 2**20
 """Of the weights that come back at the end at a time; a single larger one is a piece of its own."""
 _MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -92,6 +93,9 @@ class FSDP(Single):
         self._order = BuildOrder()  # it refers to the modules
         self._root = module
         self._steps = steps
+        # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
+        name = f"FSDP{type(module).__mro__[1].__name__}"
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({name}\) returned a view tensor")
         for name in steps:
             _make_forward(module, name)
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,8 +95,14 @@ class Saving:
         session.module.on_load_checkpoint(checkpoint)
         directory = directories.place_of(checkpoint)
         if directory is not None:
-            share = session.context.rank, session.context.world_size
-            directories.check(checkpoint, directory, share=share)
+            context = session.context
+            if not directories.is_checkpoint(Path(directory)):
+                raise CheckpointError(
+                    f"worker {context.rank} on {context.host} cannot see {directory}, of which each reads its part: "
+                    "put it where all hosts see it, or make one file of it, which the driver sends: raylit checkpoint "
+                    f"consolidate {directory} FILE"
+                )
+            directories.check(checkpoint, directory, share=(context.rank, context.world_size))
         check_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
         session.strategy.load_weights(session.module, checkpoint["state_dict"], directory=directory)
         if not is_resuming:

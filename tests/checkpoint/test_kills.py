@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -190,3 +191,103 @@ def test_ctrl_c_beside_a_save_leaves_two_whole_ones(num_workers: int, tmp_path: 
     paths = {f"step={step}.ckpt" for step in range(1, trainer.global_step + 1)}
     assert {path.name for path in tmp_path.iterdir()} == {*paths, index.FILE_NAME}
     assert all(files.read(tmp_path / path)["global_step"] for path in paths)
+
+
+_SHARDED = """
+import os, sys, torch
+import raylit as pl
+
+class Filled(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(4_000_000))
+
+    def training_step(self, batch, batch_idx):
+        return self.table.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+saving = pl.ModelCheckpoint(sys.argv[1], "{step}", every_n_train_steps=2, save_last=True)
+pl.fit(Filled(), torch.utils.data.DataLoader(list(range(100_000))), num_workers=2, strategy="fsdp", max_epochs=1,
+       callbacks=saving, logger=False, enable_progress_bar=False, enable_model_summary=False)
+"""
+_MOMENTS = {
+    "begun": ".*.tmp",
+    "own part": ".*.tmp/__0_0.distcp",
+    "another's part": ".*.tmp/__1_0.distcp",
+    "all parts": ".*.tmp/.metadata",
+    "index": ".*.tmp/.*.tmp",
+    "all but its name": ".*.tmp/index.ckpt",
+}
+"""Of the writing of a sharded checkpoint, by what is there then."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["begun", "another's part", "index", "all but its name"])
+@pytest.mark.timeout(180)
+def test_a_driver_killed_while_parts_are_written_leaves_the_checkpoint_before(
+    moment: str, tmp_path: pathlib.Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SHARDED)
+    place, deadline = tmp_path / "checkpoints", time.monotonic() + 90
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(pl.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, str(script), str(place)], env=environment) as driver:
+        while not (place / index.FILE_NAME).exists() or not list(place.glob(_MOMENTS[moment])):
+            assert time.monotonic() < deadline
+            assert driver.poll() is None
+        driver.kill()
+    assert check(place) >= 2
+    while list(place.glob(".*.tmp")):  # its workers may go on for a moment
+        assert time.monotonic() < deadline
+        files.remove_abandoned(place)
+        time.sleep(0.2)
+
+
+class KilledAtMoment(KilledWhileSaving):
+    """One of its workers is killed at a moment of a save after the third."""
+
+    def __init__(self, place: pathlib.Path, *, rank: int, moment: str) -> None:
+        super().__init__()
+        self._place, self._rank, self._moment = place, rank, moment
+
+    def on_train_start(self) -> None:
+        if self.trainer.global_rank == self._rank:
+            threading.Thread(target=self._kill, daemon=True).start()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.table.sum()
+
+    def _kill(self) -> None:
+        for awaited in ("step=3.ckpt", _MOMENTS[self._moment]):
+            while not list(self._place.glob(awaited)):
+                time.sleep(0.0005)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("rank", "moment"),
+    [
+        (1, "another's part"),
+        *(pytest.param(0, moment, marks=pytest.mark.slow) for moment in ("begun", "own part", "all parts", "index")),
+        *(pytest.param(1, moment, marks=pytest.mark.slow) for moment in ("begun", "all parts", "index")),
+    ],
+)
+def test_a_worker_killed_while_parts_are_written_leaves_the_checkpoint_before(
+    rank: int, moment: str, tmp_path: pathlib.Path
+) -> None:
+    saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1)
+    with pytest.raises(pl.WorkerDied):
+        pl.fit(
+            KilledAtMoment(tmp_path, rank=rank, moment=moment),
+            torch.utils.data.DataLoader(list(range(4000))),
+            num_workers=2,
+            strategy="fsdp",
+            max_epochs=1,
+            callbacks=saving,
+            logger=False,
+            enable_progress_bar=False,
+        )
+    assert check(tmp_path) >= 3
+    assert list(tmp_path.glob(".*.tmp")) == []

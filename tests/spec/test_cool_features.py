@@ -280,8 +280,8 @@ def test_load_checkpoints_directly_from_s3(s3):
     best = trainer.checkpoint_callback.best_model_path.rsplit("/", 1)[-1]
     # The best and the newest stay, as on a disk, and nothing half-written.
     kept = sorted({best, "epoch=1-step=12.ckpt"})
-    assert [name for name in names if not name.startswith("events")] == [*kept, "hparams.yaml"]
-    assert len(names) == len(kept) + 2
+    assert [name for name in names if not name.startswith("events")] == [".index.json", *kept, "hparams.yaml"]
+    assert len(names) == len(kept) + 3
     with pytest.raises(pl.CheckpointError, match=r"cannot read the checkpoint s3://bucket/none.ckpt: FileNotFound"):
         Regression.load_from_checkpoint(f"{s3}/none.ckpt")
     with pytest.raises(pl.CheckpointError, match=r"cannot write the checkpoint s3://nobodys/"):

@@ -461,7 +461,8 @@ def test_a_resumed_runs_time_goes_on(tmp_path, quiet):
     assert 0.1 < timer.time_elapsed() < timer.duration_s
     again = pl.Timer({"hours": 1})
     path = trainer.checkpoint_callback.best_model_path
-    pl.fit(Slow(), RegressionData(), max_epochs=1, callbacks=again, ckpt_path=path, **quiet)
+    with pytest.warns(UserWarning, match="nothing is left to train"):
+        pl.fit(Slow(), RegressionData(), max_epochs=1, callbacks=again, ckpt_path=path, **quiet)
     assert again.time_elapsed() == pytest.approx(timer.time_elapsed(), abs=0.1)
 
 

@@ -52,7 +52,7 @@ def test_the_most_basic_trainer_uses_good_defaults(num_workers, tmp_path):
     assert trainer.global_step == steps
     # Automatic checkpoints, automatic TensorBoard.
     directory = tmp_path / "lightning_logs" / "version_0"
-    assert [path.name for path in directory.glob("checkpoints/*")] == [f"epoch=1-step={steps}.ckpt"]
+    assert [path.name for path in directory.glob("checkpoints/*.ckpt")] == [f"epoch=1-step={steps}.ckpt"]
     assert isinstance(trainer.logger, pl.TensorBoardLogger)
     assert trainer.logger.log_dir == str(directory)
     checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)

@@ -1,6 +1,8 @@
 """FSDP on two workers: the numbers of a plain loop, of shards that each worker holds and writes by itself."""
 
 import os
+import shutil
+import threading
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylit as pl
 from raylit.checkpoint import files
+from raylit.checkpoint.index import newest_usable
+from raylit.strategies.fsdp import FSDP
 
 WIDTH = 72
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -250,6 +254,44 @@ def test_the_drivers_model_stays_without_numbers_where_that_is_asked_for(tmp_pat
     assert_same_weights(weights_of(Deep.load_from_checkpoint(tmp_path / "one.ckpt")), by_hand(built())[0], **TOLERANCE)
 
 
+def private_mb():
+    with open("/proc/self/smaps_rollup", encoding="utf-8") as rollup:
+        return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1024
+
+
+class Large(Deep):
+    """12 layers of 16 MB; measures what rank 0 needs beside them between the last hook and the end."""
+
+    def configure_model(self):
+        self.net = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0].new_ones(1, 2048)).square().mean()
+
+    def on_fit_end(self):
+        self._is_over, self._most = threading.Event(), [private_mb()]
+        self._sampler = threading.Thread(target=self._sample)
+        self._sampler.start()
+
+    def _sample(self):
+        while not self._is_over.wait(0.002):
+            self._most.append(private_mb())
+
+    def teardown(self, stage):
+        self._is_over.set()
+        self._sampler.join()
+        del self._is_over, self._sampler
+        self.sums = [layer.weight.full_tensor().sum().item() for layer in self.net]
+
+
+@pytest.mark.slow
+def test_rank_0_hands_the_weights_over_a_few_at_a_time():
+    model = Large()
+    fit(model, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    assert max(model._most) - model._most[0] < 96, "of 192 MB"
+    assert [layer.weight.sum().item() for layer in model.net] == pytest.approx(model.sums, abs=1e-3)
+
+
 # Evaluation
 
 
@@ -295,6 +337,44 @@ def test_a_sharded_run_goes_on_in_shards_or_without(interrupted, strategy):
     model = Deep(optimizer="AdamW")
     fit(model, strategy=strategy, ckpt_path=saved_at(directory, 4))
     assert_same_weights(weights_of(model), expected, **TOLERANCE)
+
+
+def rest_by_hand(path, *, num_workers, num_done):
+    """What one process makes of the run that another number of workers has left after `num_done` samples of its first
+    epoch, with its optimizer's state."""
+    checkpoint = files.read(path)
+    model = built(optimizer="AdamW")
+    optimizer = optimizer_of(model)
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    x, y = data().tensors
+    size = 8 * num_workers
+    for epoch in range(2):
+        for start in range(num_done if epoch == 0 else 0, len(x), size):
+            optimizer.zero_grad()
+            functional.mse_loss(model.net(x[start : start + size]), y[start : start + size]).backward()
+            optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("num_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_another_number_of_workers_goes_on_inside_the_epoch(interrupted, num_workers):
+    directory, _ = interrupted
+    path = saved_at(directory, 2)
+    model = Deep(optimizer="AdamW")
+    trainer = fit(model, num_workers=num_workers, ckpt_path=path)
+    assert_same_weights(weights_of(model), rest_by_hand(path, num_workers=num_workers, num_done=32), **TOLERANCE)
+    assert trainer.current_epoch == 2
+
+
+@pytest.mark.slow
+def test_fewer_workers_go_on_with_what_more_have_sharded(tmp_path):
+    callback = pl.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(Deep(optimizer="AdamW"), num_workers=3, max_epochs=1, callbacks=[callback])
+    path = saved_at(tmp_path, 1)
+    model = Deep(optimizer="AdamW")
+    fit(model, num_workers=2, ckpt_path=path)
+    assert_same_weights(weights_of(model), rest_by_hand(path, num_workers=2, num_done=24), **TOLERANCE)
 
 
 @pytest.mark.slow
@@ -360,10 +440,35 @@ def test_a_hook_saves_the_parts_too(tmp_path):
     assert_same_weights(files.read(tmp_path / "mine.ckpt")["state_dict"], weights_of(model), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint directory")
+def test_the_newest_sound_parts_are_continued_unread_by_the_driver(interrupted, tmp_path):
+    directory, expected = interrupted
+    for step in (4, 6):
+        shutil.copytree(saved_at(directory, step), tmp_path / f"step={step}.ckpt")
+    os.truncate(tmp_path / "step=6.ckpt" / "__1_0.distcp", 1000)
+    with pytest.warns(UserWarning, match="step=6.ckpt is damaged: __1_0.distcp"):
+        _, checkpoint = newest_usable(tmp_path, is_whole=False)
+    assert all(value.is_meta for value in checkpoint["state_dict"].values())
+    model = Deep(optimizer="AdamW")
+    with pytest.warns(UserWarning, match="step=6.ckpt is damaged: __1_0.distcp"):
+        fit(model, resume="auto", callbacks=[pl.ModelCheckpoint(dirpath=tmp_path, every_n_epochs=9)])
+    assert_same_weights(weights_of(model), expected, **TOLERANCE)
+
+
+class OutOfSight(Deep):
+    def setup(self, stage):
+        shutil.rmtree(self.hparams.path, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_see_the_parts_says_so(interrupted, tmp_path):
+    path = shutil.copytree(saved_at(interrupted[0], 6), tmp_path / "one.ckpt")
+    with pytest.raises(pl.CheckpointError, match=r"cannot see .*one.ckpt, .*consolidate"):
+        fit(OutOfSight(optimizer="AdamW", path=str(path)), ckpt_path=path)
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_a_damaged_part_is_named(interrupted, tmp_path, harm):
-    import shutil
-
     directory, _ = interrupted
     copy_of = tmp_path / "copy.ckpt"
     shutil.copytree(saved_at(directory, 6), copy_of)
@@ -398,11 +503,25 @@ class Alternating(Deep):
         (Deep, {"sync_batchnorm": True}, "sync_batchnorm"),
         (Deep, {"truncated_bptt_steps": 2}, "truncated"),
         (Deep, {"callbacks": [pl.EMAWeightAveraging()]}, "EMAWeightAveraging"),
+        (Deep, {"callbacks": [pl.ModelCheckpoint("memory://runs")]}, "checkpoints at memory://runs.*'full'"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_anything_starts(model, arguments, message):
     with pytest.raises(pl.ConfigError, match=rf"strategy='fsdp' does not go together with .*{message}"):
         fit(model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda one, other: [torch.optim.SGD([one]), torch.optim.SGD([other])], "2 optimizers.*one optimizer"),
+        (lambda one, other: [torch.optim.LBFGS([one, other])], "LBFGS.*use 'ddp'"),
+    ],
+)
+def test_optimizers_that_need_more_than_shards_are_refused(make, message):
+    strategy = FSDP(pl.FSDPStrategy(), precision="32-true")
+    with pytest.raises(pl.ConfigError, match=message):
+        strategy.check_optimizers(make(*nn.Linear(2, 2).parameters()))
 
 
 class Skipping(Deep):
