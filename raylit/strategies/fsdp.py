@@ -94,8 +94,8 @@ class FSDP(Single):
         self._root = module
         self._steps = steps
         # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
-        name = f"FSDP{type(module).__mro__[1].__name__}"
-        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({name}\) returned a view tensor")
+        sharded = type(module).__name__
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({sharded}\) returned a view tensor")
         for name in steps:
             _make_forward(module, name)
 
