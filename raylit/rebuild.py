@@ -80,9 +80,10 @@ def check_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source
         if key in own and not nn.parameter.is_lazy(own[key]) and _shape(value) != _shape(own[key])
     ]
     if other_shape or (strict and (missing or unexpected)):
+        wrong = {"missing": missing, "unexpected": unexpected, "of another shape": other_shape}
         raise CheckpointError(
-            f"{source} is not a checkpoint of this {type(module).__name__}: missing {_first(missing)}, "
-            f"unexpected {_first(unexpected)}, of another shape {_first(other_shape)}"
+            f"{source} is not a checkpoint of this {type(module).__name__}: "
+            + ", ".join(f"{what} {_first(keys)}" for what, keys in wrong.items() if keys)
         )
 
 
@@ -91,6 +92,4 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _first(keys: list[str], *, count: int = 3) -> str:
-    if not keys:
-        return "none"
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
