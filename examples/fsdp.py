@@ -97,8 +97,9 @@ class Letters(pl.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
+    pl.seed_everything(0)
     data = windows(32)
     model = Letters()
     trainer = pl.Trainer(num_workers=args.num_workers, strategy="fsdp", max_epochs=args.epochs)
