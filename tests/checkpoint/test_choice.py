@@ -102,9 +102,7 @@ def test_another_model_names_the_first_keys_that_do_not_fit(capsys):
             self.extra = torch.nn.Linear(2, 2)
 
     trained(1, model=Deeper())
-    with pytest.raises(
-        pl.CheckpointError, match=r"checkpoint of this Regression: unexpected extra.weight"
-    ):
+    with pytest.raises(pl.CheckpointError, match=r"checkpoint of this Regression: unexpected extra.weight"):
         trained(2)
 
 
