@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, get_type_hints
 
@@ -22,6 +22,16 @@ class AttributeDict(dict[str, Any]):
 
     def __repr__(self) -> str:
         return "\n".join(f"{name!r}: {value!r}" for name, value in self.items())
+
+
+def flattened(values: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested names joined by "/", with what is no mapping."""
+    for key, value in values.items():
+        name = f"{parent}/{key}" if parent else str(key)
+        if isinstance(value, Mapping):
+            yield from flattened(value, name)
+        else:
+            yield name, value
 
 
 def init_arguments(owner: object, frame: FrameType) -> dict[str, Any]:

@@ -128,3 +128,31 @@ def assert_same_weights(left, right, **tolerance):
             torch.testing.assert_close(left[name], right[name], **tolerance)
         else:
             assert torch.equal(left[name], right[name]), name
+
+
+def images():
+    generator = torch.Generator().manual_seed(4)
+    return TensorDataset(torch.randn(16, 3, 6, 6, generator=generator), torch.randint(0, 2, (16,), generator=generator))
+
+
+class Pictures(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
+        self.layouts = set()
+
+    def forward(self, x):
+        tensors = (x, self.net[0].weight)
+        self.layouts.add(tuple(one.is_contiguous(memory_format=torch.channels_last) for one in tensors))
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return functional.cross_entropy(self(x), y)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)

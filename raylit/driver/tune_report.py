@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raylit.callbacks.base import DriverCallback, Run
+from raylit.callbacks.base import Run
+from raylit.callbacks.saved_report import SavedReport
 from raylit.callbacks.timing import is_validated_by_epoch_end
 from raylit.driver.ray_session import RaySession
-from raylit.errors import CheckpointError, ConfigError
+from raylit.errors import ConfigError
 
 FILE = "checkpoint.ckpt"
 """The file in a Checkpoint of Ray's."""
@@ -19,7 +20,7 @@ _OF_TUNE = frozenset({"config", "done", "should_checkpoint", "training_iteration
 """Names in a result by which Tune steers."""
 
 
-class TuneReport(DriverCallback):
+class TuneReport(SavedReport):
     """A result for each validation, or without a validation loop for each epoch: everything logged, `epoch`, `step`,
     and a checkpoint of the whole run. Where Ray answers that the trial is to end, it ends there.
 
@@ -78,11 +79,6 @@ class TuneReport(DriverCallback):
         if is_validated_by_epoch_end(run) and (self._is_validated or not run.state.has_validation):
             self._report(run)
 
-    def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
-        """Ray counts on the checkpoint."""
-        if error is not None:
-            raise error
-
     def _report(self, run: Run) -> None:
         session = self._session
         self._is_validated = False
@@ -117,8 +113,7 @@ class TuneReport(DriverCallback):
             return
         with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
             path = os.path.join(directory, FILE)
-            run.save_checkpoint(path)
-            run.finish_saves()
+            self.save(run, path)
             checkpoint = session.checkpoint_of(directory)
             checkpoint.update_metadata({"raylit": self._notes})
             yield checkpoint

@@ -4,10 +4,11 @@ import os
 import re
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from raylit.hparams import flattened
 from raylit.loggers.base import Logger
 from raylit.loggers.file import plain
 from raylit.loggers.saved import SavedFiles, is_after_each
@@ -125,7 +126,7 @@ class MLFlowLogger(Logger):
         self.experiment.log_batch(self.run_id, metrics=entries, **self._how)
 
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
-        values = dict(_flat(plain(vars(params) if isinstance(params, Namespace) else params)))
+        values = dict(flattened(plain(vars(params) if isinstance(params, Namespace) else params)))
         entries = [
             _package().entities.Param(key=_NOT_IN_NAMES.sub("", name), value=str(value)[:_LONGEST_VALUE])
             for name, value in values.items()
@@ -172,15 +173,6 @@ def _local_store(directory: str) -> str:
         return f"file:{directory}"
     os.makedirs(directory, exist_ok=True)
     return f"sqlite:///{directory}/mlflow.db"  # MLflow 3 refuses to keep runs in files
-
-
-def _flat(params: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in params.items():
-        name = f"{parent}/{key}" if parent else str(key)
-        if isinstance(value, Mapping):
-            yield from _flat(value, name)
-        else:
-            yield name, value
 
 
 def _package() -> Any:

@@ -3,13 +3,14 @@
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from raylit.export import evaluating, sample_of
+from raylit.hparams import flattened
 from raylit.loggers.file import FileLogger, plain
 
 if TYPE_CHECKING:
@@ -100,15 +101,11 @@ class TensorBoardLogger(FileLogger):
         # SummaryWriter.add_hparams would open a second event file, and a running TensorBoard reads on in the newest
         # file of a directory only: everything that the first one gets afterwards would stay unseen.
         file_writer: Any = self.experiment.file_writer
-        for summary in hparams(dict(_flat(plain(self._hparams))), self._prefixed(metrics)):
+        shown = {name: _shown(value) for name, value in flattened(plain(self._hparams))}
+        for summary in hparams(shown, self._prefixed(metrics)):
             file_writer.add_summary(summary)
 
 
-def _flat(params: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Nested names joined by "/"; what the HParams page cannot show as it is becomes a string."""
-    for key, value in params.items():
-        name = f"{parent}/{key}" if parent else str(key)
-        if isinstance(value, Mapping):
-            yield from _flat(value, name)
-        else:
-            yield name, value if isinstance(value, bool | int | float | str) else str(value)
+def _shown(value: Any) -> bool | int | float | str:
+    """What the HParams page cannot show as it is becomes a string."""
+    return value if isinstance(value, bool | int | float | str) else str(value)

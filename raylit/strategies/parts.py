@@ -7,7 +7,7 @@ the parts' names are where they stand in it.
 import copy
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,14 @@ _CHUNK_BYTES = 4 * 2**20
 
 def split(value: Any, where: str, parts: dict[str, Tensor]) -> Any:
     """The value with a placeholder for each sharded tensor, which goes into `parts`; other tensors on the CPU."""
-    if isinstance(value, Tensor):
-        if not is_sharded(value):
-            return value.detach().cpu()
-        parts[where] = value.detach()
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    if isinstance(value, dict):
-        parted = copy.copy(value)  # a state dict carries the versions of its modules along
-        for name, item in value.items():
-            parted[name] = split(item, f"{where}.{name}", parts)
-        return parted
-    if type(value) in (list, tuple):
-        return type(value)(split(item, f"{where}.{index}", parts) for index, item in enumerate(value))
-    return value
+
+    def placed(tensor: Tensor, place: str) -> Tensor:
+        if not is_sharded(tensor):
+            return tensor.detach().cpu()
+        parts[place] = tensor.detach()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return _mapped(value, where, placed)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -56,15 +51,20 @@ def placeholders(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 def filled(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
     """The value with `tensors` in the place of placeholders."""
+    return _mapped(value, where, lambda tensor, place: tensors[place] if tensor.is_meta else tensor)
+
+
+def _mapped(value: Any, where: str, change: Callable[[Tensor, str], Tensor]) -> Any:
+    """The value with other tensors, of which `change` is told where they stand in it."""
     if isinstance(value, Tensor):
-        return tensors[where] if value.is_meta else value
+        return change(value, where)
     if isinstance(value, dict):
-        whole = copy.copy(value)
+        mapped = copy.copy(value)  # a state dict carries the versions of its modules along
         for name, item in value.items():
-            whole[name] = filled(item, f"{where}.{name}", tensors)
-        return whole
+            mapped[name] = _mapped(item, f"{where}.{name}", change)
+        return mapped
     if type(value) in (list, tuple):
-        return type(value)(filled(item, f"{where}.{index}", tensors) for index, item in enumerate(value))
+        return type(value)(_mapped(item, f"{where}.{index}", change) for index, item in enumerate(value))
     return value
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -90,7 +90,7 @@ def attempt(experiment: Experiment, value: Any, *, job: Job, told: Told) -> Outc
         format.set_random_state(random_state)
     if coordinator.finished is not None and coordinator.finished.attributes:
         handback.apply(coordinator.finished.attributes, job.module, job.callbacks)
-    probe: Any = job.callbacks[0]
+    probe = cast("Probe", job.callbacks[0])
     return Outcome(findings=probe.found(), num_batches=coordinator.state.num_training_batches)
 
 

@@ -10,8 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
 
 from raylit.callbacks.base import DriverCallback, Run
+from raylit.hparams import flattened
 from raylit.loggers import TensorBoardLogger
-from raylit.tune.parameters import flat
 from raylit.tune.records import Mode, is_better, is_number
 
 Plain = bool | int | float | str
@@ -46,7 +46,7 @@ class Session(DriverCallback):
         self._has_failed = False
 
     def on_start(self, run: Run) -> None:
-        hparams = {name: _plain(value) for name, value in flat(self._config)}
+        hparams = {name: _plain(value) for name, value in flattened(self._config)}
         self._write(summary_v2.hparams_pb(hparams, trial_id=self._name))
 
     def on_validation_end(self, run: Run) -> None:

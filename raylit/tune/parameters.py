@@ -1,10 +1,11 @@
 """Parameter: what differs between the configs of trials, and on which scale that is seen best. Driver."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raylit.hparams import flattened
 from raylit.tune.records import TrialRecord, is_number
 
 _MAX_LEVELS = 5
@@ -38,7 +39,7 @@ class Parameter:
 
 def varying(trials: Sequence[TrialRecord]) -> list[Parameter]:
     """In the order of the configs; what is the same in all trials is left out."""
-    configs = [dict(flat(trial.config)) for trial in trials]
+    configs = [dict(flattened(trial.config)) for trial in trials]
     names = dict.fromkeys(name for config in configs for name in config)
     columns = [(name, tuple(config.get(name) for config in configs)) for name in names]
     return [_parameter(name, values) for name, values in columns if len(set(map(shown, values))) > 1]
@@ -46,21 +47,12 @@ def varying(trials: Sequence[TrialRecord]) -> list[Parameter]:
 
 def constant(trials: Sequence[TrialRecord]) -> dict[str, Any]:
     """What all trials have in common."""
-    configs = [dict(flat(trial.config)) for trial in trials]
+    configs = [dict(flattened(trial.config)) for trial in trials]
     first = configs[0] if configs else {}
     is_common = {
         name: all(shown(config.get(name)) == shown(value) for config in configs) for name, value in first.items()
     }
     return {name: value for name, value in first.items() if is_common[name]}
-
-
-def flat(config: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        name = f"{parent}/{key}" if parent else str(key)
-        if isinstance(value, Mapping):
-            yield from flat(value, name)
-        else:
-            yield name, value
 
 
 def shown(value: Any) -> str:

@@ -1,11 +1,12 @@
 """Reporter: hands a fit's metrics over to its trial after each validation. Driver, in the trial's process."""
 
 from dataclasses import replace
+from functools import partial
 
-from raylit.callbacks.base import DriverCallback, Run
+from raylit.callbacks.base import Run
+from raylit.callbacks.saved_report import SavedReport
 from raylit.callbacks.timing import is_validated_by_epoch_end
 from raylit.driver.schedule import Schedule
-from raylit.errors import CheckpointError
 from raylit.tune.handover import Handover
 
 IS_LAST = "is_last_report"
@@ -14,7 +15,7 @@ NOT_LOGGED = frozenset({"epoch", "step", IS_LAST})
 """In a report beside the metrics."""
 
 
-class Reporter(DriverCallback):
+class Reporter(SavedReport):
     """A report for each validation, and the decision about it obeyed before training goes on.
 
     Where validation runs once in every epoch, or never, the report is made at the epoch's end: it has the epoch's
@@ -38,21 +39,11 @@ class Reporter(DriverCallback):
         if not self._has_reported and run.state.callback_metrics:
             self._report(run)
 
-    def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
-        """Tune counts on the checkpoint."""
-        if error is not None:
-            raise error
-
     def _report(self, run: Run) -> None:
         self._has_reported = True
         progress = run.state.progress
         metrics = {"epoch": progress.epoch, "step": progress.global_step, **run.state.callback_metrics}
-
-        def save(path: str) -> None:
-            run.save_checkpoint(path)
-            run.finish_saves()
-
-        if not self._handover.report({**metrics, IS_LAST: _is_last(run)}, save=save):
+        if not self._handover.report({**metrics, IS_LAST: _is_last(run)}, save=partial(self.save, run)):
             run.stop("the scheduler has ended the trial")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import raylit as pl
 from raylit.checkpoint import files, index
 
-_DRIVERS = """
+_MODULE = """
 import os, sys, torch
 import raylit as pl
 
@@ -33,6 +33,10 @@ class Filled(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
+"""
+_DRIVERS = (
+    _MODULE
+    + """
 def train(directory):
     torch.set_num_threads(1)
     saving = pl.ModelCheckpoint(directory, "{step}", every_n_train_steps=2, save_last=sys.argv[1] == "1")
@@ -48,6 +52,7 @@ for line in sys.stdin:
     os.waitpid(pid, 0)
     print("dead", flush=True)
 """
+)
 """For each line, a directory, a driver that trains, and saves 32 MB at every other step, until it is killed."""
 
 
@@ -196,25 +201,14 @@ def test_ctrl_c_beside_a_save_leaves_two_whole_ones(num_workers: int, tmp_path: 
     assert all(files.read(tmp_path / path)["global_step"] for path in paths)
 
 
-_SHARDED = """
-import os, sys, torch
-import raylit as pl
-
-class Filled(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.zeros(4_000_000))
-
-    def training_step(self, batch, batch_idx):
-        return self.table.sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
+_SHARDED = (
+    _MODULE
+    + """
 saving = pl.ModelCheckpoint(sys.argv[1], "{step}", every_n_train_steps=2, save_last=True)
 pl.fit(Filled(), torch.utils.data.DataLoader(list(range(100_000))), num_workers=2, strategy="fsdp", max_epochs=1,
        callbacks=saving, logger=False, enable_progress_bar=False, enable_model_summary=False)
 """
+)
 _MOMENTS = {
     "begun": ".*.tmp",
     "own part": ".*.tmp/__0_0.distcp",

@@ -9,10 +9,7 @@ import copy
 
 import pytest
 import torch
-from models import Regression, assert_same_weights, fit, weights_of
-from torch import nn
-from torch.nn import functional
-from torch.utils.data import TensorDataset
+from models import Pictures, Regression, assert_same_weights, fit, images, weights_of
 
 import raylit as pl
 
@@ -21,31 +18,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-class Pictures(pl.LightningModule):
+class FusedPictures(Pictures):
     def __init__(self, *, fused=False):
         super().__init__()
-        torch.manual_seed(2)
-        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
         self.fused = fused
-        self.layouts = set()
-
-    def forward(self, x):
-        tensors = (x, self.net[0].weight)
-        self.layouts.add(tuple(one.is_contiguous(memory_format=torch.channels_last) for one in tensors))
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return functional.cross_entropy(self(x), y)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.01, fused=self.fused)
-
-
-def images():
-    generator = torch.Generator().manual_seed(4)
-    labels = torch.randint(0, 2, (16,), generator=generator)
-    return TensorDataset(torch.randn(16, 3, 6, 6, generator=generator), labels)
 
 
 def trained(model, **arguments):
@@ -54,7 +33,7 @@ def trained(model, **arguments):
 
 
 def test_channels_last_holds_for_weights_and_batches_on_the_device():
-    model = Pictures()
+    model = FusedPictures()
     expected = trained(copy.deepcopy(model))
     assert_same_weights(trained(model, channels_last=True), expected, **TOLERANCE)
     assert model.layouts == {(True, True)}
@@ -72,8 +51,8 @@ def test_a_compiled_module_trains_to_the_same_numbers(precision):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_a_fused_optimizer_is_scaled_and_clipped_like_another(clip):
-    expected = trained(Pictures(), precision=16, gradient_clip_val=clip)
-    actual = trained(Pictures(fused=True), precision=16, gradient_clip_val=clip)
+    expected = trained(FusedPictures(), precision=16, gradient_clip_val=clip)
+    actual = trained(FusedPictures(fused=True), precision=16, gradient_clip_val=clip)
     assert_same_weights(actual, expected, **TOLERANCE)
 
 

@@ -4,40 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import batches, fit
-from torch import nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from models import Pictures, batches, fit, images
+from torch.utils.data import DataLoader
 
 import raylit as pl
-
-
-def images():
-    generator = torch.Generator().manual_seed(4)
-    return TensorDataset(torch.randn(16, 3, 6, 6, generator=generator), torch.randint(0, 2, (16,), generator=generator))
-
-
-class Pictures(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(2)
-        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
-        self.layouts = set()
-
-    def forward(self, x):
-        tensors = (x, self.net[0].weight)
-        self.layouts.add(tuple(one.is_contiguous(memory_format=torch.channels_last) for one in tensors))
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return functional.cross_entropy(self(x), y)
-
-    def predict_step(self, batch, batch_idx):
-        return self(batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
