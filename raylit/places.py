@@ -1,6 +1,7 @@
 """Where files go: local paths and URLs that fsspec knows, by one set of functions. Driver."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def write_text(text: str, path: str) -> None:
     with open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(text)
     os.replace(temporary, path)
+
+
+def remove_directory(path: str) -> None:
+    """With all that is in it."""
+    if is_url(path):
+        files, place = file_system(path)
+        files.rm(place, recursive=True)
+    else:
+        shutil.rmtree(path)
 
 
 def file_system(url: str) -> tuple[Any, str]:

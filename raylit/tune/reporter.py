@@ -25,6 +25,10 @@ class Reporter(SavedReport):
     def __init__(self, handover: Handover) -> None:
         self._handover = handover
         self._has_reported = False
+        self._first_step = 0
+
+    def on_train_start(self, run: Run) -> None:
+        self._first_step = run.state.progress.global_step
 
     def on_validation_end(self, run: Run) -> None:
         if not is_validated_by_epoch_end(run):
@@ -35,8 +39,9 @@ class Reporter(SavedReport):
             self._report(run)
 
     def on_train_end(self, run: Run) -> None:
-        """A training that ended before its first validation still has something to show."""
-        if not self._has_reported and run.state.callback_metrics:
+        """A training that ended before its first validation still has something to show, unless it was over before."""
+        is_new = run.state.progress.global_step > self._first_step
+        if is_new and not self._has_reported and run.state.callback_metrics:
             self._report(run)
 
     def _report(self, run: Run) -> None:

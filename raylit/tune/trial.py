@@ -1,6 +1,7 @@
 """Trial: Ray Tune's actor around trainings, one after the other on the same warm workers. The trial's process."""
 
 import contextlib
+import copy
 import os
 import shutil
 import sys
@@ -18,8 +19,8 @@ from raylit.driver import warm
 from raylit.driver.failures import words_of
 from raylit.driver.packing import unpacked
 from raylit.errors import RaylitError
-from raylit.tune.handover import Ended, Handover
-from raylit.tune.reporter import NOT_LOGGED, Reporter
+from raylit.tune.handover import Handover, Reported
+from raylit.tune.reporter import IS_LAST, NOT_LOGGED, Reporter
 from raylit.tune.trial_files import CHECKPOINT, config_of, write_config
 
 
@@ -104,37 +105,47 @@ class Trial(tune.Trainable):
         """Train to the next report."""
         if self._handover is None:
             self._handover = Handover(self._train)
+        metrics: dict[str, Any] = {}
         answer = self._handover.next()
-        if not isinstance(answer, Ended):
+        while isinstance(answer, Reported):
             self._check_metric(answer.metrics)
             self._has_reported = True
             # Tune's own frequency would ask for a checkpoint after the training's end as well.
-            return {**answer.metrics, SHOULD_CHECKPOINT: self._setting.is_saving}
+            metrics = {**answer.metrics, SHOULD_CHECKPOINT: self._setting.is_saving}
+            if not answer.metrics.get(IS_LAST):
+                return metrics
+            # Tune is told when the training has ended: what is over it neither pauses nor trains on from a copy.
+            self._save_last()
+            answer = self._handover.next()
         if answer.error is not None:
             raise TrialFailed(words_of(answer.error)) from None
         if answer.metrics is not None:
             self._check_metric(answer.metrics)
-            return {**answer.metrics, DONE: True}
-        if not self._has_reported and self._checkpoint is None:
+            metrics = {**metrics, **answer.metrics}
+        elif not self._has_reported and self._checkpoint is None:
             raise TrialFailed("the training has ended without a validation or the end of an epoch: nothing to report")
-        return {RESULT_DUPLICATE: True, DONE: True}
+        return {**(metrics or {RESULT_DUPLICATE: True}), DONE: True}
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """By way of a directory that goes with Ray's session, whatever happens meanwhile."""
+        self._pass_taken_names()
         with tempfile.TemporaryDirectory(prefix="saved-", dir=self.logdir) as directory:
             return super().save(checkpoint_dir or directory)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._handover is not None
-        self._handover.save(os.path.join(checkpoint_dir, CHECKPOINT))
+        if self._last:
+            _link_tree(self._last, checkpoint_dir)
+        else:
+            self._handover.save(os.path.join(checkpoint_dir, CHECKPOINT))
         write_config(self.config, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Called before the first step. Tune's directory may be a temporary one, and the fit reads it later."""
         assert self._handover is None
-        self._remove_copy()
+        self._remove_copies()
         self._copy = tempfile.mkdtemp(prefix="resumed-", dir=self.logdir)
-        shutil.copytree(checkpoint, self._copy, copy_function=_link_or_copy, dirs_exist_ok=True)
+        _link_tree(checkpoint, self._copy)
         self._checkpoint = os.path.join(self._copy, CHECKPOINT)
         self._is_perturbed = config_of(self._checkpoint) != self.config
 
@@ -150,6 +161,7 @@ class Trial(tune.Trainable):
         self._checkpoint = None
         self._is_perturbed = False
         self._copy = ""
+        self._last = ""
         self._has_reported = False
 
     def _train(self, handover: Handover) -> Mapping[str, Any] | None:
@@ -177,16 +189,43 @@ class Trial(tune.Trainable):
                 "Log it with self.log in validation_step (or with on_epoch=True in training_step), or name one of these"
             )
 
+    def _save_last(self) -> None:
+        """The state at the last report, for when Tune asks."""
+        assert self._handover is not None
+        if self._setting.is_saving:
+            self._last = self._last or tempfile.mkdtemp(prefix="last-", dir=self.logdir)
+            self._handover.save(os.path.join(self._last, CHECKPOINT))
+
+    def _pass_taken_names(self) -> None:
+        """Tune numbers checkpoints by the saves that it has heard of. A save that a pause overtook has a directory too,
+        and another trial may be reading it."""
+        storage = self._storage
+        assert storage is not None
+        while storage.storage_filesystem.get_file_info(_following(storage)).type.name != "NotFound":
+            storage.current_checkpoint_index += 1
+
     def _end_training(self) -> None:
         handover, self._handover = self._handover, None
         if handover is not None:
             handover.end()
-        self._remove_copy()
+        self._remove_copies()
 
-    def _remove_copy(self) -> None:
-        if self._copy:
-            shutil.rmtree(self._copy, ignore_errors=True)
-            self._copy = ""
+    def _remove_copies(self) -> None:
+        for directory in (self._copy, self._last):
+            if directory:
+                shutil.rmtree(directory, ignore_errors=True)
+        self._copy = self._last = ""
+
+
+def _following(storage: Any) -> str:
+    """The directory of the next checkpoint."""
+    following = copy.copy(storage)
+    following.current_checkpoint_index += 1
+    return str(following.checkpoint_fs_path)
+
+
+def _link_tree(source: str, target: str) -> None:
+    shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -21,9 +21,10 @@ from raylit.driver import cluster, warm
 from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
-from raylit.places import is_url, joined
+from raylit.places import entries, is_url, joined, remove_directory
 from raylit.plan import Workers
 from raylit.tune.histories import Histories, history_of
+from raylit.tune.paused import keeping_paused
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
 from raylit.tune.room import check_room, demand_of, placement_of
@@ -80,7 +81,7 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         random_state=packed(format.random_state()),
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
-    with _environment(run), _quiet_tune(), _signals_as_before() as was_interrupted:
+    with _environment(run), _quiet_tune(), keeping_paused(), _signals_as_before() as was_interrupted:
         results = _tuner(trainable, space, workers, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
@@ -93,9 +94,8 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
     for trial in trials:
         if isinstance(error := error_of(trial), UnknownMetric):
             raise ConfigError(str(error))
-    if _is_copying(run) and run.num_checkpoints is not None:
-        for trial in trials:
-            _prune(trial, run)
+    if run.num_checkpoints is not None:
+        _prune(trials, run)
     return [_record(trial, run) for trial in trials]
 
 
@@ -159,16 +159,27 @@ def _is_copying(run: Run) -> bool:
     return isinstance(run.scheduler, PopulationBasedTraining) or run.scheduler in ("pbt", "pb2")
 
 
-def _prune(trial: TuneTrial, run: Run) -> None:
-    """Leave the best checkpoint and the newest, as Tune does it for other schedulers."""
-    manager = trial.run_metadata.checkpoint_manager
-    if manager is None:
-        return
-    kept = {id(manager.best_checkpoint_result), id(manager.latest_checkpoint_result)}
-    for result in manager.best_checkpoint_results:
-        if id(result) not in kept and result.checkpoint is not None:
-            files: Any = result.checkpoint.filesystem
-            files.delete_dir(result.checkpoint.path)
+def _prune(trials: list[TuneTrial], run: Run) -> None:
+    """Leave each trial's best checkpoints and its newest: not every one of trials that copy each other's, and none of
+    which Tune never heard, as a pause overtook the save."""
+    kept = set()
+    for trial in trials:
+        manager = trial.run_metadata.checkpoint_manager
+        if manager is not None:
+            best = [manager.best_checkpoint_result] if _is_copying(run) else manager.best_checkpoint_results
+            results = [result for result in (*best, manager.latest_checkpoint_result) if result is not None]
+            kept |= {_place(result.checkpoint.path) for result in results if result.checkpoint is not None}
+    for trial in trials:
+        directory = joined(run.directory, _name(trial))
+        for name in entries(directory):
+            path = joined(directory, name)
+            if name.startswith("checkpoint_") and _place(path) not in kept:
+                remove_directory(path)
+
+
+def _place(checkpoint: str) -> tuple[str, ...]:
+    """The trial's directory and the checkpoint's own, of a path or URL."""
+    return tuple(checkpoint.rstrip("/").split("/")[-2:])
 
 
 def _name(trial: TuneTrial) -> str:

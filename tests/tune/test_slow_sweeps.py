@@ -104,6 +104,38 @@ def test_a_worker_that_dies_ends_its_trial_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_population_based_training_goes_on_without_a_trial_that_ends_before_the_others(tmp_path):
+    from ray import tune
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    path = TESTS
+
+    def build(config):
+        sys.path.insert(0, path)
+        from models import Regression, RegressionData
+
+        class Stopping(Regression):
+            def on_train_epoch_start(self):
+                self.trainer.should_stop = config["stops"] and self.current_epoch == 2
+
+        return Stopping(), RegressionData()
+
+    scheduler = PopulationBasedTraining(
+        time_attr="training_iteration", perturbation_interval=2, quantile_fraction=0.0,
+        hyperparam_mutations={"x": [1, 2]}, synch=True,
+    )  # fmt: skip
+    result = pl.sweep(
+        build, {"stops": tune.grid_search([False, True, False]), "x": 1}, metric="val_loss", num_workers=0, max_epochs=6,
+        resources_per_worker={"CPU": 0.5}, scheduler=scheduler, default_root_dir=tmp_path, logger=False,
+    )  # fmt: skip
+    assert [trial.status for trial in result.trials] == ["finished"] * 3
+    assert [len(trial.history) for trial in result.trials] == [6, 3, 6]
+    # What is over is neither reported once more nor copied over.
+    assert [trial.metrics["epoch"] for trial in result.trials] == [5, 2, 5]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_population_based_training_copies_weights_into_warm_workers(tmp_path):
     from ray import tune
@@ -142,7 +174,7 @@ def test_population_based_training_copies_weights_into_warm_workers(tmp_path):
     assert copied.history[2]["val_loss"] < copied.history[1]["val_loss"]
     assert rates[-1] == pytest.approx(copied.config["lr"])
     processes = {report["process"] for trial in result.trials for report in trial.history}
-    # Six stretches of training. Tune gives up the process of a trial that pauses where no other waits for it just then.
-    assert len(processes) < 6
+    # Six stretches of training, three of each trial.
+    assert len(processes) == 2
     assert result.best_model.hparams.lr == result.best_config["lr"]
     assert len(list(tmp_path.rglob("*.ckpt"))) <= 4

@@ -1,0 +1,60 @@
+"""keeping_paused: trials that pause leave their processes to those that go on. Driver."""
+
+import contextlib
+from collections.abc import Iterator
+
+from ray.tune import tune as tune_run
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.utils import flatten_dict
+
+
+class _Controller(TuneController):
+    """Tune keeps a process only for a trial that already waits for one, and one more; those of the other trials that
+    pause it ends, to start as many anew when they go on: with population based training at every perturbation."""
+
+    def on_step_begin(self) -> None:
+        """Synchronous population based training goes on when the last trial reports; where the last one has ended
+        instead, nobody asks it any more."""
+        super().on_step_begin()
+        is_standing_still = self._paused_trials and not (self._running_trials or self._pending_trials)
+        if is_standing_still and isinstance(self._scheduler_alg, PopulationBasedTraining):
+            trial = min(self._paused_trials, key=lambda trial: trial.trial_id)
+            self._scheduler_alg.on_trial_result(self._wrapped(), trial, flatten_dict(trial.last_result))
+
+    def _schedule_trial_pause(self, trial: TuneTrial, should_checkpoint: bool = True) -> None:
+        if should_checkpoint or trial not in self._trial_to_actor or trial in self._staged_trials:
+            super()._schedule_trial_pause(trial, should_checkpoint=should_checkpoint)
+            return
+        # What is staged is waited for by a trial: this one, from the moment on at which its process is free.
+        self._staged_trials.add(trial)
+        self._actor_cache.increase_max(trial.placement_group_factory)
+        try:
+            super()._schedule_trial_pause(trial, should_checkpoint=False)
+        finally:
+            self._staged_trials.discard(trial)
+            self._actor_cache.decrease_max(trial.placement_group_factory)
+        # Left by a pause that overtakes a save, of which no result comes any more: the next save would end the trial.
+        self._cached_trial_decisions.pop(trial.trial_id, None)
+
+    def _set_trial_status(self, trial: TuneTrial, status: str) -> None:
+        was_paused = trial.status == TuneTrial.PAUSED
+        super()._set_trial_status(trial, status)
+        is_paused = trial.status == TuneTrial.PAUSED
+        if is_paused and not was_paused:
+            self._actor_cache.increase_max(trial.placement_group_factory)
+        elif was_paused and not is_paused:
+            self._actor_cache.decrease_max(trial.placement_group_factory)
+
+
+@contextlib.contextmanager
+def keeping_paused() -> Iterator[None]:
+    """Tune offers no switch: its controller is another one while this lasts. Only for trials that all ask for the
+    same resources, of which each can take any other's process."""
+    before = tune_run.TuneController  # type: ignore[attr-defined]
+    tune_run.TuneController = _Controller  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        tune_run.TuneController = before  # type: ignore[attr-defined]
