@@ -126,8 +126,8 @@ def test_population_based_training_goes_on_without_a_trial_that_ends_before_the_
         hyperparam_mutations={"x": [1, 2]}, synch=True,
     )  # fmt: skip
     result = pl.sweep(
-        build, {"stops": tune.grid_search([False, True, False]), "x": 1}, metric="val_loss", num_workers=0, max_epochs=6,
-        resources_per_worker={"CPU": 0.5}, scheduler=scheduler, default_root_dir=tmp_path, logger=False,
+        build, {"stops": tune.grid_search([False, True, False]), "x": 1}, metric="val_loss", num_workers=0,
+        max_epochs=6, resources_per_worker={"CPU": 0.5}, scheduler=scheduler, default_root_dir=tmp_path, logger=False,
     )  # fmt: skip
     assert [trial.status for trial in result.trials] == ["finished"] * 3
     assert [len(trial.history) for trial in result.trials] == [6, 3, 6]
