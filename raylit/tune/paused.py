@@ -24,7 +24,7 @@ class _Controller(TuneController):
             self._scheduler_alg.on_trial_result(self._wrapped(), trial, flatten_dict(trial.last_result))
 
     def _schedule_trial_pause(self, trial: TuneTrial, should_checkpoint: bool = True) -> None:
-        if should_checkpoint or trial not in self._trial_to_actor or trial in self._staged_trials:
+        if should_checkpoint or trial not in self._trial_to_actor:
             super()._schedule_trial_pause(trial, should_checkpoint=should_checkpoint)
             return
         # What is staged is waited for by a trial: this one, from the moment on at which its process is free.
