@@ -35,10 +35,6 @@ class CheckpointError(RaylitError):
     """A checkpoint that cannot be written, read or applied."""
 
 
-class PartsError(CheckpointError):
-    """Parts of a sharded checkpoint that could not be written; every rank knows of it."""
-
-
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint file whose content is not what was written: cut short, or changed."""
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from raylit.state import Progress, Stage
 from raylit.summary import Summary
 from raylit.torch_settings import TorchSettings
@@ -63,7 +65,8 @@ class Predict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Save:
-    """Take the state as it is now. Rank 0 holds it ready to be written, the others hand over what is theirs alone.
+    """Take the state as it is now. Rank 0 holds it ready to be written, the others hand over what is theirs alone;
+    where checkpoints are in parts, each rank holds its own.
 
     Answered by one `Saved` of each rank.
     """
@@ -73,8 +76,6 @@ class Save:
     """Training goes on while it is written."""
     driver_part: dict[str, Any] = field(default_factory=dict)
     """What the driver adds to the checkpoint, in plain values."""
-    directory: str | None = None
-    """Where each rank writes its part of a state that is sharded; what is held has placeholders for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +206,34 @@ class Saved:
     """The whole run without the driver's part; empty except on rank 0, and in what travels."""
     of_rank: dict[str, Any]
     """Random state, metric buffers: what only this rank has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """What a rank has of a sharded tensor, and where that is in the rank's file."""
+
+    name: str
+    """Of the tensor in the checkpoint."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    """Where in the whole the chunk begins."""
+    sizes: tuple[int, ...]
+    start: int
+    """Where in the file, in bytes."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A rank's file in a checkpoint that is a directory."""
+
+    rank: int
+    num_bytes: int
+    crc: int
+    """CRC-32."""
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,14 @@
 """What a stage needs of the user's objects, checked before anything starts. Driver."""
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
-from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.finetuning import BaseFinetuning
-from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.weight_averaging import WeightAveraging
 from raylit.errors import ConfigError, ModuleError
 from raylit.module import LightningModule
-from raylit.places import is_url
 from raylit.plan import Plan
 from raylit.state import Stage
 from raylit.strategies.compression import dtype_on_the_way
@@ -57,13 +53,11 @@ def require_automatic(module: LightningModule, plan: Plan) -> None:
         )
 
 
-def require_shardable(job: Job, plan: Plan, *, callbacks: Sequence[DriverCallback]) -> None:
+def require_shardable(job: Job, plan: Plan) -> None:
     """ConfigError for what a fit that shards the model cannot do."""
     if not plan.strategy.is_sharding:
         return
     module, name = job.module, type(job.module).__name__
-    places = [one.dirpath or job.log_dir for one in callbacks if isinstance(one, ModelCheckpoint)]
-    urls = [place for place in places if is_url(place)] if plan.strategy.is_saving_parts else []
     whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _NEEDING_THE_WHOLE_MODEL)]
     for is_wrong, what, instead in (
         (
@@ -83,12 +77,6 @@ def require_shardable(job: Job, plan: Plan, *, callbacks: Sequence[DriverCallbac
         ),
         (plan.is_syncing_batchnorm, "sync_batchnorm=True", "leave it out, or use another norm"),
         (plan.optimization.is_channels_last, "channels_last=True", "a share of a weight has no such layout"),
-        (
-            bool(urls),
-            f"checkpoints at {', '.join(urls)}",
-            "sharded ones are directories of a file system that all hosts share, give a dirpath there; "
-            "FSDPStrategy(state_dict_type='full') writes single files, to URLs too",
-        ),
         (bool(whole), f"the callback {', '.join(whole)}", "it needs the whole model in one process"),
     ):
         if is_wrong:

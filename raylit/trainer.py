@@ -298,7 +298,7 @@ class Trainer(Outcome):
         job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
         require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
         require_automatic(job.module, self._plan)
-        require_shardable(job, self._plan, callbacks=self._driver_callbacks)
+        require_shardable(job, self._plan)
         return job
 
     def _job(

@@ -1,7 +1,9 @@
 """A checkpoint that is a directory: the parts that workers have written at the same time, and a file with all else.
 
 That file, INDEX, is a checkpoint like any other, but for placeholders in the place of sharded tensors (see
-`strategies.parts`), and it knows each other file's size and checksum. Both sides.
+`strategies.parts`), and it knows each other file's size and checksum. The directory counts as a checkpoint once it is
+there. At a URL, where nothing can be exchanged for a directory, the other files are in a subdirectory of a name that is
+used once, so that INDEX alone is replaced. Both sides.
 """
 
 import ctypes
@@ -9,12 +11,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raylit.errors import CheckpointError, DamagedCheckpoint
+from raylit.checkpoint.checksums import Checksums, first_damaged
+from raylit.errors import DamagedCheckpoint
+from raylit.places import is_url
 from raylit.strategies import parts
 
 INDEX = "index.ckpt"
@@ -29,14 +34,15 @@ def is_checkpoint(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def checksums_of(checkpoint: Mapping[str, Any]) -> parts.Checksums:
-    """Of the parts; empty where the checkpoint is one file."""
+def checksums_of(checkpoint: Mapping[str, Any]) -> Checksums:
+    """Of the parts, by their paths in the directory; empty where the checkpoint is one file."""
     return {name: (size, crc) for name, (size, crc) in checkpoint.get("raylit", {}).get("parts", {}).items()}
 
 
-def with_place(checkpoint: dict[str, Any], directory: Path) -> dict[str, Any]:
+def with_place(checkpoint: dict[str, Any], directory: str | Path) -> dict[str, Any]:
     """The checkpoint of an index file, knowing where its parts are."""
-    return {**checkpoint, "raylit": {**checkpoint["raylit"], "directory": str(directory.absolute())}}
+    place = str(directory) if is_url(directory) else os.path.abspath(directory)
+    return {**checkpoint, "raylit": {**checkpoint["raylit"], "directory": place}}
 
 
 def place_of(checkpoint: Mapping[str, Any]) -> str | None:
@@ -45,35 +51,37 @@ def place_of(checkpoint: Mapping[str, Any]) -> str | None:
     return place
 
 
-def check(checkpoint: Mapping[str, Any], directory: Path | str, *, share: tuple[int, int] = (0, 1)) -> None:
+def check(checkpoint: Mapping[str, Any], place: str, *, share: tuple[int, int] = (0, 1)) -> None:
     """DamagedCheckpoint: a part is not as it was written. `share`: every n-th of them, from the i-th."""
-    if wrong := parts.first_damaged(str(directory), checksums_of(checkpoint), share=share):
-        raise DamagedCheckpoint(f"{directory} is damaged: {wrong}. Use the checkpoint before it")
+    if wrong := first_damaged(place, checksums_of(checkpoint), share=share):
+        raise DamagedCheckpoint(f"{place} is damaged: {wrong}. Use the checkpoint before it")
 
 
-def check_presence(checkpoint: Mapping[str, Any], directory: Path | str) -> None:
-    """CheckpointError: parts that workers have written cannot be seen from here."""
-    missing = [name for name in checksums_of(checkpoint) if not (Path(directory) / name).is_file()]
-    if missing or not checksums_of(checkpoint):
-        raise CheckpointError(
-            f"the workers have written {', '.join(missing) or 'their parts'} to a directory of this name on their own "
-            "hosts: a sharded checkpoint needs a file system that all hosts share (default_root_dir, dirpath), or "
-            "FSDPStrategy(state_dict_type='full')"
-        )
+def reader(checkpoint: Mapping[str, Any]) -> parts.Reader | None:
+    """Of the parts that the checkpoint has placeholders for; None: it has none. On this machine they are taken to be
+    sound; from a URL they are checked."""
+    if (place := place_of(checkpoint)) is None:
+        return None
+    # A second of imports that only sharded checkpoints need.
+    from raylit.checkpoint import part_files
+
+    return partial(part_files.read, place=place, checksums=checksums_of(checkpoint))
 
 
-def whole(checkpoint: dict[str, Any], directory: Path | str) -> dict[str, Any]:
-    """The checkpoint of an index file with all its tensors, as if it had been written as one file."""
-    check(checkpoint, directory)
+def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """With all its tensors, as if it had been written as one file; as it is where it was. DamagedCheckpoint."""
+    if (read := reader(checkpoint)) is None:
+        return checkpoint
+    place = place_of(checkpoint)
+    assert place is not None
+    if not is_url(place):
+        check(checkpoint, place)
     targets = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype)
         for state in STATES
         for name, tensor in parts.placeholders(checkpoint.get(state), state)
     }
-    # A second of imports that only sharded checkpoints need.
-    from raylit.strategies import part_files
-
-    part_files.read(targets, str(directory))
+    read(targets)
     filled = {state: parts.filled(checkpoint[state], state, targets) for state in STATES if state in checkpoint}
     about = {name: value for name, value in checkpoint["raylit"].items() if name not in ("parts", "directory")}
     return {**checkpoint, **filled, "raylit": about}

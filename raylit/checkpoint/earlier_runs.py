@@ -6,9 +6,9 @@ from contextlib import suppress
 from typing import Any
 
 from raylit.checkpoint import files
-from raylit.checkpoint.index import newest_first, newest_usable, read_index
+from raylit.checkpoint.index import newest_first, newest_usable, read_index, written_at
 from raylit.errors import CheckpointError
-from raylit.places import joined, modified_at
+from raylit.places import joined
 
 
 class EarlierRuns:
@@ -46,7 +46,7 @@ class EarlierRuns:
 
     def _newest_first(self) -> list[str]:
         newest = {directory: next(newest_first(directory), "") for directory in self._directories}
-        times = {directory: modified_at(path) for directory, path in newest.items() if path}
+        times = {directory: written_at(path) for directory, path in newest.items() if path}
         return sorted(times, key=lambda directory: times[directory], reverse=True)
 
 

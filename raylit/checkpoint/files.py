@@ -20,7 +20,7 @@ from raylit.checkpoint import directory, format, remote
 from raylit.checkpoint.format import FORMAT
 from raylit.checkpoint.image import Image
 from raylit.errors import CheckpointError, DamagedCheckpoint
-from raylit.places import is_url
+from raylit.places import file_system, is_url, joined
 
 
 def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -49,30 +49,49 @@ class DirectoryDraft:
     """A hidden directory beside a path, which it takes the place of when it is published; who fills it flushes its
     files to the disk."""
 
+    subdirectory = ""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """CheckpointError: it cannot be made."""
-        if is_url(path):
-            raise CheckpointError(
-                f"cannot write {os.fspath(path)}: a sharded checkpoint is a directory of a file system that all hosts "
-                "share; for a URL use FSDPStrategy(state_dict_type='full')"
-            )
         self._target = _local(path).absolute()  # workers stand elsewhere
-        self.path = self._target.parent / _temporary_name()
+        self.place = str(self._target.parent / _temporary_name())
+        self.index = os.path.join(self.place, directory.INDEX)
         try:
-            self.path.mkdir(parents=True)
+            os.makedirs(self.place)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
 
     def publish(self) -> None:
         """CheckpointError: what stood at the path stands there still."""
         try:
-            directory.put(self.path, self._target)
+            directory.put(Path(self.place), self._target)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
 
     def discard(self) -> None:
         """What is left of it, and what it has taken the place of."""
-        directory.discard(self.path)
+        directory.discard(Path(self.place))
+
+
+def directory_draft(path: str | os.PathLike[str]) -> DirectoryDraft | remote.RemoteDirectoryDraft:
+    """For the parts of a checkpoint that is a directory. They go to its `place` and then the checkpoint itself, which
+    has them in its `subdirectory`, to its `index`; after that it is published. CheckpointError: it cannot be made."""
+    return remote.RemoteDirectoryDraft(os.fspath(path)) if is_url(path) else DirectoryDraft(path)
+
+
+def write_bytes(content: bytes, path: str) -> None:
+    """A small file into a draft."""
+    try:
+        if is_url(path):
+            files, place = file_system(path)
+            files.pipe_file(place, content)
+            return
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:  # of whatever kind a store's own library raises
+        raise CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -108,12 +127,11 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: 
     checkpoint, of a newer format, or pickled without `allow_pickle`; DamagedCheckpoint: not what was written.
     """
     if is_url(path):
-        with remote.downloaded(os.fspath(path)) as copy:
-            return _read(copy, os.fspath(path), allow_pickle)
+        return _read_url(os.fspath(path), allow_pickle, is_whole)
     source = _local(path)
     if directory.is_checkpoint(source):
-        index = _read(source / directory.INDEX, str(source), allow_pickle)
-        return directory.whole(index, source) if is_whole else directory.with_place(index, source)
+        index = directory.with_place(_read(source / directory.INDEX, str(source), allow_pickle), source)
+        return directory.whole(index) if is_whole else index
     if source.is_dir():
         raise CheckpointError(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
@@ -130,11 +148,9 @@ def check_parts(checkpoint: Mapping[str, Any]) -> None:
 def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *, is_weights_only: bool = False) -> None:
     """Write one file of a sharded checkpoint. CheckpointError: it is none, or that is not possible."""
     index = read(source, is_whole=False)
-    if (place := directory.place_of(index)) is None:
+    if directory.place_of(index) is None:
         raise CheckpointError(f"{os.fspath(source)} is one file already")
-    if is_weights_only:
-        index = format.without_run(index)
-    write(directory.whole(index, place), path)
+    write(directory.whole(format.without_run(index) if is_weights_only else index), path)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -170,7 +186,7 @@ def duplicate(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
     if directory.is_checkpoint(_local(target)):
         copy = DirectoryDraft(path)
         try:
-            shutil.copytree(_local(target), copy.path, copy_function=_linked, dirs_exist_ok=True)
+            shutil.copytree(_local(target), copy.place, copy_function=_linked, dirs_exist_ok=True)
             copy.publish()
         finally:
             copy.discard()
@@ -204,6 +220,15 @@ def remove_abandoned(place: str | os.PathLike[str]) -> None:
         if pid.isdigit() and not _is_running(int(pid)):
             with suppress(OSError):  # another run may have been faster
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _read_url(url: str, allow_pickle: bool, is_whole: bool) -> dict[str, Any]:
+    if remote.has_index(url):
+        with remote.downloaded(joined(url, directory.INDEX)) as copy:
+            index = directory.with_place(_read(copy, url, allow_pickle), url.rstrip("/"))
+        return directory.whole(index) if is_whole else index
+    with remote.downloaded(url) as copy:
+        return _read(copy, url, allow_pickle)
 
 
 def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _MAX_INT_BITS = 8 * 255 - 1
 def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, Any]:
     """The whole checkpoint: rank 0's part, what each rank has alone, and the driver's part, which wins.
 
-    `progress` (Progress.to_dict()), `seed` (of the order of samples) and `parts` (checksums) go to `raylit`.
+    `progress` (Progress.to_dict()) and `seed` (of the order of samples) go to `raylit`.
     CheckpointError: a value that is not plain, or two callbacks under one key.
     """
     parts = sorted(saved, key=lambda part: part.rank)
@@ -58,15 +58,13 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
         "seed": checkpoint.pop("seed", None),
         "ranks": [part.of_rank for part in parts],
     }
-    if "parts" in checkpoint:
-        checkpoint["raylit"]["parts"] = checkpoint.pop("parts")
     whole: dict[str, Any] = plain(checkpoint, "checkpoint")
     return whole
 
 
-def add_ranks(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+def set_others(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
     """Put what ranks 1 and up have alone, in plain values, into a checkpoint merged from rank 0's part."""
-    checkpoint["raylit"]["ranks"] += others
+    checkpoint["raylit"]["ranks"][1:] = others
 
 
 def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any) -> dict[str, Any]:

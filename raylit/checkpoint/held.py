@@ -2,36 +2,17 @@
 
 import os
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raylit.checkpoint import files, format
+from raylit.checkpoint.checksums import METADATA, name_of_part
 from raylit.checkpoint.image import Image
-from raylit.errors import CheckpointError
-
-
-class FailedCheckpoint:
-    """What stands for a checkpoint that could not be taken: each way out of here says why."""
-
-    def __init__(self, error: CheckpointError) -> None:
-        self._error = error
-
-    def write(self, path: str, others: list[dict[str, Any]]) -> None:
-        raise self._error
-
-    def fill(self, draft: str, others: list[dict[str, Any]]) -> bool:
-        raise self._error
-
-    def num_pieces(self, others: list[dict[str, Any]]) -> int:
-        raise self._error
-
-    def piece(self, index: int) -> NDArray[np.uint8]:
-        raise self._error
-
-    def release(self) -> None: ...
+from raylit.messages import Part
 
 
 class HeldCheckpoint:
@@ -44,22 +25,39 @@ class HeldCheckpoint:
         self._on_release = on_release
         self._lock = threading.Lock()
 
-    def write(self, path: str, others: list[dict[str, Any]]) -> None:
-        """To a path or a URL, whole or not at all; `others`: what each rank but the first has alone.
+    def complete(self, others: list[dict[str, Any]]) -> None:
+        """Before the ways out: `others` is what each rank but the first has alone."""
+        with self._lock:
+            format.set_others(self._checkpoint, others)
 
-        CheckpointError: that did not work.
-        """
-        files.write_image(self._laid_out(others), path)
+    def add_parts(self, parts: Sequence[Part], *, subdirectory: str) -> bytes:
+        """Before the ways out, where each rank has written a part into that subdirectory, or anew into another one.
+        Returns what is to stand there beside them as METADATA."""
+        # A second of imports that only sharded checkpoints need.
+        from raylit.checkpoint import part_files
 
-    def fill(self, draft: str, others: list[dict[str, Any]]) -> bool:
+        metadata = part_files.metadata_of(parts)
+        checksums = {METADATA: [len(metadata), zlib.crc32(metadata)]}
+        checksums.update({name_of_part(part.rank): [part.num_bytes, part.crc] for part in parts})
+        prefix = f"{subdirectory}/" if subdirectory else ""
+        with self._lock:
+            self._checkpoint["raylit"]["parts"] = {prefix + name: checksum for name, checksum in checksums.items()}
+            self._image = None
+        return metadata
+
+    def write(self, path: str) -> None:
+        """To a path or a URL, whole or not at all. CheckpointError: that did not work."""
+        files.write_image(self._laid_out(), path)
+
+    def fill(self, draft: str) -> bool:
         """Write into a file that the driver has made. False: it is not to be found, or not to be written to, here."""
         if not os.access(draft, os.W_OK):
             return False
-        self._laid_out(others).write_to(draft)
+        self._laid_out().write_to(draft)
         return True
 
-    def num_pieces(self, others: list[dict[str, Any]]) -> int:
-        return self._laid_out(others).num_pieces
+    def num_pieces(self) -> int:
+        return self._laid_out().num_pieces
 
     def piece(self, index: int) -> NDArray[np.uint8]:
         """After `num_pieces`."""
@@ -70,9 +68,8 @@ class HeldCheckpoint:
         self._image, self._checkpoint = None, {}
         self._on_release()
 
-    def _laid_out(self, others: list[dict[str, Any]]) -> Image:
+    def _laid_out(self) -> Image:
         with self._lock:
             if self._image is None:
-                format.add_ranks(self._checkpoint, others)
                 self._image = Image(self._checkpoint)
             return self._image

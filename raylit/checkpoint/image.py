@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -23,8 +23,8 @@ class Image:
     The tensors must live, and stay as they are, as long as it is read.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
-        self._checkpoint = checkpoint  # lives as long as the references to its tensors' memory
+    def __init__(self, checkpoint: Mapping[str, Any] | torch.Tensor) -> None:
+        self._checkpoint: Any = checkpoint  # lives as long as the references to its tensors' memory
         places = _places_of(checkpoint)
         recorder: Any = _Recorder(places)
         # So that the disk can take them from where they lie. A file of many small ones would be mostly filling.
@@ -36,7 +36,7 @@ class Image:
         torch.serialization.set_crc32_options(True)
         try:
             with patched({"save.storage_alignment": alignment}):
-                torch.save(dict(checkpoint), recorder)
+                torch.save(dict(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint, recorder)
         finally:
             torch.serialization.set_crc32_options(has_checksums)
         self._parts = recorder.parts()
@@ -63,6 +63,30 @@ class Image:
             num_filled += len(part)
             number += 1
         return piece
+
+
+class PartImage(Image):
+    """Of a file with tensors one after the other, each in torch's format: as torch.distributed.checkpoint has it."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._checkpoint = tensors
+        self._parts = []
+        self.places: list[tuple[int, int]] = []
+        """Where in the file each tensor begins, and how many bytes it has there."""
+        self.num_bytes = 0
+        for tensor in tensors:
+            # As the image of one that is so large counts on: the disk takes it from where it lies.
+            if filling := -self.num_bytes % BLOCK_BYTES if tensor.nbytes >= MIN_DIRECT_BYTES else 0:
+                self._parts.append(memoryview(bytes(filling)))
+            image = Image(tensor)
+            self._parts += image._parts
+            self.places.append((self.num_bytes + filling, image.num_bytes))
+            self.num_bytes += filling + image.num_bytes
+        self._starts = list(accumulate((len(part) for part in self._parts), initial=0))[:-1]
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The whole file, from its start to its end."""
+        return iter(self._parts)
 
 
 class _Recorder:

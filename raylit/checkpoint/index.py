@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from raylit.checkpoint import files
+from raylit.checkpoint import files, remote
 from raylit.errors import DamagedCheckpoint
 from raylit.places import entries, is_url, joined, modified_at, read_text, write_text
 
@@ -71,7 +71,7 @@ def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
     """The paths of the checkpoints, from the one written last to the first; a file with several names under one."""
     listed = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
     names = {*listed, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
-    times = {name: modified_at(joined(directory, name)) for name in names}
+    times = {name: written_at(joined(directory, name)) for name in names}
     newest_listed = max((times[name] for name in listed), default=0.0)
 
     def age(name: str) -> tuple[int, float]:
@@ -107,6 +107,11 @@ def newest_usable(
         if "optimizer_states" in checkpoint:
             return path, checkpoint
     return None
+
+
+def written_at(path: str) -> float:
+    """0.0: there is no checkpoint."""
+    return remote.written_at(path) if is_url(path) else modified_at(path)
 
 
 def _inode(path: str) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import ray
@@ -17,19 +17,23 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
+from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held_part import HeldPart
 from raylit.driver.failures import failure
 from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job, unpickle_plan
-from raylit.messages import Command, CommandDone, Mail, Weights
+from raylit.messages import Command, CommandDone, Mail, Part, Weights
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
 from raylit.worker.process_state import ProcessState
 from raylit.worker.shared_memory import SharedMemory
 from raylit.worker.worker import Worker
+
+Held = Literal["checkpoint", "part"]
+"""What a process holds to be written: rank 0 the whole, or all but the parts; each rank its part."""
 
 _AHEAD = 2
 """Pieces of the weights on their way to the driver: what they need of this host's memory."""
@@ -123,26 +127,45 @@ class WorkerActor:
         """The driver has a piece of the weights in its own memory: another may follow."""
         self._room.release()
 
-    async def fill_draft(self, draft: str, others: list[dict[str, Any]]) -> bool:
-        """See HeldCheckpoint.fill; so the next ones. Beside the training thread."""
-        return await asyncio.to_thread(self._held.fill, draft, unpacked(others, is_copying=True))
+    async def complete_held(self, others: list[dict[str, Any]]) -> None:
+        """See HeldCheckpoint.complete; so the next one. Beside the training thread."""
+        await asyncio.to_thread(self._held("checkpoint").complete, unpacked(others, is_copying=True))
 
-    async def write_held(self, url: str, others: list[dict[str, Any]]) -> None:
-        await asyncio.to_thread(self._held.write, url, unpacked(others, is_copying=True))
+    async def add_parts(self, parts: list[Part], subdirectory: str) -> bytes:
+        held = self._held("checkpoint")
+        return await asyncio.to_thread(held.add_parts, parts, subdirectory=subdirectory)
 
-    async def lay_out_held(self, others: list[dict[str, Any]]) -> int:
-        return await asyncio.to_thread(self._held.num_pieces, unpacked(others, is_copying=True))
+    async def fill_draft(self, what: Held, draft: str) -> bool:
+        """See HeldCheckpoint.fill; so the next ones."""
+        return await asyncio.to_thread(self._held(what).fill, draft)
 
-    async def piece_of_held(self, index: int) -> NDArray[np.uint8]:
-        return await asyncio.to_thread(self._held.piece, index)
+    async def write_held(self, what: Held, url: str) -> bool:
+        """Always True."""
+        await asyncio.to_thread(self._held(what).write, url)
+        return True
 
-    async def release_held(self) -> None:
-        self._held.release()
+    async def lay_out_held(self, what: Held) -> int:
+        return await asyncio.to_thread(self._held(what).num_pieces)
 
-    @property
-    def _held(self) -> HeldCheckpoint | FailedCheckpoint:
+    async def piece_of_held(self, what: Held, index: int) -> NDArray[np.uint8]:
+        return await asyncio.to_thread(self._held(what).piece, index)
+
+    async def describe_part(self) -> Part:
+        """See HeldPart.described."""
+        return await asyncio.to_thread(self._held("part").described)
+
+    async def release_held(self, what: Held) -> None:
+        self._held(what).release()
+
+    @overload
+    def _held(self, what: Literal["checkpoint"]) -> HeldCheckpoint: ...
+
+    @overload
+    def _held(self, what: Literal["part"]) -> HeldPart: ...
+
+    def _held(self, what: Held) -> HeldCheckpoint | HeldPart:
         assert self._worker is not None
-        return self._worker.held
+        return self._worker.held if what == "checkpoint" else self._worker.held_part
 
     async def reports(self) -> AsyncIterator[list[Mail]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""

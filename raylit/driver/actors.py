@@ -15,7 +15,7 @@ from raylit.driver import ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
 from raylit.driver.failures import DEATHS, raise_failures, reason_of_death
-from raylit.driver.handover import Handover
+from raylit.driver.handover import Handover, PartsHandover
 from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
@@ -111,9 +111,11 @@ class ActorGroup:
         limit_s = max(limit_s, _PREPARING_S) if isinstance(command, Start) and limit_s > 0 else limit_s
         yield from self._until_done(Watch(self._actors, limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
 
-    @property
-    def holder(self) -> Handover:
-        return Handover(self._actors[0], ping_timeout_s=self.workers.ping_timeout_s)
+    def holder(self, *, is_in_parts: bool) -> Handover | PartsHandover:
+        limit_s = self.workers.ping_timeout_s
+        if is_in_parts:
+            return PartsHandover(self._actors, ping_timeout_s=limit_s)
+        return Handover(self._actors[0], ping_timeout_s=limit_s)
 
     def brake(self) -> None:
         self._is_braking = True  # seen as soon as the wait for reports wakes up

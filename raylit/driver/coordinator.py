@@ -133,12 +133,14 @@ class Coordinator:
         self.finish_saves()
         states = {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
         driver_part = {} if is_weights_only else {"callbacks": states, "seed": self.plan.seed}
-        order = Order(path=path, by=self._notified, then=then, is_in_parts=self.plan.strategy.is_saving_parts)
-        what = {"is_weights_only": is_weights_only, "is_copying": self.plan.is_saving_async}
-        with self._saves.drafted(order) as directory:
-            command = Save(**what, driver_part=format.plain(driver_part, "checkpoint"), directory=directory)
-            reports = [*self._run(command)]
-            self._saves.start(order, self._group.holder, reports)
+        command = Save(
+            is_weights_only=is_weights_only,
+            is_copying=self.plan.is_saving_async,
+            driver_part=format.plain(driver_part, "checkpoint"),
+        )
+        reports = [*self._run(command)]
+        holder = self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts)
+        self._saves.start(Order(path=path, by=self._notified, then=then), holder, reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
 

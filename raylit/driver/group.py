@@ -21,9 +21,8 @@ class WorkerGroup(Protocol):
         """Every worker is through with its last command and can take another."""
         ...
 
-    @property
-    def holder(self) -> Holder:
-        """Of what the last Save command has left to be written."""
+    def holder(self, *, is_in_parts: bool) -> Holder:
+        """Of what the last Save command has left to be written, which may be a part on each worker."""
         ...
 
     def brake(self) -> None:

@@ -1,8 +1,9 @@
-"""A checkpoint's way from the actor that holds it to its file. Driver; any thread."""
+"""A checkpoint's way from the actors that hold it to its files. Driver; any thread."""
 
 import collections
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from raylit.checkpoint import files, remote
+from raylit.checkpoint.checksums import METADATA, name_of_part
+from raylit.driver.actor import Held
 from raylit.driver.packing import packed
 from raylit.driver.saves import HolderLost
 from raylit.driver.watch import Watch
 from raylit.errors import CheckpointError
-from raylit.places import file_system, is_object_store, is_url
+from raylit.messages import Part
+from raylit.places import file_system, is_object_store, is_url, joined
 
 _AHEAD = 2
 """Pieces on their way while one is written: what the driver needs of memory and of the object store."""
@@ -22,59 +26,138 @@ _WAKE_S = 0.5
 
 
 class Handover:
-    """The actor writes the file itself where it sees the driver's, or where the store can be reached from anywhere;
-    else its bytes come in pieces, and the driver writes them."""
+    """Of what one actor holds. It writes the file itself where it sees the driver's, or where the store can be reached
+    from anywhere; else its bytes come in pieces, and the driver writes them."""
 
-    def __init__(self, actor: Any, *, ping_timeout_s: float) -> None:
+    def __init__(self, actor: Any, *, what: Held = "checkpoint", rank: int = 0, ping_timeout_s: float) -> None:
         self._actor = actor
+        self._what = what
+        self._rank = rank
         self._ping_timeout_s = ping_timeout_s
 
-    def write(self, path: str, others: list[dict[str, Any]]) -> None:
-        """Whole or not at all. CheckpointError: it did not work, or the actor has died."""
-        others = packed(others)
-        try:
-            if is_url(path):
-                self._write_url(path, others)
-                return
-            with files.drafted(path) as draft:
-                if not self._answer(self._actor.fill_draft.remote(str(draft), others)):
-                    self._pull(draft, others)
-        except RayTaskError as error:
-            raise CheckpointError(f"cannot write the checkpoint {path}: {error.cause}") from error
-        except RayError as error:
-            raise HolderLost(f"the checkpoint {path} was lost with the worker of rank 0: {error}") from error
+    def complete(self, others: list[dict[str, Any]]) -> None:
+        """See HeldCheckpoint. CheckpointError: it did not work, or the actor has died; so the next ones."""
+        with self._errors_of("the checkpoint"):
+            self._answer(self._actor.complete_held.remote(packed(others)))
+
+    def add_parts(self, parts: Sequence[Part], *, subdirectory: str) -> bytes:
+        """See HeldCheckpoint."""
+        with self._errors_of("the checkpoint"):
+            metadata: bytes = self._answer(self._actor.add_parts.remote(list(parts), subdirectory))
+            return metadata
+
+    def ask(self) -> Any:
+        """For a description of a part; for `described`."""
+        return self._actor.describe_part.remote()
+
+    def described(self, asked: Any) -> Part:
+        """See HeldPart."""
+        with self._errors_of("the checkpoint"):
+            part: Part = self._answer(asked)
+            return part
+
+    def write(self, path: str) -> None:
+        """Whole or not at all."""
+        if is_url(path):
+            self.end(path, self.begin(path))
+            return
+        with files.drafted(path) as draft:
+            self.end(str(draft), self.begin(str(draft)))
+
+    def begin(self, path: str) -> Any:
+        """Ask the actor to write an object at a URL, or into an empty file of the driver's; for `end`."""
+        if not is_url(path):
+            return self._actor.fill_draft.remote(self._what, path)
+        return self._actor.write_held.remote(self._what, path) if _is_for_all(path) else None
+
+    def end(self, path: str, begun: Any) -> None:
+        """Wait until it is written, or have it come and write it here."""
+        with self._errors_of(f"the checkpoint {path}"):
+            is_written = False
+            with contextlib.suppress(*([RayTaskError] if is_url(path) else [])):
+                # The worker's host may lack a package, or the right to write there.
+                is_written = begun is not None and self._answer(begun)
+            if not is_written:
+                self._pull(path)
 
     def release(self) -> None:
         with contextlib.suppress(RayError):
-            self._actor.release_held.remote()
+            self._actor.release_held.remote(self._what)
 
-    def _write_url(self, url: str, others: list[dict[str, Any]]) -> None:
-        files_of_url, _ = file_system(url)
-        if is_object_store(files_of_url) and "memory" not in files_of_url.protocol:
-            try:
-                self._answer(self._actor.write_held.remote(url, others))
-                return
-            except RayTaskError:
-                pass  # the worker's host may lack a package, or the right to write there
-        with remote.collected(url) as copy:
-            self._pull(copy, others)
+    def _pull(self, path: str) -> None:
+        with remote.collected(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
+            num_pieces = self._answer(self._actor.lay_out_held.remote(self._what))
+            under_way: collections.deque[Any] = collections.deque()
+            with open(draft, "r+b") as file:
+                for index in range(num_pieces + _AHEAD):
+                    if index < num_pieces:
+                        under_way.append(self._actor.piece_of_held.remote(self._what, index))
+                    if index >= _AHEAD:
+                        file.write(self._answer(under_way.popleft()))
+                file.flush()
+                os.fsync(file.fileno())
 
-    def _pull(self, draft: Path, others: list[dict[str, Any]]) -> None:
-        num_pieces = self._answer(self._actor.lay_out_held.remote(others))
-        under_way: collections.deque[Any] = collections.deque()
-        with open(draft, "r+b") as file:
-            for index in range(num_pieces + _AHEAD):
-                if index < num_pieces:
-                    under_way.append(self._actor.piece_of_held.remote(index))
-                if index >= _AHEAD:
-                    file.write(self._answer(under_way.popleft()))
-            file.flush()
-            os.fsync(file.fileno())
+    @contextlib.contextmanager
+    def _errors_of(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RayTaskError as error:
+            raise CheckpointError(f"cannot write {what}: {error.cause}") from error
+        except RayError as error:
+            raise HolderLost(f"{what} was lost with the worker of rank {self._rank}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot write {what}: {error}") from error
 
     def _answer(self, call: Any) -> Any:
         """HolderLost: the actor has fallen silent."""
         watch = Watch([self._actor], limit_s=self._ping_timeout_s)
         while not ray.wait([call], timeout=_WAKE_S)[0]:
             if watch.silent_rank() is not None:
-                raise HolderLost("the worker of rank 0 has fallen silent while it wrote a checkpoint")
+                raise HolderLost(f"the worker of rank {self._rank} has fallen silent while it wrote a checkpoint")
         return ray.get(call)
+
+
+class PartsHandover:
+    """Of a checkpoint in parts, which becomes a directory: all actors write at the same time, then rank 0 all else."""
+
+    def __init__(self, actors: Sequence[Any], *, ping_timeout_s: float) -> None:
+        self._whole = Handover(actors[0], ping_timeout_s=ping_timeout_s)
+        self._parts = [
+            Handover(actor, what="part", rank=rank, ping_timeout_s=ping_timeout_s) for rank, actor in enumerate(actors)
+        ]
+
+    def complete(self, others: list[dict[str, Any]]) -> None:
+        self._whole.complete(others)
+
+    def write(self, path: str) -> None:
+        """Whole or not at all."""
+        draft = files.directory_draft(path)
+        try:
+            parts = self._written(draft.place)
+            metadata = self._whole.add_parts(parts, subdirectory=draft.subdirectory)
+            files.write_bytes(metadata, joined(draft.place, METADATA))
+            self._whole.write(draft.index)
+            draft.publish()
+        finally:
+            draft.discard()
+
+    def release(self) -> None:
+        for handover in (self._whole, *self._parts):
+            handover.release()
+
+    def _written(self, place: str) -> list[Part]:
+        paths = [joined(place, name_of_part(rank)) for rank in range(len(self._parts))]
+        if not is_url(place):
+            for path in paths:
+                Path(path).touch()  # an actor that sees it is at the same file system
+        begun = [handover.begin(path) for handover, path in zip(self._parts, paths, strict=True)]
+        asked = [handover.ask() for handover in self._parts]
+        for handover, path, call in zip(self._parts, paths, begun, strict=True):
+            handover.end(path, call)
+        return [handover.described(call) for handover, call in zip(self._parts, asked, strict=True)]
+
+
+def _is_for_all(url: str) -> bool:
+    """It leads every host to the same place."""
+    files_of_url, _ = file_system(url)
+    return is_object_store(files_of_url) and "memory" not in files_of_url.protocol

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
+from raylit.checkpoint.held import HeldCheckpoint
 from raylit.messages import Command, Report
 from raylit.plan import Plan
 from raylit.torch_settings import TorchSettings
@@ -30,8 +30,8 @@ class InlineGroup:
             yield 0, report
         self.is_at_rest = True
 
-    @property
-    def holder(self) -> HeldCheckpoint | FailedCheckpoint:
+    def holder(self, *, is_in_parts: bool) -> HeldCheckpoint:
+        assert not is_in_parts, "one worker has nothing to share"
         return self._worker.held
 
     def brake(self) -> None:

@@ -3,13 +3,11 @@
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.checkpoint import directory, files
 from raylit.checkpoint.publication import Publication
 from raylit.driver.log_writer import LogWriter
 from raylit.errors import CheckpointError
@@ -25,11 +23,12 @@ _NEVER_BETTER = (NotADirectoryError, IsADirectoryError, PermissionError)
 class Holder(Protocol):
     """Of a checkpoint that waits to be written. Called in a thread of its own."""
 
-    def write(self, path: str, others: list[dict[str, Any]]) -> None:
-        """To a path or a URL, whole or not at all; `others`: what each rank but the first has alone.
+    def complete(self, others: list[dict[str, Any]]) -> None:
+        """First: what each rank but the first has alone."""
+        ...
 
-        CheckpointError: that did not work. HolderLost: nor will it.
-        """
+    def write(self, path: str) -> None:
+        """To a path or a URL, whole or not at all. CheckpointError: that did not work. HolderLost: nor will it."""
         ...
 
     def release(self) -> None:
@@ -48,8 +47,6 @@ class Order:
     path: str
     by: DriverCallback | None
     then: Publication | None
-    is_in_parts: bool = False
-    """The workers write their parts of it themselves: `path` becomes a directory."""
 
 
 class Saves:
@@ -59,27 +56,14 @@ class Saves:
         self._run = run
         self._log_writer = log_writer
         self._thread: _SaveThread | None = None
-        self._draft: files.DirectoryDraft | None = None
         self._newest = ""
         self._last_error: CheckpointError | None = None
-
-    @contextmanager
-    def drafted(self, order: Order) -> Iterator[str | None]:
-        """Around the workers' part of a save. Where it is one of parts they write them into this directory."""
-        self._draft = files.DirectoryDraft(order.path) if order.is_in_parts else None
-        try:
-            yield None if self._draft is None else str(self._draft.path)
-        except BaseException:
-            if self._draft is not None:
-                self._draft.discard()
-            raise
 
     def start(self, order: Order, holder: Holder, reports: Iterable[Report]) -> None:
         """Begin to write what the reports' ranks have saved; the one before it has been waited for."""
         assert self._thread is None
         saved = sorted((it for it in reports if isinstance(it, Saved) and it.rank > 0), key=lambda it: it.rank)
         others = [report.of_rank for report in saved]
-        holder = holder if self._draft is None else _InDirectory(holder, self._draft)
         self._thread = _SaveThread(order, holder, others)
         self._thread.start()
 
@@ -128,24 +112,6 @@ class Saves:
             ) from self._last_error
 
 
-class _InDirectory:
-    """Holder of a checkpoint whose parts the workers have written already, into the draft of its directory."""
-
-    def __init__(self, holder: Holder, draft: files.DirectoryDraft) -> None:
-        self._holder = holder
-        self._draft = draft
-
-    def write(self, path: str, others: list[dict[str, Any]]) -> None:
-        index = self._draft.path / directory.INDEX
-        self._holder.write(str(index), others)
-        directory.check_presence(files.read(index), self._draft.path)
-        self._draft.publish()
-
-    def release(self) -> None:
-        self._draft.discard()
-        self._holder.release()
-
-
 class _SaveThread(threading.Thread):
     def __init__(self, order: Order, holder: Holder, others: list[dict[str, Any]]) -> None:
         super().__init__(name="raylit-save", daemon=True)
@@ -168,7 +134,8 @@ class _SaveThread(threading.Thread):
     def _tried(self) -> BaseException | None:
         try:
             if not self._is_written:
-                self._holder.write(self.order.path, self._others)
+                self._holder.complete(self._others)
+                self._holder.write(self.order.path)
                 self._is_written = True
             if self.order.then is not None:
                 self.order.then.carry_out()

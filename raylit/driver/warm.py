@@ -8,7 +8,7 @@ import ray
 
 from raylit.driver import cluster
 from raylit.driver.actors import ActorGroup
-from raylit.driver.handover import Handover
+from raylit.driver.handover import Handover, PartsHandover
 from raylit.driver.shared import Parcel, pickle_job
 from raylit.errors import WorkerDied
 from raylit.messages import Command, Report
@@ -58,10 +58,9 @@ class WarmGroup:
     def is_at_rest(self) -> bool:
         return self._group is not None and self._group.is_at_rest
 
-    @property
-    def holder(self) -> Handover:
+    def holder(self, *, is_in_parts: bool) -> Handover | PartsHandover:
         assert self._group is not None
-        return self._group.holder
+        return self._group.holder(is_in_parts=is_in_parts)
 
     def brake(self) -> None:
         if self._group is not None:

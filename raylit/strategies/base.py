@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from raylit.strategies.parts import Checksums
+from raylit.strategies.parts import Reader
 
 TrainingStep = Callable[..., Any]
 """(batch, batch_idx, ...) to what the user's training_step returns."""
@@ -129,13 +129,11 @@ class Strategy(Protocol):
 
     def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's or an optimizer's state dict as rank 0 gives it to a checkpoint: placeholders on the meta device
-        stand for what `write_parts` writes."""
+        stand for what is among the `parts`."""
         ...
 
-    def write_parts(
-        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, directory: str
-    ) -> Checksums:
-        """This rank's part, into a directory that all ranks see. Collective."""
+    def parts(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+        """The sharded tensors of the state by where they stand in a checkpoint; nothing where a checkpoint is whole."""
         ...
 
     def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -143,8 +141,8 @@ class Strategy(Protocol):
         count."""
         ...
 
-    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, directory: str | None) -> None:
-        """Those that fit the module; what placeholders stand for is read from the directory."""
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
+        """Those that fit the module; `read` what placeholders stand for, where there are any."""
         ...
 
     def load_optimizer_states(
@@ -152,5 +150,5 @@ class Strategy(Protocol):
         optimizers: Sequence[torch.optim.Optimizer],
         states: Sequence[dict[str, Any]],
         *,
-        directory: str | None,
+        read: Reader | None,
     ) -> None: ...

@@ -25,11 +25,11 @@ from torch.optim import Optimizer
 
 from raylit.errors import ConfigError, ModuleError
 from raylit.plan import PrecisionName
-from raylit.strategies import part_files, parts
 from raylit.strategies.averaging import broadcast
 from raylit.strategies.base import TrainingStep
 from raylit.strategies.freeing import free_eagerly
 from raylit.strategies.materializing import BuildOrder, Materializer
+from raylit.strategies.parts import Reader, split
 from raylit.strategies.recomputing import Recomputed
 from raylit.strategies.shards import counterpart, counterpart_of_state, gathered, shards, whole
 from raylit.strategies.single import Single
@@ -198,36 +198,37 @@ class FSDP(Single):
     # State
 
     def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
-        handed: dict[str, Any] = gathered(state) if self.is_gathering else parts.split(state, "", {})
+        handed: dict[str, Any] = gathered(state) if self.is_gathering else split(state, "", {})
         return handed
 
-    def write_parts(self, module: nn.Module, optimizers: Sequence[Optimizer], *, directory: str) -> parts.Checksums:
+    def parts(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
         own: dict[str, Tensor] = {}
-        parts.split(module.state_dict(), "state_dict", own)
-        parts.split([optimizer.state_dict() for optimizer in optimizers], "optimizer_states", own)
-        return part_files.write(own, directory, rank=dist.get_rank())
+        if not self.is_gathering:
+            split(module.state_dict(), "state_dict", own)
+            split([optimizer.state_dict() for optimizer in optimizers], "optimizer_states", own)
+        return own
 
-    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, directory: str | None) -> None:
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
         own = module.state_dict()
         targets: dict[str, Tensor] = {}
         loaded = {
             name: counterpart(value, own[name], f"state_dict.{name}", targets, is_in_place=True)
             for name, value in state_dict.items()
         }
-        if directory is not None:
-            part_files.read(targets, directory)
+        if read is not None:
+            read(targets)
         module.load_state_dict(loaded)
 
     def load_optimizer_states(
-        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, directory: str | None
+        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, read: Reader | None
     ) -> None:
         targets: dict[str, Tensor] = {}
         loaded = [
             counterpart_of_state(state, optimizer, f"optimizer_states.{index}", targets)
             for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
         ]
-        if directory is not None:
-            part_files.read(targets, directory)
+        if read is not None:
+            read(targets)
         for optimizer, state in zip(optimizers, loaded, strict=True):
             optimizer.load_state_dict(state)
 

@@ -1,23 +1,18 @@
-"""Sharded state: what stands for its parts where they are not, and whether their files are sound. Both sides.
+"""Sharded state: what stands for its parts where they are not. Both sides.
 
 A state with parts is the usual dict whose sharded tensors are placeholders on the meta device, of their whole shape;
 the parts' names are where they stand in it.
 """
 
 import copy
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Checksums = dict[str, tuple[int, int]]
-"""Size in bytes and CRC-32 of each file, by its name."""
-
-_CHUNK_BYTES = 4 * 2**20
+Reader = Callable[[Mapping[str, Tensor]], None]
+"""Reads parts into targets by the parts' names: plain tensors get the whole, sharded ones their share."""
 
 
 def split(value: Any, where: str, parts: dict[str, Tensor]) -> Any:
@@ -66,28 +61,3 @@ def _mapped(value: Any, where: str, change: Callable[[Tensor, str], Tensor]) -> 
     if type(value) in (list, tuple):
         return type(value)(_mapped(item, f"{where}.{index}", change) for index, item in enumerate(value))
     return value
-
-
-def first_damaged(directory: str, checksums: Mapping[str, tuple[int, int]], *, share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with the first of the files that is not as it was written; empty: they are all sound.
-
-    `share`: of the files only every n-th, from the i-th.
-    """
-    first, step = share
-    for name in sorted(checksums)[first::step]:
-        path, size_bytes = Path(directory) / name, checksums[name][0]
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != size_bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {size_bytes}"
-        if checksum(path) != tuple(checksums[name]):
-            return f"{name} does not match its checksum"
-    return ""
-
-
-def checksum(path: Path) -> tuple[int, int]:
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return os.stat(path).st_size, crc

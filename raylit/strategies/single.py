@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylit.strategies.base import PendingGradients, TrainingStep
-from raylit.strategies.parts import Checksums
+from raylit.strategies.parts import Reader
 
 
 class Single:
@@ -74,17 +74,17 @@ class Single:
     def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
         return state
 
-    def write_parts(self, module: nn.Module, optimizers: Sequence[Optimizer], *, directory: str) -> Checksums:
+    def parts(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
         return {}
 
     def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         return iter(())
 
-    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, directory: str | None) -> None:
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
         module.load_state_dict(state_dict)
 
     def load_optimizer_states(
-        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, directory: str | None
+        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, read: Reader | None
     ) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)

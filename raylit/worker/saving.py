@@ -1,7 +1,6 @@
 """A rank's part of a checkpoint, taken from and applied to its session. Worker."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,16 @@ import torch
 
 from raylit.checkpoint import directory as directories
 from raylit.checkpoint import files, format
-from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
+from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held_part import HeldPart
 from raylit.checkpoint.host_copy import HostCopy
-from raylit.errors import CheckpointError, PartsError
+from raylit.errors import CheckpointError
 from raylit.messages import Save, Saved
+from raylit.places import is_url
 from raylit.rebuild import check_weights
-from raylit.strategies.parts import Checksums
+from raylit.strategies.parts import Reader
 from raylit.worker.optimization.configured import Schedule
+from raylit.worker.saving_parts import write_in_parts
 from raylit.worker.session import Session
 from raylit.worker.train_loop import TrainLoop
 
@@ -34,46 +36,60 @@ class Saving:
         self._schedules = schedules
         self._loop = loop
         self._host_copy = HostCopy()
-        self.held: HeldCheckpoint | FailedCheckpoint | None = None
+        self._part_copy = HostCopy()
+        self.held: HeldCheckpoint | None = None
         """The checkpoint that the driver has asked for last, on rank 0."""
+        self.held_part: HeldPart | None = None
+        """This rank's part of it, where checkpoints are in parts."""
 
     def hold(self, command: Save) -> Saved:
-        """Keep the whole run ready to be written on rank 0; what this rank alone has, on the others. Collective where
-        the state is sharded: each rank writes its part into the command's directory.
+        """Keep the whole run ready to be written on rank 0, and on each rank its part; what this rank alone has, on the
+        others. Collective where sharded state is brought together.
 
         CheckpointError: something in it is not plain.
         """
-        rank = self._session.context.rank
-        self.held = None
-        try:
-            own = self._take(is_weights_only=command.is_weights_only, directory=command.directory)
-        except PartsError as error:  # on all ranks; training goes on
-            self.held = FailedCheckpoint(error)
-            return Saved(rank=rank, checkpoint={}, of_rank={})
+        session = self._session
+        rank = session.context.rank
+        self.held, self.held_part = None, None
+        own = self._take(is_weights_only=command.is_weights_only)
+        is_copying = command.is_copying or session.device.type != "cpu"
+        if session.plan.strategy.is_saving_parts:
+            self.held_part = HeldPart(
+                session.strategy.parts(session.module, self._saved_optimizers(command.is_weights_only)),
+                rank=rank,
+                copied=self._part_copy.taken if is_copying else None,
+                on_release=self._part_copy.lend,
+            )
         if rank > 0:
             return Saved(rank=rank, checkpoint={}, of_rank=format.plain(own.of_rank, "the rank's state"))
         checkpoint = format.merge([own], command.driver_part)
-        if command.is_copying or self._session.device.type != "cpu":
+        if is_copying:
             checkpoint = self._host_copy.taken(checkpoint)
         self.held = HeldCheckpoint(checkpoint, on_release=self._host_copy.lend)
         return Saved(rank=0, checkpoint={}, of_rank={})
 
     def write(self, path: Any, *, is_weights_only: bool) -> None:
-        """A checkpoint of this moment, written by rank 0; of sharded state each rank's part by itself. Collective."""
+        """A checkpoint of this moment, written by rank 0; of sharded state each rank's part by itself. Collective.
+
+        CheckpointError: it did not work, on rank 0 or, where there are parts, on all ranks.
+        """
         session = self._session
-        if not session.plan.strategy.is_saving_parts:
-            self._write(path, is_weights_only=is_weights_only, directory=None)
-        else:
-            draft = files.DirectoryDraft(path) if session.context.rank == 0 else None
-            [directory, *_] = session.peers.gather_objects(None if draft is None else str(draft.path))
-            try:
-                index = os.path.join(directory, directories.INDEX)
-                self._write(index, is_weights_only=is_weights_only, directory=directory)
-                if draft is not None:
-                    draft.publish()
-            finally:
-                if draft is not None:
-                    draft.discard()
+        own = self._take(is_weights_only=is_weights_only)
+        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
+        buffer = io.BytesIO()
+        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
+        ranked = session.peers.gather_objects(buffer.getvalue())
+        held: HeldCheckpoint | None = None
+        if session.context.rank == 0:
+            checkpoint = format.merge([own], {} if is_weights_only else {"seed": session.plan.seed})
+            held = HeldCheckpoint(self._on_host(checkpoint), on_release=lambda: None)
+            others = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked[1:]]
+            held.complete(others)
+        if session.plan.strategy.is_saving_parts:
+            parts = session.strategy.parts(session.module, self._saved_optimizers(is_weights_only))
+            write_in_parts(path, held, parts, context=session.context, peers=session.peers)
+        elif held is not None:
+            held.write(path)
         session.peers.barrier(timeout_s=_WRITE_TIMEOUT_S)
 
     def write_alone(self, path: Any) -> None:
@@ -93,18 +109,9 @@ class Saving:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
         session.module.on_load_checkpoint(checkpoint)
-        directory = directories.place_of(checkpoint)
-        if directory is not None:
-            context = session.context
-            if not directories.is_checkpoint(Path(directory)):
-                raise CheckpointError(
-                    f"worker {context.rank} on {context.host} cannot see {directory}, of which each reads its part: "
-                    "put it where all hosts see it, or make one file of it, which the driver sends: raylit checkpoint "
-                    f"consolidate {directory} FILE"
-                )
-            directories.check(checkpoint, directory, share=(context.rank, context.world_size))
+        read = self._reader(checkpoint)
         check_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
-        session.strategy.load_weights(session.module, checkpoint["state_dict"], directory=directory)
+        session.strategy.load_weights(session.module, checkpoint["state_dict"], read=read)
         if not is_resuming:
             return
         if "optimizer_states" not in checkpoint:
@@ -118,50 +125,46 @@ class Saving:
             if callback.state_key in checkpoint.get("callbacks", {}):
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
         states = checkpoint["optimizer_states"]
-        session.strategy.load_optimizer_states(self._optimizers, states, directory=directory)
+        session.strategy.load_optimizer_states(self._optimizers, states, read=read)
         for schedule, state in zip(self._schedules, checkpoint["lr_schedulers"], strict=True):
             schedule.scheduler.load_state_dict(state)
         if session.precision.scaler is not None and (scale := format.scaler_of(checkpoint)) is not None:
             session.precision.scaler.load_state_dict(scale)
         self._apply_position(checkpoint)
 
-    def _take(self, *, is_weights_only: bool, directory: str | None = None) -> Saved:
+    def _take(self, *, is_weights_only: bool) -> Saved:
         """The whole run on rank 0, what this rank alone has on the others; its tensors are the training's own."""
         session = self._session
         rank, strategy = session.context.rank, session.strategy
-        optimizers = [] if is_weights_only else self._optimizers
-        checksums: Checksums = {}
-        if directory is not None:
-            own = strategy.write_parts(session.module, optimizers, directory=directory)
-            for ranked in session.peers.gather_objects(own):
-                checksums.update(ranked)
         checkpoint = {}
         if rank == 0:
             checkpoint = self._whole(is_weights_only)
-            if checksums:
-                checkpoint["parts"] = {name: list(checksum) for name, checksum in checksums.items()}
         elif strategy.is_gathering:
+            optimizers = self._saved_optimizers(is_weights_only)
             for state in (session.module.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)):
                 strategy.handed_over(state)
         return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._of_rank())
 
+    def _saved_optimizers(self, is_weights_only: bool) -> list[Any]:
+        return [] if is_weights_only else self._optimizers
+
+    def _reader(self, checkpoint: dict[str, Any]) -> Reader | None:
+        """Of what the checkpoint has placeholders for. Checks this rank's share of the files where they are near."""
+        directory = directories.place_of(checkpoint)
+        if directory is not None and not is_url(directory):
+            context = self._session.context
+            if not directories.is_checkpoint(Path(directory)):
+                raise CheckpointError(
+                    f"worker {context.rank} on {context.host} cannot see {directory}, of which each reads its part: "
+                    "put it where all hosts see it, or make one file of it, which the driver sends: raylit checkpoint "
+                    f"consolidate {directory} FILE"
+                )
+            directories.check(checkpoint, directory, share=(context.rank, context.world_size))
+        return directories.reader(checkpoint)
+
     def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """In memory of its own, as another copy may be on its way to a file."""
         return checkpoint if self._session.device.type == "cpu" else HostCopy().taken(checkpoint)
-
-    def _write(self, path: Any, *, is_weights_only: bool, directory: str | None) -> None:
-        session = self._session
-        own = self._take(is_weights_only=is_weights_only, directory=directory)
-        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
-        buffer = io.BytesIO()
-        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
-        ranked = session.peers.gather_objects(buffer.getvalue())
-        if session.context.rank == 0:
-            states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
-            others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
-            parts = [own, *others]
-            checkpoint = format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed})
-            files.write(self._on_host(checkpoint), path)
 
     def _of_rank(self) -> dict[str, Any]:
         return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}

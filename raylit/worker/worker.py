@@ -9,7 +9,8 @@ import torch
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
-from raylit.checkpoint.held import FailedCheckpoint, HeldCheckpoint
+from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held_part import HeldPart
 from raylit.errors import ModuleError
 from raylit.messages import (
     Command,
@@ -94,10 +95,16 @@ class Worker:
         }
 
     @property
-    def held(self) -> HeldCheckpoint | FailedCheckpoint:
+    def held(self) -> HeldCheckpoint:
         """What the last Save has left to be written."""
         assert self._saving is not None and self._saving.held is not None
         return self._saving.held
+
+    @property
+    def held_part(self) -> HeldPart:
+        """This rank's, where checkpoints are in parts."""
+        assert self._saving is not None and self._saving.held_part is not None
+        return self._saving.held_part
 
     def run(self, command: Command) -> Iterator[Report]:
         """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""

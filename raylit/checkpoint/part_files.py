@@ -1,0 +1,156 @@
+"""Files of sharded state: torch.distributed.checkpoint's, each rank's part its own. Both sides.
+
+Imported only where there are any: torch takes a while for it.
+"""
+
+import io
+import pickle
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from raylit.checkpoint import remote
+from raylit.checkpoint.checksums import METADATA, Checksums, damage_of, name_of_part
+from raylit.errors import CheckpointError, DamagedCheckpoint
+from raylit.messages import Part
+from raylit.places import is_url, joined
+
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"Path", "PosixPath"},
+    "collections": {"OrderedDict"},
+}
+"""All that torch 2.13 pickles there, by module; besides dtypes."""
+
+
+def metadata_of(parts: Sequence[Part]) -> bytes:
+    """The content of METADATA, by which torch.distributed.checkpoint, too, finds what it looks for in the parts."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for part in sorted(parts, key=lambda part: part.rank):
+        for chunk in part.chunks:
+            properties, shape = TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape)
+            tensor = tensors.setdefault(chunk.name, TensorStorageMetadata(properties, shape, []))
+            index = MetadataIndex(chunk.name, chunk.offsets, len(tensor.chunks))
+            places[index] = _StorageInfo(name_of_part(part.rank), chunk.start, chunk.num_bytes)
+            tensor.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+    metadata = Metadata(
+        state_dict_metadata=dict(tensors),
+        planner_data={name: (name,) for name in tensors},
+        storage_data=places,
+        storage_meta=StorageMeta(),
+        version=CURRENT_DCP_VERSION,
+    )
+    return pickle.dumps(metadata)
+
+
+def read(targets: Mapping[str, Tensor], *, place: str, checksums: Checksums) -> None:
+    """Into the targets: plain tensors get the whole, sharded ones their share, over however many ranks it is.
+
+    `checksums`: of the files, by their names in the directory `place`. At a URL each file that something is needed of
+    is fetched and checked, one at a time. DamagedCheckpoint: one of these is not as it was written.
+    """
+    if not targets:
+        return
+    try:
+        with warnings.catch_warnings():
+            # Each rank finds for itself what it needs: that nobody is asked is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(dict(targets), storage_reader=_reader(place, checksums), no_dist=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"cannot read the parts of the checkpoint {place}: {error}") from error
+
+
+def _reader(place: str, checksums: Checksums) -> "_SafeReader":
+    [metadata] = [name for name in checksums if name.rpartition("/")[2] == METADATA]
+    subdirectory = metadata.rpartition("/")[0]
+    if not is_url(place):
+        return _SafeReader(Path(place) / subdirectory)
+    return _Fetching(joined(place, subdirectory), {name.rpartition("/")[2]: it for name, it in checksums.items()})
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Its parts torch reads with weights_only; the metadata, which is a pickle, with nothing but its own classes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata: Metadata = _MetadataUnpickler(io.BytesIO(self._metadata())).load()
+        if getattr(metadata, "storage_meta", None) is not None:
+            assert metadata.storage_meta is not None
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def _metadata(self) -> bytes:
+        return (Path(self.path) / METADATA).read_bytes()
+
+
+class _Fetching(_SafeReader):
+    """From a URL, by a copy of one file at a time in a temporary directory."""
+
+    def __init__(self, url: str, checksums: Checksums) -> None:
+        super().__init__(Path())
+        self._url = url
+        self._checksums = checksums
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with remote.downloaded(joined(self._url, name)) as copy:
+                if wrong := damage_of(str(copy), self._checksums[name]):
+                    raise DamagedCheckpoint(f"{self._url} is damaged: {name} {wrong}. Use the checkpoint before it")
+                self.path = copy.parent
+                super().read_data(replace(plan, items=items), planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _metadata(self) -> bytes:
+        with remote.downloaded(joined(self._url, METADATA)) as copy:
+            content = copy.read_bytes()
+        if (len(content), zlib.crc32(content)) != self._checksums[METADATA]:
+            raise DamagedCheckpoint(f"{self._url} is damaged: {METADATA} is not as it was written")
+        return content
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise CheckpointError(
+            f"the checkpoint's {METADATA} names {module}.{name}, which does not belong there: it is damaged, or "
+            "somebody has changed it to run code"
+        )
