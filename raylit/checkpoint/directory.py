@@ -9,7 +9,7 @@ used once, so that INDEX alone is replaced. Both sides.
 import ctypes
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from raylit.checkpoint.checksums import Checksums, first_damaged
 from raylit.errors import DamagedCheckpoint
-from raylit.places import is_url
+from raylit.places import is_url, joined
 from raylit.strategies import parts
 
 INDEX = "index.ckpt"
@@ -85,6 +85,12 @@ def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
     filled = {state: parts.filled(checkpoint[state], state, targets) for state in STATES if state in checkpoint}
     about = {name: value for name, value in checkpoint["raylit"].items() if name not in ("parts", "directory")}
     return {**checkpoint, **filled, "raylit": about}
+
+
+def in_reach(checkpoint: dict[str, Any], *, sees: Callable[[str], bool]) -> dict[str, Any]:
+    """With all its tensors, to be sent to the workers, where these do not see its parts."""
+    place = place_of(checkpoint)
+    return checkpoint if place is None or sees(joined(place, INDEX)) else whole(checkpoint)
 
 
 def put(draft: Path, target: Path) -> None:

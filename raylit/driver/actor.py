@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from raylit.checkpoint import files
 from raylit.checkpoint.held import HeldCheckpoint
 from raylit.checkpoint.held_part import HeldPart
 from raylit.driver.failures import failure
@@ -24,6 +25,7 @@ from raylit.driver.outbox import Outbox
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job, unpickle_plan
+from raylit.errors import CheckpointError
 from raylit.messages import Command, CommandDone, Mail, Part, Weights
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
@@ -126,6 +128,13 @@ class WorkerActor:
     async def make_room(self) -> None:
         """The driver has a piece of the weights in its own memory: another may follow."""
         self._room.release()
+
+    async def sees(self, place: str) -> bool:
+        """A file, or an object, is there for this host."""
+        try:
+            return await asyncio.to_thread(files.exists, place)
+        except CheckpointError:
+            return False
 
     async def complete_held(self, others: list[dict[str, Any]]) -> None:
         """See HeldCheckpoint.complete; so the next one. Beside the training thread."""

@@ -44,6 +44,8 @@ _STOP_S = 5.0
 """For a worker to end by itself before it is killed."""
 _WAKE_S = 0.5
 """Between two looks at what does not arrive by itself: silence, a wish to stop."""
+_SEEING_S = 30.0
+"""For a store to say whether something is there."""
 _PREPARING_S = 120.0
 """The least limit on a worker's silence while it starts."""
 _LOOPS = (Train, Evaluate, Predict)
@@ -110,6 +112,13 @@ class ActorGroup:
         limit_s = self.workers.ping_timeout_s
         limit_s = max(limit_s, _PREPARING_S) if isinstance(command, Start) and limit_s > 0 else limit_s
         yield from self._until_done(Watch(self._actors, limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
+
+    def sees(self, place: str) -> bool:
+        """Where one does not answer, for its death or its silence, the next command says so."""
+        try:
+            return all(ray.get([actor.sees.remote(place) for actor in self._actors], timeout=_SEEING_S))
+        except (GetTimeoutError, *DEATHS):
+            return False
 
     def holder(self, *, is_in_parts: bool) -> Handover | PartsHandover:
         limit_s = self.workers.ping_timeout_s

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.progress_bar import start_is_shown
-from raylit.checkpoint import format
+from raylit.checkpoint import directory, format
 from raylit.checkpoint.publication import Publication
 from raylit.checkpoint.remote import StoreUnreachable
 from raylit.driver import predictions
@@ -288,6 +288,7 @@ class Coordinator:
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
         is_resuming = is_resuming and checkpoint is not None
+        checkpoint = checkpoint and directory.in_reach(checkpoint, sees=self._group.sees)
         if is_resuming:
             assert checkpoint is not None
             for callback in self._callbacks:

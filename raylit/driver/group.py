@@ -21,6 +21,10 @@ class WorkerGroup(Protocol):
         """Every worker is through with its last command and can take another."""
         ...
 
+    def sees(self, place: str) -> bool:
+        """Every worker finds a file at the path or URL that the driver has found there."""
+        ...
+
     def holder(self, *, is_in_parts: bool) -> Holder:
         """Of what the last Save command has left to be written, which may be a part on each worker."""
         ...

@@ -30,6 +30,9 @@ class InlineGroup:
             yield 0, report
         self.is_at_rest = True
 
+    def sees(self, place: str) -> bool:
+        return True
+
     def holder(self, *, is_in_parts: bool) -> HeldCheckpoint:
         assert not is_in_parts, "one worker has nothing to share"
         return self._worker.held

@@ -58,6 +58,10 @@ class WarmGroup:
     def is_at_rest(self) -> bool:
         return self._group is not None and self._group.is_at_rest
 
+    def sees(self, place: str) -> bool:
+        assert self._group is not None
+        return self._group.sees(place)
+
     def holder(self, *, is_in_parts: bool) -> Handover | PartsHandover:
         assert self._group is not None
         return self._group.holder(is_in_parts=is_in_parts)

@@ -1,68 +1,15 @@
 """A bucket whose server goes away in the middle of a run, and comes back."""
 
 import threading
-import warnings
 from typing import Any
 
 import pytest
+from buckets import Server
 from models import Regression, RegressionData
 
 import raylit as pl
 from raylit.checkpoint import files, index
 from raylit.driver import saves
-
-
-class Server:
-    """Speaks S3 on loopback, always on the same port; what its buckets hold outlives a stop."""
-
-    def __init__(self) -> None:
-        for package in ("s3fs", "boto3"):
-            pytest.importorskip(package)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._module = pytest.importorskip("moto.server")
-        self._server, self.port = None, 0
-
-    def start(self) -> None:
-        self._server = self._module.ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
-
-    @property
-    def bucket(self) -> str:
-        return f"bucket-{self.port}"
-
-    @property
-    def url(self) -> str:
-        return f"s3://{self.bucket}/run"
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    server = Server()
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
-        "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(server.bucket)
-    yield server
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 class Outage(pl.Callback):

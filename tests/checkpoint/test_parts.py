@@ -1,0 +1,166 @@
+"""Checkpoints in parts, of one rank in this process: their files, on disks and at URLs."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from raylit.checkpoint import directory, files, format, remote
+from raylit.checkpoint.held import HeldCheckpoint
+from raylit.checkpoint.held_part import HeldPart
+from raylit.checkpoint.host_copy import HostCopy
+from raylit.checkpoint.index import newest_first, newest_usable
+from raylit.errors import CheckpointError, DamagedCheckpoint
+from raylit.messages import Saved
+from raylit.places import entries, file_system, joined
+from raylit.state import Progress
+from raylit.strategies.parts import split
+from raylit.worker.context import WorkerContext
+from raylit.worker.peers import Peers
+from raylit.worker.saving_parts import write_in_parts
+
+SHAPES = {"small": (3,), "empty": (0, 2), "large": (600, 500), "odd": (7, 3)}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(params=["disk", "memory", "file"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    places = {"disk": str(tmp_path / "a"), "file": f"file://{tmp_path}/a", "memory": f"memory://{tmp_path.name}"}
+    return places[request.param]
+
+
+def sharded(mesh: DeviceMesh, *, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    whole = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in whole.items()}
+
+
+def write(path: str, state_dict: dict[str, Any], *, step: int = 1) -> None:
+    parts: dict[str, Tensor] = {}
+    checkpoint = format.of_weights(
+        split(state_dict, "state_dict", parts), Progress(global_step=step), module=None, datamodule=None
+    )
+    saved = Saved(rank=0, checkpoint={**checkpoint, "optimizer_states": []}, of_rank={})
+    held = HeldCheckpoint(format.merge([saved], {}), on_release=lambda: None)
+    write_in_parts(path, held, parts, context=WorkerContext(), peers=Peers(rank=0, world_size=1))
+
+
+def assert_holds(path: str, state_dict: dict[str, DTensor]) -> None:
+    read = files.read(path)["state_dict"]
+    assert list(read) == list(state_dict)
+    for name, tensor in state_dict.items():
+        assert torch.equal(read[name], tensor.full_tensor()), name
+
+
+def test_what_is_written_in_parts_is_read_again(mesh: DeviceMesh, place: str) -> None:
+    state_dict = sharded(mesh, seed=1)
+    write(joined(place, "one.ckpt"), state_dict)
+    assert_holds(joined(place, "one.ckpt"), state_dict)
+    assert all(
+        tensor.is_meta for tensor in files.read(joined(place, "one.ckpt"), is_whole=False)["state_dict"].values()
+    )
+
+
+def test_a_directory_takes_the_place_of_another_and_leaves_nothing_of_it(mesh: DeviceMesh, place: str) -> None:
+    path = joined(place, "one.ckpt")
+    for seed in (1, 2):
+        write(path, sharded(mesh, seed=seed))
+    assert_holds(path, sharded(mesh, seed=2))
+    assert entries(place) == ["one.ckpt"]
+    assert len([name for name in entries(path) if name != directory.INDEX]) in (1, 2)
+
+
+def test_a_second_name_stays_when_the_first_goes(mesh: DeviceMesh, place: str) -> None:
+    first, last = joined(place, "one.ckpt"), joined(place, "last.ckpt")
+    for seed in (1, 2):
+        write(first, sharded(mesh, seed=seed))
+        files.duplicate(first, last)
+    files.remove(first)
+    assert entries(place) == ["last.ckpt"]
+    assert not files.exists(first)
+    assert_holds(last, sharded(mesh, seed=2))
+
+
+def test_what_is_half_there_is_none(mesh: DeviceMesh, place: str) -> None:
+    write(joined(place, "one.ckpt"), sharded(mesh, seed=1))
+    draft = files.directory_draft(joined(place, "two.ckpt"))
+    again = files.directory_draft(joined(place, "one.ckpt"))
+    for one in (draft, again):
+        files.write_bytes(b"half", joined(one.place, "__0_0.distcp"))
+    assert list(newest_first(place)) == [joined(place, "one.ckpt")]
+    assert not files.exists(joined(place, "two.ckpt"))
+    assert_holds(joined(place, "one.ckpt"), sharded(mesh, seed=1))
+    for one in (draft, again):
+        one.discard()
+    assert_holds(joined(place, "one.ckpt"), sharded(mesh, seed=1))
+
+
+def test_harm_is_named_and_the_one_before_is_used(mesh: DeviceMesh, place: str) -> None:
+    for step in (1, 2):
+        write(joined(place, f"step={step}.ckpt"), sharded(mesh, seed=step), step=step)
+    path = joined(place, "step=2.ckpt")
+    [part] = [name for name in directory.checksums_of(files.read(path, is_whole=False)) if name.endswith(".distcp")]
+    store, at = file_system(joined(path, part))
+    content = bytearray(store.cat_file(at))
+    content[len(content) // 2] ^= 1
+    store.pipe_file(at, bytes(content))
+    with pytest.raises(DamagedCheckpoint, match=r"step=2.ckpt.* is damaged: __0_0.distcp does not match"):
+        files.read(path)
+    with pytest.warns(UserWarning, match=r"step=2.ckpt is damaged: __0_0.distcp"):
+        found = newest_usable(place, is_whole=False)
+    assert found is not None
+    assert found[1]["global_step"] == 1
+
+
+def test_torch_reads_the_parts_by_itself(mesh: DeviceMesh, tmp_path: Path) -> None:
+    state_dict = sharded(mesh, seed=1)
+    write(str(tmp_path / "one.ckpt"), state_dict)
+    dcp_to_torch_save(tmp_path / "one.ckpt", tmp_path / "one.pt")
+    read = torch.load(tmp_path / "one.pt")
+    for name in ("small", "large", "odd"):
+        assert torch.equal(read[f"state_dict.{name}"], state_dict[name].full_tensor())
+
+
+def test_a_copied_part_is_the_same_file_and_stays_as_it_was(mesh: DeviceMesh) -> None:
+    tensors = sharded(mesh, seed=1)
+    strided = torch.arange(12.0).reshape(3, 4)[:, :2]
+    tensors["view"] = DTensor.from_local(strided, mesh, [Shard(0)])
+    by_reference = HeldPart(copy.deepcopy(tensors), rank=0)
+    copied = HeldPart(tensors, rank=0, copied=HostCopy().taken)
+    for tensor in tensors.values():
+        tensor.to_local().zero_()
+    assert copied.described() == by_reference.described()
+    assert copied.described().num_bytes < 1.1 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**14
+    pieces = [part.piece(0).tobytes() for part in (copied, by_reference)]
+    assert pieces[0] == pieces[1]
+
+
+def test_a_directory_at_a_url_gives_way_to_one_file_and_back(mesh: DeviceMesh) -> None:
+    path = "memory://both/one.ckpt"
+    write(path, sharded(mesh, seed=1))
+    files.remove(path)
+    files.write({"state_dict": {}}, path)
+    assert remote.kind_of(path) == "file"
+    assert files.read(path) == {"state_dict": {}}
+    files.remove(path)
+    assert not files.exists(path)
+
+
+def test_where_nothing_can_be_made_all_ranks_are_told(mesh: DeviceMesh, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write .*one.ckpt"):
+        write(str(tmp_path / "file.txt" / "one.ckpt"), sharded(mesh, seed=1))
