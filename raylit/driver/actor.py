@@ -164,7 +164,8 @@ class WorkerActor:
         return await asyncio.to_thread(self._held("part").described)
 
     async def release_held(self, what: Held) -> None:
-        self._held(what).release()
+        if self._worker is not None:  # else it has gone with its run
+            self._held(what).release()
 
     @overload
     def _held(self, what: Literal["checkpoint"]) -> HeldCheckpoint: ...

@@ -23,6 +23,7 @@ from raylit.places import file_system, is_object_store, is_url, joined
 _AHEAD = 2
 """Pieces on their way while one is written: what the driver needs of memory and of the object store."""
 _WAKE_S = 0.5
+_RELEASE_S = 5.0
 
 
 class Handover:
@@ -81,8 +82,10 @@ class Handover:
                 self._pull(path)
 
     def release(self) -> None:
-        with contextlib.suppress(RayError):
-            self._actor.release_held.remote(self._what)
+        _wait_briefly([self.begin_release()])
+
+    def begin_release(self) -> Any:
+        return self._actor.release_held.remote(self._what)
 
     def _pull(self, path: str) -> None:
         with remote.collected(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
@@ -142,8 +145,7 @@ class PartsHandover:
             draft.discard()
 
     def release(self) -> None:
-        for handover in (self._whole, *self._parts):
-            handover.release()
+        _wait_briefly([handover.begin_release() for handover in (self._whole, *self._parts)])
 
     def _written(self, place: str) -> list[Part]:
         paths = [joined(place, name_of_part(rank)) for rank in range(len(self._parts))]
@@ -155,6 +157,12 @@ class PartsHandover:
         for handover, path, call in zip(self._parts, paths, begun, strict=True):
             handover.end(path, call)
         return [handover.described(call) for handover, call in zip(self._parts, asked, strict=True)]
+
+
+def _wait_briefly(calls: list[Any]) -> None:
+    """Calls may overtake each other: one that comes late must not release what is held next."""
+    with contextlib.suppress(RayError):
+        ray.wait(calls, num_returns=len(calls), timeout=_RELEASE_S)
 
 
 def _is_for_all(url: str) -> bool:

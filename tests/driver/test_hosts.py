@@ -82,6 +82,61 @@ print("SAME", torch.equal(torch.cat(list(checkpoint["large"].values())), expecte
 """
 
 
+SHARDED = """
+import os, resource, socket, warnings
+import torch
+import raylit as pl
+from raylit.checkpoint import files
+
+class Deep(pl.LightningModule):
+    def configure_model(self):
+        self.net = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(16)))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(torch.ones(1, 1024) * (1 + batch.float().mean())).square().mean()
+
+    def on_train_end(self):
+        self.places = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(self.places, socket.gethostname())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+class SavingItself(Deep):
+    def on_train_batch_end(self, *args):
+        self.trainer.save_checkpoint("/tmp/only-here/mine.ckpt")
+
+class Watching(pl.DriverCallback):
+    def on_train_start(self, run):
+        self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def on_train_end(self, run):
+        run.finish_saves()
+        self.more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before) / 1024
+
+def fit(model, ckpt_path=None, gather_weights=True, **arguments):
+    trainer = pl.Trainer(num_workers=2, strategy=pl.FSDPStrategy(gather_weights=gather_weights), max_epochs=1,
+                         logger=False, enable_progress_bar=False, enable_model_summary=False, **arguments)
+    torch.manual_seed(1)
+    trainer.fit(model, torch.utils.data.DataLoader(list(range(8))), ckpt_path=ckpt_path)
+    return model
+
+watching = Watching()
+saving = pl.ModelCheckpoint("/tmp/only-here", "{step}", every_n_train_steps=2, save_top_k=-1)
+model = fit(Deep(), callbacks=[watching, saving])
+print("HOSTS", sorted(model.places), "MORE", watching.more)
+print("NAMES", sorted(os.listdir("/tmp/only-here/step=4.ckpt")))
+read = files.read("/tmp/only-here/step=4.ckpt")["state_dict"]
+print("SAME", all(torch.equal(read[name], value) for name, value in model.state_dict().items()))
+again = fit(Deep(), ckpt_path="/tmp/only-here/step=2.ckpt", enable_checkpointing=False)
+print("AGAIN", all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items()))
+try:
+    fit(SavingItself(), enable_checkpointing=False)
+except pl.CheckpointError as error:
+    print("TOLD", error)
+"""
+
+
 def run_on_two_hosts(source, tmp_path):
     """What a script on the first of two hosts prints; its /tmp is its own."""
     if not NETCLUSTER.is_dir():
@@ -114,3 +169,15 @@ def test_a_checkpoint_comes_in_pieces_from_a_host_that_does_not_see_the_drivers_
     assert "HOSTS h1 h0" in output
     assert "SAME True ['" in output
     assert float(re.search(r"MORE (.*)", output)[1]) < 150
+
+
+@pytest.mark.cluster
+def test_parts_come_in_pieces_from_hosts_that_do_not_see_the_drivers_disk_and_go_back_to_them(tmp_path):
+    """192 MB of state, half of it on each host."""
+    output = run_on_two_hosts(SHARDED, tmp_path)
+    assert "HOSTS ['h0', 'h1']" in output
+    assert "NAMES ['.metadata', '__0_0.distcp', '__1_0.distcp', 'index.ckpt']" in output
+    assert float(re.search(r"MORE (.*)", output)[1]) < 120
+    assert "SAME True" in output
+    assert "AGAIN True" in output
+    assert re.search(r"TOLD worker 1 on h1 cannot see /tmp/only-here/.*all hosts share", output)
