@@ -56,7 +56,7 @@ for line in sys.stdin:
 """For each line, a directory, a driver that trains, and saves 32 MB at every other step, until it is killed."""
 
 
-def check(directory: pathlib.Path) -> int:
+def check(directory: pathlib.Path | str) -> int:
     """The step of the newest checkpoint, which is sound; a damaged one would be a warning, and so an error."""
     listed = index.read_index(directory).entries
     found = index.newest_usable(directory)
@@ -216,26 +216,33 @@ _MOMENTS = {
     "all parts": ".*.tmp/.metadata",
     "index": ".*.tmp/.*.tmp",
     "all but its name": ".*.tmp/index.ckpt",
+    "all parts at a URL": "step=[!2]*.ckpt/parts-*/.metadata",
 }
 """Of the writing of a sharded checkpoint, by what is there then."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["begun", "another's part", "index", "all but its name"])
+@pytest.mark.parametrize(
+    ("moment", "scheme"),
+    [
+        *((moment, "") for moment in ("begun", "another's part", "index", "all but its name")),
+        ("all parts at a URL", "file://"),
+    ],
+)
 @pytest.mark.timeout(180)
 def test_a_driver_killed_while_parts_are_written_leaves_the_checkpoint_before(
-    moment: str, tmp_path: pathlib.Path
+    moment: str, scheme: str, tmp_path: pathlib.Path
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(_SHARDED)
     place, deadline = tmp_path / "checkpoints", time.monotonic() + 90
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(pl.__file__).parents[1])}
-    with subprocess.Popen([sys.executable, str(script), str(place)], env=environment) as driver:
+    with subprocess.Popen([sys.executable, str(script), f"{scheme}{place}"], env=environment) as driver:
         while not (place / index.FILE_NAME).exists() or not list(place.glob(_MOMENTS[moment])):
             assert time.monotonic() < deadline
             assert driver.poll() is None
         driver.kill()
-    assert check(place) >= 2
+    assert check(f"{scheme}{place}") >= 2
     while list(place.glob(".*.tmp")):  # its workers may go on for a moment
         assert time.monotonic() < deadline
         files.remove_abandoned(place)
