@@ -24,26 +24,24 @@ class CheckpointChoice:
     """With what it has saved since its Trainer was made."""
     loggers: Sequence[Logger]
     root_dir: str
-    is_whole: bool
-    """As `files.read` has it: workers that shard read a sharded checkpoint's parts themselves."""
 
     def read(
         self, path: str | os.PathLike[str] | None, weights_only: bool | None, *, is_best_default: bool = False
     ) -> dict[str, Any] | None:
-        """The checkpoint of a path, "best" or "last"; of None the best of the last fit where that is the default.
-        ConfigError: the word stands for nothing here."""
+        """The checkpoint of a path, "best" or "last"; of None the best of the last fit where that is the default. The
+        parts of a sharded one are left to the workers. ConfigError: the word stands for nothing here."""
         allow_pickle = weights_only is False
         if path is None:
             path = (self.saved.best_model_path or None) if is_best_default and self.saved is not None else None
         elif path in ("best", "last"):
             path = self._named(path, allow_pickle)
-        return None if path is None else files.read(path, allow_pickle=allow_pickle, is_whole=self.is_whole)
+        return None if path is None else files.read(path, allow_pickle=allow_pickle, is_whole=False)
 
     def newest_run(self, weights_only: bool | None) -> dict[str, Any] | None:
         """What resume="auto" continues: the newest checkpoint, in the log directory of its run. Says which, or that
         there is none."""
         earlier = self._earlier
-        found = earlier.newest_usable(allow_pickle=weights_only is False, is_whole=self.is_whole)
+        found = earlier.newest_usable(allow_pickle=weights_only is False, is_whole=False)
         if found is None:
             _say(f"no checkpoint of an earlier run is in {earlier.described()}: a new run begins")
             return None

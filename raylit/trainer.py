@@ -279,7 +279,6 @@ class Trainer(Outcome):
             saved=self.checkpoint_callback,
             loggers=self.loggers,
             root_dir=self.default_root_dir,
-            is_whole=not self._plan.strategy.is_sharding,
         )
 
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
@@ -387,4 +386,5 @@ class Trainer(Outcome):
             if left_out:
                 warnings.warn(f"not brought back from the workers, as they cannot be pickled: {left_out}", stacklevel=4)
         if finished.state_dict:
-            handback.apply_weights(finished.state_dict, job.module)
+            is_sharding = self._plan.strategy.is_sharding
+            handback.apply_weights(finished.state_dict, job.module, is_adopting=is_sharding)

@@ -48,6 +48,7 @@ from raylit.messages import (
 from raylit.plan import Plan
 from raylit.state import RunState, Stage
 from raylit.torch_settings import TorchSettings
+from raylit.worker import handback
 from raylit.worker.context import Job
 
 
@@ -81,8 +82,8 @@ class Coordinator:
         self._saves = Saves(self, self._log_writer)
         self._notified: DriverCallback | None = None
         """The callback in one of whose hooks we are."""
-        self._pieces: dict[str, Any] = {}
-        """Of the weights, at the end, from workers that each have a part."""
+        self._returned = handback.Returned(job.module)
+        """The weights, at the end, from workers that each have a part."""
         self._profiles: list[Profile] = []
         self.finished: Finished | None = None
         """What the workers have handed back at the end of the run; of an interrupted one, too."""
@@ -211,7 +212,7 @@ class Coordinator:
     def _finish(self) -> None:
         finished = self._one(Finish(interruption=self._interrupts.pending))
         assert isinstance(finished, Finished)
-        self.finished = replace(finished, state_dict={**finished.state_dict, **self._pieces})
+        self.finished = replace(finished, state_dict=self._returned.state_dict or finished.state_dict)
 
     def _brake(self) -> None:
         if self._group is not None:
@@ -364,8 +365,7 @@ class Coordinator:
                 state.summary = report.summary
                 self._schedule.set_sizes(state, report)
             case Weights():
-                # Out of the object store, which has room for a few pieces.
-                self._pieces.update({name: value.clone() for name, value in report.state_dict.items()})
+                self._returned.take(report.state_dict)
             case LogCall():
                 self._log_writer.take(report)
             case Reloaded():

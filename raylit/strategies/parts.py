@@ -6,10 +6,10 @@ the parts' names are where they stand in it.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Reader = Callable[[Mapping[str, Tensor]], None]
 """Reads parts into targets by the parts' names: plain tensors get the whole, sharded ones their share."""
@@ -47,6 +47,31 @@ def placeholders(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 def filled(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
     """The value with `tensors` in the place of placeholders."""
     return _mapped(value, where, lambda tensor, place: tensors[place] if tensor.is_meta else tensor)
+
+
+def read_in_place(state_dict: Mapping[str, Any], own: Mapping[str, Any], where: str, *, read: Reader) -> dict[str, Any]:
+    """A state dict with `own` tensors in the place of placeholders, for which they are read into these."""
+    targets = {
+        name: tensor if is_fit(tensor := own[name], value.shape) else torch.empty(value.shape, dtype=value.dtype)
+        for name, value in state_dict.items()
+        if isinstance(value, Tensor) and value.is_meta
+    }
+    read({f"{where}.{name}": target.detach() for name, target in targets.items()})
+    return {**state_dict, **targets}
+
+
+def is_fit(tensor: Any, shape: torch.Size) -> TypeGuard[Tensor]:
+    """A tensor with memory for numbers of that shape."""
+    return (
+        isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor) and not tensor.is_meta and tensor.shape == shape
+    )
+
+
+def read_anew(value: Any, where: str, *, read: Reader) -> Any:
+    """The value with new tensors in the place of placeholders."""
+    targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in placeholders(value, where)}
+    read(targets)
+    return filled(value, where, targets)
 
 
 def _mapped(value: Any, where: str, change: Callable[[Tensor, str], Tensor]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylit.strategies.base import PendingGradients, TrainingStep
-from raylit.strategies.parts import Reader
+from raylit.strategies.parts import Reader, read_anew, read_in_place
 
 
 class Single:
@@ -81,10 +81,13 @@ class Single:
         return iter(())
 
     def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
-        module.load_state_dict(state_dict)
+        own = module.state_dict()
+        module.load_state_dict(state_dict if read is None else read_in_place(state_dict, own, "state_dict", read=read))
 
     def load_optimizer_states(
         self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, read: Reader | None
     ) -> None:
+        if read is not None:
+            states = read_anew(list(states), "optimizer_states", read=read)
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import Callback
+from raylit.strategies.parts import is_fit
 from raylit.worker.shared_memory import SharedMemory
 
 _NN_INTERNAL = frozenset(nn.Module().__dict__)
@@ -70,10 +71,35 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
     return attributes.left_out
 
 
-def apply_weights(state_dict: Mapping[str, Any], module: nn.Module) -> None:
+class Returned:
+    """Weights that come back in pieces. What the driver's module has memory for goes there at once, so that there is
+    never a second copy of it; a run that fails while they come leaves it with some of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own: dict[str, Any] | None = None
+        self.state_dict: dict[str, Tensor] = {}
+        """All that has come so far: the module's own tensors, and others with memory of their own."""
+
+    def take(self, piece: Mapping[str, Tensor]) -> None:
+        if self._own is None:
+            self._own = self._module.state_dict(keep_vars=True)
+        for name, trained in piece.items():
+            own = self._own.get(name)
+            if not is_fit(own, trained.shape) or own.device.type != "cpu":
+                self.state_dict[name] = trained.clone()
+                continue
+            if own.dtype == trained.dtype:
+                own.data.copy_(trained)
+            else:
+                own.data = trained.clone()
+            self.state_dict[name] = own.detach()
+
+
+def apply_weights(state_dict: Mapping[str, Any], module: nn.Module, *, is_adopting: bool = False) -> None:
     """Load what was trained into the driver's own tensors, in the precision that it was trained in. Those on the meta
-    device come to the CPU with it."""
-    _materialize(module)
+    device come to the CPU with it; `is_adopting`: by taking the state dict's memory for theirs."""
+    _materialize(module, state_dict if is_adopting else {})
     for name, tensor in module.state_dict(keep_vars=True).items():
         trained = state_dict.get(name)
         if isinstance(tensor, Tensor) and isinstance(trained, Tensor) and tensor.dtype != trained.dtype:
@@ -81,15 +107,15 @@ def apply_weights(state_dict: Mapping[str, Any], module: nn.Module) -> None:
     module.load_state_dict(state_dict)
 
 
-def _materialize(module: nn.Module) -> None:
+def _materialize(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for part in module.modules():
+    for prefix, part in module.named_modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if parameter not in made:
-                    made[parameter] = nn.Parameter(
-                        torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad
-                    )
+                    trained = state_dict.get(f"{prefix}.{name}" if prefix else name)
+                    data = trained if is_fit(trained, parameter.shape) else torch.empty_like(parameter, device="cpu")
+                    made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
                 part._parameters[name] = made[parameter]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from raylit.callbacks.base import Callback
 from raylit.checkpoint import directory as directories
 from raylit.checkpoint import files, format
 from raylit.checkpoint.held import HeldCheckpoint
@@ -13,9 +14,11 @@ from raylit.checkpoint.held_part import HeldPart
 from raylit.checkpoint.host_copy import HostCopy
 from raylit.errors import CheckpointError
 from raylit.messages import Save, Saved
+from raylit.module import LightningModule
 from raylit.places import is_url
 from raylit.rebuild import check_weights
 from raylit.strategies.parts import Reader
+from raylit.worker.hooks import is_overridden
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.saving_parts import write_in_parts
 from raylit.worker.session import Session
@@ -108,6 +111,8 @@ class Saving:
     def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
+        if not session.strategy.is_sharding and self._is_looked_into():
+            checkpoint = directories.whole(checkpoint)
         session.module.on_load_checkpoint(checkpoint)
         read = self._reader(checkpoint)
         check_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
@@ -147,6 +152,13 @@ class Saving:
 
     def _saved_optimizers(self, is_weights_only: bool) -> list[Any]:
         return [] if is_weights_only else self._optimizers
+
+    def _is_looked_into(self) -> bool:
+        """Hooks see the checkpoint before it is loaded, and may expect all of it."""
+        job = self._session.job
+        return is_overridden("on_load_checkpoint", job.module, LightningModule) or any(
+            is_overridden("on_load_checkpoint", callback, Callback) for callback in job.callbacks
+        )
 
     def _reader(self, checkpoint: dict[str, Any]) -> Reader | None:
         """Of what the checkpoint has placeholders for. Checks this rank's share of the files where they are near."""

@@ -15,6 +15,7 @@ import raylit as pl
 from raylit.checkpoint import files
 from raylit.checkpoint.index import newest_usable
 from raylit.strategies.fsdp import FSDP
+from raylit.worker import handback
 
 WIDTH = 72
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -426,6 +427,84 @@ def test_only_the_best_directories_are_kept(tmp_path):
     fit(Deep(), max_epochs=3, callbacks=[callback])
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
     assert files.read(callback.best_model_path)["global_step"] > 0
+
+
+class Looking(Deep):
+    def on_load_checkpoint(self, checkpoint):
+        self.looked_at = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_hook_sees_the_whole_of_what_workers_without_shards_load(interrupted, num_workers):
+    directory, expected = interrupted
+    trainer = pl.Trainer(num_workers=num_workers, logger=False, enable_progress_bar=False)
+    for model in (Deep(), Looking()):
+        trainer.validate(model, loader(20), ckpt_path=saved_at(directory, 6), verbose=False)
+        assert_same_weights(weights_of(model), expected, rtol=0, atol=0)
+    assert_same_weights(model.looked_at, expected, rtol=0, atol=0)
+
+
+class Counted:
+    """The most that the driver has held beyond what it had before it read the checkpoint."""
+
+    def __enter__(self):
+        self._is_over, self._most, self._before = threading.Event(), [], private_mb()
+        self._sampler = threading.Thread(target=self._sample)
+        self._sampler.start()
+        return self
+
+    def _sample(self):
+        while not self._is_over.wait(0.002):
+            self._most.append(private_mb())
+
+    def __exit__(self, *error):
+        self._is_over.set()
+        self._sampler.join()
+        self.num_mb = max(self._most) - self._before
+
+
+class Wide(Large):
+    """Measures nothing in its worker."""
+
+    def on_fit_end(self): ...
+
+    def teardown(self, stage): ...
+
+
+@pytest.mark.slow
+def test_the_driver_holds_the_model_once_at_the_most(tmp_path):
+    arguments = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
+    fit(Wide(), **arguments)
+    model, saving = Wide(), pl.ModelCheckpoint(tmp_path)
+    with Counted() as counted:
+        fit(model, callbacks=[saving], **arguments)
+    assert counted.num_mb < 192 + 80
+    assert_same_weights(weights_of(model), files.read(saving.best_model_path)["state_dict"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_the_driver_has_no_part_of_what_workers_load(tmp_path):
+    arguments = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
+    model, saving = Wide(optimizer="AdamW"), pl.ModelCheckpoint(tmp_path)
+    strategy = pl.FSDPStrategy(gather_weights=False)
+    fit(model, strategy=strategy, callbacks=[saving], **arguments)
+    with Counted() as counted:
+        fit(model, strategy=strategy, ckpt_path=saving.best_model_path, **{**arguments, "max_epochs": 2})
+    assert counted.num_mb < 80, "of 576 MB"
+
+
+@pytest.mark.parametrize("has_grown", [False, True])
+def test_weights_come_back_into_the_memory_that_is_there(has_grown):
+    module, trained = nn.Linear(3, 2), {name: value + 1 for name, value in nn.Linear(3, 2).state_dict().items()}
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    returned = handback.Returned(module)
+    for name, value in trained.items():
+        returned.take({name: value})
+    if has_grown:
+        module.weight, module.bias = nn.Parameter(module.weight.to("meta")), nn.Parameter(module.bias.to("meta"))
+    handback.apply_weights(returned.state_dict, module, is_adopting=True)
+    assert_same_weights(module.state_dict(), trained, rtol=0, atol=0)
+    assert [parameter.data_ptr() for parameter in module.parameters()] == places
 
 
 class SavingItself(Deep):
