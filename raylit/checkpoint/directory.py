@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def reader(checkpoint: Mapping[str, Any]) -> parts.Reader | None:
     # A second of imports that only sharded checkpoints need.
     from raylit.checkpoint import part_files
 
-    return partial(part_files.read, place=place, checksums=checksums_of(checkpoint))
+    return part_files.PartReader(place, checksums_of(checkpoint))
 
 
 def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raylit.checkpoint import files
-from raylit.checkpoint.image import PartImage
+from raylit.checkpoint.part_image import PartImage
 from raylit.messages import Chunk, Part
 
 
@@ -71,9 +70,6 @@ class HeldPart:
         image = self._laid_out()
         with self._lock:
             if self._part is None:
-                crc = 0
-                for chunk in image.chunks():
-                    crc = zlib.crc32(chunk, crc)
                 chunks = [
                     Chunk(
                         name=shard.name,
@@ -86,7 +82,7 @@ class HeldPart:
                     )
                     for shard, (start, num_bytes) in zip(self._shards, image.places, strict=True)
                 ]
-                self._part = Part(rank=self._rank, num_bytes=image.num_bytes, crc=crc, chunks=tuple(chunks))
+                self._part = Part(rank=self._rank, num_bytes=image.num_bytes, crc=image.crc, chunks=tuple(chunks))
             return self._part
 
     def release(self) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -47,6 +47,10 @@ class Image:
         """To an existing, empty file, and down to the disk."""
         write_through(self._parts, path)
 
+    def parts(self) -> Iterator[memoryview]:
+        """All the bytes, from the first to the last."""
+        return iter(self._parts)
+
     @property
     def num_pieces(self) -> int:
         return -(-self.num_bytes // PIECE_BYTES)
@@ -63,30 +67,6 @@ class Image:
             num_filled += len(part)
             number += 1
         return piece
-
-
-class PartImage(Image):
-    """Of a file with tensors one after the other, each in torch's format: as torch.distributed.checkpoint has it."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._checkpoint = tensors
-        self._parts = []
-        self.places: list[tuple[int, int]] = []
-        """Where in the file each tensor begins, and how many bytes it has there."""
-        self.num_bytes = 0
-        for tensor in tensors:
-            # As the image of one that is so large counts on: the disk takes it from where it lies.
-            if filling := -self.num_bytes % BLOCK_BYTES if tensor.nbytes >= MIN_DIRECT_BYTES else 0:
-                self._parts.append(memoryview(bytes(filling)))
-            image = Image(tensor)
-            self._parts += image._parts
-            self.places.append((self.num_bytes + filling, image.num_bytes))
-            self.num_bytes += filling + image.num_bytes
-        self._starts = list(accumulate((len(part) for part in self._parts), initial=0))[:-1]
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The whole file, from its start to its end."""
-        return iter(self._parts)
 
 
 class _Recorder:

@@ -5,8 +5,9 @@ Imported only where there are any: torch takes a while for it.
 
 import io
 import pickle
-import zlib
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,33 +74,42 @@ def metadata_of(parts: Sequence[Part]) -> bytes:
     return pickle.dumps(metadata)
 
 
-def read(targets: Mapping[str, Tensor], *, place: str, checksums: Checksums) -> None:
-    """Into the targets: plain tensors get the whole, sharded ones their share, over however many ranks it is.
+class PartReader:
+    """Reads parts from a directory, at a path or a URL, over however many ranks they are.
 
-    `checksums`: of the files, by their names in the directory `place`. At a URL each file that something is needed of
-    is fetched and checked, one at a time. DamagedCheckpoint: one of these is not as it was written.
+    At a URL each file that something is needed of is fetched and checked, one at a time; the last one stays for the
+    next call, as it often has all that a rank needs.
     """
-    if not targets:
-        return
-    # What torch's own `load` does, without its words of other ranks, and without its wrapping of errors.
-    reader, planner = _reader(place, checksums), dcp.DefaultLoadPlanner()
-    try:
-        metadata = reader.read_metadata()
-        planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        reader.read_data(planner.create_local_plan(), planner)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"cannot read the parts of the checkpoint {place}: {error}") from error
 
+    def __init__(self, place: str, checksums: Checksums) -> None:
+        """`checksums`: of the files, by their paths from `place` on."""
+        self._place = place
+        [metadata] = [name for name in checksums if name.rpartition("/")[2] == METADATA]
+        parent = metadata.rpartition("/")[0]
+        if is_url(place):
+            names = {name.rpartition("/")[2]: checksum for name, checksum in checksums.items()}
+            self._reader: _SafeReader = _Fetching(joined(place, parent), names)
+        else:
+            self._reader = _SafeReader(Path(place) / parent)
 
-def _reader(place: str, checksums: Checksums) -> "_SafeReader":
-    [metadata] = [name for name in checksums if name.rpartition("/")[2] == METADATA]
-    subdirectory = metadata.rpartition("/")[0]
-    if not is_url(place):
-        return _SafeReader(Path(place) / subdirectory)
-    return _Fetching(joined(place, subdirectory), {name.rpartition("/")[2]: it for name, it in checksums.items()})
+    def __call__(self, targets: Mapping[str, Tensor]) -> None:
+        """Into the targets: plain tensors get the whole, sharded ones their share.
+
+        CheckpointError: that is not possible; DamagedCheckpoint: what was fetched is not as it was written.
+        """
+        if not targets:
+            return
+        # What torch's own `load` does, without its words of other ranks, and without its wrapping of errors.
+        planner = dcp.DefaultLoadPlanner()
+        try:
+            metadata = self._reader.read_metadata()
+            planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            self._reader.read_data(planner.create_local_plan(), planner)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"cannot read the parts of the checkpoint {self._place}: {error}") from error
 
 
 class _SafeReader(dcp.FileSystemReader):
@@ -117,33 +127,44 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 class _Fetching(_SafeReader):
-    """From a URL, by a copy of one file at a time in a temporary directory."""
+    """From a URL, by a copy in a temporary directory."""
 
     def __init__(self, url: str, checksums: Checksums) -> None:
         super().__init__(Path())
         self._url = url
         self._checksums = checksums
+        self._copies = ExitStack()
+        """Of the copy that there is."""
+        weakref.finalize(self, self._copies.close)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_file.items():
-            with remote.downloaded(joined(self._url, name)) as copy:
-                if wrong := damage_of(str(copy), self._checksums[name]):
-                    raise DamagedCheckpoint(f"{self._url} is damaged: {name} {wrong}. Use the checkpoint before it")
-                self.path = copy.parent
-                super().read_data(replace(plan, items=items), planner)
+            self._fetch(name)
+            super().read_data(replace(plan, items=items), planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def _metadata(self) -> bytes:
         with remote.downloaded(joined(self._url, METADATA)) as copy:
-            content = copy.read_bytes()
-        if (len(content), zlib.crc32(content)) != self._checksums[METADATA]:
-            raise DamagedCheckpoint(f"{self._url} is damaged: {METADATA} is not as it was written")
-        return content
+            self._check(copy)
+            return copy.read_bytes()
+
+    def _fetch(self, name: str) -> None:
+        if (Path(self.path) / name).exists():
+            return
+        self._copies.close()
+        copy = self._copies.enter_context(remote.downloaded(joined(self._url, name)))
+        self._check(copy)
+        self.path = copy.parent
+
+    def _check(self, copy: Path) -> None:
+        if wrong := damage_of(str(copy), self._checksums[copy.name]):
+            self._copies.close()
+            raise DamagedCheckpoint(f"{self._url} is damaged: {copy.name} {wrong}. Use the checkpoint before it")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
