@@ -29,9 +29,8 @@ def records(read: Callable[[int, int], bytes], size_bytes: int) -> list[Record]:
     `read(start, size)`: bytes of the archive, which has no comment, and whose records are not compressed and followed
     by a descriptor: it has been written in one go.
     """
-    num_entries, directory_bytes, directory_start = struct.unpack(
-        "<10xHLL2x", read(size_bytes - _END_BYTES, _END_BYTES)
-    )
+    end = read(size_bytes - _END_BYTES, _END_BYTES)
+    num_entries, directory_bytes, directory_start = struct.unpack("<10xHLL2x", end)
     locator_start = size_bytes - _END_BYTES - _LOCATOR_BYTES
     if _IS_LARGE in (directory_bytes, directory_start) or num_entries == 0xFFFF:
         (large_end,) = struct.unpack("<8xQ4x", read(locator_start, _LOCATOR_BYTES))

@@ -24,11 +24,11 @@ class Crc32:
     def __init__(self) -> None:
         self._folded: NDArray[np.uint8] | None = None
 
-    def of(self, data: NDArray[np.uint8]) -> int:
-        """The same number as `zlib.crc32(data)`; `data` is one-dimensional and contiguous."""
-        return zlib.crc32(data) if len(data) < _MIN_BYTES else self._of_large(data)
+    def of(self, data: NDArray[np.uint8], before: int = 0) -> int:
+        """The same number as `zlib.crc32(data, before)`; `data` is one-dimensional and contiguous."""
+        return zlib.crc32(data.data, before) if len(data) < _MIN_BYTES else self._of_large(data, before)
 
-    def _of_large(self, data: NDArray[np.uint8]) -> int:
+    def _of_large(self, data: NDArray[np.uint8], before: int) -> int:
         if self._folded is None:
             self._folded = np.empty(_LENGTH + _NUM_STRETCHES * _DISTANCE, np.uint8)
         folded, end, place = self._folded, len(data) - _LENGTH, _LENGTH
@@ -41,12 +41,13 @@ class Crc32:
             stretch = folded[place : place + size]
             _add(data[start : start + size], folded[place - _LENGTH :][:size], out=stretch)
             if start == 0:
-                stretch[:4] ^= 0xFF  # how a CRC-32 begins
+                # How a CRC-32 begins, or goes on.
+                stretch[:4] ^= np.frombuffer((before ^ 0xFFFFFFFF).to_bytes(4, "little"), np.uint8)
             _add(stretch, folded[place - _DISTANCE :][:size], out=stretch)
             place += size
         rest = data[end:] ^ folded[place - _LENGTH : place]
         rest[:_DISTANCE] ^= folded[place - _DISTANCE : place]
-        return zlib.crc32(rest, 0xFFFFFFFF)  # which has begun already
+        return zlib.crc32(rest.data, 0xFFFFFFFF)  # which has begun already
 
 
 _add: Any = np.bitwise_xor

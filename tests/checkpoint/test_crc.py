@@ -18,6 +18,7 @@ def test_the_number_is_zlibs_whatever_the_size() -> None:
     sizes = (0, 1, 1_000, 1_042_879, 1_042_880, 1_042_881, 1_260_000, 2_000_001, 5_999_999)
     for size in sizes:
         assert crc.of(data[:size]) == zlib.crc32(data[:size]), size
+        assert crc.of(data[:size], 123_456_789) == zlib.crc32(data[:size], 123_456_789), size
 
 
 def test_every_bit_counts() -> None:
