@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ MIN_DIRECT_BYTES = 2**20
 _CHUNK_BYTES = 16 * 2**20
 
 
-def write_through(parts: Sequence[memoryview], path: str | os.PathLike[str]) -> None:
+def write_through(parts: Iterable[memoryview], path: str | os.PathLike[str]) -> None:
     """Write the parts one after the other to an existing file, and down to the disk.
 
     Large aligned ones are not copied to the page cache on their way: with 400 MB that takes 0.1 to 0.7 s of a

@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,11 @@ from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES
 
 _ALIGNMENT = 64
 """Of what is small."""
+_STRETCH_BYTES = 4 * 2**20
+"""Threads take turns in what is to be copied."""
+_MIN_BYTES_OF_THREAD = 32 * 2**20
+_MAX_THREADS = 8
+"""Memory is not faster with more."""
 
 
 class HostCopy:
@@ -29,8 +35,8 @@ class HostCopy:
         """The checkpoint with its tensors in this memory, whatever device they were on; views of one storage stay views
         of one, so that the file is the same. Overwrites the copy taken before. Waits for the device.
 
-        `checkpoint` is as `format.plain` leaves it. Copying into fresh memory takes four times as long as into memory
-        that has been in use: 0.12 s instead of 0.03 s for 400 MB.
+        `checkpoint` is as `format.plain` leaves it. Copying into fresh memory takes twice as long as into memory that
+        has been in use: 63 instead of 29 ms of a core for 400 MB.
         """
         storages: dict[int, torch.UntypedStorage] = {}
         _map_tensors(checkpoint, lambda tensor: _note(tensor, storages))
@@ -42,11 +48,16 @@ class HostCopy:
             num_bytes = starts[key] + storage.nbytes()
         is_on_device = any(storage.device.type != "cpu" for storage in storages.values())
         memory = self._prepared(num_bytes, is_pinned=is_on_device)
-        copies = {}
+        copies, here = {}, []
         for key, storage in storages.items():
-            place = torch.from_numpy(memory[starts[key] : starts[key] + storage.nbytes()])
-            place.copy_(_bytes_of(storage), non_blocking=True)
-            copies[key] = place.untyped_storage()
+            place = memory[starts[key] : starts[key] + storage.nbytes()]
+            copy = torch.from_numpy(place)
+            if storage.device.type == "cpu":
+                here.append((place, _bytes_of(storage).numpy()))
+            else:
+                copy.copy_(_bytes_of(storage), non_blocking=True)
+            copies[key] = copy.untyped_storage()
+        _copy(here)
         if is_on_device:
             torch.cuda.synchronize()
         return _map_tensors(checkpoint, lambda tensor: _copied(tensor, copies))
@@ -65,8 +76,34 @@ class HostCopy:
                 # Not from malloc: what is freed is the system's again, and can be lent to it.
                 private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
                 self._mapping = mmap.mmap(-1, max(num_bytes, 1), **private)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    # Copying to it, lending it and writing from it then take half as long.
+                    self._mapping.madvise(mmap.MADV_HUGEPAGE)
                 self._memory = np.frombuffer(self._mapping, dtype=np.uint8)
         return self._memory
+
+
+def _copy(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
+    """Each second into the first, in as many threads as torch may use: one alone does not use all of the memory's
+    speed."""
+    stretches = [
+        (place[start : start + _STRETCH_BYTES], source[start : start + _STRETCH_BYTES])
+        for place, source in pairs
+        for start in range(0, len(place), _STRETCH_BYTES)
+    ]
+    num_bytes = sum(len(place) for place, _ in pairs)
+    num_threads = min(torch.get_num_threads(), 1 + num_bytes // _MIN_BYTES_OF_THREAD, _MAX_THREADS)
+
+    def copy(first: int) -> None:
+        for place, source in stretches[first::num_threads]:
+            np.copyto(place, source)
+
+    others = [threading.Thread(target=copy, args=(number,), daemon=True) for number in range(1, num_threads)]
+    for thread in others:
+        thread.start()
+    copy(0)
+    for thread in others:
+        thread.join()
 
 
 def _note(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:

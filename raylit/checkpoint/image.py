@@ -1,6 +1,7 @@
 """Image: a checkpoint's file as it will be, laid out in memory without a copy of the tensors. Both sides."""
 
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -11,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.serialization import config
 
+from raylit.checkpoint.archive import Record, records
+from raylit.checkpoint.crc import Crc32
 from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES, write_through
 
 PIECE_BYTES = 16 * 2**20
@@ -20,7 +23,7 @@ PIECE_BYTES = 16 * 2**20
 class Image:
     """The bytes of torch's format, with their checksums: headers of its own, and tensors' numbers where they lie.
 
-    The tensors must live, and stay as they are, as long as it is read.
+    The tensors must live, and stay as they are, as long as it is read. Checksums are made while it is read.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any] | torch.Tensor) -> None:
@@ -31,21 +34,26 @@ class Image:
         is_aligned = sum(places.values()) >= MIN_DIRECT_BYTES * len(places) > 0
         alignment = BLOCK_BYTES if is_aligned else 64
         patched: Any = config.patch  # type: ignore[attr-defined]
-        # torch.load checks no checksums; `files.read` does, so they have to be there whatever the user has set.
+        # torch's own, at zlib's speed, would be made all at once.
         has_checksums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(True)
+        torch.serialization.set_crc32_options(False)
         try:
             with patched({"save.storage_alignment": alignment}):
                 torch.save(dict(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint, recorder)
         finally:
             torch.serialization.set_crc32_options(has_checksums)
-        self._parts = recorder.parts()
+        self._parts: list[memoryview] = recorder.parts()
         self._starts = list(accumulate((len(part) for part in self._parts), initial=0))
         self.num_bytes = self._starts.pop()
+        unsealed = records(lambda start, size: b"".join(self._slices(start, size)), self.num_bytes)
+        self._unsealed = sorted(unsealed, key=lambda record: record.end, reverse=True)
+        """Records without their checksum, the first of them last."""
+        self._crc = Crc32()
+        self._lock = threading.Lock()
 
     def write_to(self, path: str | os.PathLike[str]) -> None:
         """To an existing, empty file, and down to the disk."""
-        write_through(self._parts, path)
+        write_through(self._sealed_parts(), path)
 
     def parts(self) -> Iterator[memoryview]:
         """All the bytes, from the first to the last."""
@@ -59,14 +67,42 @@ class Image:
         """A copy of the bytes from PIECE_BYTES * index on; the last is shorter."""
         start = PIECE_BYTES * index
         piece = np.empty(min(PIECE_BYTES, self.num_bytes - start), np.uint8)
-        number, num_filled = bisect_right(self._starts, start) - 1, 0
-        while num_filled < len(piece):
-            first = start + num_filled - self._starts[number]
-            part = self._parts[number][first : first + len(piece) - num_filled]
+        self._seal(start + len(piece))
+        num_filled = 0
+        for part in self._slices(start, len(piece)):
             piece[num_filled : num_filled + len(part)] = part
             num_filled += len(part)
-            number += 1
         return piece
+
+    def _sealed_parts(self) -> Iterator[memoryview]:
+        for start, part in zip(self._starts, self._parts, strict=True):
+            self._seal(start + len(part))
+            yield part
+
+    def _seal(self, end: int) -> None:
+        """Put in the checksums that stand before this place."""
+        with self._lock:
+            while self._unsealed and (record := self._unsealed[-1]).end <= end:
+                self._put_checksum(record)
+                self._unsealed.pop()
+
+    def _put_checksum(self, record: Record) -> None:
+        data = [*self._slices(record.start, record.end - record.start)]
+        whole = np.frombuffer(data[0] if len(data) == 1 else b"".join(data), dtype=np.uint8)
+        number = self._crc.of(whole).to_bytes(4, "little")
+        for place in record.checksums:
+            for offset, byte in enumerate(number):
+                [one] = self._slices(place + offset, 1)
+                one[0] = byte
+
+    def _slices(self, start: int, size: int) -> Iterator[memoryview]:
+        """These bytes of the image, where they lie."""
+        number = bisect_right(self._starts, start) - 1
+        while size > 0:
+            first = start - self._starts[number]
+            part = self._parts[number][first : first + size]
+            yield part
+            start, size, number = start + len(part), size - len(part), number + 1
 
 
 class _Recorder:
