@@ -53,11 +53,13 @@ class Image:
 
     def write_to(self, path: str | os.PathLike[str]) -> None:
         """To an existing, empty file, and down to the disk."""
-        write_through(self._sealed_parts(), path)
+        write_through(self.parts(), path)
 
     def parts(self) -> Iterator[memoryview]:
         """All the bytes, from the first to the last."""
-        return iter(self._parts)
+        for start, part in zip(self._starts, self._parts, strict=True):
+            self._seal(start + len(part))
+            yield part
 
     @property
     def num_pieces(self) -> int:
@@ -73,11 +75,6 @@ class Image:
             piece[num_filled : num_filled + len(part)] = part
             num_filled += len(part)
         return piece
-
-    def _sealed_parts(self) -> Iterator[memoryview]:
-        for start, part in zip(self._starts, self._parts, strict=True):
-            self._seal(start + len(part))
-            yield part
 
     def _seal(self, end: int) -> None:
         """Put in the checksums that stand before this place."""

@@ -1,7 +1,6 @@
 """PartImage: a file with tensors one after the other, laid out in memory without a copy of them. Both sides."""
 
 import os
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raylit.checkpoint.crc import Crc32
 from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES, write_through
 from raylit.checkpoint.image import PIECE_BYTES, Image
 
@@ -38,9 +38,9 @@ class PartImage:
     @cached_property
     def crc(self) -> int:
         """CRC-32 of the file."""
-        crc = 0
+        checksum, crc = Crc32(), 0
         for part in self._parts:
-            crc = zlib.crc32(part, crc)
+            crc = checksum.of(np.frombuffer(part, dtype=np.uint8), crc)
         return crc
 
     def write_to(self, path: str | os.PathLike[str]) -> None:
