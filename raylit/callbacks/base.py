@@ -108,12 +108,19 @@ class Run(Protocol):
         """Take the run as it stands now and write it to `path`, whole or not at all, and then what follows that.
 
         With `checkpoint_async` this returns once the state is copied, and the writing goes on beside the training;
-        `on_save_end` tells the callback of its end. A save that comes before that waits for it.
+        `on_save_end` tells the callback of its end. A save of a later moment that comes before that waits for it: at
+        most one state is on its way. Saves of the same moment share it, with the hooks' `on_save_checkpoint` of the
+        first; but whole ones and such of weights only wait for each other.
         """
         ...
 
-    def finish_saves(self) -> None:
-        """Wait until what was saved is written."""
+    def finish_saves(self, *, is_earlier_only: bool = False) -> None:
+        """Wait until what was saved is written; `is_earlier_only`: but for saves of this moment, which the next can
+        share."""
+        ...
+
+    def is_saving_to(self, path: str) -> bool:
+        """A file will be there, if it is not yet."""
         ...
 
 

@@ -116,7 +116,7 @@ class ModelCheckpoint(DriverCallback):
 
     @property
     def current_score(self) -> Tensor | None:
-        """Of the newest of the best files, 0-dim."""
+        """Of the newest of the best files."""
         return _tensor(self._current_score)
 
     @property
@@ -210,7 +210,7 @@ class ModelCheckpoint(DriverCallback):
         else:  # no rank among the best: the metric is of earlier weights
             run.finish_saves()
             self._before = self._standing
-            self._write(run, self._free_path(fields(run.state)), [])
+            self._write(run, self._free_path(run, fields(run.state)), [])
 
     def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
         if error is None:
@@ -287,28 +287,29 @@ class ModelCheckpoint(DriverCallback):
 
     def _save(self, run: Run, *, is_ranked: bool = True) -> None:
         """Save what is due; what has lost its place is removed once the file is there."""
-        run.finish_saves()  # what is due follows from how the one before it has ended
+        run.finish_saves(is_earlier_only=True)  # what is due follows from how this one's last has ended
         self._before = self._standing
         metrics = fields(run.state)
         path, losers, more = "", [self.last_model_path], list[str]()
         if self.save_last:  # named before anything is written, as the name is part of what is written
-            self.last_model_path = self._free_path(metrics, self.CHECKPOINT_NAME_LAST, reusable=self.last_model_path)
+            last = self.last_model_path
+            self.last_model_path = self._free_path(run, metrics, self.CHECKPOINT_NAME_LAST, reusable=last)
         if self._is_automatic:
-            path, more = self._place_automatically(metrics)
+            path, more = self._place_automatically(run, metrics)
         elif is_ranked and self.save_top_k != 0:
-            path, more = self._place_latest(metrics) if self.monitor is None else self._place_if_good(metrics)
+            path, more = (self._place_latest if self.monitor is None else self._place_if_good)(run, metrics)
         if path:
             self._write(run, path, losers + more)
         elif self.save_last and not self._is_linked():
             self._write(run, self.last_model_path, losers)
 
-    def _place_latest(self, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    def _place_latest(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
         """The path to write to, and the paths whose files go afterwards; so the next two."""
         previous = self.best_model_path
-        self.best_model_path = self._free_path(metrics, reusable=previous)
+        self.best_model_path = self._free_path(run, metrics, reusable=previous)
         return self.best_model_path, [previous] if self.save_top_k == 1 else []
 
-    def _place_if_good(self, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    def _place_if_good(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
         """An empty path: it is not good enough."""
         assert self.monitor is not None
         if self.monitor not in metrics:
@@ -318,14 +319,14 @@ class ModelCheckpoint(DriverCallback):
         if not self._best.admits(score):
             self._say(f"{self.monitor}={score:g} is not among the best {self.save_top_k}")
             return "", []
-        path = self._free_path(metrics, reusable=self._best.next_out)
+        path = self._free_path(run, metrics, reusable=self._best.next_out)
         losers = self._best.make_room()
         self._rank(path, score)
         return path, losers
 
-    def _place_automatically(self, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+    def _place_automatically(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
         losers = [self.newest_model_path]
-        path = self._free_path(metrics)
+        path = self._free_path(run, metrics)
         score = next((metrics[name] for name in _AUTOMATIC_MONITORS if name in metrics), None)
         # A score from before these weights has been offered before, and is not better than itself.
         if score is not None and self._best.admits(score):
@@ -374,14 +375,14 @@ class ModelCheckpoint(DriverCallback):
         return (*paths, dict(self._best.scores), self._current_score, self._step_saved)
 
     def _is_linked(self) -> bool:
-        is_wanted = self.save_last == "link" and self._linkable_path != ""
-        return is_wanted and files.link(self._linkable_path, self.last_model_path)
+        path = self._linkable_path
+        return self.save_last == "link" and path != "" and files.link(path, self.last_model_path)
 
-    def _free_path(self, metrics: Mapping[str, float], filename: str | None = None, *, reusable: str = "") -> str:
+    def _free_path(self, run: Run, metrics: Mapping[str, float], filename: str = "", *, reusable: str = "") -> str:
         """The file's path, with the first version that no file has yet; `reusable` may be overwritten."""
         path = self.format_checkpoint_name(metrics, filename)
         versions = itertools.count(self.STARTING_VERSION)
-        while self._enable_version_counter and path != reusable and files.exists(path):
+        while self._enable_version_counter and path != reusable and (run.is_saving_to(path) or files.exists(path)):
             path = self.format_checkpoint_name(metrics, filename, ver=next(versions))
         return path
 

@@ -62,9 +62,12 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
     return whole
 
 
-def set_others(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
-    """Put what ranks 1 and up have alone, in plain values, into a checkpoint merged from rank 0's part."""
+def complete(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]], callbacks: Mapping[str, Any]) -> None:
+    """Put what ranks 1 and up have alone, and the states of the driver's callbacks, both in plain values, into a
+    checkpoint merged from rank 0's part."""
     checkpoint["raylit"]["ranks"][1:] = others
+    if callbacks:
+        checkpoint["callbacks"] = {**checkpoint.get("callbacks", {}), **callbacks}
 
 
 def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raylit.checkpoint import files, format
 from raylit.checkpoint.checksums import METADATA, name_of_part
-from raylit.checkpoint.image import Image
+from raylit.checkpoint.image import Image, Known
 from raylit.messages import Part
 
 
@@ -22,13 +22,16 @@ class HeldCheckpoint:
         """`checkpoint`: merged, with what rank 0 has alone. `on_release`: its memory is free again."""
         self._checkpoint = checkpoint
         self._image: Image | None = None
+        self._known: Known = {}
         self._on_release = on_release
         self._lock = threading.Lock()
 
-    def complete(self, others: list[dict[str, Any]]) -> None:
-        """Before the ways out: `others` is what each rank but the first has alone."""
+    def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
+        """Before the ways out, and again for another file of the same state: `others` is what each rank but the first
+        has alone, `callbacks` the states of the driver's."""
         with self._lock:
-            format.set_others(self._checkpoint, others)
+            format.complete(self._checkpoint, others, callbacks)
+            self._image = None
 
     def add_parts(self, parts: Sequence[Part], *, subdirectory: str) -> bytes:
         """Before the ways out, where each rank has written a part into that subdirectory, or anew into another one.
@@ -71,5 +74,5 @@ class HeldCheckpoint:
     def _laid_out(self) -> Image:
         with self._lock:
             if self._image is None:
-                self._image = Image(self._checkpoint)
+                self._image = Image(self._checkpoint, known=self._known)
             return self._image

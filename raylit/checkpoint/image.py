@@ -20,15 +20,21 @@ PIECE_BYTES = 16 * 2**20
 """How much of a file travels at once."""
 
 
+Known = dict[tuple[int, int], int]
+"""Checksums of tensors that stay as they are, by address and size of their memory."""
+
+
 class Image:
     """The bytes of torch's format, with their checksums: headers of its own, and tensors' numbers where they lie.
 
     The tensors must live, and stay as they are, as long as it is read. Checksums are made while it is read.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Any] | torch.Tensor) -> None:
+    def __init__(self, checkpoint: Mapping[str, Any] | torch.Tensor, *, known: Known | None = None) -> None:
+        """`known`: grows; for several images of the same tensors."""
         self._checkpoint: Any = checkpoint  # lives as long as the references to its tensors' memory
-        places = _places_of(checkpoint)
+        self._known = known
+        self._places = places = _places_of(checkpoint)
         recorder: Any = _Recorder(places)
         # So that the disk can take them from where they lie. A file of many small ones would be mostly filling.
         is_aligned = sum(places.values()) >= MIN_DIRECT_BYTES * len(places) > 0
@@ -86,9 +92,14 @@ class Image:
     def _put_checksum(self, record: Record) -> None:
         data = [*self._slices(record.start, record.end - record.start)]
         whole = np.frombuffer(data[0] if len(data) == 1 else b"".join(data), dtype=np.uint8)
-        number = self._crc.of(whole).to_bytes(4, "little")
+        key = (whole.ctypes.data, len(whole))
+        number = None if self._known is None else self._known.get(key)
+        if number is None:
+            number = self._crc.of(whole)
+            if self._known is not None and self._places.get(key[0]) == key[1]:
+                self._known[key] = number
         for place in record.checksums:
-            for offset, byte in enumerate(number):
+            for offset, byte in enumerate(number.to_bytes(4, "little")):
                 [one] = self._slices(place + offset, 1)
                 one[0] = byte
 

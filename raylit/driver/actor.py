@@ -136,9 +136,10 @@ class WorkerActor:
         except CheckpointError:
             return False
 
-    async def complete_held(self, others: list[dict[str, Any]]) -> None:
+    async def complete_held(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         """See HeldCheckpoint.complete; so the next one. Beside the training thread."""
-        await asyncio.to_thread(self._held("checkpoint").complete, unpacked(others, is_copying=True))
+        parts = unpacked(others, is_copying=True), unpacked(callbacks, is_copying=True)
+        await asyncio.to_thread(self._held("checkpoint").complete, *parts)
 
     async def add_parts(self, parts: list[Part], subdirectory: str) -> bytes:
         held = self._held("checkpoint")

@@ -36,7 +36,6 @@ from raylit.messages import (
     Reload,
     Reloaded,
     Report,
-    Save,
     Start,
     Started,
     Stepped,
@@ -80,6 +79,7 @@ class Coordinator:
         """The workers carry out a Train command."""
         self._written: list[Written] = []
         self._saves = Saves(self, self._log_writer)
+        self.is_saving_to = self._saves.is_making
         self._notified: DriverCallback | None = None
         """The callback in one of whose hooks we are."""
         self._returned = handback.Returned(job.module)
@@ -131,22 +131,20 @@ class Coordinator:
 
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
         assert self._group is not None
-        self.finish_saves()
+        self.finish_saves(is_earlier_only=True)
         states = {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
-        driver_part = {} if is_weights_only else {"callbacks": states, "seed": self.plan.seed}
-        command = Save(
-            is_weights_only=is_weights_only,
-            is_copying=self.plan.is_saving_async,
-            driver_part=format.plain(driver_part, "checkpoint"),
-        )
-        reports = [*self._run(command)]
-        holder = self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts)
-        self._saves.start(Order(path=path, by=self._notified, then=then), holder, reports)
+        states = format.plain({} if is_weights_only else states, "callbacks")
+        order = Order(path=path, by=self._notified, then=then, is_weights_only=is_weights_only, callbacks=states)
+        if self._saves.is_joined_by(order):
+            return
+        self.finish_saves()
+        reports = [*self._run(order.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
+        self._saves.start(order, self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts), reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
 
-    def finish_saves(self) -> None:
-        if self._saves.is_under_way:
+    def finish_saves(self, *, is_earlier_only: bool = False) -> None:
+        if self._saves.is_earlier_under_way if is_earlier_only else self._saves.is_under_way:
             with self._measured("write checkpoint"):
                 self._saves.finish()
 
@@ -321,6 +319,7 @@ class Coordinator:
     def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
+        self._saves.note_command()
         reports = self._group.run(command)
         if self._costs is not None:
             reports = self._costs.over("wait for workers", reports)

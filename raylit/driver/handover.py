@@ -36,10 +36,10 @@ class Handover:
         self._rank = rank
         self._ping_timeout_s = ping_timeout_s
 
-    def complete(self, others: list[dict[str, Any]]) -> None:
+    def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         """See HeldCheckpoint. CheckpointError: it did not work, or the actor has died; so the next ones."""
         with self._errors_of("the checkpoint"):
-            self._answer(self._actor.complete_held.remote(packed(others)))
+            self._answer(self._actor.complete_held.remote(packed(others), packed(callbacks)))
 
     def add_parts(self, parts: Sequence[Part], *, subdirectory: str) -> bytes:
         """See HeldCheckpoint."""
@@ -129,8 +129,8 @@ class PartsHandover:
             Handover(actor, what="part", rank=rank, ping_timeout_s=ping_timeout_s) for rank, actor in enumerate(actors)
         ]
 
-    def complete(self, others: list[dict[str, Any]]) -> None:
-        self._whole.complete(others)
+    def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
+        self._whole.complete(others, callbacks)
 
     def write(self, path: str) -> None:
         """Whole or not at all."""

@@ -3,7 +3,8 @@
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from raylit.callbacks.base import DriverCallback, Run
 from raylit.checkpoint.publication import Publication
 from raylit.driver.log_writer import LogWriter
 from raylit.errors import CheckpointError
-from raylit.messages import Report, Saved
+from raylit.messages import Report, Save, Saved
 
 _RETRY_AFTER_S = (0.5, 2.0)
 """A store may be out of reach for a moment, or another program make room on the disk."""
@@ -23,8 +24,9 @@ _NEVER_BETTER = (NotADirectoryError, IsADirectoryError, PermissionError)
 class Holder(Protocol):
     """Of a checkpoint that waits to be written. Called in a thread of its own."""
 
-    def complete(self, others: list[dict[str, Any]]) -> None:
-        """First: what each rank but the first has alone."""
+    def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
+        """First, and again before another `write`: what each rank but the first has alone, and the states of the
+        driver's callbacks."""
         ...
 
     def write(self, path: str) -> None:
@@ -47,15 +49,31 @@ class Order:
     path: str
     by: DriverCallback | None
     then: Publication | None
+    is_weights_only: bool
+    callbacks: dict[str, Any]
+    """The states of the driver's callbacks, in plain values."""
+
+    def command(self, *, is_copying: bool, seed: int) -> Save:
+        """For the workers to take the state. `seed`: of the order of samples."""
+        driver_part = {} if self.is_weights_only else {"callbacks": self.callbacks, "seed": seed}
+        return Save(is_weights_only=self.is_weights_only, is_copying=is_copying, driver_part=driver_part)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the files that it makes."""
+        return (self.path,) if self.then is None else (self.path, self.then.last)
 
 
 class Saves:
-    """All methods are for the coordinator's own thread; each save has another one."""
+    """All methods are for the coordinator's own thread. What is held in the workers is written in another one: for
+    everybody who asks at the same moment, and before the workers may go on to the next save."""
 
     def __init__(self, run: Run, log_writer: LogWriter) -> None:
         self._run = run
         self._log_writer = log_writer
         self._thread: _SaveThread | None = None
+        self._is_of_now = False
+        """The workers have done nothing since what the thread writes was taken."""
         self._newest = ""
         self._last_error: CheckpointError | None = None
 
@@ -65,11 +83,31 @@ class Saves:
         saved = sorted((it for it in reports if isinstance(it, Saved) and it.rank > 0), key=lambda it: it.rank)
         others = [report.of_rank for report in saved]
         self._thread = _SaveThread(order, holder, others)
+        self._is_of_now = True
         self._thread.start()
+
+    def is_joined_by(self, order: Order) -> bool:
+        """It is written, too, from what is held for one before it: the workers stand where they stood."""
+        thread = self._thread
+        is_same = self._is_of_now and thread is not None and thread.is_weights_only == order.is_weights_only
+        return is_same and thread is not None and thread.is_taking(order)
+
+    def note_command(self) -> None:
+        """The workers go on."""
+        self._is_of_now = False
 
     @property
     def is_under_way(self) -> bool:
         return self._thread is not None
+
+    @property
+    def is_earlier_under_way(self) -> bool:
+        """One of another moment."""
+        return self._thread is not None and not self._is_of_now
+
+    def is_making(self, path: str) -> bool:
+        """A file that may not be there yet."""
+        return self._thread is not None and any(path in order.paths for order in self._thread.orders)
 
     def finish(self) -> None:
         """Wait for the one under way, and tell of its end."""
@@ -78,21 +116,23 @@ class Saves:
         self.settle()
 
     def settle(self) -> None:
-        """Tell of the end of one that has ended: whoever has asked for it, then the loggers."""
+        """Tell of the end of those that have ended: whoever has asked for it, then the loggers."""
         thread = self._thread
-        if thread is None or thread.is_alive():
+        if thread is None:
             return
-        self._thread = None
-        order, error = thread.order, thread.error
-        if isinstance(error, CheckpointError):
-            self.note_failed(order.by, order.path, error)
-            return
-        if error is not None:
-            raise error
-        self._newest, self._last_error = order.path, None
-        if order.by is not None:
-            order.by.on_save_end(self._run, order.path, None)
-            self._log_writer.after_save_checkpoint(order.by)
+        if not thread.is_alive():
+            self._thread = None
+        while thread.ended:
+            order, error = thread.ended.popleft()
+            if isinstance(error, CheckpointError):
+                self.note_failed(order.by, order.path, error)
+                continue
+            if error is not None:
+                raise error
+            self._newest, self._last_error = order.path, None
+            if order.by is not None:
+                order.by.on_save_end(self._run, order.path, None)
+                self._log_writer.after_save_checkpoint(order.by)
 
     def note_failed(self, by: DriverCallback | None, path: str, error: CheckpointError) -> None:
         """Tell of one that has failed, or could not even begin; the warning once until one works again."""
@@ -115,33 +155,62 @@ class Saves:
 class _SaveThread(threading.Thread):
     def __init__(self, order: Order, holder: Holder, others: list[dict[str, Any]]) -> None:
         super().__init__(name="raylit-save", daemon=True)
-        self.order = order
-        self.error: BaseException | None = None
+        self.is_weights_only = order.is_weights_only
+        self.orders = [order]
+        self.ended: deque[tuple[Order, BaseException | None]] = deque()
+        """With what has gone wrong; whoever tells of them takes them out."""
+        self._num_ended = 0
         self._holder = holder
         self._others = others
-        self._is_written = False
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def is_taking(self, order: Order) -> bool:
+        """False: it has let go of what it has written the others from."""
+        with self._lock:
+            if not self._is_closed:
+                self.orders.append(order)
+            return not self._is_closed
 
     def run(self) -> None:
         try:
-            for pause_s in (*_RETRY_AFTER_S, None):
-                self.error = self._tried()
-                if self.error is None or pause_s is None or not _may_get_better(self.error):
-                    break
-                time.sleep(pause_s)
+            while (order := self._next()) is not None:
+                self.ended.append((order, self._carried_out(order)))
+                self._num_ended += 1
         finally:
             self._holder.release()
 
-    def _tried(self) -> BaseException | None:
-        try:
-            if not self._is_written:
-                self._holder.complete(self._others)
-                self._holder.write(self.order.path)
-                self._is_written = True
-            if self.order.then is not None:
-                self.order.then.carry_out()
-        except BaseException as error:  # told, or raised, where the run sees it
-            return error
-        return None
+    def _next(self) -> Order | None:
+        with self._lock:
+            self._is_closed = self._num_ended == len(self.orders)
+            return None if self._is_closed else self.orders[self._num_ended]
+
+    def _carried_out(self, order: Order) -> BaseException | None:
+        steps: list[Callable[[Order], None]] = [self._write, self._publish]
+        for pause_s in (*_RETRY_AFTER_S, None):
+            if (error := _error_of(steps, order)) is None or pause_s is None or not _may_get_better(error):
+                break
+            time.sleep(pause_s)
+        return error
+
+    def _write(self, order: Order) -> None:
+        self._holder.complete(self._others, order.callbacks)
+        self._holder.write(order.path)
+
+    def _publish(self, order: Order) -> None:
+        if order.then is not None:
+            order.then.carry_out()
+
+
+def _error_of(steps: list[Callable[[Order], None]], order: Order) -> BaseException | None:
+    """Take the steps that are left. The error is told, or raised, where the run sees it."""
+    try:
+        while steps:
+            steps[0](order)
+            del steps[0]
+    except BaseException as error:
+        return error
+    return None
 
 
 def _may_get_better(error: BaseException) -> bool:

@@ -87,7 +87,7 @@ class Saving:
             checkpoint = format.merge([own], {} if is_weights_only else {"seed": session.plan.seed})
             held = HeldCheckpoint(self._on_host(checkpoint), on_release=lambda: None)
             others = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked[1:]]
-            held.complete(others)
+            held.complete(others, {})
         if session.plan.strategy.is_saving_parts:
             parts = session.strategy.parts(session.module, self._saved_optimizers(is_weights_only))
             write_in_parts(path, held, parts, context=session.context, peers=session.peers)

@@ -82,6 +82,53 @@ def test_each_file_has_the_state_of_its_own_step(tmp_path: pathlib.Path) -> None
         assert torch.equal(momentum, momentum[0].expand_as(momentum))
 
 
+class Logged(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        pl_module.log("loss", float(trainer.global_step))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_what_is_due_at_one_moment_is_taken_once(is_async: bool, tmp_path: pathlib.Path) -> None:
+    """Each file is what it would be alone; names that are on their way are taken."""
+
+    class Counting(Large):
+        num_taken = 0
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            Counting.num_taken += 1
+
+    own, more = tmp_path / "own", tmp_path / "more"
+    savings = [
+        pl.ModelCheckpoint(own, "{step}", every_n_train_steps=2, save_top_k=-1, save_last=True),
+        pl.ModelCheckpoint(own, "{step}", monitor="loss", every_n_train_steps=2, save_top_k=-1, save_last=True),
+        pl.ModelCheckpoint(more, "{step}", every_n_train_steps=2, save_top_k=-1, save_weights_only=True, mode="max"),
+        pl.ModelCheckpoint(more, "other", every_n_train_steps=4),
+    ]
+    model = Counting()
+    trainer = pl.Trainer(
+        num_workers=0,
+        max_epochs=1,
+        callbacks=[Logged(), *savings],
+        checkpoint_async=is_async,
+        logger=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, loader(4))
+    names = {path.name for path in own.glob("*.ckpt")}
+    assert names == {f"{name}{version}.ckpt" for name in ("step=2", "step=4", "last") for version in ("", "-v1")}
+    assert {path.name for path in more.glob("*.ckpt")} == {"step=2.ckpt", "step=4.ckpt", "other.ckpt"}
+    for step in (2, 4):
+        for path in (own / f"step={step}.ckpt", own / f"step={step}-v1.ckpt", more / f"step={step}.ckpt"):
+            table = files.read(path)["state_dict"]["table"]
+            assert torch.equal(table, model.seen[step][0].expand_as(table))
+    first, second = (files.read(own / f"step=4{version}.ckpt")["callbacks"] for version in ("", "-v1"))
+    assert first[savings[0].state_key] == second[savings[0].state_key]
+    assert first[savings[1].state_key]["newest_model_path"] == str(own / "last-v1.ckpt")
+    assert second[savings[1].state_key]["best_k_models"].keys() > first[savings[1].state_key]["best_k_models"].keys()
+    assert 5 <= Counting.num_taken < 7 if is_async else Counting.num_taken == 7
+    assert [saving.newest_model_path for saving in savings[:2]] == [str(own / "last.ckpt"), str(own / "last-v1.ckpt")]
+
+
 class FullDisk(pl.Callback):
     """No file may grow beyond 1 MB from one step to another."""
 
