@@ -31,6 +31,8 @@ class CheckpointChoice:
         """The checkpoint of a path, "best" or "last"; of None the best of the last fit where that is the default. The
         parts of a sharded one are left to the workers. ConfigError: the word stands for nothing here."""
         allow_pickle = weights_only is False
+        if path is not None and (not isinstance(path, (str, os.PathLike)) or path == ""):
+            raise ConfigError(f"ckpt_path={path!r}: must be a path, a URL, 'best' or 'last', and in fit 'auto'")
         if path is None:
             path = (self.saved.best_model_path or None) if is_best_default and self.saved is not None else None
         elif path in ("best", "last"):
@@ -58,10 +60,12 @@ class CheckpointChoice:
     def _earlier(self) -> EarlierRuns:
         """Those that saved where this one does: in the directory that was given, else in the first logger's runs."""
         if self.saved is not None and self.saved.dirpath is not None:
-            return EarlierRuns([self.saved.dirpath])
+            return EarlierRuns([self.saved.dirpath], root_dir=self.saved.dirpath)
         logger = next((logger for logger in self.loggers if logger.root_dir is not None), None)
-        runs = [self.root_dir] if logger is None else logger.run_dirs()
-        return EarlierRuns([joined(absolute(run), "checkpoints") for run in runs])
+        root_dir, runs = self.root_dir, [self.root_dir]
+        if logger is not None:
+            root_dir, runs = str(logger.root_dir), logger.run_dirs()
+        return EarlierRuns([joined(absolute(run), "checkpoints") for run in runs], root_dir=absolute(root_dir))
 
     def _named(self, name: Any, allow_pickle: bool) -> str:
         path = ""

@@ -8,6 +8,7 @@ from models import Regression, make_data
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
+from raylit.worker import metric_objects
 
 torchmetrics = pytest.importorskip("torchmetrics")
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision  # noqa: E402
@@ -139,18 +140,40 @@ def test_an_epoch_of_training_is_measured_over_uneven_shares(num_workers, quiet)
     assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("num_workers", "every"), [(0, 3), (0, 6), (2, 2)])
-def test_a_run_resumed_in_mid_epoch_goes_on_with_the_states(num_workers, every, quiet, tmp_path):
+@pytest.mark.parametrize(
+    ("num_workers", "every", "num_then"), [(0, 3, 0), (0, 6, 0), (2, 2, 2), (2, 2, 0), (2, 3, 0), (0, 2, 2)]
+)
+def test_a_run_resumed_in_mid_epoch_goes_on_with_the_states(num_workers, every, num_then, quiet, tmp_path):
     """After the epoch's sixth and last batch no further one comes that would log the name again."""
     loader = DataLoader(make_data(22), batch_size=4, shuffle=True)
     save = pl.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
     quiet = {**quiet, "enable_checkpointing": True}
     pl.fit(Trained(), loader, num_workers=num_workers, max_epochs=1, callbacks=[save], **quiet)
-    trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, **{**quiet, "enable_checkpointing": False})
+    trainer = pl.Trainer(num_workers=num_then, max_epochs=1, **{**quiet, "enable_checkpointing": False})
     trainer.fit(Trained(), loader, ckpt_path=tmp_path / f"step={every}.ckpt")
     first = make_data(22).tensors[0][:, 0]
     assert trainer.callback_metrics["train_mean"].item() == pytest.approx(first.mean().item(), abs=1e-6)
     assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
+
+
+def test_states_that_cannot_be_merged_are_named():
+    class Correlated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pearson, self.auroc = torchmetrics.PearsonCorrCoef(), BinaryAUROC()
+
+    ranked = []
+    for rank, num_updates in enumerate((1, 3)):
+        module = Correlated()
+        for number in range(num_updates):
+            values = torch.tensor([0.1, 0.4, 0.2]) * (number + 1 + rank)
+            module.pearson.update(values, values.square())
+            module.auroc.update(values / 9, torch.tensor([0, 1, 1]))
+        ranked.append(metric_objects.states_in(module))
+    merged = Correlated()
+    assert metric_objects.load_merged(merged, ranked) == ["pearson"]
+    assert (merged.pearson.update_count, merged.auroc.update_count) == (3, 4)
+    assert len(merged.auroc.preds) == 4
 
 
 class Manual(Trained):

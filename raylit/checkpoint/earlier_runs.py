@@ -14,8 +14,10 @@ from raylit.places import joined
 class EarlierRuns:
     """Directories of checkpoints, one for each run; those that do not exist count for nothing."""
 
-    def __init__(self, directories: Sequence[str]) -> None:
+    def __init__(self, directories: Sequence[str], *, root_dir: str) -> None:
+        """`root_dir`: where there would be some."""
         self._directories = directories
+        self._root_dir = root_dir
 
     def newest_usable(self, *, allow_pickle: bool = False, is_whole: bool = True) -> tuple[str, dict[str, Any]] | None:
         """Path and content of the checkpoint to continue from: the newest of the newest run. Damaged ones are named in
@@ -41,7 +43,7 @@ class EarlierRuns:
 
     def described(self) -> str:
         """Where they were looked for, for messages."""
-        places = list(dict.fromkeys(os.path.dirname(directory) for directory in self._directories))
+        places = list(dict.fromkeys(os.path.dirname(directory) for directory in self._directories)) or [self._root_dir]
         return f"{', '.join(places[:3])}{f' and {len(places) - 3} more directories' if len(places) > 3 else ''}"
 
     def _newest_first(self) -> list[str]:

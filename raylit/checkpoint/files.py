@@ -24,6 +24,10 @@ from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.places import file_system, is_url, joined
 
 
+class NotACheckpoint(CheckpointError):
+    """Whole as it may be, it is something else."""
+
+
 def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write to a hidden file in the same directory, flush it to the disk and rename it.
 
@@ -134,7 +138,7 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: 
         index = directory.with_place(_read(source / directory.INDEX, str(source), allow_pickle), source)
         return directory.whole(index) if is_whole else index
     if source.is_dir():
-        raise CheckpointError(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
+        raise NotACheckpoint(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
         raise CheckpointError(f"there is no checkpoint {source}.{_nearby(source.parent)}")
     return _read(source, str(source), allow_pickle)
@@ -236,7 +240,7 @@ def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:
     """A local file; `name` is how errors call it."""
     checkpoint = _load(source, name, allow_pickle)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(
+        raise NotACheckpoint(
             f"{name} is not a checkpoint: it holds {_contents(checkpoint)}, but no 'state_dict'. Load weights alone "
             "with module.load_state_dict(torch.load(path))"
         )
@@ -328,8 +332,8 @@ def _first_damaged(source: Path) -> str | None:
     try:
         with zipfile.ZipFile(source) as archive:
             record = archive.testzip()
-    except zipfile.BadZipFile as error:
-        return str(error)
+    except Exception as error:  # of whatever kind zipfile makes of flipped bits
+        return f"{type(error).__name__}: {error}"
     return None if record is None else f"{record} does not match its checksum"
 
 

@@ -103,15 +103,21 @@ def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
         known = {field.name for field in fields(Progress)}
         return Progress(**{name: value for name, value in checkpoint["raylit"]["progress"].items() if name in known})
     epoch, global_step = checkpoint.get("epoch", 0), checkpoint.get("global_step", 0)
-    batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    num_done = batches.get("current", {}).get("completed", 0)
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    batches = loop.get("epoch_loop.batch_progress", {})
+    # "completed" counts one less in the hook in which checkpoints are saved.
+    num_done = batches.get("current", {}).get("processed", 0)
     is_inside = num_done > 0 and not batches.get("is_last_batch", True)
+    if 0 < epochs.get("ready", 0) == epochs.get("processed"):
+        # After the last epoch its own "epoch" has gone up already.
+        epoch, is_inside = epochs["processed"] - 1, False
     return Progress(
         epoch=epoch,
         global_step=global_step,
         window=global_step,
         batch=num_done,
-        batch_in_all=num_done,  # at least: those of earlier epochs are not told
+        batch_in_all=max(num_done, batches.get("total", {}).get("processed", 0)),
         is_epoch_ended=not is_inside,
     )
 

@@ -94,14 +94,14 @@ def newest_usable(
 ) -> tuple[str, dict[str, Any]] | None:
     """Path and content of the newest checkpoint that a run can be continued from; None: there is none.
 
-    Damaged ones are named in a warning and passed over. Arguments: as `files.read` has them. CheckpointError: one that
-    cannot be read for another reason, such as that a newer raylit has written it.
+    Damaged ones, and what is none, are named in a warning and passed over. Arguments: as `files.read` has them.
+    CheckpointError: one that cannot be read for another reason, such as that a newer raylit has written it.
     """
     for path in newest_first(directory):
         try:
             checkpoint = files.read(path, allow_pickle=allow_pickle, is_whole=is_whole)
             files.check_parts(checkpoint)
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, files.NotACheckpoint) as error:
             warnings.warn(f"{error}; it is passed over for the one before it", stacklevel=2)
             continue
         if "optimizer_states" in checkpoint:

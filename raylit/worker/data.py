@@ -58,7 +58,7 @@ class TrainData:
     `epoch` draws a number from torch's generator, as iterating a DataLoader does: restore the random state of a
     resumed run after it. A resumed epoch repeats the order, and the random augmentations that run in a DataLoader's
     worker processes, where their number has stayed. With `in_order=False` the batches that were trained are not known
-    exactly.
+    exactly, which is said.
 
     An epoch that was begun by another number of ranks, or with batches of another size, goes on with every sample that
     nobody has had, in batches of today's size.
@@ -90,7 +90,9 @@ class TrainData:
         self._is_divided = shard and not is_users_own_split(loader)
         self._epoch_setters = [owner for owner in parts_of(loader) if callable(getattr(owner, "set_epoch", None))]
         self._generators = SamplerGenerators(
-            samplers_of(loader), has_persistent_workers=getattr(loader, "persistent_workers", False)
+            # The loader's own seeds its processes.
+            [loader, *samplers_of(loader)],
+            has_persistent_workers=getattr(loader, "persistent_workers", False),
         )
         self._opening = Opening()
         self._share = self._shared(loader)
@@ -234,6 +236,11 @@ class TrainData:
                 f"the epoch under way was begun with {before} samples or batches and the loader has {now} now: their "
                 "order is another one, so that some of them may be repeated or left out"
             )
+        if self._has_processes and not getattr(self._loader, "in_order", True):
+            return (
+                "the DataLoader hands its batches out as they come (in_order=False), so that some of the epoch under "
+                "way may be repeated or left out: with in_order=True it goes on exactly"
+            )
         return None
 
     def _continues_loader(self, skip: int) -> bool:
@@ -277,6 +284,7 @@ class TrainData:
                 stacklevel=3,
             )
         self._opening.num_passed = num_passed
+        self._generators.begin(epoch)
         if not self._is_divided or self._world_size == 1:
             return opened(self._loader, opening=self._opening)
         return every_nth(

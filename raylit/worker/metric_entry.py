@@ -1,6 +1,8 @@
 """Entry: one logged name, its values so far and how they are reduced over batches and ranks. Worker."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,11 @@ NUM_KEPT = 256
 Reduction = str | Callable[[Tensor], Tensor]
 OBJECT = "object"
 """The reduction of a torchmetrics object, which knows itself how to reduce."""
+FUNCTION = "function"
+"""The reduction of what comes from a checkpoint, until the user's function is given again."""
+
+
+_MISSING = object()
 
 
 class Spec(NamedTuple):
@@ -29,7 +36,9 @@ class Spec(NamedTuple):
 
     def joined(self, other: "Spec") -> "Spec":
         """Shown wherever either of them is."""
-        return self._replace(prog_bar=self.prog_bar or other.prog_bar, logger=self.logger or other.logger)
+        reduction = other.reduction if self.reduction == FUNCTION else self.reduction
+        is_logged = self.logger or other.logger
+        return self._replace(reduction=reduction, prog_bar=self.prog_bar or other.prog_bar, logger=is_logged)
 
     def published(self, name: str, value: float, *, suffix: str) -> Metrics:
         """The names under which a value is seen: `x`, or `x_step` and `x_epoch` where both were asked for."""
@@ -148,7 +157,7 @@ def last_value(entry: Entry | None) -> tuple[Any, float]:
 
 def total_and_weight(entry: Entry | None) -> tuple[Any, float]:
     """0.0 as the weight: this rank has nothing."""
-    if entry is None or entry.total is None or callable(entry.spec.reduction):
+    if entry is None or entry.total is None or entry.total.ndim > 0:
         return 0.0, 0.0
     return entry.total, entry.weight if entry.spec.reduction == "mean" else 1.0
 
@@ -165,18 +174,54 @@ def epoch_across(totals: Tensor, weights: Tensor, reduction: str) -> float:
     return float(_REDUCTIONS[reduction](totals))
 
 
+def kept_of(entry: Entry) -> dict[str, Any] | None:
+    """Of a folded entry's epoch what a checkpoint keeps, in plain values; None: nothing yet."""
+    if not entry.on_epoch or entry.total is None:
+        return None
+    reduction = entry.spec.reduction
+    if isinstance(reduction, str) and reduction != FUNCTION:
+        return {"spec": tuple(entry.spec), "total": float(entry.total), "weight": entry.weight}
+    return {"spec": tuple(entry.spec._replace(reduction=FUNCTION)), "values": entry.total.tolist()}
+
+
+def entry_of(name: str, kept: dict[str, Any]) -> Entry:
+    """The inverse of `kept_of`."""
+    entry = Entry(name, Spec(*kept["spec"]), None)
+    if "total" in kept:
+        entry.total, entry.weight = torch.tensor(kept["total"], dtype=torch.float64), kept["weight"]
+    elif "values" in kept:
+        entry.total = torch.tensor(kept["values"], dtype=torch.float64)
+    return entry
+
+
 def added_up(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """What MetricBuffer.state_dict gave on several ranks, as one rank's; without torchmetrics objects."""
+    """What MetricBuffer.state_dict gave on several ranks, as one rank's."""
     merged: dict[str, Any] = {}
-    for name, kept in ((name, kept) for state in states for name, kept in state.items() if "total" in kept):
-        if name not in merged:
-            merged[name] = dict(kept)
-            continue
-        totals = torch.tensor([merged[name]["total"], kept["total"]], dtype=torch.float64)
-        reduction = Spec(*kept["spec"]).reduction
-        fold = torch.sum if reduction == "mean" else _REDUCTIONS[str(reduction)]
-        merged[name].update(total=float(fold(totals)), weight=merged[name]["weight"] + kept["weight"])
+    for name in dict.fromkeys(chain.from_iterable(states)):
+        ranked = [state[name] for state in states if name in state]
+        merged[name] = dict(ranked[0])
+        if "values" in ranked[0]:
+            merged[name]["values"] = in_turns([kept["values"] for kept in ranked])
+        elif "total" in ranked[0]:
+            totals = torch.tensor([kept["total"] for kept in ranked], dtype=torch.float64)
+            reduction = Spec(*ranked[0]["spec"]).reduction
+            fold = torch.sum if reduction == "mean" else _REDUCTIONS[str(reduction)]
+            merged[name].update(total=float(fold(totals)), weight=sum(kept["weight"] for kept in ranked))
     return merged
+
+
+def in_turns(ranked: Sequence[list[Any]]) -> list[Any]:
+    """The values of all ranks, which take turns as they did with the batches."""
+    turns = chain.from_iterable(zip_longest(*ranked, fillvalue=_MISSING))
+    return [value for value in turns if value is not _MISSING]
+
+
+def warn_of_missing_function(name: str) -> None:
+    warnings.warn(
+        f"the metric {name!r} has no value for this epoch: the run was resumed after the last batch that logs it, and "
+        "a checkpoint does not hold the function that is its reduce_fx",
+        stacklevel=2,
+    )
 
 
 def applied(reduction: Callable[[Tensor], Tensor], values: list[Any]) -> float:

@@ -5,9 +5,9 @@ nobody has imported it there is no object of it either.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from raylit.accelerators.transfer import map_tensors
 from raylit.errors import ConfigError
-from raylit.worker.metric_entry import check_scalar
+from raylit.worker.metric_entry import check_scalar, in_turns
 
 State = tuple[int, dict[str, Any]]
 """How often a metric was updated, and its states by name, on the CPU."""
-
-_MISSING = object()
 
 
 def is_object(value: Any) -> bool:
@@ -90,6 +88,23 @@ def load_states(module: nn.Module, states: dict[str, State]) -> None:
             _set_state(parts[name], num_updates, values)
 
 
+def load_merged(module: nn.Module, ranked: Sequence[dict[str, State]]) -> list[str]:
+    """The states of several ranks as one's, in rank order. Names the metrics of which that one keeps a single rank's
+    state, as no state stands for what several have seen."""
+    parts = dict(module.named_modules())
+    left_out = []
+    for name in dict.fromkeys(chain.from_iterable(ranked)):
+        if not is_object(parts.get(name)):
+            continue
+        states = [own[name] for own in ranked if name in own]
+        count, merged = _merged(parts[name], states)
+        if any(_is_of_another_shape(value, states[0][1][key]) for key, value in merged.items()):
+            left_out.append(name)
+            count, merged = max(states, key=lambda state: state[0])
+        _set_state(parts[name], count, merged)
+    return left_out
+
+
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
     """Around a step with a batch of another rank's: the module's metrics are to know nothing of it."""
@@ -133,24 +148,28 @@ def _set_state(part: Any, num_updates: int, values: dict[str, Any]) -> None:
 
 def _merge(part: Any, states: list[State]) -> None:
     """Give the part the states of the ranks that have updated it, reduced as each state asks for."""
-    if not states:
-        return
+    if states:
+        _set_state(part, *_merged(part, states))
+
+
+def _merged(part: Any, states: list[State]) -> State:
+    if len(states) == 1:
+        return states[0]
     counts = [count for count, _ in states]
-    merged = states[0][1]
-    if len(states) > 1:
-        merged = {
-            name: _reduced(reduction, [values[name] for _, values in states], counts)
-            for name, reduction in part._reductions.items()
-        }
-    _set_state(part, sum(counts), merged)
+    return sum(counts), {
+        name: _reduced(reduction, [values[name] for _, values in states], counts)
+        for name, reduction in part._reductions.items()
+    }
+
+
+def _is_of_another_shape(merged: Any, value: Any) -> bool:
+    return isinstance(merged, Tensor) and isinstance(value, Tensor) and merged.shape != value.shape
 
 
 def _reduced(reduction: Any, values: list[Any], counts: list[int]) -> Any:
     data = sys.modules["torchmetrics.utilities.data"]
     if reduction is data.dim_zero_cat or any(isinstance(value, list) for value in values):
-        # Ranks take turns, as they did with the batches.
-        turns = zip_longest(*(value if isinstance(value, list) else [value] for value in values), fillvalue=_MISSING)
-        items = [item for item in chain.from_iterable(turns) if item is not _MISSING]
+        items = in_turns([value if isinstance(value, list) else [value] for value in values])
         return items if reduction is None or reduction is data.dim_zero_cat else reduction(items)
     if reduction is data.dim_zero_mean:
         # A mean over updates: a rank with more of them counts more.

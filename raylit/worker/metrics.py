@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from raylit.errors import ConfigError
@@ -13,18 +12,23 @@ from raylit.messages import Metric, Metrics
 from raylit.worker import metric_objects
 from raylit.worker.batch_size import batch_size_of
 from raylit.worker.metric_entry import (
+    FUNCTION,
     NUM_KEPT,
     OBJECT,
     Entry,
     Spec,
     applied,
     check_scalar,
+    entry_of,
     epoch_across,
+    in_turns,
+    kept_of,
     last_value,
     reduction_of,
     stacked,
     step_across,
     total_and_weight,
+    warn_of_missing_function,
 )
 from raylit.worker.peers import Peers
 
@@ -186,6 +190,8 @@ class MetricBuffer:
         known = self._entries.get(name)
         if known is not None and (known.asked is None or known.is_returned):
             known.asked, known.is_returned = asked, False
+            if known.spec.reduction == FUNCTION:
+                known.spec = known.spec._replace(reduction=reduction_of(name, reduce_fx))
             return known
         if known is not None:
             raise ConfigError(
@@ -259,6 +265,8 @@ class MetricBuffer:
             totals, weights = rows[:, 2 * index], rows[:, 2 * index + 1]
             if callable(spec.reduction):
                 values[name] = self._applied(spec.reduction, entries.get(name))
+            elif spec.reduction == FUNCTION and self._peers.rank == 0:
+                warn_of_missing_function(name)
             elif weights.any():
                 is_present = weights > 0
                 values[name] = epoch_across(totals[is_present], weights[is_present], spec.reduction)
@@ -294,9 +302,7 @@ class MetricBuffer:
 
     def _applied(self, reduction: Callable[[Tensor], Tensor], entry: Entry | None) -> float:
         own = entry.total.tolist() if entry is not None and entry.total is not None else []
-        # Ranks take turns, as they did with the batches.
-        turns = chain.from_iterable(zip_longest(*self._peers.gather_objects(own)))
-        return applied(reduction, [value for value in turns if value is not None])
+        return applied(reduction, in_turns(self._peers.gather_objects(own)))
 
     def _computed(self, entries: dict[str, Entry | None]) -> dict[str, float]:
         """The values of torchmetrics objects over the states of all ranks; resets them."""
@@ -357,26 +363,23 @@ class MetricBuffer:
     # In a checkpoint
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The unfinished epoch's sums, in plain values; metrics reduced by a function of the user's are left out. Of
-        torchmetrics objects their names in the module: their states are its own."""
+        """The unfinished epoch's sums, in plain values. Of torchmetrics objects their names in the module: their states
+        are its own."""
         state: dict[str, Any] = {}
         for name, entry in self._entries.items():
             entry.fold()
             if entry.object is not None:
                 if (path := metric_objects.path_in(module, entry.object)) is not None:
                     state[name] = {"spec": tuple(entry.spec), "object": path}
-            elif entry.on_epoch and entry.total is not None and isinstance(entry.spec.reduction, str):
-                state[name] = {"spec": tuple(entry.spec), "total": float(entry.total), "weight": entry.weight}
+            elif (kept := kept_of(entry)) is not None:
+                state[name] = kept
         return state
 
     def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         for name, kept in state.items():
-            entry = self._entries[name] = Entry(name, Spec(*kept["spec"]), None)
+            entry = self._entries[name] = entry_of(name, kept)
             if "object" in kept:
                 entry.object = dict(module.named_modules()).get(kept["object"])
-            else:
-                entry.total = torch.tensor(kept["total"], dtype=torch.float64)
-                entry.weight = kept["weight"]
 
 
 def _belongs_to_epoch(entry: Entry) -> bool:

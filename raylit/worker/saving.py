@@ -129,10 +129,7 @@ class Saving:
             callback.on_load_checkpoint(session.view, session.module, checkpoint)
             if callback.state_key in checkpoint.get("callbacks", {}):
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-        states = checkpoint["optimizer_states"]
-        session.strategy.load_optimizer_states(self._optimizers, states, read=read)
-        for schedule, state in zip(self._schedules, checkpoint["lr_schedulers"], strict=True):
-            schedule.scheduler.load_state_dict(state)
+        self._apply_optimizers(checkpoint, read)
         if session.precision.scaler is not None and (scale := format.scaler_of(checkpoint)) is not None:
             session.precision.scaler.load_state_dict(scale)
         self._apply_position(checkpoint)
@@ -204,6 +201,26 @@ class Saving:
         module.on_save_checkpoint(checkpoint)
         return checkpoint
 
+    def _apply_optimizers(self, checkpoint: dict[str, Any], read: Reader | None) -> None:
+        states, of_schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        for what, saved, own in (
+            ("optimizers", states, self._optimizers),
+            ("learning rate schedulers", of_schedules, self._schedules),
+        ):
+            if len(saved) != len(own):
+                raise _unfit(f"is of a run with {len(saved)} {what}, and there are {len(own)} now")
+        try:
+            self._session.strategy.load_optimizer_states(self._optimizers, states, read=read)
+        except (KeyError, ValueError) as error:
+            raise _unfit(f"has optimizer states that do not fit: {error}") from error
+        for optimizer in self._optimizers:
+            # torch takes the groups of another class as they are, and misses what they lack at the next step.
+            missing = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
+            if missing:
+                raise _unfit(f"has no {', '.join(dict.fromkeys(missing))} for {type(optimizer).__name__}")
+        for schedule, state in zip(self._schedules, of_schedules, strict=True):
+            schedule.scheduler.load_state_dict(state)
+
     def _apply_position(self, checkpoint: dict[str, Any]) -> None:
         session = self._session
         progress = format.progress_of(checkpoint)
@@ -221,3 +238,10 @@ class Saving:
             session.continue_random_state_at_next_batch(of_rank["random"])
         else:
             format.set_random_state(of_rank["random"])
+
+
+def _unfit(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {what}: fit resumes with the optimizers and schedulers that it was saved with. For a new run "
+        "from its weights there is load_from_checkpoint(path)"
+    )

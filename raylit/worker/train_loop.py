@@ -1,6 +1,7 @@
 """TrainLoop: the training batches between two decisions of the driver. Worker; the hot path."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any
@@ -179,10 +180,17 @@ class TrainLoop:
         self._load_data_state(state)
 
     def load_states_of_others(self, states: Sequence[dict[str, Any]]) -> None:
-        """Of another number of ranks: what they had added up is shared out; states of torchmetrics are left out."""
-        context = self._session.context
+        """Of another number of ranks: what they had added up is shared out."""
+        context, module = self._session.context, self._session.module
         own = states[context.rank :: context.world_size]
-        self.metrics.load_state_dict(added_up([state["metrics"] for state in own]), self._session.module)
+        left_out = metric_objects.load_merged(module, [state.get("objects", {}) for state in own])
+        if left_out and context.rank == 0:
+            warnings.warn(
+                f"of {', '.join(left_out)} the states of {len(states)} workers cannot be merged: in the epoch under "
+                "way some of the samples before the checkpoint do not count",
+                stacklevel=2,
+            )
+        self.metrics.load_state_dict(added_up([state["metrics"] for state in own]), module)
         if self._kept is not None:
             self._kept.load_state_dict(joined([state.get("outputs", []) for state in own]))
         self._optimization.load_state_dict(mean_gradients([state.get("optimization", {}) for state in states]))

@@ -106,6 +106,31 @@ def test_another_model_names_the_first_keys_that_do_not_fit(capsys):
         trained(2)
 
 
+class Stepped(Regression):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Regression(optimizer="adam"), r"the checkpoint has no betas, eps for Adam: fit resumes with"),
+        (Stepped, r"of a run with 0 learning rate schedulers, and there are 1 now: fit resumes with"),
+    ],
+)
+def test_other_optimizers_are_not_continued(make, message):
+    trained(1)
+    with pytest.raises(pl.CheckpointError, match=message):
+        trained(2, model=make())
+
+
+@pytest.mark.parametrize("path", ["", 5, True])
+def test_what_is_no_path_is_an_error(path):
+    with pytest.raises(pl.ConfigError, match="must be a path, a URL, 'best' or 'last', and in fit 'auto'"):
+        trained(1, resume=path)
+
+
 def test_a_dev_run_neither_continues_nor_says_anything(capsys):
     trained(1)
     capsys.readouterr()

@@ -223,9 +223,10 @@ def test_one_wrong_bit_anywhere_in_the_data_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     files.write(a_checkpoint(), path)
     data = path.read_bytes()
-    places = [data.index(b"weight"), data.index(b"\x00\x00\x80\x3f" * 8) + 2]  # a name, a value
-    for place in places:
-        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+    name, value = data.index(b"weight"), data.index(b"\x00\x00\x80\x3f" * 8) + 2
+    record, entry = 37, data.rindex(b"PK\x01\x02")  # the first one's own name, the last one of the archive's directory
+    for place, bit in [(name, 4), (value, 4), (record, 128), (entry + 8, 1)]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
         with pytest.raises(CheckpointError, match="is damaged"):
             files.read(path)
 

@@ -379,17 +379,31 @@ def test_a_callbacks_object_is_named_when_the_parts_are_merged() -> None:
 
 
 def test_progress_of_lightnings_checkpoints() -> None:
-    def lightning(completed: int, is_last_batch: bool) -> dict[str, Any]:
-        progress = {"current": {"completed": completed}, "is_last_batch": is_last_batch}
-        return {"epoch": 2, "global_step": 25, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    """As Lightning 2.6 writes them: by a callback inside an epoch, at its last batch, at its end; after the run."""
 
-    assert format.progress_of(lightning(5, False)) == Progress(
-        epoch=2, batch=5, batch_in_all=5, global_step=25, window=25
-    )
-    ended = format.progress_of(lightning(10, True))
-    assert (ended.epoch, ended.global_step, ended.is_epoch_ended) == (2, 25, True)
-    assert format.progress_of({"epoch": 2, "global_step": 30}).is_epoch_ended
-    assert format.seed_of(lightning(5, False)) is None
+    def lightning(epoch: int, ready: int, processed: int, num_batches: int, *, is_last: bool) -> dict[str, Any]:
+        batches = {
+            "total": {"processed": 25, "completed": 24},
+            "current": {"processed": num_batches, "completed": num_batches - 1},
+            "is_last_batch": is_last,
+        }
+        epochs = {"current": {"ready": ready, "processed": processed, "completed": epoch}}
+        loop = {"epoch_progress": epochs, "epoch_loop.batch_progress": batches}
+        return {"epoch": epoch, "global_step": 25, "loops": {"fit_loop": loop}}
+
+    inside = Progress(epoch=2, batch=5, batch_in_all=25, global_step=25, window=25)
+    assert format.progress_of(lightning(2, 3, 2, 5, is_last=False)) == inside
+    for checkpoint in (
+        lightning(2, 3, 2, 10, is_last=True),
+        lightning(2, 3, 3, 10, is_last=True),
+        lightning(3, 3, 3, 10, is_last=True),
+        lightning(2, 3, 3, 10, is_last=False),  # max_steps has ended the epoch
+        {"epoch": 2, "global_step": 25},
+    ):
+        ended = format.progress_of(checkpoint)
+        assert ended.is_epoch_ended
+        assert (ended.at_next_batch().epoch, ended.at_next_batch().batch) == (3, 0)
+    assert format.seed_of(lightning(2, 3, 2, 5, is_last=False)) is None
 
 
 def test_fields_that_a_later_raylit_added_to_the_progress_are_passed_over() -> None:

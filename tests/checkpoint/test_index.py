@@ -83,6 +83,19 @@ def test_damaged_ones_are_named_and_the_one_before_is_used(place: float, tmp_pat
     ] == [True, True]
 
 
+def test_what_is_no_checkpoint_is_named_and_passed_over(tmp_path: pathlib.Path) -> None:
+    written(tmp_path, "1.ckpt", step=1)
+    (tmp_path / "directory.ckpt").mkdir()
+    torch.save({"state": 1}, tmp_path / "foreign.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert newest(tmp_path) == "1.ckpt"
+    assert sorted(str(warning.message).split(" is ")[0] for warning in caught) == [
+        f"{tmp_path}/directory.ckpt",
+        f"{tmp_path}/foreign.ckpt",
+    ]
+
+
 def test_weights_alone_are_passed_over(tmp_path: pathlib.Path) -> None:
     written(tmp_path, "1.ckpt", step=1)
     written(tmp_path, "2.ckpt", step=2, is_whole=False)

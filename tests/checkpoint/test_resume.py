@@ -64,6 +64,13 @@ class Plain(Regression):
         return loss + 0.01 * noise * self.net[0].weight.sum()
 
 
+class Ranged(Plain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("range", loss, on_step=False, on_epoch=True, reduce_fx=lambda kept: kept.max() - kept.min())
+        return loss
+
+
 class Scheduled(Plain):
     def __init__(self, make, **config):
         super().__init__(optimizer="adam")
@@ -193,7 +200,7 @@ CASES = {
     # what: (module, loader, Trainer's arguments)
     "sgd": (Plain, loader, {}),
     "adam": (ADAM, loader, {}),
-    "in order": (Plain, lambda: loader(shuffle=False), {}),
+    "in order": (Ranged, lambda: loader(shuffle=False), {}),
     "epoch scheduler": (lambda: Scheduled(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5)), loader, {}),
     "step scheduler": (
         lambda: Scheduled(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 18), interval="step", frequency=1),

@@ -180,7 +180,7 @@ def test_a_combination_goes_on_where_each_of_its_loaders_was(mode, chain):
         assert set(short) == set(range(100, 117))
 
 
-def test_another_data_set_and_a_split_of_the_users_own_are_spoken_of():
+def test_what_cannot_go_on_exactly_is_spoken_of():
     def make(num_samples, world_size, **options):
         loader = DataLoader(numbers(num_samples), batch_size=2, **options)
         return TrainData(
@@ -190,6 +190,7 @@ def test_another_data_set_and_a_split_of_the_users_own_are_spoken_of():
     for before, after, message in [
         (make(20, 1), make(22, 1), "begun with 20 samples or batches and the loader has 22 now"),
         (make(20, 2, shuffle=True), make(20, 1, shuffle=True), "begun by 2 workers and goes on with 1, but .* itself"),
+        (*(make(20, 1, num_workers=1, in_order=False) for _ in range(2)), "with in_order=True it goes on exactly"),
     ]:
         list(itertools.islice(before.epoch(0), 2))
         after.load_state_dict(before.state_dict(num_done=2))
@@ -269,13 +270,17 @@ PROCESSES = {
     "ahead": {"num_workers": 2, "prefetch_factor": 4},
     "persistent": {"num_workers": 2, "persistent_workers": True},
     "init": {"num_workers": 2, "worker_init_fn": seeded_by_hand},
+    "generator": {"num_workers": 1, "shuffle": False, "generator": 4},
 }
 
 
 @pytest.mark.parametrize("options", PROCESSES.values(), ids=PROCESSES)
 def test_the_augmentation_of_worker_processes_goes_on(options):
     def make():
-        return TrainData(DataLoader(Augmented(), batch_size=2, shuffle=True, **options), rank=0, world_size=1, seed=0)
+        seed = options.get("generator")
+        of_own = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
+        loader = DataLoader(Augmented(), batch_size=2, **{"shuffle": True, **options, **of_own})
+        return TrainData(loader, rank=0, world_size=1, seed=0)
 
     def taken(source, epoch, *, skip=0, limit=None):
         feed = source.epoch(epoch, skip=skip)
