@@ -58,6 +58,21 @@ class Outcome:
         return self._state.progress.global_step
 
     @property
+    def num_training_batches(self) -> float:
+        """Per worker and epoch, of the last fit; infinite where the loader has no length."""
+        return self._state.num_training_batches
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the last fit, had it gone to its limits: see the property of hooks' own `trainer`."""
+        if self._status == "initializing":
+            raise ConfigError(
+                "estimated_stepping_batches is known once fit has made the loaders: read self.trainer."
+                "estimated_stepping_batches in the module's setup or configure_optimizers"
+            )
+        return self._plan.num_windows(self._state.num_training_batches)
+
+    @property
     def state(self) -> TrainerState:
         """What the last run was and how it ended."""
         return TrainerState(fn=self._state.stage, status=self._status)

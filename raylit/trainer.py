@@ -351,6 +351,7 @@ class Trainer(Outcome):
         )
         if stage != "fit":
             coordinator.state.progress = self._state.progress
+            coordinator.state.num_training_batches = self._state.num_training_batches
             coordinator.state.callback_metrics = dict(self._state.callback_metrics)
         self._state, self._status = coordinator.state, "interrupted"
         try:

@@ -24,7 +24,8 @@ class Schedule:
     def set_sizes(self, state: RunState, started: Started | Reloaded) -> None:
         """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
         self._loaded_epoch = state.progress.at_next_batch().epoch
-        self._num_batches = state.num_training_batches = started.num_training_batches
+        if state.stage == "fit":
+            self._num_batches = state.num_training_batches = started.num_training_batches
         state.num_val_batches = started.num_eval_batches
         if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches == 1.0:
             warnings.warn(

@@ -1,10 +1,12 @@
 """TrainerView: the `trainer` that hooks and callbacks see. A light view of the worker's run. Worker."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylit.errors import ConfigError
 from raylit.messages import Metrics
 from raylit.plan import Plan
 from raylit.profilers import PassThroughProfiler
@@ -44,6 +46,8 @@ class TrainerView:
         self.lr_scheduler_configs: list[Any] = []
         """Each scheduler with its interval, frequency, monitor and name; what is taken out no longer steps."""
         self.num_training_batches: float = 0
+        self.count_training_batches: Callable[[], float] | None = None
+        """An epoch's, of loaders that need not be there yet; only in a fit. Collective when it is called first."""
         self.num_val_batches: list[float] = []
         self.train_dataloader: Any = None
         self.loggers: list[Any] = []
@@ -135,6 +139,15 @@ class TrainerView:
     def is_last_batch(self) -> bool:
         """The training batch under way is the epoch's last; False where the loader has no length."""
         return self.batch_idx + 1 >= self.num_training_batches
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the whole fit, each window of accumulated batches one: what a scheduler that steps with
+        the optimizer needs to know. Infinite where neither max_steps nor the data says. Read by all ranks: in `setup`
+        and `configure_optimizers` it has the training loader made."""
+        if self.count_training_batches is None:
+            raise ConfigError(f"estimated_stepping_batches is about a fit, there is none in {self._entry}")
+        return self._plan.num_windows(self.count_training_batches())
 
     @property
     def is_logging_step(self) -> bool:
