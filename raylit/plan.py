@@ -70,6 +70,8 @@ class Validation:
 
     interval: BatchLimit = 1.0
     """A float: a fraction of the training epoch; an int: training batches."""
+    interval_s: float | None = None
+    """Seconds from the end of one validation to the next; None: the interval counts batches."""
     every_n_epochs: int | None = 1
     """None: the interval counts batches across epochs."""
 

@@ -90,7 +90,7 @@ class Trainer(Outcome):
         limit_test_batches: BatchLimit = 1.0,
         limit_predict_batches: BatchLimit = 1.0,
         overfit_batches: BatchLimit = 0.0,
-        val_check_interval: BatchLimit = 1.0,
+        val_check_interval: BatchLimit | Duration = 1.0,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,

@@ -94,7 +94,7 @@ class Coordinator:
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
-            self._schedule.check_rest(self.state, is_continued=checkpoint is not None)
+            self._schedule.begin(self.state, is_continued=checkpoint is not None)
             self._notify("on_train_start")
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()

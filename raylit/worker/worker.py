@@ -164,9 +164,7 @@ class Worker:
         session.seed_rank()
         yield Started(progress=session.view.progress, num_eval_batches=loop.num_batches)
 
-    def _start_fit(
-        self, session: Session, command: Start, train_source: Callable[[], TrainSource]
-    ) -> Iterator[Report]:
+    def _start_fit(self, session: Session, command: Start, train_source: Callable[[], TrainSource]) -> Iterator[Report]:
         optimizers = configured(session.module)
         session.strategy.check_optimizers(optimizers.optimizers)
         session.view.optimizers = optimizers.optimizers
