@@ -30,7 +30,15 @@ class Reload:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Train:
+class HookedCommand:
+    """One of a fit, in whose hooks the user may save."""
+
+    callback_states: bytes | None = None
+    """Pickled, by state key: what the driver's callbacks keep in such a checkpoint; None: as it was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train(HookedCommand):
     """Run training batches until the epoch has `until_batch` of them, `until_step` is reached or the data ends.
 
     Answered by `Ticked` and `Stepped` on the way and `Paused` at the end.
@@ -41,12 +49,12 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EndEpoch:
+class EndEpoch(HookedCommand):
     """Run the epoch's last hooks and schedulers. Answered by `EpochEnded`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluate:
+class Evaluate(HookedCommand):
     """Run the validation or test loop over the workers' shares. Answered by `Ticked` on the way and `Evaluated`."""
 
     stage: Stage
@@ -78,7 +86,7 @@ class Save:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finish:
+class Finish(HookedCommand):
     """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
 
     interruption: Literal["SIGINT", "SIGTERM"] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.finetuning import BaseFinetuning
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint, SavesOnException
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.weight_averaging import WeightAveraging
 from raylit.errors import ConfigError, ModuleError
@@ -88,6 +88,11 @@ def require_shardable(job: Job, plan: Plan, *, callbacks: Sequence[DriverCallbac
             f"checkpoints at {', '.join(urls)}",
             "sharded ones are directories of a file system that all hosts share, give a dirpath there; "
             "FSDPStrategy(state_dict_type='full') writes single files, to URLs too",
+        ),
+        (
+            any(isinstance(one, SavesOnException) for one in job.callbacks),
+            "ModelCheckpoint(save_on_exception=True)",
+            "the worker whose hook raises has only its part of the model; save by every_n_train_steps",
         ),
         (bool(whole), f"the callback {', '.join(whole)}", "it needs the whole model in one process"),
     ):

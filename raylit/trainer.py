@@ -21,7 +21,7 @@ from raylit.arguments import (
     parse_searches,
     settled,
 )
-from raylit.attachments import known_to_hooks
+from raylit.attachments import known_to_hooks, on_worker_exceptions
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
@@ -322,7 +322,7 @@ class Trainer(Outcome):
         return Job(
             module=module,
             datamodule=datamodule,
-            callbacks=self._callbacks,
+            callbacks=[*self._callbacks, *on_worker_exceptions(self._driver_callbacks, log_dir=self.log_dir)],
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
             compilations=compilations,
             profiler=self._profiler,

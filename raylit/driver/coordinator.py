@@ -11,6 +11,7 @@ from raylit.checkpoint import format
 from raylit.checkpoint.publication import Publication
 from raylit.checkpoint.remote import StoreUnreachable
 from raylit.driver import predictions
+from raylit.driver.callback_states import CallbackStates
 from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
@@ -72,6 +73,7 @@ class Coordinator:
         self.log_dir = job.log_dir
         self._job = job
         self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
+        self._states = CallbackStates(callbacks if stage == "fit" else ())
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
         self._interrupts = Interrupts(on_first=self._brake)
@@ -131,8 +133,7 @@ class Coordinator:
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
         assert self._group is not None
         self.finish_saves()
-        states = {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
-        driver_part = {} if is_weights_only else {"callbacks": states, "seed": self.plan.seed}
+        driver_part = {} if is_weights_only else {"callbacks": self._states.taken(), "seed": self.plan.seed}
         order = Order(path=path, by=self._notified, then=then, is_in_parts=self.plan.strategy.is_saving_parts)
         what = {"is_weights_only": is_weights_only, "is_copying": self.plan.is_saving_async}
         with self._saves.drafted(order) as directory:
@@ -141,6 +142,10 @@ class Coordinator:
             self._saves.start(order, self._group.holder, reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
+
+    @property
+    def is_at_rest(self) -> bool:
+        return self._group is not None and self._group.is_at_rest and self.finished is None
 
     def finish_saves(self) -> None:
         if self._saves.is_under_way:
@@ -222,8 +227,6 @@ class Coordinator:
 
     def _break_off(self) -> None:
         """Save and hand back what an interrupted run has, where its workers stand still and can still be asked."""
-        if self._group is None or not self._group.is_at_rest or self.finished is not None:
-            return
         if self.state.stage == "fit":
             self._notify("on_interrupt")
         self._finish()
@@ -263,7 +266,8 @@ class Coordinator:
             status = self._interrupts.status_after(error)
             self.state.is_interrupted = status == "interrupted"
             try:
-                if self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit)):
+                is_break = self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit))
+                if is_break and self.is_at_rest:
                     self._break_off()
                 if not self._interrupts.is_ending_at_once:
                     self.finish_saves()
@@ -288,9 +292,7 @@ class Coordinator:
         is_resuming = is_resuming and checkpoint is not None
         if is_resuming:
             assert checkpoint is not None
-            for callback in self._callbacks:
-                if callback.state_key in checkpoint.get("callbacks", {}):
-                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            self._states.load(checkpoint)
             self.state.callback_metrics.update(format.metrics_of(checkpoint))
         started = self._one(
             Start(
@@ -317,7 +319,7 @@ class Coordinator:
     def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
-        reports = self._group.run(command)
+        reports = self._group.run(self._states.sent_with(command))
         if self._costs is not None:
             reports = self._costs.over("wait for workers", reports)
         for rank, report in reports:

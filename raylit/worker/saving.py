@@ -36,6 +36,8 @@ class Saving:
         self._host_copy = HostCopy()
         self.held: HeldCheckpoint | FailedCheckpoint | None = None
         """The checkpoint that the driver has asked for last, on rank 0."""
+        self.driver_states: dict[str, Any] = {}
+        """Of the driver's callbacks, by key, as the command under way found them: for what hooks write."""
 
     def hold(self, command: Save) -> Saved:
         """Keep the whole run ready to be written on rank 0; what this rank alone has, on the others. Collective where
@@ -83,7 +85,7 @@ class Saving:
         of_rank = self._of_rank() if self._session.context.world_size == 1 else {}
         checkpoint = format.merge(
             [Saved(rank=0, checkpoint=self._whole(is_weights_only=False), of_rank=of_rank)],
-            {"seed": self._session.plan.seed},
+            self._driver_part,
         )
         if not of_rank:
             checkpoint["raylit"]["ranks"] = []
@@ -160,8 +162,12 @@ class Saving:
             states = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked]
             others = [Saved(rank=rank, checkpoint={}, of_rank=state) for rank, state in enumerate(states) if rank > 0]
             parts = [own, *others]
-            checkpoint = format.merge(parts, {} if is_weights_only else {"seed": session.plan.seed})
+            checkpoint = format.merge(parts, {} if is_weights_only else self._driver_part)
             files.write(self._on_host(checkpoint), path)
+
+    @property
+    def _driver_part(self) -> dict[str, Any]:
+        return {"callbacks": self.driver_states, "seed": self._session.plan.seed}
 
     def _of_rank(self) -> dict[str, Any]:
         return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}

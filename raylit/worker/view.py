@@ -121,7 +121,7 @@ class TrainerView:
     def save_checkpoint(self, filepath: Any, weights_only: bool = False) -> None:
         """Write the run as it stands now to a path that rank 0's host has. Collective: every rank calls it.
 
-        What callbacks in the driver keep is in the driver's own checkpoints only.
+        What callbacks in the driver keep is as it was when the workers last stood still.
         """
         self.saving.write(filepath, is_weights_only=bool(weights_only))
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from raylit.messages import (
     Evaluate,
     Finish,
     Finished,
+    HookedCommand,
     LogCall,
     Predict,
     Reload,
@@ -102,6 +104,9 @@ class Worker:
 
     def run(self, command: Command) -> Iterator[Report]:
         """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""
+        if isinstance(command, HookedCommand) and command.callback_states is not None:
+            assert self._saving is not None
+            self._saving.driver_states = pickle.loads(command.callback_states)
         try:
             if self._job.profiler is None:
                 yield from self._handlers[type(command)](command)
