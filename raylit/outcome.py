@@ -24,6 +24,8 @@ class Outcome:
     """The Trainer writes these; users and tests read the properties."""
 
     loggers: list[Logger]
+    ckpt_path: str | None
+    """Where the last run's checkpoint was read, None: it had none."""
     _plan: Plan
     _state: RunState
     _status: RunStatus

@@ -94,6 +94,7 @@ class Saving:
     def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
+        source = session.job.ckpt_path or "the checkpoint"
         session.module.on_load_checkpoint(checkpoint)
         directory = directories.place_of(checkpoint)
         if directory is not None:
@@ -105,14 +106,12 @@ class Saving:
                     f"consolidate {directory} FILE"
                 )
             directories.check(checkpoint, directory, share=(context.rank, context.world_size))
-        check_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
+        check_weights(session.module, checkpoint["state_dict"], source=source)
         session.strategy.load_weights(session.module, checkpoint["state_dict"], directory=directory)
         if not is_resuming:
             return
         if "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                "the checkpoint holds weights only: fit cannot resume from it; load it into the model"
-            )
+            raise CheckpointError(f"{source} holds weights only: fit cannot resume from it; load it into the model")
         if session.job.datamodule is not None:
             session.job.datamodule.load_state_dict(checkpoint.get(type(session.job.datamodule).__qualname__, {}))
         for callback in session.job.callbacks:

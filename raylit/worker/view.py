@@ -245,6 +245,11 @@ class TrainerView:
         return self._job.log_dir
 
     @property
+    def ckpt_path(self) -> str | None:
+        """Where the checkpoint was read that the run continues or evaluates."""
+        return self._job.ckpt_path
+
+    @property
     def _loop_name(self) -> str:
         if self.sanity_checking:
             return "sanity_check"
