@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylit.asked import Asked
 from raylit.errors import ConfigError
 from raylit.messages import Metrics
 from raylit.plan import Plan
@@ -15,8 +16,13 @@ from raylit.worker.context import Job, WorkerContext
 from raylit.worker.gathering import gathered
 from raylit.worker.metrics import MetricBuffer
 
+_IN_THE_DRIVER = (
+    *("checkpoint_callback", "checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks"),
+    *("progress_bar_callback", "interrupted", "received_sigterm", "tuner", "fit", "validate", "test", "predict"),
+)
 
-class TrainerView:
+
+class TrainerView(Asked):
     """Where the run stands, as this worker knows it. Setting `should_stop` asks for the end of training."""
 
     def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, stage: Stage) -> None:
@@ -111,6 +117,20 @@ class TrainerView:
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         return {name: torch.tensor(value) for name, value in self._logged.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        """What this worker would show."""
+        return self._job.module.get_progress_bar_dict()
+
+    @property
+    def enable_validation(self) -> bool:
+        return sum(self.num_val_batches) > 0
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """`print` on rank 0 only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
 
     def all_gather(self, data: Any, *, group: Any = None, sync_grads: bool = False) -> Any:
         """See LightningModule.all_gather."""
@@ -209,6 +229,11 @@ class TrainerView:
         return self._context.world_size
 
     @property
+    def num_devices(self) -> int:
+        """Workers of this one's host."""
+        return self._context.local_world_size
+
+    @property
     def num_nodes(self) -> int:
         return self._context.num_nodes
 
@@ -217,28 +242,8 @@ class TrainerView:
         return self._context.rank == 0
 
     @property
-    def max_epochs(self) -> int | None:
-        return self._plan.limits.max_epochs
-
-    @property
-    def max_steps(self) -> int:
-        return -1 if self._plan.limits.max_steps is None else self._plan.limits.max_steps
-
-    @property
-    def log_every_n_steps(self) -> int:
-        return self._plan.reporting.log_every_n_steps
-
-    @property
     def accumulate_grad_batches(self) -> int:
         return self._plan.optimization.window_in(self.current_epoch)
-
-    @property
-    def fast_dev_run(self) -> bool:
-        return self._plan.is_dev_run
-
-    @property
-    def default_root_dir(self) -> str:
-        return self._plan.default_root_dir
 
     @property
     def log_dir(self) -> str:
@@ -248,6 +253,15 @@ class TrainerView:
     def ckpt_path(self) -> str | None:
         """Where the checkpoint was read that the run continues or evaluates."""
         return self._job.ckpt_path
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what is not here."""
+        if name in _IN_THE_DRIVER:
+            raise AttributeError(
+                f"self.trainer.{name}: it lives in the driver. Read it there after the run (trainer.{name}), or have a "
+                "DriverCallback, whose hooks run there"
+            )
+        raise AttributeError(f"the view of the run that hooks have has no {name!r}")
 
     @property
     def _loop_name(self) -> str:
