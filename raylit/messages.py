@@ -18,6 +18,8 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     is_resuming: bool = False
     """The checkpoint's whole run is continued; else its weights are loaded."""
+    progress: Progress = field(default_factory=Progress)
+    """Of the fit before an evaluation."""
     random_state: dict[str, Any] | None = None
     """The driver's generators, for the workers to continue from; None in the driver's own process."""
     torch_settings: TorchSettings | None = None

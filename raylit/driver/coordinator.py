@@ -299,6 +299,7 @@ class Coordinator:
                 stage=self.state.stage,
                 checkpoint=checkpoint,
                 is_resuming=is_resuming,
+                progress=self.state.progress,
                 random_state=None if self._group.is_in_driver else format.random_state(),
                 torch_settings=None if self._group.is_in_driver else TorchSettings.current(),
             )
@@ -383,7 +384,7 @@ class Coordinator:
         if not logged:
             return False
         self.state.logged_metrics.update(logged)
-        self._log_writer.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
+        self._log_writer.log_metrics({**logged, "epoch": self.state.log_epoch}, step=step)
         return True
 
     def _notify(self, hook: str, *args: Any) -> None:

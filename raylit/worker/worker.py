@@ -151,6 +151,7 @@ class Worker:
             brake=self._brake,
         )
         view = session.view
+        view.move_to(command.progress)
         view.loggers = logger_views(self._job.loggers, forward=self._forward, step=lambda: view.global_step)
         # Made by whoever asks first how long the training is: `setup` or `configure_optimizers`, else the loop.
         train_source = functools.cache(lambda: self._train_source(session))

@@ -1,5 +1,7 @@
 """What a user of Lightning 2.6 reads of a Trainer: the same names, in the driver and in hooks."""
 
+import csv
+
 import pytest
 import torch
 from models import Regression, RegressionData
@@ -102,3 +104,54 @@ def test_an_argument_that_is_none_here_names_what_to_say(arguments, alternative)
     with pytest.raises(pl.UnknownArgumentError, match=alternative):
         pl.Trainer(**arguments)
     pl.Trainer(plugins=None, barebones=False, enable_autolog_hparams=True, num_workers=0)
+
+
+class Watches(pl.Callback):
+    """What hooks at an epoch's end find in callback_metrics."""
+
+    def __init__(self):
+        self.of_training, self.of_validation = [], []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.of_training.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.of_validation.append(trainer.callback_metrics["val_loss"].item())
+
+
+class LogsBoth(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("largest", loss, on_epoch=True, on_step=False, reduce_fx="max")
+        return loss
+
+
+def test_hooks_at_an_epochs_end_find_the_epochs_values(quiet):
+    model, watches = LogsBoth(), Watches()
+    data = RegressionData(batch_size=8, num_train=24, num_val=16)
+    trainer = pl.Trainer(num_workers=0, max_epochs=2, num_sanity_val_steps=0, callbacks=watches, **quiet)
+    trainer.fit(model, data)
+    for epoch, found in enumerate(watches.of_training):
+        losses = model.losses[3 * epoch : 3 * epoch + 3]
+        assert found["loss"] == found["loss_epoch"] == pytest.approx(sum(losses) / 3)
+        assert found["loss_step"] == found["train_loss"] == pytest.approx(losses[-1])
+        assert found["largest"] == pytest.approx(max(losses))
+        assert found["val_loss"] == pytest.approx(watches.of_validation[epoch])
+    assert watches.of_validation[-1] == pytest.approx(trainer.callback_metrics["val_loss"].item())
+
+
+def test_an_evaluation_after_a_fit_is_at_its_end(quiet):
+    class Stands(Regression):
+        def on_test_start(self):
+            self.step = self.trainer.global_step
+
+    model, data = Stands(), RegressionData()
+    trainer = pl.Trainer(num_workers=0, max_epochs=2, **{**quiet, "logger": pl.CSVLogger("logs")})
+    trainer.fit(model, data)
+    trainer.test(model, data, verbose=False)
+    trainer.validate(model, data, verbose=False)
+    assert (trainer.global_step, trainer.current_epoch, model.step) == (12, 2, 12)
+    with open(f"{trainer.log_dir}/metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], float(row["epoch"])) for row in rows if row["test_loss"]] == [("12", 2.0)]
