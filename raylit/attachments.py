@@ -11,14 +11,17 @@ from raylit.callbacks.gradient_accumulation_scheduler import GradientAccumulatio
 from raylit.callbacks.lr_monitor import LearningRateMonitor
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.model_summary import ModelSummary
+from raylit.callbacks.on_exception_checkpoint import SavesOnException
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.throughput_monitor import ThroughputMonitor
 from raylit.callbacks.timer import Duration, Timer
+from raylit.checkpoint.naming import Naming
 from raylit.errors import ConfigError
 from raylit.loggers import Logger, TensorBoardLogger
 from raylit.loggers.dummy import DummyLogger
 from raylit.module import LightningModule
+from raylit.places import absolute, joined
 from raylit.plan import Plan
 from raylit.worker.forwarding import LoggerFacts
 
@@ -113,6 +116,13 @@ def completed(plan: Plan, callbacks: Sequence[Callback | DriverCallback], *, has
         raise ConfigError(f"GradientAccumulationScheduler and {other}: give one of them")
     accumulation = tuple(sorted(schedulers[0].scheduling.items()))
     return replace(plan, optimization=replace(plan.optimization, accumulation=accumulation))
+
+
+def on_worker_exceptions(callbacks: Sequence[DriverCallback], *, log_dir: str) -> list[Callback]:
+    """What is to run on every worker for those in the driver that save when a worker's hook raises."""
+    saves = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
+    directory = joined(absolute(log_dir), "checkpoints")
+    return [SavesOnException(Naming.of(one, directory=directory), first_version=one.first_version) for one in saves]
 
 
 def _turn(callback: DriverCallback) -> int:

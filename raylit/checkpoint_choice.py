@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import files, format
@@ -12,8 +12,14 @@ from raylit.checkpoint.earlier_runs import EarlierRuns
 from raylit.errors import ConfigError
 from raylit.loggers import Logger
 from raylit.places import absolute, is_inside, joined, relative
+from raylit.worker.context import Job
 
 AUTO = "auto"
+
+
+class Chosen(NamedTuple):
+    path: str
+    checkpoint: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +33,7 @@ class CheckpointChoice:
 
     def read(
         self, path: str | os.PathLike[str] | None, weights_only: bool | None, *, is_best_default: bool = False
-    ) -> dict[str, Any] | None:
+    ) -> Chosen | None:
         """The checkpoint of a path, "best" or "last"; of None the best of the last fit where that is the default. The
         parts of a sharded one are left to the workers. ConfigError: the word stands for nothing here."""
         allow_pickle = weights_only is False
@@ -37,9 +43,11 @@ class CheckpointChoice:
             path = (self.saved.best_model_path or None) if is_best_default and self.saved is not None else None
         elif path in ("best", "last"):
             path = self._named(path, allow_pickle)
-        return None if path is None else files.read(path, allow_pickle=allow_pickle, is_whole=False)
+        if path is None:
+            return None
+        return Chosen(os.fspath(path), files.read(path, allow_pickle=allow_pickle, is_whole=False))
 
-    def newest_run(self, weights_only: bool | None) -> dict[str, Any] | None:
+    def newest_run(self, weights_only: bool | None) -> Chosen | None:
         """What resume="auto" continues: the newest checkpoint, in the log directory of its run. Says which, or that
         there is none."""
         earlier = self._earlier
@@ -54,7 +62,7 @@ class CheckpointChoice:
         if root is not None and is_inside(path, root):
             for logger in self.loggers:
                 logger.continue_run(relative(path, root).split("/")[0])
-        return checkpoint
+        return Chosen(path, checkpoint)
 
     @property
     def _earlier(self) -> EarlierRuns:
@@ -78,6 +86,12 @@ class CheckpointChoice:
                 f"{self._earlier.described()}; call fit first, or give a file's path"
             )
         return path
+
+
+def taken(job: Job, found: Chosen | None) -> dict[str, Any] | None:
+    """The checkpoint for a job, which knows from now on where it was read."""
+    job.ckpt_path = None if found is None else found.path
+    return None if found is None else found.checkpoint
 
 
 def _say(message: str) -> None:

@@ -20,6 +20,8 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     is_resuming: bool = False
     """The checkpoint's whole run is continued; else its weights are loaded."""
+    progress: Progress = field(default_factory=Progress)
+    """Of the fit before an evaluation."""
     random_state: dict[str, Any] | None = None
     """The driver's generators, for the workers to continue from; None in the driver's own process."""
     torch_settings: TorchSettings | None = None
@@ -32,7 +34,15 @@ class Reload:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Train:
+class HookedCommand:
+    """One of a fit, in whose hooks the user may save."""
+
+    callback_states: bytes | None = None
+    """Pickled, by state key: what the driver's callbacks keep in such a checkpoint; None: as it was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train(HookedCommand):
     """Run training batches until the epoch has `until_batch` of them, `until_step` is reached or the data ends.
 
     Answered by `Ticked` and `Stepped` on the way and `Paused` at the end.
@@ -43,12 +53,12 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EndEpoch:
+class EndEpoch(HookedCommand):
     """Run the epoch's last hooks and schedulers. Answered by `EpochEnded`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluate:
+class Evaluate(HookedCommand):
     """Run the validation or test loop over the workers' shares. Answered by `Ticked` on the way and `Evaluated`."""
 
     stage: Stage
@@ -79,7 +89,7 @@ class Save:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finish:
+class Finish(HookedCommand):
     """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
 
     interruption: Literal["SIGINT", "SIGTERM"] | None = None

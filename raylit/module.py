@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Literal
@@ -281,6 +282,10 @@ class LightningModule(LoopHooks):
     def toggle_optimizer(self, optimizer: Any) -> None:
         """Freeze the parameters of the other optimizers, until `untoggle_optimizer`."""
         self.trainer.handles.toggle(optimizer)
+
+    def toggled_optimizer(self, optimizer: Any) -> AbstractContextManager[None]:
+        """`with`: the two around it."""
+        return self.trainer.handles.toggled(optimizer)
 
     def untoggle_optimizer(self, optimizer: Any) -> None:
         self.trainer.handles.untoggle(optimizer)

@@ -1,29 +1,36 @@
 """Outcome: what a Trainer has to show of its last run, and of what is attached to it. Driver."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylit.asked import Asked
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint.last_run import write_last_run
 from raylit.datamodule import DataModule
 from raylit.errors import ConfigError
 from raylit.loggers import Logger
 from raylit.module import LightningModule
 from raylit.plan import Plan
+from raylit.precision import build_precision
 from raylit.profilers import PassThroughProfiler, Profiler
 from raylit.state import RunState, RunStatus, TrainerState
 from raylit.weights import write_weights
 
 
-class Outcome:
+class Outcome(Asked):
     """The Trainer writes these; users and tests read the properties."""
 
     loggers: list[Logger]
+    ckpt_path: str | None
+    """Where the last run's checkpoint was read, None: it had none."""
     _plan: Plan
     _state: RunState
     _status: RunStatus
@@ -58,6 +65,21 @@ class Outcome:
         return self._state.progress.global_step
 
     @property
+    def num_training_batches(self) -> float:
+        """Per worker and epoch, of the last fit; infinite where the loader has no length."""
+        return self._state.num_training_batches
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the last fit, had it gone to its limits: see the property of hooks' own `trainer`."""
+        if self._status == "initializing":
+            raise ConfigError(
+                "estimated_stepping_batches is known once fit has made the loaders: read self.trainer."
+                "estimated_stepping_batches in the module's setup or configure_optimizers"
+            )
+        return self._plan.num_windows(self._state.num_training_batches)
+
+    @property
     def state(self) -> TrainerState:
         """What the last run was and how it ended."""
         return TrainerState(fn=self._state.stage, status=self._status)
@@ -73,11 +95,23 @@ class Outcome:
 
     @property
     def checkpoint_callback(self) -> ModelCheckpoint | None:
-        return next((c for c in self._driver_callbacks if isinstance(c, ModelCheckpoint)), None)
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        return [callback for callback in self._driver_callbacks if isinstance(callback, ModelCheckpoint)]
 
     @property
     def early_stopping_callback(self) -> EarlyStopping | None:
-        return next((c for c in self._driver_callbacks if isinstance(c, EarlyStopping)), None)
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        return [callback for callback in self._driver_callbacks if isinstance(callback, EarlyStopping)]
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        return next((callback for callback in self._driver_callbacks if isinstance(callback, ProgressBar)), None)
 
     @property
     def logger(self) -> Logger | None:
@@ -94,10 +128,6 @@ class Outcome:
         return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
 
     @property
-    def default_root_dir(self) -> str:
-        return self._plan.default_root_dir
-
-    @property
     def num_workers(self) -> int:
         return self._plan.workers.num_workers
 
@@ -106,8 +136,60 @@ class Outcome:
         return self._plan.workers.world_size
 
     @property
-    def max_epochs(self) -> int | None:
-        return self._plan.limits.max_epochs
+    def num_nodes(self) -> int:
+        return self._plan.workers.num_nodes or 1
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """In the first epoch, or after a fit the one that came last."""
+        return self._plan.optimization.window_in(self._state.progress.epoch)
+
+    @property
+    def global_rank(self) -> int:
+        """0: the driver is one process, and what it prints or writes is there once."""
+        return 0
+
+    @property
+    def is_global_zero(self) -> bool:
+        return True
+
+    local_rank = node_rank = global_rank
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Around making a model: its weights are of the run's precision from the start, here on the CPU, as workers put
+        their copies on their devices. `empty_init` with strategy="fsdp": on the meta device, without memory."""
+        is_on_meta = bool(empty_init) and self._plan.strategy.is_sharding
+        precision = build_precision(self._plan.optimization.precision, torch.device("cpu"))
+        with precision.around_making(), torch.device("meta" if is_on_meta else "cpu"):
+            yield
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """`print`; in hooks `self.trainer.print` is rank 0's alone."""
+        print(*args, **kwargs)
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        """Per worker, for each validation loader of the last run."""
+        return list(self._state.num_val_batches)
+
+    @property
+    def enable_validation(self) -> bool:
+        """The last fit has validated."""
+        return self._state.has_validation
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self._state.is_sanity_checking
+
+    @property
+    def datamodule(self) -> DataModule | None:
+        """Of the last run."""
+        return self._datamodule
+
+    @property
+    def model(self) -> LightningModule | None:
+        return self._model
 
     @property
     def lightning_module(self) -> LightningModule | None:

@@ -1,5 +1,6 @@
 """Plan: everything the user asked for, parsed and checked once, frozen. Both sides; it travels to the workers."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +70,8 @@ class Validation:
 
     interval: BatchLimit = 1.0
     """A float: a fraction of the training epoch; an int: training batches."""
+    interval_s: float | None = None
+    """Seconds from the end of one validation to the next; None: the interval counts batches."""
     every_n_epochs: int | None = 1
     """None: the interval counts batches across epochs."""
 
@@ -144,3 +147,15 @@ class Plan:
     is_dev_run: bool = False
     """fast_dev_run: nothing is written."""
     inference_mode: bool = True
+
+    def num_windows(self, num_batches: float) -> float:
+        """Of a whole fit whose epochs have so many batches; infinite where neither epochs nor steps are limited."""
+        limits = self.limits
+        most = math.inf if limits.max_steps is None else limits.max_steps
+        if limits.max_epochs is None or math.isinf(num_batches):
+            return most
+        num_epochs, num_windows = max(1, limits.max_epochs), 0
+        firsts = [first for first, _ in self.optimization.accumulation]
+        for (first, window), following in zip(self.optimization.accumulation, [*firsts[1:], num_epochs], strict=True):
+            num_windows += max(0, min(following, num_epochs) - first) * math.ceil(num_batches / window)
+        return min(num_windows, most)

@@ -33,6 +33,10 @@ class Precision:
             return torch.autocast(self.device_type, dtype=self.autocast_dtype)
         return nullcontext() if self.weights_dtype is None else _default_dtype(self.weights_dtype)
 
+    def around_making(self) -> AbstractContextManager[object]:
+        """The context in which weights are of their type from the start."""
+        return nullcontext() if self.weights_dtype is None else _default_dtype(self.weights_dtype)
+
 
 def build_precision(name: PrecisionName, device: torch.device) -> Precision:
     """The precision of this name on a device. float16 gradients underflow, so "16-mixed" comes with a scaler."""

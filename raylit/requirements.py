@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from raylit.callbacks.finetuning import BaseFinetuning
-from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint, SavesOnException
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.weight_averaging import WeightAveraging
 from raylit.errors import ConfigError, ModuleError
@@ -77,6 +77,11 @@ def require_shardable(job: Job, plan: Plan) -> None:
         ),
         (plan.is_syncing_batchnorm, "sync_batchnorm=True", "leave it out, or use another norm"),
         (plan.optimization.is_channels_last, "channels_last=True", "a share of a weight has no such layout"),
+        (
+            any(isinstance(one, SavesOnException) for one in job.callbacks),
+            "ModelCheckpoint(save_on_exception=True)",
+            "the worker whose hook raises has only its part of the model; save by every_n_train_steps",
+        ),
         (bool(whole), f"the callback {', '.join(whole)}", "it needs the whole model in one process"),
     ):
         if is_wrong:

@@ -94,5 +94,11 @@ class RunState:
 
     @property
     def log_step(self) -> int:
-        """The loggers' x axis: the index of the last finished optimizer step, counted from 0."""
-        return max(0, self.progress.global_step - 1)
+        """The loggers' x axis: in a fit the index of the last finished optimizer step, counted from 0; after it their
+        number."""
+        return max(0, self.progress.global_step - (self.stage == "fit"))
+
+    @property
+    def log_epoch(self) -> float:
+        """Beside it: in a fit the epoch under way, after it their number."""
+        return float(self.progress.epoch + (self.stage != "fit" and self.progress.is_epoch_ended))

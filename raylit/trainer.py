@@ -21,7 +21,7 @@ from raylit.arguments import (
     parse_searches,
     settled,
 )
-from raylit.attachments import known_to_hooks
+from raylit.attachments import known_to_hooks, on_worker_exceptions
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
@@ -30,7 +30,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.results_table import print_results_table
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
-from raylit.checkpoint_choice import AUTO, CheckpointChoice
+from raylit.checkpoint_choice import AUTO, CheckpointChoice, taken
 from raylit.compilation import unwrapped
 from raylit.datamodule import DataModule
 from raylit.driver.coordinator import Coordinator
@@ -90,7 +90,7 @@ class Trainer(Outcome):
         limit_test_batches: BatchLimit = 1.0,
         limit_predict_batches: BatchLimit = 1.0,
         overfit_batches: BatchLimit = 0.0,
-        val_check_interval: BatchLimit = 1.0,
+        val_check_interval: BatchLimit | Duration = 1.0,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
@@ -138,6 +138,7 @@ class Trainer(Outcome):
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
+        self.ckpt_path: str | None = None
         self._searches = given.to(parse_searches)
         self.tuner = Tuner(self)
         self._model: LightningModule | None = None
@@ -188,7 +189,9 @@ class Trainer(Outcome):
         if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
         path = None if ckpt_path == AUTO else ckpt_path
-        checkpoint = inside.checkpoint or found or self._checkpoints.read(path, weights_only)
+        if inside.checkpoint is None:
+            found = found or self._checkpoints.read(path, weights_only)
+        checkpoint = inside.checkpoint or taken(inside.job, found)
         seed = None if checkpoint is None else format.seed_of(checkpoint)
         with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
@@ -261,8 +264,9 @@ class Trainer(Outcome):
     ) -> list[Any] | None:
         """What `predict_step` returned for each batch, in data-set order, on the CPU; a list of these for each loader
         where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
-        checkpoint = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
+        found = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
+        checkpoint = taken(job, found)
         require(job, "predict")
         require_weights(job.module, has_checkpoint=checkpoint is not None)
         with self._coordinated("predict", job) as coordinator:
@@ -321,7 +325,7 @@ class Trainer(Outcome):
         return Job(
             module=module,
             datamodule=datamodule,
-            callbacks=self._callbacks,
+            callbacks=[*self._callbacks, *on_worker_exceptions(self._driver_callbacks, log_dir=self.log_dir)],
             loaders={"train" if stage == "fit" else stage: loaders, **({"validate": val} if stage == "fit" else {})},
             compilations=compilations,
             profiler=self._profiler,
@@ -350,8 +354,9 @@ class Trainer(Outcome):
         )
         if stage != "fit":
             coordinator.state.progress = self._state.progress
+            coordinator.state.num_training_batches = self._state.num_training_batches
             coordinator.state.callback_metrics = dict(self._state.callback_metrics)
-        self._state, self._status = coordinator.state, "interrupted"
+        self._state, self._status, self.ckpt_path = coordinator.state, "interrupted", job.ckpt_path
         try:
             yield coordinator
             self._status = "finished"
@@ -369,8 +374,9 @@ class Trainer(Outcome):
         datamodule: DataModule | None,
         weights_only: bool | None,
     ) -> list[dict[str, float]]:
-        checkpoint = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
+        found = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
+        checkpoint = taken(job, found)
         require(job, stage)
         require_weights(job.module, has_checkpoint=checkpoint is not None)
         with self._coordinated(stage, job) as coordinator:

@@ -14,7 +14,18 @@ PACKAGE = ROOT / "raylit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "messages", "places", "plan", "state", "strategy_options", "summary", "tables", "torch_settings"},
+    {
+        "asked",
+        "errors",
+        "messages",
+        "places",
+        "plan",
+        "state",
+        "strategy_options",
+        "summary",
+        "tables",
+        "torch_settings",
+    },
     {"accelerators", "precision", "strategies"},
     {
         "callbacks",

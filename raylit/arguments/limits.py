@@ -1,5 +1,7 @@
 """How long a run is, how much of each loader it takes and when it validates. Driver."""
 
+from datetime import timedelta
+
 from raylit.arguments.checks import check_count, check_share
 from raylit.callbacks.timer import Duration, seconds_of
 from raylit.errors import ConfigError
@@ -54,14 +56,23 @@ def parse_limits(
 
 
 def parse_validation(
-    *, val_check_interval: BatchLimit, check_val_every_n_epoch: int | None, fast_dev_run: bool | int
+    *, val_check_interval: BatchLimit | Duration, check_val_every_n_epoch: int | None, fast_dev_run: bool | int
 ) -> Validation:
-    """The interval: a fraction of the epoch above 0, or a positive count of batches."""
+    """The interval: a fraction of the epoch above 0, a positive count of batches, or a time."""
     if check_val_every_n_epoch is not None:
         check_count(1, check_val_every_n_epoch=check_val_every_n_epoch)
+    if isinstance(val_check_interval, (str, dict, timedelta)):
+        interval_s = seconds_of(val_check_interval, name="val_check_interval")
+        if interval_s == 0:
+            raise ConfigError(f"val_check_interval={val_check_interval!r}: no time at all; 1 is after every batch")
+        validation = Validation(interval_s=interval_s, every_n_epochs=check_val_every_n_epoch)
+        return Validation() if fast_dev_run else validation
     is_fraction = isinstance(val_check_interval, float)
     if not is_fraction and (isinstance(val_check_interval, bool) or not isinstance(val_check_interval, int)):
-        raise ConfigError(f"val_check_interval={val_check_interval!r}: must be a float in (0, 1] or an int")
+        raise ConfigError(
+            f"val_check_interval={val_check_interval!r}: must be a float in (0, 1], an int, or a time "
+            '("DD:HH:MM:SS", a timedelta or a dict of its keywords)'
+        )
     if (is_fraction and not 0 < val_check_interval <= 1) or (not is_fraction and val_check_interval < 1):
         raise ConfigError(
             f"val_check_interval={val_check_interval!r}: must be a float in (0, 1] or an int of at least 1; "
@@ -72,7 +83,7 @@ def parse_validation(
     if check_val_every_n_epoch is None and is_fraction:
         raise ConfigError(
             f"val_check_interval={val_check_interval!r} with check_val_every_n_epoch=None, which counts batches across "
-            "epochs: give the interval as an int"
+            "epochs: give the interval as an int, or as a time"
         )
     return Validation(interval=val_check_interval, every_n_epochs=check_val_every_n_epoch)
 

@@ -35,6 +35,30 @@ class EarlierNames(TypedDict, total=False):
     """reload_dataloaders_every_n_epochs"""
 
 
+_ABSENT: dict[str, tuple[Any, str]] = {
+    "plugins": (
+        None,
+        "say precision=, strategy= (a name, DDPStrategy(...) or FSDPStrategy(...)) or checkpoint_async= for what they "
+        "do; Ray places and starts the processes",
+    ),
+    "barebones": (
+        False,
+        "say logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False and "
+        "num_sanity_val_steps=0",
+    ),
+    "enable_autolog_hparams": (True, "self.save_hyperparameters(logger=False) keeps them from the loggers"),
+    "model_registry": (None, "checkpoints go to a path or URL: ModelCheckpoint(dirpath=...)"),
+    "amp_backend": ("native", "torch's own autocast is the one: say precision='16-mixed' or 'bf16-mixed'"),
+    "auto_select_gpus": (False, "Ray picks free GPUs: say gpus= or devices= with their number"),
+    "stochastic_weight_avg": (False, "say callbacks=StochasticWeightAveraging(swa_lrs=...)"),
+    "weights_save_path": (None, "say callbacks=ModelCheckpoint(dirpath=...)"),
+    "process_position": (0, "bars stand one below the other by themselves"),
+    "train_percent_check": (1.0, "it is limit_train_batches"),
+    "val_percent_check": (1.0, "it is limit_val_batches"),
+    "test_percent_check": (1.0, "it is limit_test_batches"),
+    "row_log_interval": (50, "it is log_every_n_steps"),
+}
+"""Names of Lightning's, of whatever time, that are none here: their default, which changes nothing, and what to say."""
 _NONE_HAS_A_MEANING = frozenset({"check_val_every_n_epoch"})
 """Everywhere else None is what Lightning has it be: the default."""
 
@@ -70,6 +94,8 @@ def settled(**named: Any) -> Any:
 def _with_todays_names(given: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
     arguments = {}
     for name, value in given.items():
+        if name in _ABSENT and (value is None or value == _ABSENT[name][0]):
+            continue
         if name not in known and name not in _RENAMED:
             _refuse_unknown(name, [*known, *_RENAMED])
         if name in known and (value is not None or name in _NONE_HAS_A_MEANING):
@@ -88,6 +114,8 @@ def _with_todays_names(given: Mapping[str, Any], known: list[str]) -> dict[str, 
 
 
 def _refuse_unknown(name: str, known: Iterable[str]) -> None:
+    if name in _ABSENT:
+        raise UnknownArgumentError(f"Trainer has no argument {name!r}: {_ABSENT[name][1]}")
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "see help(raylit.Trainer) for those that it has"
     raise UnknownArgumentError(f"Trainer has no argument {name!r}: {hint}")

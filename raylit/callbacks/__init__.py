@@ -3,6 +3,7 @@
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.device_stats_monitor import DeviceStatsMonitor
 from raylit.callbacks.early_stopping import EarlyStopping
+from raylit.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
 from raylit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from raylit.callbacks.lambda_function import LambdaCallback
@@ -21,6 +22,7 @@ __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "DeviceStatsMonitor",
     "DriverCallback",
@@ -28,6 +30,7 @@ __all__ = [
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",

@@ -100,6 +100,11 @@ class Run(Protocol):
         """Where the run's files go: the first logger's directory, else the plan's root directory."""
         ...
 
+    @property
+    def is_at_rest(self) -> bool:
+        """The workers stand still and can be asked to save; not after one of their hooks has raised."""
+        ...
+
     def stop(self, reason: str) -> None:
         """Ask for the end of training after the step under way; min_epochs and min_steps are still honoured."""
         ...

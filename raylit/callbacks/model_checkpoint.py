@@ -1,11 +1,11 @@
 """ModelCheckpoint: when a checkpoint is written, under what name, and which ones stay. Driver only."""
 
-import itertools
 import logging
 import os
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.callbacks.checkpoint_options import check_options, missing_metric
+from raylit.callbacks.checkpoint_options import check_options, missing_metric, moved
 from raylit.callbacks.timing import Clock, is_saved_at_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.naming import fields, fill
+from raylit.checkpoint.index import newest_first
+from raylit.checkpoint.naming import Naming, fields, first_free
 from raylit.checkpoint.publication import Publication
 from raylit.checkpoint.retention import BestFiles
 from raylit.errors import CheckpointError, ConfigError
@@ -40,6 +41,7 @@ class ModelCheckpoint(DriverCallback):
     - What stays: the `save_top_k` best by `monitor` (-1: all, 0: none); without one the latest. `save_last` keeps
       `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
     - On Ctrl-C and SIGTERM the run is saved where it stands, in `last.ckpt` if there is one, else under the usual name.
+      `save_on_exception`: at an error, too; workers write what one of a hook or step left, on their own hosts.
     """
 
     CHECKPOINT_JOIN_CHAR = "-"
@@ -56,6 +58,7 @@ class ModelCheckpoint(DriverCallback):
         verbose: bool = False,
         save_last: bool | Literal["link"] | None = None,
         save_top_k: int = 1,
+        save_on_exception: bool = False,
         save_weights_only: bool = False,
         mode: Literal["min", "max"] = "min",
         auto_insert_metric_name: bool = True,
@@ -65,25 +68,25 @@ class ModelCheckpoint(DriverCallback):
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
     ) -> None:
-        if every_n_train_steps is None and train_time_interval is None and every_n_epochs is None:
-            every_n_epochs = 1
         self.dirpath = None if dirpath is None else absolute(dirpath)
         self.filename = filename
         self.monitor = monitor
         self.verbose = verbose
         self.save_last = save_last
         self.save_top_k = save_top_k
+        self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
         self.best_model_path = self.last_model_path = self.newest_model_path = ""
-        """The file written last, whatever it was written for; of its names the one that stays."""
+        """`newest`: the file written last, whatever for; of its names the one that stays."""
         self._every_n_train_steps = every_n_train_steps or 0
-        self._every_n_epochs = every_n_epochs or 0
+        is_default = every_n_train_steps is None and train_time_interval is None and every_n_epochs is None
+        self._every_n_epochs = 1 if is_default else every_n_epochs or 0
         self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
-        self._enable_version_counter = enable_version_counter
-        check_options(self, every_n_train_steps or 0, every_n_epochs or 0, train_time_interval)
+        self.first_version = self.STARTING_VERSION if enable_version_counter else None  # None: overwritten
+        check_options(self, self._every_n_train_steps, self._every_n_epochs, train_time_interval)
         self._is_automatic = False
         self._best = BestFiles(count=save_top_k, mode=mode)
         self._current_score: float | None = None
@@ -137,11 +140,7 @@ class ModelCheckpoint(DriverCallback):
         self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
     ) -> str:
         """The path of a file for these metrics; one that is missing counts as 0."""
-        pattern = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
-        name = fill(pattern, metrics, equals=self.CHECKPOINT_EQUALS_CHAR if self.auto_insert_metric_name else None)
-        parts = [prefix, name, None if ver is None else f"v{ver}"]
-        name = self.CHECKPOINT_JOIN_CHAR.join(part for part in parts if part is not None)
-        return joined(self.dirpath or "", name + self.FILE_EXTENSION)
+        return Naming.of(self, filename).path(metrics, prefix=prefix, version=ver)
 
     # When it saves
 
@@ -212,6 +211,14 @@ class ModelCheckpoint(DriverCallback):
             self._before = self._standing
             self._write(run, self._free_path(run, fields(run.state)), [])
 
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        if self.save_on_exception and isinstance(error, Exception) and run.state.stage == "fit":
+            if run.is_at_rest:
+                self.on_interrupt(run)
+                run.finish_saves()
+            elif self.dirpath:  # what a worker has left
+                self.newest_model_path = next(newest_first(self.dirpath), self.newest_model_path)
+
     def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
         if error is None:
             self._say(f"step {self._step_saved}: saved {path}")
@@ -260,11 +267,7 @@ class ModelCheckpoint(DriverCallback):
             self.last_model_path = state_dict.get("last_model_path", "")
             self.newest_model_path = self._resumed_path = state_dict.get("newest_model_path", "")
         else:
-            warnings.warn(
-                f"checkpoints go to {self.dirpath}, those of the resumed run went to {directory}: its best_model_path "
-                "is taken over, its other files and scores are not",
-                stacklevel=2,
-            )
+            warnings.warn(moved(directory, self.dirpath), stacklevel=2)
         self.best_model_path = state_dict["best_model_path"]
 
     # Helpers, in the order in which they are called
@@ -380,11 +383,8 @@ class ModelCheckpoint(DriverCallback):
 
     def _free_path(self, run: Run, metrics: Mapping[str, float], filename: str = "", *, reusable: str = "") -> str:
         """The file's path, with the first version that no file has yet; `reusable` may be overwritten."""
-        path = self.format_checkpoint_name(metrics, filename)
-        versions = itertools.count(self.STARTING_VERSION)
-        while self._enable_version_counter and path != reusable and (run.is_saving_to(path) or files.exists(path)):
-            path = self.format_checkpoint_name(metrics, filename, ver=next(versions))
-        return path
+        names = partial(self.format_checkpoint_name, metrics, filename)
+        return first_free(names, self.first_version, reusable=reusable, is_taken=run.is_saving_to)
 
     def _is_removable(self, path: str) -> bool:
         """It is this directory's, has no other use, and the run was not resumed from it."""
@@ -392,8 +392,7 @@ class ModelCheckpoint(DriverCallback):
         return path != "" and not is_kept and is_inside(path, self.dirpath or "")
 
     def _say(self, message: str) -> None:
-        if self.verbose:
-            _log.info(message)
+        _log.log(logging.INFO if self.verbose else logging.DEBUG, message)
 
 
 def _tensor(score: float | None) -> Tensor | None:

@@ -1,10 +1,12 @@
-"""OnExceptionCheckpoint: the run as it stood when something went wrong. Runs on every worker."""
+"""The run as it stood when something went wrong: OnExceptionCheckpoint, and what ModelCheckpoint has for it. Worker."""
 
 import os
+from functools import partial
 from typing import Any
 
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
+from raylit.checkpoint.naming import Naming, first_free
 from raylit.errors import ConfigError
 from raylit.places import absolute
 
@@ -42,3 +44,23 @@ class OnExceptionCheckpoint(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not self._has_saved:
             files.remove(self.ckpt_path)
+
+
+class SavesOnException(Callback):
+    """For `ModelCheckpoint(save_on_exception=True)`: what it cannot do from the driver."""
+
+    def __init__(self, naming: Naming, *, first_version: int | None) -> None:
+        """As `first_free` has it."""
+        self._naming = naming
+        self._first_version = first_version
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        # At Ctrl-C and SIGTERM the driver has saved.
+        is_ours = isinstance(exception, Exception) and not trainer.sanity_checking and not trainer.fast_dev_run
+        if not is_ours or trainer.state.fn != "fit" or trainer.saving is None:
+            return
+        metrics = {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.metric_values()}
+        if self._naming.is_of_step and files.exists(self._naming.path(metrics)):
+            return
+        names = partial(self._naming.path, metrics)
+        trainer.save_own_checkpoint(first_free(names, self._first_version))

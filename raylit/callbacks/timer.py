@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 Duration = str | timedelta | dict[str, int]
 
 _STAGES = ("train", "validate", "sanity_check", "test", "predict")
-_UNITS = frozenset({"weeks", "days", "hours", "minutes", "seconds"})
+_UNITS = frozenset({"weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"})
 
 
 class Timer(DriverCallback):

@@ -10,7 +10,7 @@ from raylit.callbacks.base import Run
 def is_validated_by_epoch_end(run: Run) -> bool:
     """Every training epoch's end has all the metrics there will be: validation runs once in each epoch, or never."""
     validation = run.plan.validation
-    is_whole = isinstance(validation.interval, float) and validation.interval == 1.0
+    is_whole = isinstance(validation.interval, float) and validation.interval == 1.0 and validation.interval_s is None
     return not run.state.has_validation or (is_whole and validation.every_n_epochs == 1)
 
 
@@ -20,10 +20,12 @@ def is_saved_at_epoch_end(run: Run, given: bool | None) -> bool:
 
 
 def is_validation_next(run: Run) -> bool:
-    """Validation is due at this batch border."""
+    """Validation is due at this batch border. Never certain of one by time."""
     progress, validation, num_batches = run.state.progress, run.plan.validation, run.state.num_training_batches
     every = validation.every_n_epochs
-    if not run.state.has_validation or (every is not None and (progress.epoch + 1) % every != 0):
+    if not run.state.has_validation or validation.interval_s is not None:
+        return False
+    if every is not None and (progress.epoch + 1) % every != 0:
         return False
     if isinstance(validation.interval, int):
         return (progress.batch + (progress.batches_before if every is None else 0)) % validation.interval == 0
@@ -42,6 +44,10 @@ class Clock:
     def start(self, step: int) -> None:
         self._start_s = self._last_s = time.monotonic()
         self._first_step = step
+
+    def reset(self) -> None:
+        """The next interval begins now."""
+        self._last_s = time.monotonic()
 
     def is_due(self) -> bool:
         """True once for each interval."""

@@ -1,13 +1,70 @@
-"""File names of checkpoints: patterns that metrics fill in. Driver only."""
+"""File names of checkpoints: patterns that metrics fill in. Driver, and the worker that an exception ends."""
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import Self
+
+from raylit.checkpoint import files
 from raylit.errors import ConfigError
+from raylit.places import joined
 from raylit.state import RunState
 
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Naming:
+    """What the files of a directory are called."""
+
+    directory: str
+    pattern: str
+    equals: str | None
+    """As `fill` has it."""
+    join_char: str
+    extension: str
+
+    @classmethod
+    def of(cls, callback: Any, filename: str | None = None, *, directory: str = "") -> Self:
+        """A ModelCheckpoint's; in `directory` where it has none of its own yet."""
+        return cls(
+            directory=callback.dirpath or directory,
+            pattern=filename or callback.filename or f"{{epoch}}{callback.CHECKPOINT_JOIN_CHAR}{{step}}",
+            equals=callback.CHECKPOINT_EQUALS_CHAR if callback.auto_insert_metric_name else None,
+            join_char=callback.CHECKPOINT_JOIN_CHAR,
+            extension=callback.FILE_EXTENSION,
+        )
+
+    @property
+    def is_of_step(self) -> bool:
+        """Another step is another file."""
+        return "{step" in self.pattern
+
+    def path(self, metrics: Mapping[str, Any], version: int | None = None, prefix: str | None = None) -> str:
+        """A metric that is missing counts as 0."""
+        parts = [prefix, fill(self.pattern, metrics, equals=self.equals), None if version is None else f"v{version}"]
+        name = self.join_char.join(part for part in parts if part is not None)
+        return joined(self.directory, name + self.extension)
+
+
+def first_free(
+    path_of: Callable[[int | None], str],
+    first_version: int | None,
+    *,
+    reusable: str = "",
+    is_taken: Callable[[str], bool] = lambda path: False,
+) -> str:
+    """Of the paths without and with a version, the first that no file has and that is not taken otherwise; `reusable`
+    may be overwritten. Without a `first_version` files are overwritten."""
+    path = path_of(None)
+    for version in () if first_version is None else itertools.count(first_version):
+        if path == reusable or not (is_taken(path) or files.exists(path)):
+            break
+        path = path_of(version)
+    return path
 
 
 def fill(pattern: str, metrics: Mapping[str, Any], *, equals: str | None) -> str:

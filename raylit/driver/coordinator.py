@@ -11,6 +11,7 @@ from raylit.checkpoint import directory, format
 from raylit.checkpoint.publication import Publication
 from raylit.checkpoint.remote import StoreUnreachable
 from raylit.driver import predictions
+from raylit.driver.callback_states import CallbackStates
 from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
@@ -72,6 +73,7 @@ class Coordinator:
         self.log_dir = job.log_dir
         self._job = job
         self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
+        self._states = CallbackStates(callbacks if stage == "fit" else ())
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
         self._interrupts = Interrupts(on_first=self._brake)
@@ -95,7 +97,7 @@ class Coordinator:
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
-            self._schedule.check_rest(self.state, is_continued=checkpoint is not None)
+            self._schedule.begin(self.state, is_continued=checkpoint is not None)
             self._notify("on_train_start")
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()
@@ -132,8 +134,7 @@ class Coordinator:
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
         assert self._group is not None
         self.finish_saves(is_earlier_only=True)
-        states = {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
-        states = format.plain({} if is_weights_only else states, "callbacks")
+        states = format.plain({} if is_weights_only else self._states.taken(), "callbacks")
         order = Order(path=path, by=self._notified, then=then, is_weights_only=is_weights_only, callbacks=states)
         if self._saves.is_joined_by(order):
             return
@@ -142,6 +143,10 @@ class Coordinator:
         self._saves.start(order, self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts), reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
+
+    @property
+    def is_at_rest(self) -> bool:
+        return self._group is not None and self._group.is_at_rest and self.finished is None
 
     def finish_saves(self, *, is_earlier_only: bool = False) -> None:
         if self._saves.is_earlier_under_way if is_earlier_only else self._saves.is_under_way:
@@ -223,8 +228,6 @@ class Coordinator:
 
     def _break_off(self) -> None:
         """Save and hand back what an interrupted run has, where its workers stand still and can still be asked."""
-        if self._group is None or not self._group.is_at_rest or self.finished is not None:
-            return
         if self.state.stage == "fit":
             self._notify("on_interrupt")
         self._finish()
@@ -234,10 +237,9 @@ class Coordinator:
 
     def _describe_profiles(self) -> None:
         """What came of the profiler in a run whose workers have come to their end, whatever has ended it."""
-        if self._job.profiler is None or self._costs is None or not self._profiles:
-            return
-        workers = sorted(self._profiles, key=lambda profile: profile.title, reverse=True)  # the slowest first
-        self._job.profiler.describe(self.state.stage, [*workers, self._costs.profile()], log_dir=self.log_dir)
+        if self._job.profiler is not None and self._costs is not None and self._profiles:
+            profiles = self._costs.beside(self._profiles)
+            self._job.profiler.describe(self.state.stage, profiles, log_dir=self.log_dir)
 
     # The workers
 
@@ -264,7 +266,8 @@ class Coordinator:
             status = self._interrupts.status_after(error)
             self.state.is_interrupted = status == "interrupted"
             try:
-                if self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit)):
+                is_break = self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit))
+                if is_break and self.is_at_rest:
                     self._break_off()
                 if not self._interrupts.is_ending_at_once:
                     self.finish_saves()
@@ -290,15 +293,14 @@ class Coordinator:
         checkpoint = checkpoint and directory.in_reach(checkpoint, sees=self._group.sees)
         if is_resuming:
             assert checkpoint is not None
-            for callback in self._callbacks:
-                if callback.state_key in checkpoint.get("callbacks", {}):
-                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            self._states.load(checkpoint)
             self.state.callback_metrics.update(format.metrics_of(checkpoint))
         started = self._one(
             Start(
                 stage=self.state.stage,
                 checkpoint=checkpoint,
                 is_resuming=is_resuming,
+                progress=self.state.progress,
                 random_state=None if self._group.is_in_driver else format.random_state(),
                 torch_settings=None if self._group.is_in_driver else TorchSettings.current(),
             )
@@ -320,7 +322,7 @@ class Coordinator:
         """Run a command; every report is taken in before it is handed on."""
         assert self._group is not None
         self._saves.note_command()
-        reports = self._group.run(command)
+        reports = self._group.run(self._states.sent_with(command))
         if self._costs is not None:
             reports = self._costs.over("wait for workers", reports)
         for rank, report in reports:
@@ -383,7 +385,7 @@ class Coordinator:
         if not logged:
             return False
         self.state.logged_metrics.update(logged)
-        self._log_writer.log_metrics({**logged, "epoch": float(self.state.progress.epoch)}, step=step)
+        self._log_writer.log_metrics({**logged, "epoch": self.state.log_epoch}, step=step)
         return True
 
     def _notify(self, hook: str, *args: Any) -> None:

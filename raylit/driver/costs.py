@@ -1,6 +1,6 @@
 """Costs: what the driver's own time went into, in a run with a profiler. Driver."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,10 @@ class Costs:
     def of(self, called: _Object, *, name: str | None = None) -> _Object:
         """Stands for an object whose methods are measured, under the name of its class unless another is given."""
         return cast(_Object, _Timed(called, self._stopwatch, name or type(called).__name__))
+
+    def beside(self, workers: Iterable[Profile]) -> list[Profile]:
+        """Those of the workers, the slowest first, and the driver's own."""
+        return [*sorted(workers, key=lambda profile: profile.title, reverse=True), self.profile()]
 
     def profile(self) -> Profile:
         elapsed_s = self._stopwatch.elapsed_s

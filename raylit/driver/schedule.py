@@ -3,7 +3,9 @@
 import math
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 
+from raylit.callbacks.timing import Clock
 from raylit.errors import ConfigError
 from raylit.messages import Paused, Reloaded, Started
 from raylit.plan import Plan
@@ -11,11 +13,15 @@ from raylit.state import Progress, RunState
 
 
 class Schedule:
-    """Answers from the run's state; holds the plan, the validation interval in batches and the age of the loaders."""
+    """Answers from the run's state; holds the plan, the validation interval in batches, or the time of the last
+    validation, and the age of the loaders."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._validation_batches = math.inf
+        interval_s = plan.validation.interval_s
+        self._clock = None if interval_s is None else Clock(timedelta(seconds=interval_s))
+        """For a validation by time."""
         self._loaded_epoch = 0
         self._num_batches = math.inf
         """Of an epoch; the one under way may have another number, see `Started`."""
@@ -24,7 +30,8 @@ class Schedule:
     def set_sizes(self, state: RunState, started: Started | Reloaded) -> None:
         """Take the loaders' sizes in. ConfigError: validation would come due beyond the end of an epoch."""
         self._loaded_epoch = state.progress.at_next_batch().epoch
-        self._num_batches = state.num_training_batches = started.num_training_batches
+        if state.stage == "fit":
+            self._num_batches = state.num_training_batches = started.num_training_batches
         state.num_val_batches = started.num_eval_batches
         if state.stage == "fit" and started.num_training_batches == 0 and self._plan.limits.train_batches == 1.0:
             warnings.warn(
@@ -52,9 +59,13 @@ class Schedule:
         return math.inf if max_steps is None else max_steps
 
     def next_decision_step(self, state: RunState) -> float:
-        """The optimizer step at which training may have to end: where it must, or the least after which it may."""
-        min_steps = self._plan.limits.min_steps
-        return min(self.last_step, min_steps) if state.progress.global_step < min_steps else self.last_step
+        """The optimizer step at which training may have to end: where it must, or the least after which it may; or at
+        which the time for a validation will have come."""
+        min_steps, step = self._plan.limits.min_steps, state.progress.global_step
+        end = min(self.last_step, min_steps) if step < min_steps else self.last_step
+        if self._clock is None or not self._is_validation_epoch(state):
+            return end
+        return min(end, self._clock.next_step(step) or math.inf)
 
     def has_sanity_check(self, state: RunState) -> bool:
         return state.has_validation and self._plan.limits.sanity_val_batches != 0 and not self._is_out_of_reach(state)
@@ -68,8 +79,10 @@ class Schedule:
         """Between two epochs."""
         return self._is_out_of_reach(state) or self.may_stop(state)
 
-    def check_rest(self, state: RunState, *, is_continued: bool) -> None:
-        """A run that goes on from a checkpoint and has nothing left to train says so."""
+    def begin(self, state: RunState, *, is_continued: bool) -> None:
+        """Training starts. A run that goes on from a checkpoint and has nothing left to train says so."""
+        if self._clock is not None:
+            self._clock.start(state.progress.global_step)
         if not is_continued or not self.is_finished(state):
             return
         limits, epochs, step = self._plan.limits, _epochs_done(state.progress), state.progress.global_step
@@ -115,6 +128,8 @@ class Schedule:
         progress = state.progress
         if not self._is_validation_epoch(state) or progress.batch in (0, progress.validated_batch):
             return False
+        if self._clock is not None:
+            return self._clock.is_due() or self.may_stop(state)
         if math.isinf(self._validation_batches):
             return paused.is_epoch_finished
         done = self._batches_before(progress) + progress.batch
@@ -129,6 +144,8 @@ class Schedule:
         """The progress after an evaluation."""
         if state.stage != "fit" or state.is_sanity_checking:
             return state.progress
+        if self._clock is not None:
+            self._clock.reset()
         return replace(state.progress, validated_batch=state.progress.batch)
 
     def _is_validation_epoch(self, state: RunState) -> bool:
@@ -149,6 +166,8 @@ class Schedule:
     def _interval_in_batches(self, num_batches: float) -> float:
         validation = self._plan.validation
         interval = validation.interval
+        if validation.interval_s is not None:
+            return math.inf
         if isinstance(interval, int):
             if interval > num_batches and validation.every_n_epochs is not None:
                 raise ConfigError(

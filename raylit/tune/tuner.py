@@ -9,6 +9,7 @@ import torch
 from raylit.arguments.checks import check_count
 from raylit.arguments.searches import Searches, SizeMode
 from raylit.callbacks.base import Callback
+from raylit.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import format
 from raylit.errors import ConfigError
@@ -67,8 +68,8 @@ class Tuner:
         """What the last search for a batch size has found."""
 
     def search_once(self, model: Any, *data: Any) -> None:
-        """What the Trainer's arguments ask for, unless that has been done for the model."""
-        if self._trainer._searches != Searches() and self._searched is not model:
+        """What the Trainer's arguments and finders ask for, unless that has been done for the model."""
+        if self._searched is not model and (self._trainer._searches != Searches() or any(self._finders)):
             self.search(model, *data)
 
     def search(
@@ -78,18 +79,23 @@ class Tuner:
         size_arguments: Mapping[str, Any] | None = None,
         rate_arguments: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """What the Trainer's arguments ask for: the batch size first, as the best rate depends on it. `data`: loaders
-        or a data module, as `fit` takes them by position; the arguments are those of the two searches below."""
-        searches = self._trainer._searches
+        """What the Trainer's arguments and finders ask for: the batch size first, as the best rate depends on it.
+        `data`: loaders or a data module, as `fit` takes them by position; the arguments are those of the two searches
+        below."""
+        searches, (size_finder, rate_finder) = self._trainer._searches, self._finders
         found: dict[str, Any] = {}
-        if searches == Searches():
+        asked: dict[str, Any] = {} if searches.size_mode is None else {"mode": searches.size_mode}
+        if (wanted := _wanted(asked, size_finder, argument="auto_scale_batch_size")) is not None:
+            found["scale_batch_size"] = self.scale_batch_size(model, *data, **{**wanted, **(size_arguments or {})})
+            if size_finder is not None:
+                size_finder.optimal_batch_size = found["scale_batch_size"]
+        asked = {} if searches.rate_name is None else {"attr_name": searches.rate_name}
+        if (wanted := _wanted(asked, rate_finder, argument="auto_lr_find")) is not None:
+            found["lr_find"] = self.lr_find(model, *data, **{**wanted, **(rate_arguments or {})})
+            if rate_finder is not None:
+                rate_finder.optimal_lr = found["lr_find"]
+        if not found:
             raise ConfigError("nothing to tune: say auto_lr_find=True or auto_scale_batch_size=True to the Trainer")
-        if searches.size_mode is not None:
-            found["scale_batch_size"] = self.scale_batch_size(
-                model, *data, **{"mode": searches.size_mode, **(size_arguments or {})}
-            )
-        if searches.rate_name is not None:
-            found["lr_find"] = self.lr_find(model, *data, **{"attr_name": searches.rate_name, **(rate_arguments or {})})
         self._searched = model
         return found
 
@@ -212,6 +218,16 @@ class Tuner:
 
     # Helpers, in the order in which they are called
 
+    @property
+    def _finders(self) -> tuple[BatchSizeFinder | None, LearningRateFinder | None]:
+        """The Trainer's callbacks that ask for a search; in a run of a few batches they do not."""
+        callbacks = [] if self._trainer._plan.is_dev_run else self._trainer.callbacks
+        sizes = [callback for callback in callbacks if isinstance(callback, BatchSizeFinder)]
+        rates = [callback for callback in callbacks if isinstance(callback, LearningRateFinder)]
+        if len(sizes) > 1 or len(rates) > 1:
+            raise ConfigError(f"{len(sizes)} BatchSizeFinders and {len(rates)} LearningRateFinders: give one of each")
+        return next(iter(sizes), None), next(iter(rates), None)
+
     def _raced(self, job: Job, race: Race, *, name: str | None) -> RaceResult:
         limits = self._endless(max_steps=race.rungs[-1])
         self._run(race, job, [LossProbe(race.rungs)], limits=limits, name=name, rungs=race.rungs)
@@ -264,6 +280,15 @@ class Tuner:
         loggers = [DummyLogger()] if job.loggers else []
         runner = build_runner(plan, is_shown=any(isinstance(each, ProgressBar) for each in self._trainer.callbacks))
         runner.run(search, experiment, replace(job, callbacks=callbacks, profiler=None, loggers=loggers))
+
+
+def _wanted(
+    asked: dict[str, Any], finder: BatchSizeFinder | LearningRateFinder | None, *, argument: str
+) -> dict[str, Any] | None:
+    """The arguments of a search that the Trainer, or a finder, asks for; None: neither does."""
+    if asked and finder is not None:
+        raise ConfigError(f"{argument} and a {type(finder).__name__}: give one of them")
+    return asked or (None if finder is None else finder.arguments)
 
 
 def _size_name(given: str, job: Job) -> str:

@@ -42,6 +42,8 @@ class Job:
     compilations: Compilations = field(default_factory=dict)
     """How the user has compiled the module and its parts, which pickling drops."""
     profiler: Profiler | None = None
+    ckpt_path: str | None = None
+    """Where the run's checkpoint was read."""
     log_dir: str = "."
     loggers: Sequence[Logger | LoggerFacts] = ()
     """The driver's loggers in its own process; elsewhere what is known of them."""

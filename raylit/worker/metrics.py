@@ -30,6 +30,7 @@ from raylit.worker.metric_entry import (
     total_and_weight,
     warn_of_missing_function,
 )
+from raylit.worker.own_values import own_value, own_values
 from raylit.worker.peers import Peers
 
 _Layout = list[tuple[str, Spec]]
@@ -43,6 +44,8 @@ class MetricBuffer:
         self._is_evaluation = is_evaluation
         self._entries: dict[str, Entry] = {}
         self._global_entries: dict[str, Entry] = {}
+        self._ended: dict[str, Entry] = {}
+        """In the hooks at an epoch's end: what its batches have logged."""
         self._step_layout: _Layout = []
         self.is_training_batch = False
         """Inside a training batch: `on_step` is the default; else `on_epoch` is."""
@@ -168,9 +171,11 @@ class MetricBuffer:
     def replacing(self) -> Iterator[None]:
         """Around the hooks at an epoch's end: what they log takes the place of what batches logged under that name."""
         batches, self._entries = self._entries, {}
+        self._ended = batches
         try:
             yield
         finally:
+            self._ended = {}
             for name in self._entries.keys() & batches.keys():
                 if (replaced := batches[name].object) not in (None, self._entries[name].object):
                     metric_objects.reset(replaced)
@@ -226,13 +231,13 @@ class MetricBuffer:
     # Reading
 
     def latest(self, *, only_prog_bar: bool = False) -> dict[str, float]:
-        """This rank's own last values, by the names that steps go by. Waits for the device."""
+        """This rank's own last values, by the names that steps go by; in the hooks at an epoch's end its own of the
+        epoch. Waits for the device."""
+        ended = {} if only_prog_bar else own_values(self._ended.values())
         entries = [entry for entry in self._entries.values() if entry.spec.on_step and entry.last is not None]
-        return {
-            entry.spec.step_name(entry.name): float(entry.last)
-            for entry in entries
-            if entry.spec.prog_bar or not only_prog_bar
-        }
+        shown = [entry for entry in entries if entry.spec.prog_bar or not only_prog_bar]
+        steps = {entry.spec.step_name(entry.name): float(entry.last) for entry in shown}
+        return {**{name: value for name, value in ended.items() if name not in self._withheld}, **steps}
 
     def read_step(self, *, stop_wish: bool = False) -> tuple[Metrics, bool]:
         """The values of `on_step` metrics that are new since the last reading, reduced over the ranks that have one,
@@ -285,12 +290,8 @@ class MetricBuffer:
         entries = [entry for entry in self._global_entries.values() if entry.object is None]
         self._global_entries = {}
         for entry in entries:
-            entry.fold()
-            reduction, (total, weight) = entry.spec.reduction, total_and_weight(entry)
-            if callable(reduction):
-                value = applied(reduction, entry.total.tolist())
-            else:
-                value = epoch_across(stacked([total]), stacked([weight]), reduction)
+            value = own_value(entry)
+            assert value is not None
             published.append((entry.spec, entry.spec.published(entry.name, value, suffix="epoch")))
         metrics: Metrics = {}
         loaders: dict[str, int] = {}

@@ -44,6 +44,8 @@ class Saving:
         """The checkpoint that the driver has asked for last, on rank 0."""
         self.held_part: HeldPart | None = None
         """This rank's part of it, where checkpoints are in parts."""
+        self.driver_states: dict[str, Any] = {}
+        """Of the driver's callbacks, by key, as the command under way found them: for what hooks write."""
 
     def hold(self, command: Save) -> Saved:
         """Keep the whole run ready to be written on rank 0, and on each rank its part; what this rank alone has, on the
@@ -84,7 +86,7 @@ class Saving:
         ranked = session.peers.gather_objects(buffer.getvalue())
         held: HeldCheckpoint | None = None
         if session.context.rank == 0:
-            checkpoint = format.merge([own], {} if is_weights_only else {"seed": session.plan.seed})
+            checkpoint = format.merge([own], {} if is_weights_only else self._driver_part)
             held = HeldCheckpoint(self._on_host(checkpoint), on_release=lambda: None)
             others = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked[1:]]
             held.complete(others, {})
@@ -102,7 +104,7 @@ class Saving:
         of_rank = self._of_rank() if self._session.context.world_size == 1 else {}
         checkpoint = format.merge(
             [Saved(rank=0, checkpoint=self._whole(is_weights_only=False), of_rank=of_rank)],
-            {"seed": self._session.plan.seed},
+            self._driver_part,
         )
         if not of_rank:
             checkpoint["raylit"]["ranks"] = []
@@ -113,16 +115,15 @@ class Saving:
         session = self._session
         if not session.strategy.is_sharding and self._is_looked_into():
             checkpoint = directories.whole(checkpoint)
+        source = session.job.ckpt_path or "the checkpoint"
         session.module.on_load_checkpoint(checkpoint)
         read = self._reader(checkpoint)
-        check_weights(session.module, checkpoint["state_dict"], source="the checkpoint")
+        check_weights(session.module, checkpoint["state_dict"], source=source)
         session.strategy.load_weights(session.module, checkpoint["state_dict"], read=read)
         if not is_resuming:
             return
         if "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                "the checkpoint holds weights only: fit cannot resume from it; load it into the model"
-            )
+            raise CheckpointError(f"{source} holds weights only: fit cannot resume from it; load it into the model")
         if session.job.datamodule is not None:
             session.job.datamodule.load_state_dict(checkpoint.get(type(session.job.datamodule).__qualname__, {}))
         for callback in session.job.callbacks:
@@ -175,6 +176,10 @@ class Saving:
         """In memory of its own, as another copy may be on its way to a file."""
         return checkpoint if self._session.device.type == "cpu" else HostCopy().taken(checkpoint)
 
+    @property
+    def _driver_part(self) -> dict[str, Any]:
+        return {"callbacks": self.driver_states, "seed": self._session.plan.seed}
+
     def _of_rank(self) -> dict[str, Any]:
         return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}
 
@@ -208,18 +213,24 @@ class Saving:
             ("learning rate schedulers", of_schedules, self._schedules),
         ):
             if len(saved) != len(own):
-                raise _unfit(f"is of a run with {len(saved)} {what}, and there are {len(own)} now")
+                raise self._unfit(f"is of a run with {len(saved)} {what}, and there are {len(own)} now")
         try:
             self._session.strategy.load_optimizer_states(self._optimizers, states, read=read)
         except (KeyError, ValueError) as error:
-            raise _unfit(f"has optimizer states that do not fit: {error}") from error
+            raise self._unfit(f"has optimizer states that do not fit: {error}") from error
         for optimizer in self._optimizers:
             # torch takes the groups of another class as they are, and misses what they lack at the next step.
             missing = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
             if missing:
-                raise _unfit(f"has no {', '.join(dict.fromkeys(missing))} for {type(optimizer).__name__}")
+                raise self._unfit(f"has no {', '.join(dict.fromkeys(missing))} for {type(optimizer).__name__}")
         for schedule, state in zip(self._schedules, of_schedules, strict=True):
             schedule.scheduler.load_state_dict(state)
+
+    def _unfit(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._session.job.ckpt_path or 'the checkpoint'} {what}: fit resumes with the optimizers and schedulers "
+            "that it was saved with. For a new run from its weights there is load_from_checkpoint(path)"
+        )
 
     def _apply_position(self, checkpoint: dict[str, Any]) -> None:
         session = self._session
@@ -238,10 +249,3 @@ class Saving:
             session.continue_random_state_at_next_batch(of_rank["random"])
         else:
             format.set_random_state(of_rank["random"])
-
-
-def _unfit(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint {what}: fit resumes with the optimizers and schedulers that it was saved with. For a new run "
-        "from its weights there is load_from_checkpoint(path)"
-    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
-from raylit.plan import BatchLimit
+from raylit.plan import BatchLimit, Limits
 from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
 from raylit.worker.feed import Feed, TrainSource
@@ -57,9 +57,8 @@ class TrainLoop:
 
     def load(self, data: TrainSource) -> None:
         """Train on `data` from the next epoch on."""
-        limits = self._session.plan.limits
         self._data = data
-        self.num_batches = limited(data.num_batches, limits.overfit_batches or limits.train_batches)
+        self.num_batches = batches_of_epoch(data, self._session.plan.limits)
         """Of an epoch."""
         self._set_length(self.num_batches)
 
@@ -276,6 +275,11 @@ class TrainLoop:
 
     def _has_turn(self, schedule: Schedule) -> bool:
         return self._optimization.is_active(schedule.opt_idx)
+
+
+def batches_of_epoch(data: TrainSource, limits: Limits) -> float:
+    """What an epoch takes of the data; infinite where it has no length."""
+    return limited(data.num_batches, limits.overfit_batches or limits.train_batches)
 
 
 def limited(num_batches: float, limit: BatchLimit) -> float:

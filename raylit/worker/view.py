@@ -1,10 +1,13 @@
 """TrainerView: the `trainer` that hooks and callbacks see. A light view of the worker's run. Worker."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylit.asked import Asked
+from raylit.errors import ConfigError
 from raylit.messages import Metrics
 from raylit.plan import Plan
 from raylit.profilers import PassThroughProfiler
@@ -13,8 +16,13 @@ from raylit.worker.context import Job, WorkerContext
 from raylit.worker.gathering import gathered
 from raylit.worker.metrics import MetricBuffer
 
+_IN_THE_DRIVER = (
+    *("checkpoint_callback", "checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks"),
+    *("progress_bar_callback", "interrupted", "received_sigterm", "tuner", "fit", "validate", "test", "predict"),
+)
 
-class TrainerView:
+
+class TrainerView(Asked):
     """Where the run stands, as this worker knows it. Setting `should_stop` asks for the end of training."""
 
     def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, stage: Stage) -> None:
@@ -44,6 +52,8 @@ class TrainerView:
         self.lr_scheduler_configs: list[Any] = []
         """Each scheduler with its interval, frequency, monitor and name; what is taken out no longer steps."""
         self.num_training_batches: float = 0
+        self.count_training_batches: Callable[[], float] | None = None
+        """An epoch's, of loaders that need not be there yet; only in a fit. Collective when it is called first."""
         self.num_val_batches: list[float] = []
         self.train_dataloader: Any = None
         self.loggers: list[Any] = []
@@ -108,6 +118,20 @@ class TrainerView:
     def logged_metrics(self) -> dict[str, Tensor]:
         return {name: torch.tensor(value) for name, value in self._logged.items()}
 
+    @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        """What this worker would show."""
+        return self._job.module.get_progress_bar_dict()
+
+    @property
+    def enable_validation(self) -> bool:
+        return sum(self.num_val_batches) > 0
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """`print` on rank 0 only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
     def all_gather(self, data: Any, *, group: Any = None, sync_grads: bool = False) -> Any:
         """See LightningModule.all_gather."""
         if self._context.world_size == 1:
@@ -117,7 +141,7 @@ class TrainerView:
     def save_checkpoint(self, filepath: Any, weights_only: bool = False) -> None:
         """Write the run as it stands now to a path that rank 0's host has. Collective: every rank calls it.
 
-        What callbacks in the driver keep is in the driver's own checkpoints only.
+        What callbacks in the driver keep is as it was when the workers last stood still.
         """
         self.saving.write(filepath, is_weights_only=bool(weights_only))
 
@@ -135,6 +159,15 @@ class TrainerView:
     def is_last_batch(self) -> bool:
         """The training batch under way is the epoch's last; False where the loader has no length."""
         return self.batch_idx + 1 >= self.num_training_batches
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the whole fit, each window of accumulated batches one: what a scheduler that steps with
+        the optimizer needs to know. Infinite where neither max_steps nor the data says. Read by all ranks: in `setup`
+        and `configure_optimizers` it has the training loader made."""
+        if self.count_training_batches is None:
+            raise ConfigError(f"estimated_stepping_batches is about a fit, there is none in {self._entry}")
+        return self._plan.num_windows(self.count_training_batches())
 
     @property
     def is_logging_step(self) -> bool:
@@ -196,6 +229,11 @@ class TrainerView:
         return self._context.world_size
 
     @property
+    def num_devices(self) -> int:
+        """Workers of this one's host."""
+        return self._context.local_world_size
+
+    @property
     def num_nodes(self) -> int:
         return self._context.num_nodes
 
@@ -204,32 +242,26 @@ class TrainerView:
         return self._context.rank == 0
 
     @property
-    def max_epochs(self) -> int | None:
-        return self._plan.limits.max_epochs
-
-    @property
-    def max_steps(self) -> int:
-        return -1 if self._plan.limits.max_steps is None else self._plan.limits.max_steps
-
-    @property
-    def log_every_n_steps(self) -> int:
-        return self._plan.reporting.log_every_n_steps
-
-    @property
     def accumulate_grad_batches(self) -> int:
         return self._plan.optimization.window_in(self.current_epoch)
 
     @property
-    def fast_dev_run(self) -> bool:
-        return self._plan.is_dev_run
-
-    @property
-    def default_root_dir(self) -> str:
-        return self._plan.default_root_dir
-
-    @property
     def log_dir(self) -> str:
         return self._job.log_dir
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """Where the checkpoint was read that the run continues or evaluates."""
+        return self._job.ckpt_path
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what is not here."""
+        if name in _IN_THE_DRIVER:
+            raise AttributeError(
+                f"self.trainer.{name}: it lives in the driver. Read it there after the run (trainer.{name}), or have a "
+                "DriverCallback, whose hooks run there"
+            )
+        raise AttributeError(f"the view of the run that hooks have has no {name!r}")
 
     @property
     def _loop_name(self) -> str:

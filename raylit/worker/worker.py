@@ -1,6 +1,8 @@
 """Worker: carries out the driver's commands on one rank, in an actor or in the driver's process. Worker."""
 
+import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +20,7 @@ from raylit.messages import (
     Evaluate,
     Finish,
     Finished,
+    HookedCommand,
     LogCall,
     Predict,
     Reload,
@@ -51,7 +54,7 @@ from raylit.worker.sampling import IsolatedRandom
 from raylit.worker.saving import Saving
 from raylit.worker.session import Session
 from raylit.worker.sources import has_loader, is_from_hook, loader_of
-from raylit.worker.train_loop import TrainLoop
+from raylit.worker.train_loop import TrainLoop, batches_of_epoch
 
 
 class Worker:
@@ -108,6 +111,9 @@ class Worker:
 
     def run(self, command: Command) -> Iterator[Report]:
         """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""
+        if isinstance(command, HookedCommand) and command.callback_states is not None:
+            assert self._saving is not None
+            self._saving.driver_states = pickle.loads(command.callback_states)
         try:
             if self._job.profiler is None:
                 yield from self._handlers[type(command)](command)
@@ -152,11 +158,16 @@ class Worker:
             brake=self._brake,
         )
         view = session.view
+        view.move_to(command.progress)
         view.loggers = logger_views(self._job.loggers, forward=self._forward, step=lambda: view.global_step)
+        # Made by whoever asks first how long the training is: `setup` or `configure_optimizers`, else the loop.
+        train_source = functools.cache(lambda: self._train_source(session))
+        if command.stage == "fit":
+            view.count_training_batches = lambda: batches_of_epoch(train_source(), self._plan.limits)
         session.set_up()
         self._has_new_weights = command.stage == "fit" or command.checkpoint is not None
         if command.stage == "fit":
-            yield from self._start_fit(session, command)
+            yield from self._start_fit(session, command, train_source)
             return
         loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
         self._handlers[Predict if isinstance(loop, PredictLoop) else Evaluate] = loop.run
@@ -166,13 +177,13 @@ class Worker:
         session.seed_rank()
         yield Started(progress=session.view.progress, num_eval_batches=loop.num_batches)
 
-    def _start_fit(self, session: Session, command: Start) -> Iterator[Report]:
+    def _start_fit(self, session: Session, command: Start, train_source: Callable[[], TrainSource]) -> Iterator[Report]:
         optimizers = configured(session.module)
         session.strategy.check_optimizers(optimizers.optimizers)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
         session.view.lr_scheduler_configs = optimizers.schedules
-        data = self._train_source(session)
+        data = train_source()
         metrics = MetricBuffer(session.peers)
         loop = self._train_loop = TrainLoop(
             session,
@@ -189,6 +200,7 @@ class Worker:
         session.view.num_val_batches = list(self._num_val_batches)
         session.seed_rank()
         session.view.fit_loop = loop
+        session.view.count_training_batches = lambda: loop.num_batches
         self._saving = session.view.saving = Saving(
             session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop
         )

@@ -218,3 +218,40 @@ def test_load_from_checkpoint_takes_none_for_safe(with_an_object):
     with pytest.raises(pl.CheckpointError, match=r"pickled objects .*weights_only=False"):
         Regression.load_from_checkpoint(with_an_object, weights_only=None)
     assert Reads.load_from_checkpoint(with_an_object, weights_only=False).has_read
+
+
+class Notes(Regression):
+    """Notes in hooks what they are told of the checkpoint."""
+
+    def setup(self, stage=None):
+        self.told = self.trainer.ckpt_path
+
+
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_a_word_or_a_path_needs_no_model_after_a_fit(entry, tmp_path):
+    saved = pl.ModelCheckpoint(tmp_path / "saved", monitor="step", save_top_k=-1)
+    trainer, model = trained(2, model=Notes(), callbacks=saved, resume=None)
+    assert trainer.ckpt_path is model.told is None
+    first, second = str(tmp_path / "saved" / "epoch=0-step=6.ckpt"), str(tmp_path / "saved" / "epoch=1-step=12.ckpt")
+    for given, path in (
+        (None, first),
+        ("best", first),
+        ("last", second),
+        (tmp_path / "saved" / "epoch=0-step=6.ckpt", first),
+    ):
+        getattr(trainer, entry)(ckpt_path=given)
+        assert (trainer.ckpt_path, model.told) == (path, path)
+        assert_same_weights(weights_of(model), dict(torch.load(path, weights_only=True)["state_dict"]))
+    assert trainer.lightning_module is model
+
+
+def test_a_checkpoint_of_another_model_is_named_by_its_path(tmp_path):
+    trained(1, callbacks=pl.ModelCheckpoint(tmp_path / "saved", save_weights_only=True), resume=None)
+    path = tmp_path / "saved" / "epoch=0-step=6.ckpt"
+    trainer = pl.Trainer(**QUIET)
+    with pytest.raises(
+        pl.CheckpointError, match=f"{path} is not a checkpoint of this Regression: of another shape net"
+    ):
+        trainer.fit(Regression(width=4), RegressionData(), ckpt_path=path)
+    with pytest.raises(pl.CheckpointError, match=f"{path} holds weights only"):
+        trainer.fit(Regression(), RegressionData(), ckpt_path=path)

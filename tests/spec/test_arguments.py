@@ -149,6 +149,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, nearest):
         ({"fast_dev_run": -1}, "fast_dev_run=-1"),
         ({"val_check_interval": 0}, "val_check_interval=0.*limit_val_batches=0 turns"),
         ({"val_check_interval": 1.5}, "val_check_interval=1.5"),
+        ({"val_check_interval": "1 hour"}, "val_check_interval='1 hour': must be \"DD:HH:MM:SS\""),
+        ({"val_check_interval": "00:00:00:00"}, "no time at all; 1 is after every batch"),
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
         ({"check_val_every_n_epoch": None}, "val_check_interval=1.0 with check_val_every_n_epoch=None"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0"),

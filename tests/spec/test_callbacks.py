@@ -549,3 +549,55 @@ def test_a_run_goes_on_from_where_an_exception_ended_it(num_workers, tmp_path):
 def test_a_checkpoint_of_an_exception_needs_a_name():
     with pytest.raises(pl.ConfigError, match="filename=''"):
         pl.OnExceptionCheckpoint(".", "")
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_what_a_hook_saves_holds_the_state_of_callbacks_in_the_driver(num_workers, tmp_path):
+    """As the workers' last pause has left it."""
+    saved = pl.ModelCheckpoint(tmp_path, monitor="train_loss", save_top_k=2)
+    stopping = pl.EarlyStopping("train_loss", patience=5)
+    path = tmp_path / "mine" / "mine.ckpt"
+    settings = {"num_workers": num_workers, "enable_checkpointing": True}
+    fit(Regression(), callbacks=[saved, stopping, Saves(path)], **settings)
+    states = torch.load(path, weights_only=True)["callbacks"]
+    ((best, score),) = states[saved.state_key]["best_k_models"].items()
+    assert best == states[saved.state_key]["best_model_path"] == str(tmp_path / "epoch=0-step=6.ckpt")
+    assert states[stopping.state_key]["best_score"] == score
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_model_checkpoint_saves_what_an_exception_leaves(num_workers, tmp_path):
+    torch.manual_seed(1)
+    whole = Regression()
+    broken, resumed = Cut(), Regression()
+    for other in (broken, resumed):
+        other.load_state_dict(whole.state_dict())
+    settings = {"num_workers": num_workers, "enable_checkpointing": True}
+    fit(whole, num_workers=num_workers)
+    saved = pl.ModelCheckpoint(tmp_path, filename="{epoch}-{step}-{train_loss:.1f}", save_on_exception=True)
+    with pytest.raises(ValueError, match="a bad batch"):
+        fit(broken, callbacks=saved, **settings)
+    assert saved.best_model_path.startswith(str(tmp_path / "epoch=0-step=6-train_loss="))
+    assert saved.newest_model_path.startswith(str(tmp_path / "epoch=1-step=8-train_loss="))
+    again = pl.ModelCheckpoint(tmp_path)
+    trainer = fit(resumed, callbacks=again, ckpt_path="last", **settings)
+    assert trainer.global_step == 12
+    assert_same_weights(weights_of(resumed), weights_of(whole))
+
+
+class Raises(pl.DriverCallback):
+    def on_train_pause(self, run):
+        if run.state.progress.global_step == 4:
+            raise ValueError("in the driver")
+
+    def next_pause_step(self, run):
+        return 4
+
+
+@pytest.mark.parametrize("is_saving", [False, True])
+def test_model_checkpoint_saves_at_an_exception_in_the_driver(is_saving, tmp_path):
+    saved = pl.ModelCheckpoint(tmp_path, save_on_exception=is_saving, save_last=True)
+    with pytest.raises(ValueError, match="in the driver"):
+        fit(Regression(), callbacks=[saved, Raises()], enable_checkpointing=True)
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")]
+    assert steps == ([4, 4] if is_saving else [])

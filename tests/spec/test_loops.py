@@ -1,6 +1,8 @@
 """The page's loops: what runs, in which order, how often, and when it ends."""
 
 import time
+from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
@@ -527,3 +529,51 @@ def test_benchmark_is_torchs_switch_and_off_where_runs_are_deterministic(argumen
     pl.fit(model, RegressionData(), max_epochs=1, **arguments, **quiet)
     assert model.is_benchmarking is expected
     assert torch.backends.cudnn.benchmark is not expected
+
+
+class Timed(Regression):
+    """Notes when training and validations began and ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.times_s = []
+        self.epochs = []
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_start(self):
+        self.times_s.append((time.monotonic(), time.monotonic()))
+
+    def on_validation_start(self):
+        self.start_s = time.monotonic()
+
+    def on_validation_end(self):
+        if not self.trainer.sanity_checking:
+            self.times_s.append((self.start_s, time.monotonic()))
+            self.epochs.append((self.current_epoch, self.trainer.num_batches_done))
+
+
+@pytest.mark.parametrize("every", [1, None])
+def test_validation_comes_after_a_time(every, quiet):
+    model = Timed()
+    interval = timedelta(milliseconds=150)
+    limits = {"max_epochs": 8, "val_check_interval": interval, "check_val_every_n_epoch": every}
+    pl.fit(model, RegressionData(), **limits, **quiet)
+    gaps_s = [start - before for (_, before), (start, _) in pairwise(model.times_s)]
+    assert gaps_s  # of 48 steps of 10 ms, if not more
+    assert all(0.15 <= gap < 5 for gap in gaps_s)
+    assert any(batch < 6 for _, batch in model.epochs)
+
+
+def test_a_time_that_is_not_over_leaves_validation_out_and_one_that_is_waits_for_its_epoch(quiet):
+    model = Timed()
+    trainer = pl.Trainer(max_epochs=3, val_check_interval="00:01:00:00", **quiet)
+    trainer.fit(model, RegressionData())
+    assert model.epochs == []
+    trainer = pl.Trainer(
+        max_epochs=4, val_check_interval={"milliseconds": 50}, check_val_every_n_epoch=4, num_workers=0, **quiet
+    )
+    trainer.fit(model, RegressionData())
+    assert model.epochs[0] == (3, 1)

@@ -322,6 +322,24 @@ def test_manual_optimization_is_the_users_own_loop(num_workers):
     assert trainer.global_step == 24
 
 
+def test_a_with_block_toggles_like_the_two_calls():
+    class Block(ManualPair):
+        def training_step(self, batch, batch_idx):
+            for index, optimizer in enumerate(self.optimizers()):
+                with self.toggled_optimizer(optimizer):
+                    self.frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
+                    self.manual_backward(self.loss(batch, index))
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    model = Block()
+    by_hand = pair_by_hand(copy.deepcopy(model), lambda count: (0, 1))
+    fit(model)
+    assert_same_weights(weights_of(model), weights_of(by_hand))
+    assert model.frozen != []
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
 @pytest.mark.parametrize("num_samples", [50, 49])
 @pytest.mark.parametrize("kind", [Pair, ManualPair])
 def test_an_uneven_last_batch_counts_every_sample_alike(kind, num_samples):

@@ -231,3 +231,28 @@ def test_every_result_is_a_picture_without_a_display(tmp_path, quiet, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(pl.ConfigError, match=r"plot\(\) needs matplotlib: pip install matplotlib"):
         results["range"].plot()
+
+
+def test_callbacks_ask_for_the_searches_at_the_start_of_a_fit(quiet):
+    model, data = Regression(), RegressionData(num_train=16)
+    rate = pl.LearningRateFinder(min_lr=1e-4, num_training_steps=30)
+    size = pl.BatchSizeFinder(max_trials=3)
+    trainer = pl.Trainer(num_workers=0, max_epochs=1, callbacks=[rate, size], **quiet)
+    trainer.fit(model, data)
+    assert data.batch_size == size.optimal_batch_size == trainer.tuner.batch_sizes.suggestion()
+    assert model.hparams.lr == rate.optimal_lr.suggestion()
+    assert len(model.losses) == trainer.num_training_batches == 16 / data.batch_size
+    trainer.fit(model, data)
+    assert len(model.losses) == 2 * trainer.num_training_batches
+
+
+def test_a_search_is_asked_for_once(quiet):
+    rate = pl.LearningRateFinder()
+    for arguments, message in [
+        ({"callbacks": rate, "auto_lr_find": True}, "auto_lr_find and a LearningRateFinder: give one"),
+        ({"callbacks": [rate, pl.LearningRateFinder()]}, "0 BatchSizeFinders and 2 LearningRateFinders"),
+    ]:
+        with pytest.raises(pl.ConfigError, match=message):
+            pl.fit(Regression(), RegressionData(), num_workers=0, **arguments, **quiet)
+    pl.fit(Regression(), RegressionData(), num_workers=0, callbacks=rate, fast_dev_run=True)
+    assert rate.optimal_lr is None

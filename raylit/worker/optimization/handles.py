@@ -152,6 +152,14 @@ class Handles:
         for parameter in frozen:
             parameter.requires_grad_(False)
 
+    @contextmanager
+    def toggled(self, optimizer: Any) -> Iterator[None]:
+        self.toggle(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle(optimizer)
+
     def untoggle(self, optimizer: Any) -> None:
         for parameter in self._frozen.pop(id(self._stepper_of(optimizer)), []):
             parameter.requires_grad_(True)
