@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
-from raylit.callbacks.finetuning import BaseFinetuning
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
@@ -23,7 +22,7 @@ from raylit.worker.sources import HOOKS, has_loader
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-_NEEDING_THE_WHOLE_MODEL = (BaseFinetuning, OnExceptionCheckpoint, StochasticWeightAveraging)
+_NEEDING_THE_WHOLE_MODEL = (OnExceptionCheckpoint, StochasticWeightAveraging)
 
 
 def check_module(model: Any) -> None:
@@ -63,8 +62,6 @@ def require_shardable(job: Job, plan: Plan, *, callbacks: Sequence[DriverCallbac
     urls = [place for place in places if is_url(place)] if plan.strategy.is_saving_parts else []
     whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _NEEDING_THE_WHOLE_MODEL)]
     for is_wrong, what, instead in (
-        (plan.is_syncing_batchnorm, "sync_batchnorm=True", "leave it out, or use another norm"),
-        (plan.optimization.is_channels_last, "channels_last=True", "a share of a weight has no such layout"),
         (
             bool(urls),
             f"checkpoints at {', '.join(urls)}",
