@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from raylit.asked import Asked
 from raylit.callbacks.base import Callback, DriverCallback
@@ -160,7 +161,9 @@ class Outcome(Asked):
         """Around making a model: its weights are of the run's precision from the start, here on the CPU, as workers put
         their copies on their devices. `empty_init` with strategy="fsdp": on the meta device, without memory."""
         is_on_meta = bool(empty_init) and self._plan.strategy.is_sharding
-        precision = build_precision(self._plan.optimization.precision, torch.device("cpu"))
+        precision = build_precision(
+            self._plan.optimization.precision, torch.device("cpu"), build_scaler=lambda device: GradScaler(device.type)
+        )
         with precision.around_making(), torch.device("meta" if is_on_meta else "cpu"):
             yield
 

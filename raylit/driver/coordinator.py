@@ -382,11 +382,10 @@ class Coordinator:
     def _log(self, metrics: Metrics, *, step: int) -> bool:
         """To the loggers; whether there was anything for them."""
         logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
-        if not logged:
-            return False
-        self.state.logged_metrics.update(logged)
-        self._log_writer.log_metrics({**logged, "epoch": self.state.log_epoch}, step=step)
-        return True
+        if logged:
+            self.state.logged_metrics.update(logged)
+            self._log_writer.log_metrics({**logged, "epoch": self.state.log_epoch}, step=step)
+        return bool(logged)
 
     def _notify(self, hook: str, *args: Any) -> None:
         self._saves.settle()

@@ -54,8 +54,10 @@ class Session:
         self.brake = brake
         self.module = job.module
         self.device = accelerator.device()
-        self.precision = build_precision(plan.optimization.precision, self.device)
         self.strategy = build_strategy(plan)
+        self.precision = build_precision(
+            plan.optimization.precision, self.device, build_scaler=self.strategy.build_scaler
+        )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
         self.profiler = job.profiler
@@ -95,8 +97,10 @@ class Session:
             device=self.device,
             dtype=self.precision.weights_dtype,
             steps=[name for name in _STEPS if is_overridden(name, self.module, LightningModule)],
+            is_manual=self.stage == "fit" and not self.module.automatic_optimization,
         )
-        if self.plan.optimization.is_channels_last:
+        # A share of a weight has no such layout; what is gathered takes that of the images with it.
+        if self.plan.optimization.is_channels_last and not self.strategy.is_sharding:
             set_layout(self.module, torch.channels_last)
         self._compile()
         if self.profiler is not None:
