@@ -14,7 +14,7 @@ PACKAGE = ROOT / "raylit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "messages", "places", "plan", "state", "strategy_options", "summary", "tables", "torch_settings"},
+    {"errors", "messages", "places", "plan", "state", "strategy_options", "summary", "tables", "torch_settings", "uncollected"},
     {"accelerators", "precision", "strategies"},
     {
         "callbacks",

@@ -199,7 +199,8 @@ def _environment(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pooled_processes() -> Iterator[None]:
-    """Trials in processes that Ray has ready: Tune gives theirs an environment of their own, for which Ray starts others.
+    """Trials in processes that Ray has ready. Tune gives theirs variables, for which Ray starts others, with two more
+    of Python's starts.
 
     On raylit's own node they have the driver's. On a cluster they need what Tune hands on, where there is any of it.
     """
