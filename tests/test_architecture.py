@@ -25,6 +25,7 @@ LAYERS = (
         "summary",
         "tables",
         "torch_settings",
+        "uncollected",
     },
     {"accelerators", "precision", "strategies"},
     {

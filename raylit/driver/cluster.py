@@ -10,7 +10,7 @@ import tempfile
 import ray
 
 from raylit.driver.janitor import MARK, Janitor
-from raylit.driver.ray_private import reload_authentication
+from raylit.driver.ray_private import reload_authentication, shut_down_at_once
 
 
 class _EmbeddedNode:
@@ -65,10 +65,13 @@ class _EmbeddedNode:
         """End it and all that is left of it."""
         if self._pid != os.getpid():  # a fork of the driver: the node is not its own
             return
-        if self.is_connected:
-            ray.shutdown()
-        self._pid = 0
         janitor, self._janitor = self._janitor, None
+        if self.is_connected:
+            if janitor is None:
+                ray.shutdown()
+            else:
+                shut_down_at_once()
+        self._pid = 0
         if janitor is not None:
             janitor.finish()
         for name, before in self._variables.items():

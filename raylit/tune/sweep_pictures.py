@@ -3,12 +3,16 @@
 Both need matplotlib, and no display.
 """
 
+import contextlib
+import importlib.util
 import itertools
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
+from raylit.places import is_url
 from raylit.tune.parameters import Parameter, shown, varying
 from raylit.tune.quality import Quality
 from raylit.tune.records import Mode, TrialRecord, best_of, is_better, is_number
@@ -16,6 +20,16 @@ from raylit.tune.records import Mode, TrialRecord, best_of, is_better, is_number
 _INK = "#30343f"
 _FAINT = "#c9ccd3"
 _BEST = "#d1495b"
+
+
+def is_pictured(directory: str) -> bool:
+    """A sweep's pictures are saved there at its end."""
+    return importlib.util.find_spec("matplotlib") is not None and not is_url(directory)
+
+
+def begin_import() -> None:
+    """Have matplotlib imported while the sweep waits for Ray: it takes half a second."""
+    threading.Thread(target=_import, name="raylit-matplotlib").start()
 
 
 def objective_figure(
@@ -170,6 +184,13 @@ def _shade(place: float) -> Any:
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.94 * (1 - place))
+
+
+def _import() -> None:
+    with contextlib.suppress(ImportError):  # said where it is used
+        # All that the pictures need.
+        importlib.import_module("matplotlib.backends.backend_agg")
+        importlib.import_module("matplotlib.figure")
 
 
 def _figure(*, width: float, height: float) -> Any:

@@ -1,6 +1,5 @@
 """SweepResult: what a sweep has found. Driver."""
 
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 from raylit.checkpoint import files
 from raylit.errors import ConfigError
 from raylit.module import LightningModule
-from raylit.places import is_url, joined
+from raylit.places import joined
 from raylit.rebuild import load_weights
 from raylit.tables import printable
 from raylit.tune.records import Mode, TrialRecord, best_of
 from raylit.tune.summary import summary
-from raylit.tune.sweep_pictures import objective_figure, parallel_figure
+from raylit.tune.sweep_pictures import is_pictured, objective_figure, parallel_figure
 from raylit.tune.trial_files import config_of
 
 
@@ -117,7 +116,7 @@ class SweepResult:
     def show(self) -> None:
         """Print the table and, where matplotlib is there, save both pictures beside the sweep's files."""
         print(printable(self.summary()))
-        if importlib.util.find_spec("matplotlib") is None or is_url(self.directory):
+        if not is_pictured(self.directory):
             return
         for draw, name in ((self.plot, "objective.png"), (self.plot_parallel, "parallel.png")):
             draw(joined(self.directory, name))

@@ -21,7 +21,9 @@ from raylit.places import absolute, entries, joined
 from raylit.plan import Workers
 from raylit.trainer import Trainer
 from raylit.tune.records import Mode
+from raylit.tune.sweep_pictures import begin_import, is_pictured
 from raylit.tune.sweep_result import SweepResult
+from raylit.uncollected import uncollected
 
 if TYPE_CHECKING:
     from raylit.tune.trial import TrialContext
@@ -83,8 +85,9 @@ def sweep(
         _check_has_no_metric(named, given)
     try:
         # Importing Ray's tune takes seconds, which only a sweep should pay.
-        from raylit.tune.hparams import write_experiment
-        from raylit.tune.trials import Run, run_trials
+        with uncollected():
+            from raylit.tune.hparams import write_experiment
+            from raylit.tune.trials import Run, run_trials
     except ImportError as error:
         raise ConfigError("sweep needs Ray Tune: pip install 'raylit[tune]'") from error
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
@@ -107,6 +110,8 @@ def sweep(
     training = _Training(build=build, metric=metric, mode=mode, workers=workers, arguments=cloudpickle.dumps(arguments))
     if arguments.get("logger", True) is True:
         write_experiment(directory, space, metric=metric)
+    if is_pictured(directory):
+        begin_import()
     records = run_trials(training, space, workers=workers, run=run)
     result = SweepResult(records, metric=metric, mode=mode, directory=directory, module_of=training.module_of)
     result.show()

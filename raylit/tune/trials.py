@@ -13,6 +13,7 @@ from typing import Any
 
 import cloudpickle
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining
 
@@ -81,7 +82,13 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         random_state=packed(format.random_state()),
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
-    with _environment(run), _quiet_tune(), keeping_paused(), _signals_as_before() as was_interrupted:
+    with (
+        _environment(run),
+        _pooled_processes(),
+        _quiet_tune(),
+        keeping_paused(),
+        _signals_as_before() as was_interrupted,
+    ):
         results = _tuner(trainable, space, workers, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
@@ -205,6 +212,27 @@ def _environment(run: Run) -> Iterator[None]:
                 os.environ[name] = value
         if "RAY_TMPDIR" in variables:
             shutil.rmtree(os.path.join(run.directory, "_ray_lockfiles"), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _pooled_processes() -> Iterator[None]:
+    """Trials in processes that Ray has ready. Tune gives theirs variables, for which Ray starts others, with two more
+    of Python's starts.
+
+    On raylit's own node they have the driver's. On a cluster they need what Tune hands on, where there is any of it.
+    """
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    if not cluster.is_embedded() and names & os.environ.keys():
+        yield
+        return
+    defaults = dict(class_cache.DEFAULT_ENV_VARS)
+    class_cache.DEFAULT_ENV_VARS.clear()
+    class_cache.ENV_VARS_TO_PROPAGATE = set()
+    try:
+        yield
+    finally:
+        class_cache.DEFAULT_ENV_VARS.update(defaults)
+        class_cache.ENV_VARS_TO_PROPAGATE = names
 
 
 @contextlib.contextmanager

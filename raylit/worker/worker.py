@@ -47,6 +47,7 @@ from raylit.worker.forwarding import logger_views
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
+from raylit.worker.optimization.uncompiled import without_compiler
 from raylit.worker.overfitting import SameEpoch, unshuffled
 from raylit.worker.peers import Peers
 from raylit.worker.recording import Recording
@@ -178,7 +179,8 @@ class Worker:
         yield Started(progress=session.view.progress, num_eval_batches=loop.num_batches)
 
     def _start_fit(self, session: Session, command: Start, train_source: Callable[[], TrainSource]) -> Iterator[Report]:
-        optimizers = configured(session.module)
+        with without_compiler():
+            optimizers = configured(session.module)
         session.strategy.check_optimizers(optimizers.optimizers)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
@@ -205,7 +207,8 @@ class Worker:
             session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop
         )
         if command.checkpoint is not None:
-            self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
+            with without_compiler():
+                self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
         _enable_training(session.module)
         session.hooks.call("on_fit_start")
         yield Started(
@@ -263,7 +266,9 @@ class Worker:
 
     def _save(self, command: Save) -> Iterator[Report]:
         assert self._saving is not None
-        yield self._saving.hold(command)
+        with without_compiler():
+            held = self._saving.hold(command)
+        yield held
 
     def _finish(self, command: Finish) -> Iterator[Report]:
         assert self._session is not None

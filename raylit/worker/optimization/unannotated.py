@@ -1,7 +1,7 @@
 """An optimizer's own step and zero_grad without the profiler's annotation around them. Worker; the hot path.
 
 torch enters and leaves a `record_function` in each of the two, whether a profiler listens or not: with a small network
-and both it is a tenth of a whole training step.
+and both it is a tenth of a whole training step. `step` also imports torch's compiler, to tell it where to break.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ def unannotated_step(optimizer: Optimizer) -> Call:
     bare = getattr(step, "__wrapped__", None) if getattr(step, "hooked", False) else None
     if bare is None:
         return lambda: optimizer.step()
+    bare = _uncompiled(bare)
     attributes = vars(optimizer)
     hooks = [
         getattr(optimizer, "_optimizer_step_pre_hooks", None),
@@ -55,5 +56,23 @@ def unannotated_zero_grad(optimizer: Optimizer) -> Call:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    return call
+
+
+def _uncompiled(step: Callable[[Optimizer], object]) -> Callable[[Optimizer], object]:
+    """What torch's decorator around `step` does where nothing is compiled; any other is left alone."""
+    inner = getattr(step, "__wrapped__", None)
+    code = getattr(step, "__code__", None)
+    if inner is None or code is None or (code.co_name, code.co_filename) != ("_use_grad", torch_optimizer.__file__):
+        return step
+
+    def call(optimizer: Optimizer) -> None:
+        was_enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(optimizer.defaults["differentiable"])
+        try:
+            inner(optimizer)
+        finally:
+            torch.set_grad_enabled(was_enabled)
 
     return call
