@@ -29,7 +29,7 @@ class Placement:
             self._places = borrowed.bundles_for(Demand(workers=workers, each=each_of(workers, cpu=1.0)), current)
         else:
             demand = _demand(workers)
-            self._group = _placed(demand)
+            self._group = placed(demand)
             self._places = [(bundle, demand.each) for bundle in demand.bundle_of_worker]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def each_of(workers: Workers, *, cpu: float) -> Resources:
     return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 
 
-def _placed(demand: Demand) -> PlacementGroup:
+def placed(demand: Demand) -> PlacementGroup:
     """A group that is there. Whatever ends the wait early leaves no demand behind."""
     group = _group(demand)
     timeout_s = demand.workers.start_timeout_s

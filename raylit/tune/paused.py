@@ -1,4 +1,4 @@
-"""keeping_paused: trials that pause leave their processes to those that go on. Driver."""
+"""keeping_processes: trials that pause, or fail by a mistake of the user's, leave their processes to others. Driver."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,10 +9,13 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.utils import flatten_dict
 
+from raylit.tune.trial import TrialFailed
+
 
 class _Controller(TuneController):
     """Tune keeps a process only for a trial that already waits for one, and one more; those of the other trials that
-    pause it ends, to start as many anew when they go on: with population based training at every perturbation."""
+    pause it ends, to start as many anew when they go on: with population based training at every perturbation. And it
+    ends that of every trial that fails."""
 
     def on_step_begin(self) -> None:
         """Synchronous population based training goes on when the last trial reports; where the last one has ended
@@ -38,6 +41,13 @@ class _Controller(TuneController):
         # Left by a pause that overtakes a save, of which no result comes any more: the next save would end the trial.
         self._cached_trial_decisions.pop(trial.trial_id, None)
 
+    def _schedule_trial_stop(self, trial: TuneTrial, exception: Exception | None = None) -> None:
+        cause = getattr(exception, "cause", None)
+        if isinstance(cause, TrialFailed) and cause.is_harmless and trial in self._trial_to_actor:
+            self._mark_trial_to_checkpoint(trial)
+            self._maybe_cache_trial_actor(trial)  # Tune then finds no process to end
+        super()._schedule_trial_stop(trial, exception)
+
     def _set_trial_status(self, trial: TuneTrial, status: str) -> None:
         was_paused = trial.status == TuneTrial.PAUSED
         super()._set_trial_status(trial, status)
@@ -49,7 +59,7 @@ class _Controller(TuneController):
 
 
 @contextlib.contextmanager
-def keeping_paused() -> Iterator[None]:
+def keeping_processes() -> Iterator[None]:
     """Tune offers no switch: its controller is another one while this lasts. Only for trials that all ask for the
     same resources, of which each can take any other's process."""
     before = tune_run.TuneController  # type: ignore[attr-defined]

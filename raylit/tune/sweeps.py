@@ -30,6 +30,7 @@ Build = Callable[[dict[str, Any]], Any]
 """A config's LightningModule; or a tuple that starts with it: then a DataModule, or the loaders for training and
 validation, and last a dict of Trainer arguments of this trial alone."""
 
+_TITLE = "sweep"
 _PLACE = "sweeps"
 """Below the root directory."""
 _PERTURBED = "perturbed_"
@@ -84,15 +85,17 @@ def sweep(
     try:
         # Importing Ray's tune takes seconds, which only a sweep should pay.
         from raylit.tune.hparams import write_experiment
+        from raylit.tune.room import find_room
         from raylit.tune.trials import Run, run_trials
     except ImportError as error:
         raise ConfigError("sweep needs Ray Tune: pip install 'raylit[tune]'") from error
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
     arguments = _of_trials(trainer_arguments)
     workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments)._plan.workers
+    room = find_room(workers, title=_TITLE, directory=directory)
     is_saving = trainer_arguments.get("enable_checkpointing", trainer_arguments.get("checkpoint_callback", True))
     run = Run(
-        title="sweep",
+        title=_TITLE,
         directory=directory,
         metric=metric,
         mode=mode,
@@ -104,10 +107,12 @@ def sweep(
         max_failures=max_failures,
         is_resuming=is_resuming,
     )
-    training = _Training(build=build, metric=metric, mode=mode, workers=workers, arguments=cloudpickle.dumps(arguments))
+    training = _Training(
+        build=build, metric=metric, mode=mode, workers=room.workers, arguments=cloudpickle.dumps(arguments)
+    )
     if arguments.get("logger", True) is True:
         write_experiment(directory, space, metric=metric)
-    records = run_trials(training, space, workers=workers, run=run)
+    records = run_trials(training, space, room=room, run=run)
     result = SweepResult(records, metric=metric, mode=mode, directory=directory, module_of=training.module_of)
     result.show()
     return result
@@ -258,7 +263,8 @@ def _check_has_no_metric(name: str, given: Any) -> None:
 
 def _directory(root: str | os.PathLike[str] | None, name: str | None, *, is_resuming: bool) -> tuple[str, bool]:
     """Where the sweep's files go, and whether there is something to resume."""
-    place = joined(absolute(root or os.getcwd()), _PLACE)
+    # A file: URL is a path as any other, and so that of a place which only some hosts may see.
+    place = joined(absolute(os.fspath(root or os.getcwd()).removeprefix("file://")), _PLACE)
     if name is None:
         if is_resuming:
             raise ConfigError("resume=True needs the name of the sweep to continue")

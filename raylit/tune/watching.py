@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import sys
 import time
+import traceback
 from collections import Counter
 from typing import Any
 
@@ -13,7 +15,9 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from raylit.driver.demand import in_words
+from raylit.driver.failures import DEATHS, reason_of_death
 from raylit.driver.waiting import Waiting
+from raylit.errors import WorkerDied
 from raylit.tune.records import Mode, is_better, is_number
 from raylit.tune.trial import TrialFailed
 
@@ -78,12 +82,22 @@ class Watcher(tune.Callback):
         if isinstance(error, TrialFailed) and error.is_fatal:
             self._ending.is_due = True
             return
-        summary = (str(error).strip().splitlines() or [""])[-1]
+        summary = last_line(error)
         self._write(
             f"trial {trial.trial_id} failed with {trial.config}: "
-            + (summary if summary in self._shown_errors else f"\n{error}")
+            + (summary if summary in self._shown_errors else f"\n{text_of(error)}")
         )
         self._shown_errors.add(summary)
+
+    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        error = error_of(trial)
+        if isinstance(error, TrialFailed) and error.is_fatal:
+            self._ending.is_due = True
+            return
+        self._write(
+            f"trial {trial.trial_id} is tried again, from its newest checkpoint ({trial.num_failures} of "
+            f"{trial.max_failures}): {last_line(error)}"
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._say(trials)
@@ -123,4 +137,21 @@ def error_of(trial: TuneTrial) -> BaseException | None:
             error = cloudpickle.load(file)
     error = error or trial.get_pickled_error()
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, TrialFailed) else error
+    if isinstance(cause, TrialFailed):
+        return cause
+    if isinstance(error, DEATHS):
+        address = re.search(r"\bip: (\S+)", str(error))
+        reason = f"the process of its trial ended: {reason_of_death(error, None)}"
+        return WorkerDied(rank=0, host=address[1] if address else "?", reason=reason)
+    return error
+
+
+def text_of(error: BaseException | None) -> str:
+    """The traceback, as far as it says anything, and last the error itself."""
+    if error is None or isinstance(error, TrialFailed):
+        return str(error or "Tune does not say why")
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def last_line(error: BaseException | None) -> str:
+    return (text_of(error).strip().splitlines() or [""])[-1]
