@@ -79,9 +79,9 @@ def find_room(workers: Workers, *, title: str, directory: str | None = None) -> 
     # What would train in the trial's own process trains in a worker, with the same numbers.
     workers = replace(workers, num_workers=workers.world_size)
     sys.stderr.write(
-        f"raylit: {title}: other hosts may not see {directory}. So the trials' own processes run on this host and write "
-        "for their workers, which run anywhere; a shared directory or a URL as default_root_dir leaves both to any "
-        "host\n"
+        f"raylit: {title}: other hosts may not see {directory}. So the trials' own processes run on this host and "
+        "write for their workers, which run anywhere; with a shared directory or a URL as default_root_dir both may "
+        "run on any host\n"
     )
     return Room(workers=workers, home=_own_resource())
 

@@ -176,13 +176,11 @@ def _with_room(workers: Workers) -> Workers:
     if ray_private.autoscaling() is not None:
         return workers
     hosts, cpu = cluster_hosts(), 1.0
-    shared = workers
-    while (
-        "CPU" not in workers.resources_per_worker and not Room(workers=shared).demand.fits(hosts) and cpu > _LEAST_CPU
-    ):
+    room = Room(workers=workers)
+    while "CPU" not in workers.resources_per_worker and not room.demand.fits(hosts) and cpu > _LEAST_CPU:
         cpu = round(cpu / 2, 3)
-        shared = replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker})
-    return shared if Room(workers=shared).demand.fits(hosts) else workers
+        room = Room(workers=replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker}))
+    return room.workers if room.demand.fits(hosts) else workers
 
 
 def _pickled(outcome: Outcome) -> bytes:
