@@ -21,8 +21,8 @@ from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import entries, is_url, joined, remove_directory
+from raylit.tune.controller import own_controller
 from raylit.tune.histories import Histories, history_of
-from raylit.tune.paused import keeping_processes
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
 from raylit.tune.room import Room
@@ -74,7 +74,7 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
         random_state=packed(format.random_state()),
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), room.placement)
-    with _environment(run), _quiet_tune(), keeping_processes(), _signals_as_before() as was_interrupted:
+    with _environment(run), _quiet_tune(), own_controller(), _signals_as_before() as was_interrupted:
         results = _tuner(trainable, space, room, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")

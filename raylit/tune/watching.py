@@ -57,7 +57,8 @@ class Watcher(tune.Callback):
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         """Called once more when a run is resumed, with an object that comes from the storage."""
-        self._num_trials: int | None = total_num_samples
+        # A search says "until it proposes no more" by a number as large as there is.
+        self._num_trials: int | None = None if total_num_samples == sys.maxsize else total_num_samples
         self._waiting = Waiting(timeout_s=math.inf)
         self._groups_before = _placed_groups()
         self._shown_at_s = time.monotonic()

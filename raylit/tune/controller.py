@@ -1,8 +1,11 @@
-"""keeping_processes: trials that pause, or fail by a mistake of the user's, leave their processes to others. Driver."""
+"""own_controller: Ray Tune's, except where that ends a process, or the whole run, without need. Driver."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.tune import tune as tune_run
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
@@ -16,6 +19,10 @@ class _Controller(TuneController):
     """Tune keeps a process only for a trial that already waits for one, and one more; those of the other trials that
     pause it ends, to start as many anew when they go on: with population based training at every perturbation. And it
     ends that of every trial that fails."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._actor_manager = _Actors(resource_manager=self._actor_manager._resource_manager)
 
     def on_step_begin(self) -> None:
         """Synchronous population based training goes on when the last trial reports; where the last one has ended
@@ -58,8 +65,18 @@ class _Controller(TuneController):
             self._actor_cache.decrease_max(trial.placement_group_factory)
 
 
+class _Actors(RayActorManager):
+    """What Ray's memory monitor has killed is dead: to Tune its word on that is unexpected, and ends the run."""
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            text, exception = str(exception), ActorDiedError()
+            exception.error_msg = text
+        super()._actor_task_failed(tracked_actor_task, exception)
+
+
 @contextlib.contextmanager
-def keeping_processes() -> Iterator[None]:
+def own_controller() -> Iterator[None]:
     """Tune offers no switch: its controller is another one while this lasts. Only for trials that all ask for the
     same resources, of which each can take any other's process."""
     before = tune_run.TuneController  # type: ignore[attr-defined]
