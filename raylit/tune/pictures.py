@@ -1,10 +1,12 @@
 """Pictures of what searches have found, with matplotlib. Driver."""
 
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
+from raylit.places import is_url, write_bytes
 
 
 def axes(ax: Any = None, *, is_shown: bool = False) -> tuple[Any, Any]:
@@ -34,8 +36,12 @@ def mark(axis: Any, values: Sequence[float]) -> None:
 
 
 def finish(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) -> Any:
-    """Save a figure under a path, whose ending says the format, and show it, where that is asked for."""
-    if figure is not None and path is not None:
+    """Save a figure under a path or URL, whose ending says the format, and show it, where that is asked for."""
+    if figure is not None and path is not None and is_url(path):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=os.fspath(path).rpartition(".")[2])
+        write_bytes(picture.getvalue(), os.fspath(path))
+    elif figure is not None and path is not None:
         figure.savefig(os.fspath(path))
     if is_shown:
         import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ from typing import Any
 from raylit.checkpoint import files
 from raylit.errors import ConfigError
 from raylit.module import LightningModule
-from raylit.places import is_url, joined
+from raylit.places import joined
 from raylit.rebuild import load_weights
 from raylit.tables import printable
 from raylit.tune.records import Mode, TrialRecord, best_of
@@ -117,7 +117,7 @@ class SweepResult:
     def show(self) -> None:
         """Print the table and, where matplotlib is there, save both pictures beside the sweep's files."""
         print(printable(self.summary()))
-        if importlib.util.find_spec("matplotlib") is None or is_url(self.directory):
+        if importlib.util.find_spec("matplotlib") is None:
             return
         for draw, name in ((self.plot, "objective.png"), (self.plot_parallel, "parallel.png")):
             draw(joined(self.directory, name))
