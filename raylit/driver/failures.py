@@ -128,7 +128,7 @@ _EXIT_S = 0.5
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # As of Ray 2.60: the exit type, and the sentence of its memory monitor.
 _MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
-_HOST_LOST = re.compile(r"its node has died\.(?:.*?the actor's node was (.*?)[.:]?$)?")
+_HOST_LOST = re.compile(r"its node has died\.(?:.*?the actor's node was (.*?)[.:]?(?: The actor never ran.*)?$)?")
 _MEMORY_USED = re.compile(r"was ([\d.]+) ?GB used / ([\d.]+) ?GB limit")
 _HARMFUL = re.compile(r"memory|alloc|\b(CUDA|HIP|XLA)\b|cuda|cu(DNN|BLAS|FFT|SOLVER|SPARSE)|device-side", re.IGNORECASE)
 _CONSEQUENCE = re.compile(

@@ -69,10 +69,18 @@ class _Actors(RayActorManager):
     """What Ray's memory monitor has killed is dead: to Tune its word on that is unexpected, and ends the run."""
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
-        if isinstance(exception, OutOfMemoryError):
-            text, exception = str(exception), ActorDiedError()
-            exception.error_msg = text
-        super()._actor_task_failed(tracked_actor_task, exception)
+        super()._actor_task_failed(tracked_actor_task, _death(exception))
+
+    def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
+        super()._actor_start_failed(tracked_actor, _death(exception))
+
+
+def _death(exception: Exception) -> Exception:
+    if isinstance(exception, OutOfMemoryError):
+        death = ActorDiedError()
+        death.error_msg = str(exception)
+        return death
+    return exception
 
 
 @contextlib.contextmanager

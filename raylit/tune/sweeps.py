@@ -73,11 +73,14 @@ def sweep(
     `space`, `scheduler` (ASHA, population based training, ...) and `searcher` (Optuna, ...) are Ray Tune's; the last
     two get `metric` and `mode` from here. Each trial reports after every validation, with a checkpoint, and obeys the
     scheduler before it goes on. It has `num_workers` workers, which the next trial takes over warm; with 0 the trial's
-    own process trains. Everything is kept in `default_root_dir/sweeps/name`; `resume` continues what is there, else
-    starts. Other arguments are the Trainer's; `enable_checkpointing=False` keeps no checkpoints.
+    own process trains. Everything is kept in `default_root_dir/sweeps/name`, on a disk or at a URL; `resume` continues
+    what is there, else starts. Where only this host sees that directory, the trials' own processes stand on it and
+    their workers, of which there is one at least, anywhere. Other arguments are the Trainer's;
+    `enable_checkpointing=False` keeps no checkpoints.
 
-    ConfigError: a metric that is never logged. ResourcesError: a single trial does not fit into the cluster. Trials
-    that fail end alone: see `SweepResult.errors`.
+    ConfigError: a metric that is never logged. ResourcesError: a single trial does not fit into the cluster, nor into
+    what an autoscaler can make of it. Trials that fail end alone, after `max_failures` more attempts from their newest
+    checkpoints: see `SweepResult.errors`.
     """
     _check(build, space, metric=metric, mode=mode, num_samples=num_samples, max_failures=max_failures)
     for named, given in (("scheduler", scheduler), ("searcher", searcher)):

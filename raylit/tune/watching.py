@@ -141,7 +141,7 @@ def error_of(trial: TuneTrial) -> BaseException | None:
     if isinstance(cause, TrialFailed):
         return cause
     if isinstance(error, DEATHS):
-        address = re.search(r"\bip: (\S+)", str(error))
+        address = re.search(r"\b(?:ip|IP): ([^\s,]+)", str(error))
         reason = f"the process of its trial ended: {reason_of_death(error, None)}"
         return WorkerDied(rank=0, host=address[1] if address else "?", reason=reason)
     return error
