@@ -36,15 +36,22 @@ def mark(axis: Any, values: Sequence[float]) -> None:
 
 
 def finish(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) -> Any:
-    """Save a figure under a path or URL, whose ending says the format, and show it, where that is asked for."""
-    if figure is not None and path is not None and is_url(path):
-        picture = io.BytesIO()
-        figure.savefig(picture, format=os.fspath(path).rpartition(".")[2])
-        write_bytes(picture.getvalue(), os.fspath(path))
-    elif figure is not None and path is not None:
-        figure.savefig(os.fspath(path))
+    """Save a figure and show it, where that is asked for."""
+    if figure is not None and path is not None:
+        save(figure, path)
     if is_shown:
         import matplotlib.pyplot as plt
 
         plt.show()
     return figure
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Under a path or URL, whose ending says the format."""
+    place = os.fspath(path)
+    if not is_url(place):
+        figure.savefig(place)
+        return
+    picture = io.BytesIO()
+    figure.savefig(picture, format=place.rpartition(".")[2])
+    write_bytes(picture.getvalue(), place)

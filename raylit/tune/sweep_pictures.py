@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
+from raylit.tune import pictures
 from raylit.tune.parameters import Parameter, shown, varying
 from raylit.tune.quality import Quality
 from raylit.tune.records import Mode, TrialRecord, best_of, is_better, is_number
@@ -182,5 +183,5 @@ def _figure(*, width: float, height: float) -> Any:
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     if path is not None:
-        figure.savefig(os.fspath(path))
+        pictures.save(figure, path)
     return figure
