@@ -120,7 +120,7 @@ def placed(demand: Demand) -> PlacementGroup:
                     "end what holds them, or wait longer"
                 )
             if is_line_due:
-                waiting.say(f"{missing}; {_hope(demand, scaler)}")
+                waiting.say(f"{missing}; {hope(demand, scaler)}")
     except BaseException:
         remove_placement_group(group)
         raise
@@ -136,7 +136,7 @@ def _group(demand: Demand) -> PlacementGroup:
         raise ConfigError(f"Ray does not take resources_per_worker or label_selector as they are: {error}") from error
 
 
-def _hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
+def hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
     """Whence the missing may come."""
     if demand.fits(cluster_hosts()):
         return "others hold the rest"

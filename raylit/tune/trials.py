@@ -97,9 +97,8 @@ def _tuner(trainable: Any, space: Mapping[str, Any], room: Room, run: Run) -> tu
         return _restored(trainable, space, run)
     place, _, name = run.directory.rpartition("/")
     ending = Ending()
-    needs = str(room.demand)
     watcher = Watcher(
-        title=run.title, metric=run.metric, mode=run.mode, needs=needs, ending=ending, is_shown=run.is_shown
+        title=run.title, metric=run.metric, mode=run.mode, demand=room.demand, ending=ending, is_shown=run.is_shown
     )
     return tune.Tuner(
         trainable,

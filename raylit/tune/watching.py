@@ -14,8 +14,10 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from raylit.driver.demand import in_words
+from raylit.driver import ray_private
+from raylit.driver.demand import Demand, in_words
 from raylit.driver.failures import DEATHS, reason_of_death
+from raylit.driver.placement import cluster_hosts, hope, hosts_in_words
 from raylit.driver.waiting import Waiting
 from raylit.errors import WorkerDied
 from raylit.tune.records import Mode, is_better, is_number
@@ -41,13 +43,13 @@ class Watcher(tune.Callback):
     """Says how far the trials are, which have failed, and what the first of them wait for."""
 
     def __init__(
-        self, *, title: str, metric: str | None, mode: Mode, needs: str, ending: Ending, is_shown: bool = True
+        self, *, title: str, metric: str | None, mode: Mode, demand: Demand, ending: Ending, is_shown: bool = True
     ) -> None:
-        """`needs`: what a trial asks the cluster for."""
+        """`demand`: what a trial asks the cluster for."""
         self._title = title
         self._metric = metric
         self._mode = mode
-        self._needs = needs
+        self._demand = demand
         self._ending = ending
         self._is_shown = is_shown
         self._best: float | None = None
@@ -67,8 +69,9 @@ class Watcher(tune.Callback):
         if any(trial.status == TuneTrial.RUNNING for trial in trials):
             self._waiting = Waiting(timeout_s=math.inf)
         elif self._is_shown and self._waiting.is_line_due and _placed_groups() <= self._groups_before:
-            free = in_words(ray.available_resources())
-            self._waiting.say(f"room for a trial of {self._needs}; free now: {free}")
+            free = f"{in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
+            why = hope(self._demand, ray_private.autoscaling())
+            self._waiting.say(f"room for a trial of {self._demand}; free now: {free}; {why}")
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
