@@ -140,6 +140,7 @@ def bucket(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore")
 def test_a_sweep_at_a_url_is_resumed_and_keeps_checkpoints_pictures_and_hparams_there(bucket, tmp_path):
     import s3fs
