@@ -323,6 +323,8 @@ class Failed:
     """Its last line: type and message."""
     is_consequence: bool
     """Probably only because another rank has gone."""
+    is_harmless: bool
+    """To the process, which may go on with another run."""
     error: bytes | None
     """cloudpickle of the exception; None where it cannot travel."""
 

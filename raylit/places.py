@@ -82,15 +82,20 @@ def read_text(path: str) -> str | None:
 def write_text(text: str, path: str) -> None:
     """Whole or not at all; the directory is made as needed."""
     if is_url(path):
-        files, place = file_system(path)
-        make_directory(path.rsplit("/", 1)[0])
-        files.pipe_file(place, text.encode())
+        write_bytes(text.encode(), path)
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(text)
     os.replace(temporary, path)
+
+
+def write_bytes(content: bytes, url: str) -> None:
+    """The directory is made as needed."""
+    files, place = file_system(url)
+    make_directory(url.rsplit("/", 1)[0])
+    files.pipe_file(place, content)
 
 
 def remove_directory(path: str) -> None:

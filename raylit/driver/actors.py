@@ -14,7 +14,7 @@ from raylit.accelerators import build_accelerator
 from raylit.driver import ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
-from raylit.driver.failures import DEATHS, raise_failures, reason_of_death
+from raylit.driver.failures import DEATHS, is_at_one_line, raise_failures, reason_of_death
 from raylit.driver.handover import Handover, PartsHandover
 from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
@@ -212,7 +212,7 @@ class ActorGroup:
                 self._brake()
             for rank, report in self._received(timeout_s=_WAKE_S):
                 if isinstance(report, Failed):
-                    yield from self._fail(report)
+                    yield from self._fail(report, was_usable=is_usable)
                 elif isinstance(report, CommandDone):
                     waiting.discard(rank)
                     self._leftovers += report.leftovers
@@ -278,7 +278,7 @@ class ActorGroup:
             time.sleep(0.02)
         return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason_of_death(error, words))
 
-    def _fail(self, first: Failed) -> Iterator[tuple[int, Report]]:
+    def _fail(self, first: Failed, *, was_usable: bool) -> Iterator[tuple[int, Report]]:
         """Raise the user's exception, with those of other ranks that fail at the same time; or WorkerDied, where the
         exceptions only follow from that. Yields what hooks have logged until then."""
         failures = {first.rank: first}
@@ -300,6 +300,8 @@ class ActorGroup:
         self._printouts.show_due(is_end=True)
         if death is not None and all(it.is_consequence for it in failures.values()):
             raise death
+        if len(failures) == len(self._actors) and is_at_one_line(list(failures.values())) and first.is_harmless:
+            self.is_usable, self.is_at_rest = was_usable, True
         raise_failures(list(failures.values()), num_workers=len(self._contexts))
 
     def _kill(self, actors: list[Any]) -> None:

@@ -1,13 +1,17 @@
 """What the user's code around a fit does with Ray by itself, told from the code. Driver."""
 
+import contextlib
 import dis
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 _OURS = ("raylit", "ray")
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_MAX_FUNCTIONS = 1000
 
 Functions = Iterable[tuple[CodeType, Mapping[str, Any]]]
 """Code with the globals that it sees."""
@@ -29,7 +33,7 @@ def calling_functions() -> list[FrameType]:
 
 
 def code_of(frames: Iterable[FrameType]) -> Functions:
-    return [(frame.f_code, frame.f_globals) for frame in frames]
+    return [(frame.f_code, {**frame.f_globals, **frame.f_locals}) for frame in frames]
 
 
 def methods_of(objects: Iterable[Any]) -> Functions:
@@ -40,6 +44,19 @@ def methods_of(objects: Iterable[Any]) -> Functions:
                 for member in vars(cls).values():
                     if isinstance(member, FunctionType):
                         yield member.__code__, member.__globals__
+
+
+def with_helpers(functions: Functions) -> Functions:
+    """And the user's functions that these speak of, as far as their names stand for something now, and those that these
+    speak of, and so on."""
+    found = list(functions)
+    seen = {code for code, _ in found}
+    for code, known in found:  # which grows meanwhile
+        for function in _named(code, known):
+            if function.__code__ not in seen and len(seen) < _MAX_FUNCTIONS:
+                seen.add(function.__code__)
+                found.append((function.__code__, {**function.__globals__, **_enclosed(function)}))
+    return found
 
 
 def is_calling(name: str, functions: Functions) -> bool:
@@ -59,6 +76,31 @@ def is_returning_results(frames: list[FrameType]) -> bool:
             return returns != []
         # It returns what the function returns that it is in: in the end fit's None.
     return False
+
+
+def _named(code: CodeType, known: Mapping[str, Any]) -> Iterator[FunctionType]:
+    """By itself, or as a member of a module, a class or an object."""
+    names = _names(code) | set(code.co_varnames)
+    for value in [known[name] for name in names if name in known]:
+        owners = type.mro(value) if isinstance(value, type) else [value, *type(value).__mro__]
+        members = [vars(owner).get(name) for owner in owners if hasattr(owner, "__dict__") for name in names]
+        yield from (each for each in [value, *members] if isinstance(each, FunctionType) and _is_users(each))
+
+
+def _is_users(function: FunctionType) -> bool:
+    """Neither of ours nor of a library."""
+    path = function.__code__.co_filename
+    is_installed = path.startswith(_LIBRARIES) or path.startswith("<frozen")
+    return not is_installed and str(function.__module__).partition(".")[0] not in _OURS
+
+
+def _enclosed(function: FunctionType) -> dict[str, Any]:
+    """What it knows of the functions that it is in."""
+    known = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not set yet
+            known[name] = cell.cell_contents
+    return known
 
 
 def _is_returning(instructions: list[dis.Instruction], index: int) -> bool:

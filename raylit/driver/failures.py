@@ -19,7 +19,7 @@ from ray.exceptions import (
 )
 
 from raylit.driver.exit_status import memory_in_use
-from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed, is_frame_hidden, is_traceback_full
+from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed
 from raylit.worker.context import WorkerContext
 
@@ -45,7 +45,29 @@ def failure(error: BaseException, context: WorkerContext) -> Failed:
         summary="".join(told.format_exception_only()).strip().splitlines()[0],
         error=pickled,
         is_consequence=isinstance(error, Exception) and _is_consequence(error),
+        is_harmless=is_harmless(error),
     )
+
+
+def is_harmless(error: BaseException) -> bool:
+    """To the process that it was raised in: a user's mistake, which says nothing of memory, a device or a peer."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return all(
+        isinstance(each, Exception)
+        and not isinstance(each, (MemoryError, WorkerDied, WorkerFailed))
+        and not _is_consequence(each)
+        and not (isinstance(each, (RuntimeError, OSError)) and _HARMFUL.search(str(each)))
+        for each in chain
+    )
+
+
+def is_at_one_line(failures: Sequence[Failed]) -> bool:
+    """Every rank has failed in the same way at the same place: none is ahead of the others in what they do together."""
+    return len({(failure.summary, failure.traceback) for failure in failures}) == 1
 
 
 def words_of(error: BaseException) -> str:
@@ -88,6 +110,8 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
         return exit_words or f"its stream of reports ended ({error or type(error).__name__})"
     if exit_words is not None:
         return exit_words
+    if (lost := _HOST_LOST.search(text)) is not None:
+        return f"Ray has lost its host ({lost[1] or 'it does not say why'})"
     if (code := re.search(r"exits with an exit code (-?\d+)", text)) is not None:
         by = ", after a SIGTERM" if "receives a SIGTERM" in text else ""
         return f"its process ended with exit code {code[1]}{by}"
@@ -104,7 +128,9 @@ _EXIT_S = 0.5
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # As of Ray 2.60: the exit type, and the sentence of its memory monitor.
 _MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
+_HOST_LOST = re.compile(r"its node has died\.(?:.*?the actor's node was (.*?)[.:]?(?: The actor never ran.*)?$)?")
 _MEMORY_USED = re.compile(r"was ([\d.]+) ?GB used / ([\d.]+) ?GB limit")
+_HARMFUL = re.compile(r"memory|alloc|\b(CUDA|HIP|XLA)\b|cuda|cu(DNN|BLAS|FFT|SOLVER|SPARSE)|device-side", re.IGNORECASE)
 _CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|\bgloo\b|\bNCCL\b|ProcessGroup|TCPStore|watchdog",
     re.IGNORECASE,

@@ -50,11 +50,11 @@ def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: i
         return Inside(job=job, callbacks=list(callbacks))
     number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
     frames = callers.calling_functions()
-    around = callers.code_of(frames)
+    around = callers.with_helpers(callers.code_of(frames))
     # Hooks on other processes see no session of Ray's.
     hooks = callers.methods_of([*callbacks, *((job.module, *job.callbacks) if num_workers == 0 else ())])
     is_returning = session.is_taking_returns and callers.is_returning_results(frames)
-    is_reported = is_returning or callers.is_calling("report", [*around, *hooks])
+    is_reported = is_returning or callers.is_calling("report", [*around, *callers.with_helpers(hooks)])
     if not reports and not is_reported:
         reports = [TuneReport.automatic(save_checkpoints=any(isinstance(c, ModelCheckpoint) for c in callbacks))]
     for report in reports:

@@ -29,7 +29,7 @@ class Placement:
             self._places = borrowed.bundles_for(Demand(workers=workers, each=each_of(workers, cpu=1.0)), current)
         else:
             demand = _demand(workers)
-            self._group = _placed(demand)
+            self._group = placed(demand)
             self._places = [(bundle, demand.each) for bundle in demand.bundle_of_worker]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def each_of(workers: Workers, *, cpu: float) -> Resources:
     return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 
 
-def _placed(demand: Demand) -> PlacementGroup:
+def placed(demand: Demand) -> PlacementGroup:
     """A group that is there. Whatever ends the wait early leaves no demand behind."""
     group = _group(demand)
     timeout_s = demand.workers.start_timeout_s
@@ -120,7 +120,7 @@ def _placed(demand: Demand) -> PlacementGroup:
                     "end what holds them, or wait longer"
                 )
             if is_line_due:
-                waiting.say(f"{missing}; {_hope(demand, scaler)}")
+                waiting.say(f"{missing}; {hope(demand, scaler)}")
     except BaseException:
         remove_placement_group(group)
         raise
@@ -136,7 +136,7 @@ def _group(demand: Demand) -> PlacementGroup:
         raise ConfigError(f"Ray does not take resources_per_worker or label_selector as they are: {error}") from error
 
 
-def _hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
+def hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
     """Whence the missing may come."""
     if demand.fits(cluster_hosts()):
         return "others hold the rest"

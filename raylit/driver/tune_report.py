@@ -25,7 +25,8 @@ class TuneReport(SavedReport):
     and a checkpoint of the whole run. Where Ray answers that the trial is to end, it ends there.
 
     A Trainer that finds itself in a function which Tune or Train has called adds one by itself, unless that function,
-    a hook or a callback reports. Passed as a callback, it reports in any case; elsewhere it does nothing.
+    a hook or a callback reports, or a function of the user's that one of them calls by its name. Passed as a callback,
+    it reports in any case; elsewhere it does nothing.
     """
 
     def __init__(

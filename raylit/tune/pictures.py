@@ -1,10 +1,12 @@
 """Pictures of what searches have found, with matplotlib. Driver."""
 
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
+from raylit.places import is_url, write_bytes
 
 
 def axes(ax: Any = None, *, is_shown: bool = False) -> tuple[Any, Any]:
@@ -34,11 +36,22 @@ def mark(axis: Any, values: Sequence[float]) -> None:
 
 
 def finish(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) -> Any:
-    """Save a figure under a path, whose ending says the format, and show it, where that is asked for."""
+    """Save a figure and show it, where that is asked for."""
     if figure is not None and path is not None:
-        figure.savefig(os.fspath(path))
+        save(figure, path)
     if is_shown:
         import matplotlib.pyplot as plt
 
         plt.show()
     return figure
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Under a path or URL, whose ending says the format."""
+    place = os.fspath(path)
+    if not is_url(place):
+        figure.savefig(place)
+        return
+    picture = io.BytesIO()
+    figure.savefig(picture, format=place.rpartition(".")[2])
+    write_bytes(picture.getvalue(), place)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylit.errors import ConfigError
-from raylit.places import is_url
+from raylit.tune import pictures
 from raylit.tune.parameters import Parameter, shown, varying
 from raylit.tune.quality import Quality
 from raylit.tune.records import Mode, TrialRecord, best_of, is_better, is_number
@@ -22,9 +22,9 @@ _FAINT = "#c9ccd3"
 _BEST = "#d1495b"
 
 
-def is_pictured(directory: str) -> bool:
-    """A sweep's pictures are saved there at its end."""
-    return importlib.util.find_spec("matplotlib") is not None and not is_url(directory)
+def is_pictured() -> bool:
+    """A sweep's pictures are saved at its end."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def begin_import() -> None:
@@ -203,5 +203,5 @@ def _figure(*, width: float, height: float) -> Any:
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     if path is not None:
-        figure.savefig(os.fspath(path))
+        pictures.save(figure, path)
     return figure

@@ -116,7 +116,7 @@ class SweepResult:
     def show(self) -> None:
         """Print the table and, where matplotlib is there, save both pictures beside the sweep's files."""
         print(printable(self.summary()))
-        if not is_pictured(self.directory):
+        if not is_pictured():
             return
         for draw, name in ((self.plot, "objective.png"), (self.plot_parallel, "parallel.png")):
             draw(joined(self.directory, name))

@@ -32,6 +32,7 @@ Build = Callable[[dict[str, Any]], Any]
 """A config's LightningModule; or a tuple that starts with it: then a DataModule, or the loaders for training and
 validation, and last a dict of Trainer arguments of this trial alone."""
 
+_TITLE = "sweep"
 _PLACE = "sweeps"
 """Below the root directory."""
 _PERTURBED = "perturbed_"
@@ -74,11 +75,14 @@ def sweep(
     `space`, `scheduler` (ASHA, population based training, ...) and `searcher` (Optuna, ...) are Ray Tune's; the last
     two get `metric` and `mode` from here. Each trial reports after every validation, with a checkpoint, and obeys the
     scheduler before it goes on. It has `num_workers` workers, which the next trial takes over warm; with 0 the trial's
-    own process trains. Everything is kept in `default_root_dir/sweeps/name`; `resume` continues what is there, else
-    starts. Other arguments are the Trainer's; `enable_checkpointing=False` keeps no checkpoints.
+    own process trains. Everything is kept in `default_root_dir/sweeps/name`, on a disk or at a URL; `resume` continues
+    what is there, else starts. Where only this host sees that directory, the trials' own processes stand on it and
+    their workers, of which there is one at least, anywhere. Other arguments are the Trainer's;
+    `enable_checkpointing=False` keeps no checkpoints.
 
-    ConfigError: a metric that is never logged. ResourcesError: a single trial does not fit into the cluster. Trials
-    that fail end alone: see `SweepResult.errors`.
+    ConfigError: a metric that is never logged. ResourcesError: a single trial does not fit into the cluster, nor into
+    what an autoscaler can make of it. Trials that fail end alone, after `max_failures` more attempts from their newest
+    checkpoints: see `SweepResult.errors`.
     """
     _check(build, space, metric=metric, mode=mode, num_samples=num_samples, max_failures=max_failures)
     for named, given in (("scheduler", scheduler), ("searcher", searcher)):
@@ -87,15 +91,17 @@ def sweep(
         # Importing Ray's tune takes seconds, which only a sweep should pay.
         with uncollected():
             from raylit.tune.hparams import write_experiment
+            from raylit.tune.room import find_room
             from raylit.tune.trials import Run, run_trials
     except ImportError as error:
         raise ConfigError("sweep needs Ray Tune: pip install 'raylit[tune]'") from error
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
     arguments = _of_trials(trainer_arguments)
     workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments)._plan.workers
+    room = find_room(workers, title=_TITLE, directory=directory)
     is_saving = trainer_arguments.get("enable_checkpointing", trainer_arguments.get("checkpoint_callback", True))
     run = Run(
-        title="sweep",
+        title=_TITLE,
         directory=directory,
         metric=metric,
         mode=mode,
@@ -107,12 +113,14 @@ def sweep(
         max_failures=max_failures,
         is_resuming=is_resuming,
     )
-    training = _Training(build=build, metric=metric, mode=mode, workers=workers, arguments=cloudpickle.dumps(arguments))
+    training = _Training(
+        build=build, metric=metric, mode=mode, workers=room.workers, arguments=cloudpickle.dumps(arguments)
+    )
     if arguments.get("logger", True) is True:
         write_experiment(directory, space, metric=metric)
-    if is_pictured(directory):
+    if is_pictured():
         begin_import()
-    records = run_trials(training, space, workers=workers, run=run)
+    records = run_trials(training, space, room=room, run=run)
     result = SweepResult(records, metric=metric, mode=mode, directory=directory, module_of=training.module_of)
     result.show()
     return result
@@ -263,7 +271,8 @@ def _check_has_no_metric(name: str, given: Any) -> None:
 
 def _directory(root: str | os.PathLike[str] | None, name: str | None, *, is_resuming: bool) -> tuple[str, bool]:
     """Where the sweep's files go, and whether there is something to resume."""
-    place = joined(absolute(root or os.getcwd()), _PLACE)
+    # A file: URL is a path as any other, and so that of a place which only some hosts may see.
+    place = joined(absolute(os.fspath(root or os.getcwd()).removeprefix("file://")), _PLACE)
     if name is None:
         if is_resuming:
             raise ConfigError("resume=True needs the name of the sweep to continue")

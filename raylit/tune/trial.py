@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ import cloudpickle
 
 from raylit.checkpoint import format
 from raylit.driver import warm
-from raylit.driver.failures import words_of
+from raylit.driver.failures import is_harmless, words_of
 from raylit.driver.packing import unpacked
 from raylit.errors import RaylitError
 from raylit.tune.handover import Handover, Reported
@@ -73,11 +74,23 @@ class TrialFailed(RaylitError):
     is_fatal = False
     """Any other trial would end in the same way."""
 
+    def __init__(self, text: str, *, is_harmless: bool = False) -> None:
+        """`is_harmless`: to the trial's processes, which the next trial may take over."""
+        super().__init__(text)
+        self.is_harmless = is_harmless
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _trial_failed, (type(self), str(self), self.is_harmless)
+
 
 class UnknownMetric(TrialFailed):
     """The reports do not have what the trials are to be compared by."""
 
     is_fatal = True
+
+
+def _trial_failed(cls: type[TrialFailed], text: str, is_harmless: bool) -> TrialFailed:
+    return cls(text, is_harmless=is_harmless)
 
 
 class Trial(tune.Trainable):
@@ -86,6 +99,8 @@ class Trial(tune.Trainable):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The user's relative paths stay what they are. Tune reads this in its constructor.
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        for name in ("ray.train", "ray.tune"):  # a line for every checkpoint, which Ray carries to the driver
+            logging.getLogger(name).setLevel(logging.WARNING)
         super().__init__(*args, **kwargs)
 
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
@@ -121,19 +136,23 @@ class Trial(tune.Trainable):
             self._save_last()
             answer = self._handover.next()
         if answer.error is not None:
-            raise TrialFailed(words_of(answer.error)) from None
+            raise TrialFailed(words_of(answer.error), is_harmless=is_harmless(answer.error)) from None
         if answer.metrics is not None:
             self._check_metric(answer.metrics)
             metrics = {**metrics, **answer.metrics}
         elif not self._has_reported and self._checkpoint is None:
-            raise TrialFailed("the training has ended without a validation or the end of an epoch: nothing to report")
+            text = "the training has ended without a validation or the end of an epoch: nothing to report"
+            raise TrialFailed(text, is_harmless=True)
         return {**(metrics or {RESULT_DUPLICATE: True}), DONE: True}
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """By way of a directory that goes with Ray's session, whatever happens meanwhile."""
-        self._pass_taken_names()
-        with tempfile.TemporaryDirectory(prefix="saved-", dir=self.logdir) as directory:
-            return super().save(checkpoint_dir or directory)
+        try:
+            self._pass_taken_names()
+            with tempfile.TemporaryDirectory(prefix="saved-", dir=self.logdir) as directory:
+                return super().save(checkpoint_dir or directory)
+        except Exception as error:
+            raise TrialFailed(words_of(error)) from None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._handover is not None

@@ -18,20 +18,19 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining
 
 from raylit.checkpoint import format
-from raylit.driver import cluster, warm
+from raylit.driver import cluster
 from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import entries, is_url, joined, remove_directory
-from raylit.plan import Workers
+from raylit.tune.controller import own_controller
 from raylit.tune.histories import Histories, history_of
-from raylit.tune.paused import keeping_paused
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
-from raylit.tune.room import check_room, demand_of, placement_of
+from raylit.tune.room import Room
 from raylit.tune.trial import Recipe, Setting, Trial, UnknownMetric
 from raylit.tune.trial_files import CHECKPOINT
-from raylit.tune.watching import Ending, Watcher, error_of
+from raylit.tune.watching import Ending, Watcher, error_of, text_of
 
 _ENVIRONMENT = {
     # One table of our own at the end, and a line now and then, in place of Tune's.
@@ -65,14 +64,9 @@ class Run:
     is_shown: bool = True
 
 
-def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, run: Run) -> list[TrialRecord]:
-    """Every trial's record. Each trial has a placement group with a bundle for each of `workers`; a trial that follows
-    another takes its processes over. ResourcesError: not even one trial has room. KeyboardInterrupt: what is done is
-    kept, for `is_resuming`."""
-    cluster.connect()
-    # Idle workers of this process's own fits hold what trials need.
-    warm.clear()
-    check_room(workers)
+def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run) -> list[TrialRecord]:
+    """Every trial's record. A trial that follows another takes its room and its processes over. KeyboardInterrupt: what
+    is done is kept, for `is_resuming`."""
     setting = Setting(
         recipe=cloudpickle.dumps(recipe),
         directory=run.directory,
@@ -81,15 +75,15 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
         import_path=tuple(os.path.abspath(path) for path in sys.path),
         random_state=packed(format.random_state()),
     )
-    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), placement_of(workers))
+    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), room.placement)
     with (
         _environment(run),
         _pooled_processes(),
         _quiet_tune(),
-        keeping_paused(),
+        own_controller(),
         _signals_as_before() as was_interrupted,
     ):
-        results = _tuner(trainable, space, workers, run).fit()
+        results = _tuner(trainable, space, room, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
         end_uncaught_by_signal()
@@ -106,14 +100,13 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, workers: Workers, ru
     return [_record(trial, run) for trial in trials]
 
 
-def _tuner(trainable: Any, space: Mapping[str, Any], workers: Workers, run: Run) -> tune.Tuner:
+def _tuner(trainable: Any, space: Mapping[str, Any], room: Room, run: Run) -> tune.Tuner:
     if run.is_resuming and tune.Tuner.can_restore(run.directory):
         return _restored(trainable, space, run)
     place, _, name = run.directory.rpartition("/")
     ending = Ending()
-    needs = str(demand_of(workers))
     watcher = Watcher(
-        title=run.title, metric=run.metric, mode=run.mode, needs=needs, ending=ending, is_shown=run.is_shown
+        title=run.title, metric=run.metric, mode=run.mode, demand=room.demand, ending=ending, is_shown=run.is_shown
     )
     return tune.Tuner(
         trainable,
@@ -284,5 +277,5 @@ def _record(trial: TuneTrial, run: Run) -> TrialRecord:
         history=history,
         checkpoint=None if kept is None else joined(directory, os.path.basename(kept.path), CHECKPOINT),
         directory=directory,
-        error=None if status != "failed" else str(error_of(trial)),
+        error=None if status != "failed" else text_of(error_of(trial)),
     )

@@ -12,14 +12,15 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raylit.checkpoint import format
-from raylit.driver.failures import DEATHS, reason_of_death, words_of
+from raylit.driver import ray_private
+from raylit.driver.failures import words_of
 from raylit.driver.placement import cluster_hosts
 from raylit.driver.shared import Parcel, pickle_job, unpickle_job
-from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed
+from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed
 from raylit.plan import Workers
 from raylit.tune.attempt import Experiment, Outcome, Search
 from raylit.tune.memory import verdict_on
-from raylit.tune.room import demand_of
+from raylit.tune.room import Room, find_room
 from raylit.tune.runner import tried
 from raylit.tune.trial import TrialContext
 from raylit.tune.trials import Run, run_trials
@@ -29,6 +30,7 @@ from raylit.worker.context import Job
 _VALUE, _STEP, _LOSS, _OUTCOME = "value", "step", "loss", "outcome"
 """In the config of a trial, and in its results."""
 _LEAST_CPU = 0.01
+_TITLE = "search"
 
 
 class TuneRunner:
@@ -45,9 +47,9 @@ class TuneRunner:
             run_trials(
                 _Recipe(experiment, pickle_job(job)),
                 {},
-                workers=workers,
+                room=find_room(workers, title=_TITLE),
                 run=Run(
-                    title="search",
+                    title=_TITLE,
                     directory=os.path.join(directory, "trials"),
                     metric=None,
                     num_samples=-1,  # until the search proposes no more
@@ -116,9 +118,6 @@ class _Trials:
 
     def note_error(self, trial: TuneTrial) -> None:
         error = error_of(trial)
-        if isinstance(error, DEATHS):
-            reason = f"the process of its trial ended: {reason_of_death(error, None)}"
-            error = WorkerDied(rank=0, host=trial.get_ray_actor_ip() or "?", reason=reason)
         self._errors[trial.trial_id] = error or RaylitError("a trial failed, and Tune does not say why")
 
     def receive(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -172,13 +171,16 @@ class _Cuts(FIFOScheduler):
 
 
 def _with_room(workers: Workers) -> Workers:
-    """Where there are not as many cores, the workers share them, as those of an ordinary fit do."""
+    """Where there are not as many cores, and no more will come, the workers share them, as those of an ordinary fit
+    do."""
+    if ray_private.autoscaling() is not None:
+        return workers
     hosts, cpu = cluster_hosts(), 1.0
-    shared = workers
-    while "CPU" not in workers.resources_per_worker and not demand_of(shared).fits(hosts) and cpu > _LEAST_CPU:
+    room = Room(workers=workers)
+    while "CPU" not in workers.resources_per_worker and not room.demand.fits(hosts) and cpu > _LEAST_CPU:
         cpu = round(cpu / 2, 3)
-        shared = replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker})
-    return shared if demand_of(shared).fits(hosts) else workers
+        room = Room(workers=replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker}))
+    return room.workers if room.demand.fits(hosts) else workers
 
 
 def _pickled(outcome: Outcome) -> bytes:

@@ -57,8 +57,10 @@ class Owner(Protocol):
 class Tuner:
     """The searches of a Trainer.
 
-    Each trial fits a copy, without loggers and callbacks: weights, optimizers, data and random numbers of the user's
-    stay. With workers the trials are Ray Tune's, and what goes wrong in one ends that one only.
+    Each trial fits a copy, without loggers and, as in Lightning, without callbacks, neither the Trainer's nor those of
+    `configure_callbacks`: one that stops, saves or changes the rate would disturb the search. The module's own hooks
+    run. Weights, optimizers, data and random numbers of the user's stay. With workers the trials are Ray Tune's, and
+    what goes wrong in one ends that one only.
     """
 
     def __init__(self, trainer: Owner) -> None:

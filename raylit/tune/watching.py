@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import sys
 import time
+import traceback
 from collections import Counter
 from typing import Any
 
@@ -12,8 +14,12 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from raylit.driver.demand import in_words
+from raylit.driver import ray_private
+from raylit.driver.demand import Demand, in_words
+from raylit.driver.failures import DEATHS, reason_of_death
+from raylit.driver.placement import cluster_hosts, hope, hosts_in_words
 from raylit.driver.waiting import Waiting
+from raylit.errors import WorkerDied
 from raylit.tune.records import Mode, is_better, is_number
 from raylit.tune.trial import TrialFailed
 
@@ -37,13 +43,13 @@ class Watcher(tune.Callback):
     """Says how far the trials are, which have failed, and what the first of them wait for."""
 
     def __init__(
-        self, *, title: str, metric: str | None, mode: Mode, needs: str, ending: Ending, is_shown: bool = True
+        self, *, title: str, metric: str | None, mode: Mode, demand: Demand, ending: Ending, is_shown: bool = True
     ) -> None:
-        """`needs`: what a trial asks the cluster for."""
+        """`demand`: what a trial asks the cluster for."""
         self._title = title
         self._metric = metric
         self._mode = mode
-        self._needs = needs
+        self._demand = demand
         self._ending = ending
         self._is_shown = is_shown
         self._best: float | None = None
@@ -53,7 +59,8 @@ class Watcher(tune.Callback):
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         """Called once more when a run is resumed, with an object that comes from the storage."""
-        self._num_trials: int | None = total_num_samples
+        # A search says "until it proposes no more" by a number as large as there is.
+        self._num_trials: int | None = None if total_num_samples == sys.maxsize else total_num_samples
         self._waiting = Waiting(timeout_s=math.inf)
         self._groups_before = _placed_groups()
         self._shown_at_s = time.monotonic()
@@ -62,8 +69,9 @@ class Watcher(tune.Callback):
         if any(trial.status == TuneTrial.RUNNING for trial in trials):
             self._waiting = Waiting(timeout_s=math.inf)
         elif self._is_shown and self._waiting.is_line_due and _placed_groups() <= self._groups_before:
-            free = in_words(ray.available_resources())
-            self._waiting.say(f"room for a trial of {self._needs}; free now: {free}")
+            free = f"{in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
+            why = hope(self._demand, ray_private.autoscaling())
+            self._waiting.say(f"room for a trial of {self._demand}; free now: {free}; {why}")
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
@@ -78,12 +86,22 @@ class Watcher(tune.Callback):
         if isinstance(error, TrialFailed) and error.is_fatal:
             self._ending.is_due = True
             return
-        summary = (str(error).strip().splitlines() or [""])[-1]
+        summary = last_line(error)
         self._write(
             f"trial {trial.trial_id} failed with {trial.config}: "
-            + (summary if summary in self._shown_errors else f"\n{error}")
+            + (summary if summary in self._shown_errors else f"\n{text_of(error)}")
         )
         self._shown_errors.add(summary)
+
+    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        error = error_of(trial)
+        if isinstance(error, TrialFailed) and error.is_fatal:
+            self._ending.is_due = True
+            return
+        self._write(
+            f"trial {trial.trial_id} is tried again, from its newest checkpoint ({trial.num_failures} of "
+            f"{trial.max_failures}): {last_line(error)}"
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._say(trials)
@@ -123,4 +141,21 @@ def error_of(trial: TuneTrial) -> BaseException | None:
             error = cloudpickle.load(file)
     error = error or trial.get_pickled_error()
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, TrialFailed) else error
+    if isinstance(cause, TrialFailed):
+        return cause
+    if isinstance(error, DEATHS):
+        address = re.search(r"\b(?:ip|IP): ([^\s,]+)", str(error))
+        reason = f"the process of its trial ended: {reason_of_death(error, None)}"
+        return WorkerDied(rank=0, host=address[1] if address else "?", reason=reason)
+    return error
+
+
+def text_of(error: BaseException | None) -> str:
+    """The traceback, as far as it says anything, and last the error itself."""
+    if error is None or isinstance(error, TrialFailed):
+        return str(error or "Tune does not say why")
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def last_line(error: BaseException | None) -> str:
+    return (text_of(error).strip().splitlines() or [""])[-1]

@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError
 import raylit as pl
 from raylit.driver import exit_status
 from raylit.driver.exit_status import describe
-from raylit.driver.failures import failure, raise_failures, reason_of_death
+from raylit.driver.failures import failure, is_at_one_line, is_harmless, raise_failures, reason_of_death
 from raylit.worker.context import WorkerContext
 
 
@@ -204,6 +204,31 @@ def test_memory_in_use_is_that_of_the_container_where_it_is_less_than_the_host_s
     assert exit_status.memory_in_use().startswith("the host has")
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("odd"), True),
+        (RuntimeError("shapes do not match"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), False),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer"), False),
+        (MemoryError(), False),
+        (SystemExit(1), False),
+        (pl.WorkerDied(rank=0, host="a", reason="killed"), False),
+    ],
+)
+def test_a_users_mistake_does_no_harm_to_the_process(error, expected):
+    assert is_harmless(error) is expected
+    outer = KeyError("outer")
+    outer.__cause__ = error
+    assert is_harmless(outer) is expected
+
+
+def test_ranks_that_fail_at_different_places_are_not_at_one_line():
+    assert is_at_one_line([failed(KeyError("x"), 0), failed(KeyError("x"), 1)])
+    assert not is_at_one_line([failed(KeyError("x"), 0), failed(KeyError("y"), 1)])
+
+
 def died(text):
     """As Ray 2.60 words it."""
     error = ActorDiedError()
@@ -218,6 +243,12 @@ def died(text):
         ("Worker exits unexpectedly. Worker exits with an exit code 4.", "its process ended with exit code 4"),
         ("Worker exits with an exit code 1. The process receives a SIGTERM.", "exit code 1, after a SIGTERM"),
         ("Worker unexpectedly exits with a connection error code 2. End of file. Some common", "without a word"),
+        (
+            "The actor died because its node has died. Node Id: 91f\n\tthe actor's node was terminated unexpectedly: "
+            "health check failed\nThe actor never ran - it was cancelled.",
+            "Ray has lost its host (terminated unexpectedly: health check failed)",
+        ),
+        ("The actor died because its node has died.", "Ray has lost its host (it does not say why)"),
         ("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed", "Ray's memory monitor"),
     ],
 )

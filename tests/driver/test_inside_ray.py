@@ -195,6 +195,26 @@ def _reporting_from_inside(config):
     tell()
 
 
+def _in_a_helper(config):
+    fit_quietly()
+    _tell_and_stop()
+
+
+def _tell_and_stop():
+    Teller().tell()
+
+
+class Teller:
+    def tell(self):
+        tune.report({"loss": 1.0})
+
+
+def _by_an_object(config):
+    teller = Teller()
+    fit_quietly()
+    teller.tell()
+
+
 def _importing_inside(config):
     import ray.tune
 
@@ -240,6 +260,7 @@ def fit_quietly(model=None, **arguments):
     "function",
     [
         _reporting_later, _reporting_from_inside, _importing_inside, _returning, _yielding, _in_a_callback, _in_a_hook,
+        _in_a_helper, _by_an_object,
     ],
 )  # fmt: skip
 def test_who_reports_himself_reports_alone(start, function):

@@ -67,6 +67,18 @@ def test_settings_of_one_run_are_gone_in_the_next(quiet):
     assert {k: v for k, v in after.items() if k != "time"} == {k: v for k, v in before.items() if k != "time"}
 
 
+def _make_a_mistake():
+    raise ValueError("on purpose")
+
+
+def test_workers_that_have_all_failed_at_one_line_go_on_with_the_next_run(quiet):
+    before = fit(Process(), quiet)
+    with pytest.raises(ValueError, match="on purpose"):
+        fit(Process(_make_a_mistake), quiet)
+    after = fit(Process(), quiet)
+    assert after["pid"] == before["pid"]
+
+
 def _leave_a_thread():
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 
