@@ -214,15 +214,15 @@ class Saving:
         ):
             if len(saved) != len(own):
                 raise self._unfit(f"is of a run with {len(saved)} {what}, and there are {len(own)} now")
+        settings = [list(optimizer.defaults) for optimizer in self._optimizers]
         try:
             self._session.strategy.load_optimizer_states(self._optimizers, states, read=read)
         except (KeyError, ValueError) as error:
             raise self._unfit(f"has optimizer states that do not fit: {error}") from error
-        for optimizer in self._optimizers:
+        for optimizer, needed in zip(self._optimizers, settings, strict=True):
             # torch takes the groups of another class as they are, and misses what they lack at the next step.
-            missing = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
-            if missing:
-                raise self._unfit(f"has no {', '.join(dict.fromkeys(missing))} for {type(optimizer).__name__}")
+            if missing := [name for name in needed if any(name not in group for group in optimizer.param_groups)]:
+                raise self._unfit(f"has no {', '.join(missing)} for {type(optimizer).__name__}")
         for schedule, state in zip(self._schedules, of_schedules, strict=True):
             schedule.scheduler.load_state_dict(state)
 

@@ -115,7 +115,7 @@ class Stepped(Regression):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Regression(optimizer="adam"), r"the checkpoint has no betas, eps for Adam: fit resumes with"),
+        (lambda: Regression(optimizer="adam"), r"\.ckpt has no betas, eps for Adam: fit resumes with"),
         (Stepped, r"of a run with 0 learning rate schedulers, and there are 1 now: fit resumes with"),
     ],
 )

@@ -598,15 +598,15 @@ def test_a_damaged_part_is_named(interrupted, tmp_path, harm):
 
 
 @pytest.mark.parametrize(
-    ("model", "arguments", "message"),
+    ("callback", "message"),
     [
-        (Deep, {"sync_batchnorm": True}, "sync_batchnorm"),
-        (Deep, {"callbacks": [pl.EMAWeightAveraging()]}, "EMAWeightAveraging"),
+        (pl.StochasticWeightAveraging(swa_lrs=0.1), "StochasticWeightAveraging"),
+        (pl.ModelCheckpoint(save_on_exception=True), "save_on_exception"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused_before_anything_starts(model, arguments, message):
+def test_what_cannot_be_sharded_is_refused_before_anything_starts(callback, message):
     with pytest.raises(pl.ConfigError, match=rf"strategy='fsdp' does not go together with .*{message}"):
-        fit(model(), **arguments)
+        fit(Deep(), callbacks=[callback])
 
 
 def test_an_optimizer_that_needs_whole_gradients_is_refused():
