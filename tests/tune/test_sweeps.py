@@ -89,7 +89,7 @@ def test_a_trial_takes_its_predecessors_workers_over_even_where_one_between_has_
 
 def test_trials_run_in_processes_that_ray_has_ready(swept):
     """Variables for its process alone cost a trial, and each of its workers, two more of Python's starts."""
-    assert [trial.metrics["variables"] for trial in swept[0].trials[:3]] == [0, 0, 0]
+    assert {trial.metrics["variables"] for trial in swept[0].trials if trial.error is None} == {0}
 
 
 def test_a_failed_trial_ends_alone_and_shows_the_users_frames(swept):
