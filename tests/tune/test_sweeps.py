@@ -27,6 +27,7 @@ def build_of(*, fails_at=None):
 
             def on_train_epoch_end(self):
                 self.log("process", float(os.getpid()))
+                self.log("variables", float(len(ray.get_runtime_context().runtime_env)))
 
         if config["lr"] == fails_at:
             raise ValueError(f"no such rate as {config['lr']}")
@@ -84,6 +85,11 @@ def test_each_trial_is_the_plain_fit_of_its_config(swept, quiet):
 
 def test_a_trial_takes_its_predecessors_workers_over_even_where_one_between_has_failed(swept):
     assert len({trial.metrics["process"] for trial in swept[0].trials if trial.error is None}) == 1
+
+
+def test_trials_run_in_processes_that_ray_has_ready(swept):
+    """Variables for its process alone cost a trial, and each of its workers, two more of Python's starts."""
+    assert {trial.metrics["variables"] for trial in swept[0].trials if trial.error is None} == {0}
 
 
 def test_a_failed_trial_ends_alone_and_shows_the_users_frames(swept):

@@ -3,7 +3,11 @@
 import pytest
 import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _use_grad_for_differentiable,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.profiler import profile
 
 from raylit.worker.optimization.unannotated import unannotated_step, unannotated_zero_grad
@@ -91,6 +95,16 @@ def test_the_annotation_is_left_out():
             optimizer.step()
 
 
+class Watching(torch.optim.SGD):
+    """Notes whether gradients are on in its step."""
+
+    seen: list[bool]
+
+    @_use_grad_for_differentiable
+    def step(self, closure=None):
+        self.seen = [*getattr(self, "seen", []), torch.is_grad_enabled()]
+
+
 class Halving(Optimizer):
     """A user's own, with its own zero_grad."""
 
@@ -107,6 +121,49 @@ class Halving(Optimizer):
     def zero_grad(self, set_to_none=True):
         self.num_zeroed += 1
         super().zero_grad(set_to_none)
+
+
+def test_a_fit_and_its_checkpoint_leave_the_compiler_out_until_it_is_asked_for(run_script):
+    script = """
+        import sys
+        import torch
+        import raylit as pl
+
+        class Model(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(2, 1)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).square().mean()
+
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters())
+
+        loader = torch.utils.data.DataLoader(torch.ones(4, 2))
+        for ckpt_path in (None, "last"):
+            saving = pl.ModelCheckpoint(save_last=True)
+            trainer = pl.Trainer(num_workers=0, max_epochs=2, logger=False, callbacks=[saving])
+            trainer.fit(Model(), loader, ckpt_path=ckpt_path)
+        print("compiler:", "torch._dynamo" in sys.modules)
+        torch.optim.SGD(torch.nn.Linear(1, 1).parameters()).state_dict()
+        print("asked for:", "torch._dynamo" in sys.modules)
+    """
+    printed = run_script(script)
+    assert "compiler: False" in printed
+    assert "asked for: True" in printed
+
+
+def test_gradients_are_off_in_a_step_and_as_before_after_it():
+    network, optimizer = network_and_optimizer(Watching)
+    step = unannotated_step(optimizer)
+    backward(network)
+    step()
+    with torch.no_grad():
+        step()
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    assert optimizer.seen == [False, False]
 
 
 def test_a_users_own_optimizer_is_asked_itself():
