@@ -59,7 +59,9 @@ class RecordedRun:
         then.carry_out()
         self.callback.on_save_end(self, path, None)
 
-    def finish_saves(self) -> None: ...
+    def finish_saves(self, *, is_earlier_only: bool = False) -> None: ...
+    def is_saving_to(self, path: str) -> bool:
+        return False
 
     def fit(
         self,
