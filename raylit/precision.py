@@ -1,6 +1,6 @@
 """Precision: autocast, conversion of weights, gradient scaler. Worker."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -34,12 +34,14 @@ class Precision:
         return nullcontext() if self.weights_dtype is None else _default_dtype(self.weights_dtype)
 
 
-def build_precision(name: PrecisionName, device: torch.device) -> Precision:
+def build_precision(
+    name: PrecisionName, device: torch.device, *, build_scaler: Callable[[torch.device], torch.amp.GradScaler]
+) -> Precision:
     """The precision of this name on a device. float16 gradients underflow, so "16-mixed" comes with a scaler."""
     return Precision(
         weights_dtype=_TRUE.get(name),
         autocast_dtype=_MIXED.get(name),
-        scaler=torch.amp.GradScaler(device.type) if name == "16-mixed" else None,
+        scaler=build_scaler(device) if name == "16-mixed" else None,
         device_type=device.type,
     )
 

@@ -15,7 +15,6 @@ from raylit.strategies.compression import dtype_on_the_way
 from raylit.strategy_options import DDPStrategy
 from raylit.worker.context import Job
 from raylit.worker.hooks import is_overridden
-from raylit.worker.signatures import takes
 from raylit.worker.sources import HOOKS, has_loader
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -57,24 +56,8 @@ def require_shardable(job: Job, plan: Plan) -> None:
     """ConfigError for what a fit that shards the model cannot do."""
     if not plan.strategy.is_sharding:
         return
-    module, name = job.module, type(job.module).__name__
     whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _NEEDING_THE_WHOLE_MODEL)]
     for is_wrong, what, instead in (
-        (
-            not module.automatic_optimization,
-            f"{name}.automatic_optimization = False",
-            "its backward passes and steps have to be those that torch's fully_shard expects",
-        ),
-        (
-            takes(module.training_step, "optimizer_idx"),
-            f"{name}.training_step(..., optimizer_idx)",
-            "have one optimizer, with a parameter group for each of these",
-        ),
-        (
-            bool(plan.optimization.truncated_steps or module.truncated_bptt_steps),
-            "truncated back-propagation",
-            "sequences differ in length, and each piece would have to run on all workers",
-        ),
         (plan.is_syncing_batchnorm, "sync_batchnorm=True", "leave it out, or use another norm"),
         (plan.optimization.is_channels_last, "channels_last=True", "a share of a weight has no such layout"),
         (bool(whole), f"the callback {', '.join(whole)}", "it needs the whole model in one process"),

@@ -58,10 +58,16 @@ class Strategy(Protocol):
         ...
 
     def place(
-        self, module: nn.Module, *, device: torch.device, dtype: torch.dtype | None, steps: Sequence[str]
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        steps: Sequence[str],
+        is_manual: bool,
     ) -> None:
         """To the device, floating-point numbers in that type. Collective where the strategy shards. `steps`: names of
-        the user's methods that run the model."""
+        the user's methods that run the model; with `is_manual` its backward passes and steps are in `training_step`."""
         ...
 
     def set_up(self, module: nn.Module, *, device: torch.device) -> None:
@@ -86,6 +92,10 @@ class Strategy(Protocol):
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         """The step to call so that its backward pass syncs the gradients of the trained parameters. Collective."""
+        ...
+
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """For gradients that underflow, of which it may have seen a part only."""
         ...
 
     def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:

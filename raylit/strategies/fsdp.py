@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,15 +23,19 @@ from torch.optim import Optimizer
 
 from raylit.errors import ConfigError, ModuleError
 from raylit.plan import PrecisionName
-from raylit.strategies.averaging import broadcast
-from raylit.strategies.base import TrainingStep
+from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
+from raylit.strategies.base import PendingGradients, TrainingStep
+from raylit.strategies.entries import Entries
 from raylit.strategies.freeing import free_eagerly
 from raylit.strategies.materializing import BuildOrder, Materializer
 from raylit.strategies.parts import Reader, split
 from raylit.strategies.recomputing import Recomputed
+from raylit.strategies.sharded_scaler import ShardedScaler
 from raylit.strategies.shards import counterpart, counterpart_of_state, gathered, shards, whole
 from raylit.strategies.single import Single
-from raylit.strategies.units import check_not_shared, chosen_units
+from raylit.strategies.skipping import Course
+from raylit.strategies.units import called_parts, check_not_shared, chosen_units
+from raylit.strategies.unsharding import forget_sharding, leave_on_meta
 from raylit.strategy_options import FSDPStrategy
 
 _PIECE_BYTES = 16 * 2**20
@@ -55,8 +57,9 @@ class FSDP(Single):
         self._order = BuildOrder()
         self._root: Any = None
         """The module, once it is sharded."""
-        self._steps: Sequence[str] = ()
-        self._trained: set[int] | None = None
+        self._entries: Entries | None = None
+        self._replicated: list[nn.Parameter] = []
+        """Parameters that every rank has the whole of."""
         self._added: list[tuple[nn.Module, set[str]]] = []
         """Modules and the attributes that sharding has added to each."""
         self._recomputed: Recomputed | None = None
@@ -69,13 +72,22 @@ class FSDP(Single):
             yield
 
     def place(
-        self, module: nn.Module, *, device: torch.device, dtype: torch.dtype | None, steps: Sequence[str]
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        steps: Sequence[str],
+        is_manual: bool,
     ) -> None:
         _check_shapes(module)
         self._is_on_cpu = device.type == "cpu"
         if self._is_on_cpu:
             free_eagerly(is_eager=True)
+        self._device = device
         units = chosen_units(module, self._options.auto_wrap_policy)
+        if is_manual:
+            units = list(dict.fromkeys([*units, *called_parts(module)]))
         check_not_shared(module, units)
         if self._options.activation_checkpointing_policy is not None:
             self._recomputed = Recomputed(module, self._options.activation_checkpointing_policy)
@@ -88,28 +100,27 @@ class FSDP(Single):
                 _to_device(part, device, dtype)
                 broadcast([*_own_parameters(part), *part.buffers()])
                 policy = MixedPrecisionPolicy() if part in alone else self._policy
-                self._shard(part, mesh, policy, is_root=part is module)
+                whole = {one for one in _own_parameters(part) if one.ndim == 0 or (is_manual and part is module)}
+                self._shard(part, mesh, policy, whole=whole, is_root=part is module)
                 materializer.note_sharded(part)
         self._order = BuildOrder()  # it refers to the modules
         self._root = module
-        self._steps = steps
+        self._replicated = _own_parameters(module)
         # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
         sharded = type(module).__name__
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({sharded}\) returned a view tensor")
-        for name in steps:
-            _make_forward(module, name)
+        self._entries = Entries(module, steps=steps, is_manual=is_manual)
 
     def recall(self, module: nn.Module) -> None:
-        if self._root is None:
+        if self._entries is None:
             return
-        for name in self._steps:
-            del vars(module)[name]
+        self._entries.restore()
         if self._recomputed is not None:
             self._recomputed.restore()
         for part, added in reversed(self._added):
-            _forget_sharding(part, added)
-        _leave_on_meta(module)
-        self._root, self._added = None, []
+            forget_sharding(part, added)
+        leave_on_meta(module)
+        self._root, self._entries, self._added = None, None, []
         if self._is_on_cpu:
             free_eagerly(is_eager=False)
 
@@ -129,16 +140,16 @@ class FSDP(Single):
     # Training
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
-        before, self._trained = self._trained, {id(parameter) for parameter in trained}
-        if before is not None and before != self._trained:
-            raise ModuleError(
-                "parameters have been frozen or thawed, or given to the optimizer, during training, which "
-                "strategy='fsdp' cannot follow: set requires_grad before it starts, in configure_model, or use 'ddp'"
-            )
-        return partial(_never_skipping, training_step)
+        self._initialize()
+        course = Course(module, replicated=self._replicated, device=self._device)
+        assert self._entries is not None
+        return partial(self._entries.run_on, course, training_step)
+
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return ShardedScaler(device.type)
 
     def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
-        return self._finish_backward
+        return self._finish_window
 
     @contextmanager
     def without_sync(self, step: TrainingStep) -> Iterator[None]:
@@ -149,7 +160,11 @@ class FSDP(Single):
             self._root.set_requires_gradient_sync(True)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._finish_backward()
+        self._finish_window()
+
+    def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
+        self._initialize()
+        return _PendingShards(self._replicated, finish_backward=self._finish_backward)
 
     def sync_buffers(self, module: nn.Module) -> None:
         broadcast(module.buffers())
@@ -170,6 +185,8 @@ class FSDP(Single):
 
     def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
         own = torch.stack(torch._foreach_norm(shards(gradients), order))
+        if self._replicated and dist.get_rank() > 0:
+            own *= own.new_tensor([isinstance(gradient, DTensor) for gradient in gradients])
         if math.isinf(order):
             dist.all_reduce(own, op=dist.ReduceOp.MAX)
         else:
@@ -184,13 +201,12 @@ class FSDP(Single):
         with torch.no_grad():
             yield
         self._root.reshard()
+        # Else the next backward pass would gather ahead of it what has run last here.
+        self._root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
+        for group in self._groups():
+            group._post_forward_indices.clear()
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        if len(optimizers) > 1:
-            raise ConfigError(
-                f"strategy='fsdp' with {len(optimizers)} optimizers: each would need the others' parameters frozen, "
-                "which fully_shard cannot follow; use one optimizer with a parameter group for each, or strategy='ddp'"
-            )
         for optimizer in optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ConfigError("strategy='fsdp' with LBFGS: it needs whole gradients in one process; use 'ddp'")
@@ -234,7 +250,15 @@ class FSDP(Single):
 
     # Helpers, in the order in which they are called
 
-    def _shard(self, part: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, is_root: bool) -> None:
+    def _shard(
+        self,
+        part: nn.Module,
+        mesh: DeviceMesh,
+        policy: MixedPrecisionPolicy,
+        *,
+        whole: set[nn.Parameter],
+        is_root: bool,
+    ) -> None:
         is_offloading = self._options.cpu_offload and mesh.device_type != "cpu"
         before = {module: set(vars(module)) for module in part.modules()}
         fully_shard(
@@ -244,8 +268,23 @@ class FSDP(Single):
             reshard_after_forward=None if is_root else self._options.reshard_after_forward,
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if is_offloading else OffloadPolicy(),
+            ignored_params=whole,
         )
         self._added += [(module, set(vars(module)) - names) for module, names in before.items()]
+
+    def _initialize(self) -> None:
+        """What torch would do in the first forward pass, when another optimizer's parameters may be frozen."""
+        self._root._get_fsdp_state()._lazy_init()
+        for group in self._groups():
+            group._init_mp_dtypes()  # of the parameters that are trained now
+
+    def _groups(self) -> Iterator[Any]:
+        for state in self._root._get_fsdp_state()._state_ctx.all_states:
+            yield from state._fsdp_param_groups
+
+    def _finish_window(self) -> None:
+        self._finish_backward()
+        average_gradients([one for one in self._replicated if one.requires_grad], travel=Travel())
 
     def _finish_backward(self) -> None:
         """What the backward pass has left over to reduce: gradients added up without a sync; those of a module in
@@ -268,10 +307,6 @@ def _check_shapes(module: nn.Module) -> None:
             raise ModuleError(
                 f"strategy='fsdp' has to know how large {name} is: give its size in the place of a lazy module's, or "
                 "run the module on an example before fit"
-            )
-        if parameter.ndim == 0:
-            raise ModuleError(
-                f"strategy='fsdp' cannot share out {name}, which is a single number: give it the shape (1,)"
             )
 
 
@@ -297,59 +332,20 @@ def _to_device(part: nn.Module, device: torch.device, dtype: torch.dtype | None)
                 owner._buffers[name] = moved(buffer)
 
 
-def _make_forward(module: nn.Module, name: str) -> None:
-    """Parameters are gathered around a method as they are around `forward`."""
-    own = getattr(module, name)
-    register_fsdp_forward_method(module, name)
-    gathering = getattr(module, name)
+class _PendingShards:
+    """Of backward passes inside a step: what torch has left to reduce, and the gradients of whole parameters."""
 
-    @wraps(own)  # with its signature, which torch's loses an argument of
-    def step(*args: Any, **kwargs: Any) -> Any:
-        return gathering(*args, **kwargs)
+    def __init__(self, replicated: Sequence[nn.Parameter], *, finish_backward: Callable[[], None]) -> None:
+        self._replicated = replicated
+        self._finish_backward = finish_backward
+        self._touched = TouchedGradients(replicated, travel=Travel())
 
-    setattr(module, name, step)
+    def average(self) -> None:
+        self._finish_backward()
+        self._touched.average()
 
+    def is_outdated(self, parameters: Iterable[nn.Parameter]) -> bool:
+        return self._touched.is_outdated(self._replicated)
 
-def _never_skipping(training_step: TrainingStep, *args: Any) -> Any:
-    outputs = training_step(*args)
-    if outputs is None:
-        raise ModuleError(
-            "training_step returned None, and with strategy='fsdp' no rank can skip a batch, as the others wait for "
-            "its part of the backward pass: return the loss times 0.0"
-        )
-    return outputs
-
-
-def _forget_sharding(part: nn.Module, added: set[str]) -> None:
-    """Class, hooks and attributes as they were. What they are called is private to torch 2.13."""
-    if isinstance(part, FSDPModule):
-        state: Any = part._get_fsdp_state()
-        state._pre_forward_hook_handle.remove()
-        state._post_forward_hook_handle.remove()
-        for group in state._fsdp_param_groups:
-            for handles in (
-                group._module_to_pre_save_state_dict_hook_handle,
-                group._module_to_pre_load_state_dict_hook_handle,
-            ):
-                for handle in handles.values():
-                    handle.remove()
-            for parameter in group.fsdp_params:
-                parameter._post_load_hook_handle.remove()
-        part.__class__ = type(part).__mro__[2]
-    for name in added & set(vars(part)):
-        del vars(part)[name]
-
-
-def _leave_on_meta(module: nn.Module) -> None:
-    """Parameters of the whole shape without numbers, in the place of shards; buffers on the CPU."""
-    whole: dict[nn.Parameter, nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter not in whole:
-                meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                whole[parameter] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
-            if parameter is not None:
-                part._parameters[name] = whole[parameter]
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.cpu()
+    def close(self) -> None:
+        self._touched.close()

@@ -24,7 +24,13 @@ class Single:
         return nullcontext()
 
     def place(
-        self, module: nn.Module, *, device: torch.device, dtype: torch.dtype | None, steps: Sequence[str]
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        steps: Sequence[str],
+        is_manual: bool,
     ) -> None:
         module.to(device=device, dtype=dtype)
 
@@ -41,6 +47,9 @@ class Single:
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         return training_step
+
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device.type)
 
     def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
         return None

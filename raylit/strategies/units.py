@@ -27,6 +27,15 @@ def chosen_units(module: nn.Module, policy: WrapPolicy | None) -> list[nn.Module
     return units
 
 
+def called_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts with parameters that can be called."""
+    for child in module.children():
+        if type(child).forward is nn.Module.forward:
+            yield from called_parts(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
 def check_not_shared(module: nn.Module, units: Collection[nn.Module]) -> None:
     """ConfigError: a unit shares a parameter with what is outside of it, so that neither could be gathered alone."""
     owners: dict[int, nn.Module] = {}

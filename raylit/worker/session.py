@@ -54,8 +54,10 @@ class Session:
         self.brake = brake
         self.module = job.module
         self.device = accelerator.device()
-        self.precision = build_precision(plan.optimization.precision, self.device)
         self.strategy = build_strategy(plan)
+        self.precision = build_precision(
+            plan.optimization.precision, self.device, build_scaler=self.strategy.build_scaler
+        )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
         self.profiler = job.profiler
@@ -95,6 +97,7 @@ class Session:
             device=self.device,
             dtype=self.precision.weights_dtype,
             steps=[name for name in _STEPS if is_overridden(name, self.module, LightningModule)],
+            is_manual=self.stage == "fit" and not self.module.automatic_optimization,
         )
         if self.plan.optimization.is_channels_last:
             set_layout(self.module, torch.channels_last)

@@ -32,7 +32,6 @@ class AutomaticOptimization:
         self._strategy = session.strategy
         self._precision = session.precision
         self._metrics = metrics
-        self._own_step = training_step
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._synced_step, self._check_synced = self._sync.step, self._sync.check
         self._before_backward = (*loss_check(session), *hooks.of("on_before_backward"))
@@ -68,18 +67,17 @@ class AutomaticOptimization:
         return None if type(outputs) is Skipped else outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        # DDP's own reduction runs in a backward pass and so needs a batch on every rank: by hand.
         outputs = None
         if batch is None:
             if self._is_window_start:
                 self._start_window()
         else:
             with self._precision.around_step():
-                outputs = self._own_step(batch, batch_idx, *extra)
+                outputs = self._sync.share_step(batch, batch_idx, *extra)
             self._backward(loss_of(outputs, self._metrics), weight)
         if is_window_end:
             self.finish_window()
-        return outputs
+        return None if type(outputs) is Skipped else outputs
 
     def finish_window(self) -> bool:
         if self._is_window_start:

@@ -52,7 +52,6 @@ class ClosureOptimization:
         self._precision = session.precision
         self._handle = handle
         self._metrics = metrics
-        self._own_step = training_step
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._before_backward = (*loss_check(session), *session.hooks.of("on_before_backward"))
         self._after_backward = session.hooks.of("on_after_backward")
@@ -80,11 +79,11 @@ class ClosureOptimization:
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
         evaluation = _Evaluation(
-            None if batch is None else functools.partial(self._own_step, batch, batch_idx, *extra),
+            None if batch is None else functools.partial(self._sync.share_step, batch, batch_idx, *extra),
             is_synced_by_hand=is_window_end,
         )
         self._run(functools.partial(self._evaluate, evaluation, weight), batch_idx, is_window_end)
-        return evaluation.outputs
+        return None if type(evaluation.outputs) is Skipped else evaluation.outputs
 
     def finish_window(self) -> bool:
         if self._is_window_start:

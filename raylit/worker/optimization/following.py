@@ -28,10 +28,10 @@ class FollowingOptimization:
         self.hiddens_of = inner.hiddens_of
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        offers = self._peers.gather_objects(batch)
+        offers = self._peers.gather_objects(None if batch is None else (batch, extra))
         if batch is not None:
             return self._inner.run_share(batch, batch_idx, is_window_end, weight, *extra)
-        others = next(offer for offer in offers if offer is not None)
+        others, extra = next(offer for offer in offers if offer is not None)
         self._metrics.is_muted = True
         self._strategy.silence(is_silent=True)
         try:

@@ -25,6 +25,9 @@ class GradientSync:
         """Wrap the step for the parameters that are trained now. Collective."""
         self._trained = self._now_trained()
         self.step = self._strategy.wrap(self._module, self._training_step, trained=self._trained)
+        self.share_step = self.step if self._strategy.is_sharding else self._training_step
+        """For batches of an uneven split: DDP's own reduction runs in a backward pass and needs a batch on every rank.
+        """
         self.check = self._strategy.synced_check(self.step)
         """To be called after a backward pass that has synced; None: there is nothing to check."""
 

@@ -1,7 +1,7 @@
 """Handles: the optimizers as a module sees them inside its hooks. Worker."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ class Handles:
             loss = loss * self.weight
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        self._own_backward(loss, *args, **kwargs)
+        with nullcontext() if self.is_syncing else self._strategy.without_sync(self._own_backward):
+            self._own_backward(loss, *args, **kwargs)
         for handle in self.optimizers:
             handle.is_step_pending = True
         if self.is_syncing:
