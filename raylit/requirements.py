@@ -6,7 +6,6 @@ from typing import Any
 from raylit.callbacks.finetuning import BaseFinetuning
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
-from raylit.callbacks.weight_averaging import WeightAveraging
 from raylit.errors import ConfigError, ModuleError
 from raylit.module import LightningModule
 from raylit.plan import Plan
@@ -20,7 +19,7 @@ from raylit.worker.sources import HOOKS, has_loader
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-_NEEDING_THE_WHOLE_MODEL = (BaseFinetuning, OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging)
+_NEEDING_THE_WHOLE_MODEL = (BaseFinetuning, OnExceptionCheckpoint, StochasticWeightAveraging)
 
 
 def check_module(model: Any) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.utils.hooks import RemovableHandle
 
 from raylit.callbacks.base import Callback
+from raylit.callbacks.sharded_average import ShardedAverage, has_shards, own_part, take_current
 from raylit.errors import ConfigError
+from raylit.strategies.parts import is_sharded
 
 
 class WeightAveraging(Callback):
@@ -26,6 +29,8 @@ class WeightAveraging(Callback):
         self._average: AveragedModel | None = None
         self._is_swapped = False
         """The module has the average's values, and the average the module's."""
+        self._sharded: ShardedAverage | None = None
+        self._hooks: list[RemovableHandle] = []
         self._latest_update_step = 0
         self._latest_update_epoch = -1
 
@@ -36,18 +41,18 @@ class WeightAveraging(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._average is None:
             self._latest_update_step, self._latest_update_epoch = trainer.global_step, -1
-            self._make(pl_module)
+            self._make(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
-            self._made().update_parameters(pl_module)
+            self._made().update_parameters(own_part(pl_module))
             self._latest_update_step = step
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
-            self._made().update_parameters(pl_module)
+            self._made().update_parameters(own_part(pl_module))
             self._latest_update_epoch = epoch
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -59,12 +64,16 @@ class WeightAveraging(Callback):
             self._swap(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        for average, current in zip(_values(self._made().module), _values(pl_module), strict=True):
+        for average, current in zip(_values(self._made().module), _values(own_part(pl_module)), strict=True):
             current.copy_(average)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The driver's callback needs no second model.
-        self._average = None
+        if self._sharded is not None:
+            self._sharded.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._average, self._sharded, self._hooks = None, None, []
         self._is_swapped = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,7 +86,9 @@ class WeightAveraging(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._average is None:
             return
-        if self._is_swapped:
+        if self._sharded is not None:
+            self._save_beside_parts(pl_module, checkpoint)
+        elif self._is_swapped:
             self._swap(pl_module)
             self._save(pl_module, checkpoint)
             self._swap(pl_module)
@@ -85,24 +96,34 @@ class WeightAveraging(Callback):
             self._save(pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._make(pl_module)
+        # What has been loaded is where the average starts, or the average itself.
+        self._make(trainer, pl_module)
         self._latest_update_step, self._latest_update_epoch = checkpoint["global_step"], -1
         if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
-            return  # of a run without averaging: what has been loaded is where the average starts
-        averaged = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
-        self._made().load_state_dict({**averaged, **checkpoint["averaging_state"]})
-        pl_module.load_state_dict(checkpoint["current_model_state"])
+            return
+        self._made().n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        # Where ranks have written their parts, of buffers only: the optimizers bring the rest.
+        current = checkpoint["current_model_state"]
+        for name, value in itertools.chain(pl_module.named_parameters(), pl_module.named_buffers()):
+            if name in current:
+                _fill(value.data, current[name])
 
-    def _make(self, pl_module: Any) -> None:
+    def _make(self, trainer: Any, pl_module: Any) -> None:
         device = pl_module.device if self._device is None else self._device
-        self._average = AveragedModel(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
+        part = own_part(pl_module)
+        self._average = AveragedModel(part, device=device, use_buffers=self._use_buffers, **self._kwargs)
+        if has_shards(pl_module):
+            self._sharded = ShardedAverage(
+                pl_module, trainer.optimizers, average=self._average.module, is_swapped=lambda: self._is_swapped
+            )
+        self._hooks = [optimizer.register_load_state_dict_pre_hook(take_current) for optimizer in trainer.optimizers]
 
     def _made(self) -> AveragedModel:
         assert self._average is not None
         return self._average
 
     def _swap(self, pl_module: nn.Module) -> None:
-        for average, current in zip(_values(self._made().module), _values(pl_module), strict=True):
+        for average, current in zip(_values(self._made().module), _values(own_part(pl_module)), strict=True):
             previous = average.clone()
             average.copy_(current)
             current.copy_(previous)
@@ -118,6 +139,11 @@ class WeightAveraging(Callback):
             name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
         }
         checkpoint["averaging_state"] = {name: value for name, value in state.items() if not name.startswith(prefix)}
+
+    def _save_beside_parts(self, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        holder = self._made().module if self._is_swapped else pl_module
+        checkpoint["current_model_state"] = {name: value.cpu().clone() for name, value in holder.named_buffers()}
+        checkpoint["averaging_state"] = {"n_averaged": self._made().n_averaged.cpu().clone()}
 
 
 class EMAWeightAveraging(WeightAveraging):
@@ -155,3 +181,12 @@ class EMAWeightAveraging(WeightAveraging):
 def _values(module: nn.Module) -> "itertools.chain[Tensor]":
     """Of its parameters and buffers, without their graphs."""
     return itertools.chain((p.data for p in module.parameters()), (b.data for b in module.buffers()))
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    """With the value, or with this rank's part of it."""
+    if is_sharded(tensor):
+        from raylit.strategies.shards import counterpart
+
+        value = counterpart(value, tensor, "", {})
+    tensor.copy_(value)

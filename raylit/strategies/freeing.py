@@ -1,6 +1,10 @@
 """Freed memory goes back to the system at once: what is gathered and let go of must not pile up. Worker, CPU only."""
 
 import ctypes
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
 
 _M_MMAP_THRESHOLD = -3
 """Of glibc's mallopt: what is at least that large has pages of its own, which go with it."""
@@ -17,3 +21,27 @@ def free_eagerly(*, is_eager: bool) -> None:
     except (OSError, AttributeError, TypeError):
         return
     mallopt(_M_MMAP_THRESHOLD, _EAGER_BYTES if is_eager else _USUAL_BYTES)
+
+
+def hold_little(units: Iterable[Any]) -> None:
+    """Of fully_shard's units on the CPU: no copies that wait for a stream, nothing gathered ahead of its use. There
+    are no streams and nothing overlaps, so that it would only take memory: three units' worth."""
+    for unit in units:
+        # By itself: torch takes an empty list for its own choice, which is the unit before.
+        unit.set_modules_to_backward_prefetch([unit])
+        unit._set_unshard_async_op(True)  # what has been gathered is copied and let go of
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            unit.set_custom_reduce_scatter(_LettingGo(group._reduce_scatter_comm))
+
+
+class _LettingGo:
+    """A reduce-scatter whose input torch would keep until the next unit's turn."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.allocate = inner.allocate
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        work = self._inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op)
+        input_tensor.untyped_storage().resize_(0)
+        return work

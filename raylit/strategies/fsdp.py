@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -26,7 +27,7 @@ from raylit.plan import PrecisionName
 from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
 from raylit.strategies.base import PendingGradients, TrainingStep
 from raylit.strategies.entries import Entries
-from raylit.strategies.freeing import free_eagerly
+from raylit.strategies.freeing import free_eagerly, hold_little
 from raylit.strategies.materializing import BuildOrder, Materializer
 from raylit.strategies.parts import Reader, split
 from raylit.strategies.recomputing import Recomputed
@@ -103,6 +104,8 @@ class FSDP(Single):
                 whole = {one for one in _own_parameters(part) if one.ndim == 0 or (is_manual and part is module)}
                 self._shard(part, mesh, policy, whole=whole, is_root=part is module)
                 materializer.note_sharded(part)
+        if self._is_on_cpu:
+            hold_little(part for part in module.modules() if isinstance(part, FSDPModule))
         self._order = BuildOrder()  # it refers to the modules
         self._root = module
         self._replicated = _own_parameters(module)
@@ -200,7 +203,8 @@ class FSDP(Single):
         # What is gathered in inference mode could not be used in a later backward pass.
         with torch.no_grad():
             yield
-        self._root.reshard()
+        for group in self._groups():
+            group.reshard()
         # Else the next backward pass would gather ahead of it what has run last here.
         self._root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
         for group in self._groups():
