@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-from raylit.callbacks.finetuning import BaseFinetuning
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.errors import ConfigError, ModuleError
@@ -19,7 +18,7 @@ from raylit.worker.sources import HOOKS, has_loader
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-_NEEDING_THE_WHOLE_MODEL = (BaseFinetuning, OnExceptionCheckpoint, StochasticWeightAveraging)
+_NEEDING_THE_WHOLE_MODEL = (OnExceptionCheckpoint, StochasticWeightAveraging)
 
 
 def check_module(model: Any) -> None:
@@ -56,13 +55,11 @@ def require_shardable(job: Job, plan: Plan) -> None:
     if not plan.strategy.is_sharding:
         return
     whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _NEEDING_THE_WHOLE_MODEL)]
-    for is_wrong, what, instead in (
-        (plan.is_syncing_batchnorm, "sync_batchnorm=True", "leave it out, or use another norm"),
-        (plan.optimization.is_channels_last, "channels_last=True", "a share of a weight has no such layout"),
-        (bool(whole), f"the callback {', '.join(whole)}", "it needs the whole model in one process"),
-    ):
-        if is_wrong:
-            raise ConfigError(f"strategy='fsdp' does not go together with {what}: {instead}; or use strategy='ddp'")
+    if whole:
+        raise ConfigError(
+            f"strategy='fsdp' does not go together with the callback {', '.join(whole)}: it needs the whole model in "
+            "one process; or use strategy='ddp'"
+        )
 
 
 def require_weights(module: LightningModule, *, has_checkpoint: bool) -> None:

@@ -15,7 +15,7 @@ def build_strategy(plan: Plan) -> Strategy:
         # A second of imports that only its users pay.
         from raylit.strategies.fsdp import FSDP
 
-        return FSDP(options, precision=plan.optimization.precision)
+        return FSDP(options, precision=plan.optimization.precision, is_syncing_batch_norm=plan.is_syncing_batchnorm)
     return Single()
 
 

@@ -23,6 +23,11 @@ class SyncedBatchNorms:
                     self._exchanged.append((parent, name, child))
                     setattr(parent, name, synced[child])
 
+    @property
+    def exchanged(self) -> dict[nn.Module, nn.Module]:
+        """The module's own, and what each has become."""
+        return {own: getattr(parent, name) for parent, name, own in self._exchanged}
+
     def silence(self, *, is_silent: bool) -> None:
         """This rank's batches count for nothing; on the CPU only, torch's own count every batch that is not empty."""
         for parent, name, _ in self._exchanged:
@@ -56,6 +61,7 @@ class _CPUSyncBatchNorm(_BatchNorm):
             return super().forward(input)
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1, *([1] * (input.ndim - 2))]
+        given, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
         count = torch.tensor([input.numel() / input.shape[1]], dtype=input.dtype)
         share = 0.0 if self.is_silent else 1.0
         sums: Any = all_reduce(torch.cat([input.sum(dims), count]) * share)
@@ -67,7 +73,7 @@ class _CPUSyncBatchNorm(_BatchNorm):
         normal = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal
+        return normal.to(given)
 
     @torch.no_grad()
     def _count(self, mean: Tensor, variance: Tensor, num_all: Tensor) -> None:

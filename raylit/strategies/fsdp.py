@@ -26,6 +26,7 @@ from raylit.errors import ConfigError, ModuleError
 from raylit.plan import PrecisionName
 from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
 from raylit.strategies.base import PendingGradients, TrainingStep
+from raylit.strategies.batch_norm import SyncedBatchNorms
 from raylit.strategies.entries import Entries
 from raylit.strategies.freeing import free_eagerly, hold_little
 from raylit.strategies.materializing import BuildOrder, Materializer
@@ -51,7 +52,7 @@ class FSDP(Single):
     is_evaluation_collective = True
     is_sharding = True
 
-    def __init__(self, options: FSDPStrategy, *, precision: PrecisionName) -> None:
+    def __init__(self, options: FSDPStrategy, *, precision: PrecisionName, is_syncing_batch_norm: bool = False) -> None:
         self.is_gathering = options.state_dict_type == "full"
         self._options = options
         self._policy = options.mixed_precision or _policy(precision)
@@ -64,6 +65,8 @@ class FSDP(Single):
         self._added: list[tuple[nn.Module, set[str]]] = []
         """Modules and the attributes that sharding has added to each."""
         self._recomputed: Recomputed | None = None
+        self._is_syncing_batch_norm = is_syncing_batch_norm
+        self._batch_norms: SyncedBatchNorms | None = None
 
     # From the user's module to shards and back
 
@@ -86,6 +89,9 @@ class FSDP(Single):
         if self._is_on_cpu:
             free_eagerly(is_eager=True)
         self._device = device
+        if self._is_syncing_batch_norm:
+            self._batch_norms = SyncedBatchNorms(module, device=device)
+            self._order.exchange(self._batch_norms.exchanged)
         units = chosen_units(module, self._options.auto_wrap_policy)
         if is_manual:
             units = list(dict.fromkeys([*units, *called_parts(module)]))
@@ -123,6 +129,8 @@ class FSDP(Single):
         for part, added in reversed(self._added):
             forget_sharding(part, added)
         leave_on_meta(module)
+        if self._batch_norms is not None:
+            self._batch_norms.restore()
         self._root, self._entries, self._added = None, None, []
         if self._is_on_cpu:
             free_eagerly(is_eager=False)
@@ -141,6 +149,10 @@ class FSDP(Single):
         yield piece
 
     # Training
+
+    def silence(self, *, is_silent: bool) -> None:
+        if self._batch_norms is not None:
+            self._batch_norms.silence(is_silent=is_silent)
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         self._initialize()

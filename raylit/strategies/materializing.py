@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +41,12 @@ class BuildOrder:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def exchange(self, modules: Mapping[nn.Module, nn.Module]) -> None:
+        """Others have taken the place of some."""
+        for own, other in modules.items():
+            if own in self._times:
+                self._times[other] = self._times[own]
 
     def over(self, module: nn.Module) -> list[nn.Module]:
         """Every module once, after the parts that it is made of; last those of which nothing is known, such as copies

@@ -194,7 +194,7 @@ class _NoGradients(torch.autograd.Function):
         return anchor.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         ctx.run(gradient)
         return None, None
 

@@ -99,7 +99,8 @@ class Session:
             steps=[name for name in _STEPS if is_overridden(name, self.module, LightningModule)],
             is_manual=self.stage == "fit" and not self.module.automatic_optimization,
         )
-        if self.plan.optimization.is_channels_last:
+        # A share of a weight has no such layout; what is gathered takes that of the images with it.
+        if self.plan.optimization.is_channels_last and not self.strategy.is_sharding:
             set_layout(self.module, torch.channels_last)
         self._compile()
         if self.profiler is not None:

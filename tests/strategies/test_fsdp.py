@@ -611,5 +611,5 @@ def test_what_cannot_be_sharded_is_refused_before_anything_starts(model, argumen
 
 def test_an_optimizer_that_needs_whole_gradients_is_refused():
     strategy = FSDP(pl.FSDPStrategy(), precision="32-true")
-    with pytest.raises(pl.ConfigError, match="LBFGS.*use 'ddp'"):
+    with pytest.raises(pl.ConfigError, match=r"LBFGS.*use 'ddp'"):
         strategy.check_optimizers([torch.optim.LBFGS(nn.Linear(2, 2).parameters())])
