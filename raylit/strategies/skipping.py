@@ -1,8 +1,7 @@
 """A rank that skips its batch takes its part in what the others wait for, unit by unit. Worker; where FSDP shards."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,12 +22,12 @@ class _Use:
     unit: int
     is_differentiated: bool
     """Some input of it needs a gradient: torch reduces the unit's gradients in the midst of the backward pass."""
-    is_reached: bool
+    is_reached: bool = True
     """The backward pass comes through it."""
 
 
 class Course:
-    """In which order a training step runs the units of a model.
+    """In which order a training step runs the units of a model, and which of them its loss depends on.
 
     It is learned in the first step: ranks then tell each other before each unit, as one that skips the batch cannot
     know. From there on a rank that skips runs the collectives of what it has not run, without the computations. Names
@@ -43,66 +42,80 @@ class Course:
             part for part in root.modules() if part is not root and isinstance(part, FSDPModule) and _groups_of(part)
         ]
         self._contained = [set(unit.modules()) - {unit} for unit in self._units]
+        self._sharded = [one for part in (root, *self._units) for one in _parameters_of(part)]
         self._uses: list[_Use] = []
+        self._unused: set[int] = set()
+        """Parameters that the loss does not depend on, by `id`: sharded or replicated ones."""
         self._is_known = False
-        """To every rank."""
-        self._is_seen = False
-        """A step of this rank's own has shown the backward pass too."""
 
     def run(self, step: TrainingStep, *args: Any) -> Any:
         """What the step returns; in the place of None a loss whose gradients are zero. Collective."""
-        order = _order_of(self._root)
-        start, watched = len(order), self._uses
-        if self._is_seen:
-            outputs = step(*args)
-        else:
-            watched = []
-            with self._watching(watched):
-                outputs = step(*args)
-        if outputs is None:
-            if self._is_known:
-                self._follow(num_done=sum(not _is_of(group, self._root) for group in order[start:]))
-            else:
-                self._uses = watched
-                self._follow_announced()
-            return self._skipped()
         if not self._is_known:
-            self._announce(_END)
-            self._is_known = True
-        if not self._is_seen:
-            self._is_seen, self._uses = True, watched
-            for use in watched:
-                use.is_reached = False  # until it is
-        return outputs
+            return self._run_learning(step, *args)
+        order = _order_of(self._root)
+        start = len(order)
+        outputs = step(*args)
+        if outputs is not None:
+            return outputs
+        self._follow(num_done=sum(self._root not in group.modules for group in order[start:]))
+        return self._skipped()
 
-    @contextmanager
-    def _watching(self, uses: list[_Use]) -> Iterator[None]:
-        """The units that run meanwhile are noted, and announced as long as their order is not known."""
+    def _run_learning(self, step: TrainingStep, *args: Any) -> Any:
+        self._uses, self._unused = [], set()
+        ends: list[list[Any]] = []
+        """Of each use, the graph's nodes that it has ended in."""
         hooks = []
         for index, unit in enumerate(self._units):
-            begin = partial(self._note_begin, uses, index)
+            begin = partial(self._announce_own, index, ends)
             hooks.append(unit.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            hooks.append(unit.register_forward_hook(partial(_note_reached, uses, index)))
+            hooks.append(unit.register_forward_hook(partial(self._note_ends, index, ends)))
         try:
-            yield
+            outputs = step(*args)
         finally:
             for hook in hooks:
                 hook.remove()
+        if outputs is not None:
+            self._announce(_END)
+            self._is_known = True
+        else:
+            self._follow_announced()
+        if self._is_known:
+            self._agree(_nodes_below(outputs), ends)
+        return self._skipped() if outputs is None else outputs
 
-    def _note_begin(self, uses: list[_Use], index: int, unit: nn.Module, args: Any, kwargs: Any) -> None:
+    def _announce_own(self, index: int, ends: list[list[Any]], unit: nn.Module, args: Any, kwargs: Any) -> None:
         is_differentiated = torch.is_grad_enabled() and any(True for _ in _needing_gradient((args, kwargs)))
-        uses.append(self._use(index, is_differentiated=is_differentiated))
-        if not self._is_known:
-            self._announce(2 * index + 1 + is_differentiated)
+        self._uses.append(_Use(index, is_differentiated))
+        ends.append([])
+        self._announce(2 * index + 1 + is_differentiated)
 
-    def _use(self, index: int, *, is_differentiated: bool) -> _Use:
-        is_trained = any(one.sharded_param.requires_grad for one in _parameters_of(self._units[index]))
-        return _Use(index, is_differentiated, is_reached=is_differentiated or is_trained)
+    def _note_ends(self, index: int, ends: list[list[Any]], unit: nn.Module, args: Any, output: Any) -> None:
+        latest = max(place for place, use in enumerate(self._uses) if use.unit == index)
+        ends[latest] = [tensor.grad_fn for tensor in _needing_gradient(output)]
+
+    def _agree(self, nodes: set[Any], ends: list[list[Any]]) -> None:
+        """What the backward pass comes to, as the ranks that have a loss see it. Collective."""
+        graded = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+        reached = [any(node in nodes for node in own) for own in ends]
+        reached += [False] * (len(self._uses) - len(ends))
+        used = [id(one.unsharded_param) in graded for one in self._sharded]
+        used += [id(parameter) in graded for parameter in self._replicated]
+        flags = torch.tensor(reached + used, dtype=torch.int32, device=self._device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        agreed = flags.tolist()
+        for use, is_reached in zip(self._uses, agreed, strict=False):
+            use.is_reached = bool(is_reached)
+        parameters = [*(one.sharded_param for one in self._sharded), *self._replicated]
+        self._unused = {
+            id(parameter)
+            for parameter, is_used in zip(parameters, agreed[len(self._uses) :], strict=True)
+            if not is_used
+        }
 
     def _follow_announced(self) -> None:
         running: list[_Use] = []
         while (announced := self._announce(0)) not in (0, _END):
-            use = self._use((announced - 1) // 2, is_differentiated=announced % 2 == 0)
+            use = _Use((announced - 1) // 2, is_differentiated=announced % 2 == 0)
             self._uses.append(use)
             for ended in self._left_for(use, running):
                 self._pass_forward(ended, is_begin=False)
@@ -150,20 +163,10 @@ class Course:
 
     def _skipped(self) -> Skipped:
         anchor = torch.zeros((), device=self._device, requires_grad=True)
-        loss = _NoGradients.apply(anchor, partial(self._pass_backward, self._passes(), self._used()))
+        loss = _NoGradients.apply(anchor, partial(self._pass_backward, self._passes()))
         return Skipped(loss=loss)
 
-    def _used(self) -> Callable[[nn.Parameter], bool]:
-        """Which parameters the others' losses depend on: those that have a gradient of the step before, if any has."""
-        parameters = [one.sharded_param for part in (self._root, *self._units) for one in _parameters_of(part)]
-        parameters += self._replicated
-        # Another optimizer's, which are frozen now, may have one too.
-        graded = {id(one) for one in parameters if one.requires_grad and one.grad is not None}
-        return lambda parameter: not graded or id(parameter) in graded
-
-    def _pass_backward(
-        self, passes: Sequence[tuple[_Use, bool]], is_used: Callable[[nn.Parameter], bool], gradient: Tensor
-    ) -> None:
+    def _pass_backward(self, passes: Sequence[tuple[_Use, bool]], gradient: Tensor) -> None:
         self._root._get_fsdp_state()._pre_backward(gradient)
         reached = [one for one in passes if one[0].is_reached]
         num_left = Counter(use.unit for use, is_begin in reached if is_begin)
@@ -175,14 +178,21 @@ class Course:
             num_left[use.unit] -= 1
             for group in _groups_of(unit):
                 if num_left[use.unit] == 0:  # autograd adds up the gradients of all uses before anybody sees them
-                    _set_zero(group, is_used)
+                    self._set_zero(group)
                 if use.is_differentiated:
                     group.post_backward()
         for group in _groups_of(self._root):
-            _set_zero(group, is_used)
+            self._set_zero(group)
         for parameter in self._replicated:
-            if parameter.requires_grad and parameter.grad is None and is_used(parameter):
+            if parameter.requires_grad and parameter.grad is None and id(parameter) not in self._unused:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _set_zero(self, group: Any) -> None:
+        for one in group.fsdp_params:
+            own = one.unsharded_param
+            is_missing = own.grad is None and one.unsharded_accumulated_grad is None
+            if own.requires_grad and is_missing and id(one.sharded_param) not in self._unused:
+                own.grad = torch.zeros_like(own)
 
 
 class _NoGradients(torch.autograd.Function):
@@ -213,18 +223,18 @@ def _order_of(root: Any) -> list[Any]:
     return order
 
 
-def _is_of(group: Any, unit: nn.Module) -> bool:
-    return unit in group.modules
-
-
-def _note_reached(uses: list[_Use], index: int, unit: nn.Module, args: Any, output: Any) -> None:
-    use = next(one for one in reversed(uses) if one.unit == index)
-    for tensor in _needing_gradient(output):
-        tensor.register_hook(partial(_note_gradient, use))
-
-
-def _note_gradient(use: _Use, gradient: Tensor) -> None:
-    use.is_reached = True
+def _nodes_below(outputs: Any) -> set[Any]:
+    """Of the graph of a step's loss."""
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("loss", getattr(outputs, "minimize", None))
+    waiting = [tensor.grad_fn for tensor in _needing_gradient(outputs)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
 
 
 def _needing_gradient(values: Any) -> Iterator[Tensor]:
@@ -236,10 +246,3 @@ def _needing_gradient(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _needing_gradient(value)
-
-
-def _set_zero(group: Any, is_used: Callable[[nn.Parameter], bool]) -> None:
-    for one in group.fsdp_params:
-        own = one.unsharded_param
-        if own.requires_grad and own.grad is None and one.unsharded_accumulated_grad is None:
-            own.grad = torch.zeros_like(own) if is_used(one.sharded_param) else None

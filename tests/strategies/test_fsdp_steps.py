@@ -212,7 +212,7 @@ class Adversarial(pl.LightningModule):
 
     def configure_optimizers(self):
         generating = [*self.generator.parameters(), self.gain]
-        return torch.optim.Adam(generating, lr=0.01), torch.optim.SGD(self.critic.parameters(), lr=0.05)
+        return torch.optim.SGD(generating, lr=0.05, momentum=0.9), torch.optim.SGD(self.critic.parameters(), lr=0.05)
 
 
 class ByHand(Adversarial):
