@@ -205,7 +205,8 @@ class _NoGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        ctx.run(gradient)
+        run, ctx.run = ctx.run, None  # which refers to the module, and the loss may be around for longer
+        run(gradient)
         return None, None
 
 

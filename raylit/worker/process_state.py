@@ -47,7 +47,10 @@ class ProcessState:
         sys.path[:] = self._import_path
         # An exception's traceback may hold the run's last frames.
         sys.last_value = sys.last_traceback = None
-        _set_apart()
+        gc.collect()
+        if module() is not None:
+            gc.collect()  # what a graph's nodes, which are C++ objects, have held until the first
+        gc.freeze()
         return tuple(self._leftovers(module))
 
     def changed_modules(self) -> tuple[str, ...]:
