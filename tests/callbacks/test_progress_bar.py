@@ -394,6 +394,7 @@ def test_metrics_stay_whole_where_there_is_no_room_for_all(monkeypatch: pytest.M
     run = Run(ProgressBar())
     run.start_epoch(0)
     run.tick(2, **{f"a_metric_with_a_long_name_{index}": 1e-5 * index for index in range(5)})
+    time.sleep(REDRAW_S)  # ten thousand batches in a second would need more room
     run.end_epoch(4)
     run.bar.on_end(run)
     bar, metrics = terminal.rows()
