@@ -90,8 +90,8 @@ class TrainData:
         self._is_divided = shard and not is_users_own_split(loader)
         self._epoch_setters = [owner for owner in parts_of(loader) if callable(getattr(owner, "set_epoch", None))]
         self._generators = SamplerGenerators(
-            # The loader's own seeds its processes.
-            [loader, *samplers_of(loader)],
+            # A DataLoader's own seeds its processes; what another loader has is its own business.
+            [*([loader] if isinstance(loader, DataLoader) else ()), *samplers_of(loader)],
             has_persistent_workers=getattr(loader, "persistent_workers", False),
         )
         self._opening = Opening()
