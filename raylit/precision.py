@@ -31,7 +31,7 @@ class Precision:
         """The context in which a step runs: tensors that it makes are of the weights' type."""
         if self.autocast_dtype is not None:
             return torch.autocast(self.device_type, dtype=self.autocast_dtype)
-        return nullcontext() if self.weights_dtype is None else _default_dtype(self.weights_dtype)
+        return self.around_making()
 
     def around_making(self) -> AbstractContextManager[object]:
         """The context in which weights are of their type from the start."""

@@ -19,7 +19,7 @@ import torch
 from raylit.checkpoint import directory, format, remote
 from raylit.checkpoint.format import FORMAT
 from raylit.checkpoint.image import Image
-from raylit.checkpoint.part_image import PartImage
+from raylit.checkpoint.layout import Layout
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.places import file_system, is_url, joined
 
@@ -41,7 +41,7 @@ def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     write_image(image, path)
 
 
-def write_image(image: Image | PartImage, path: str | os.PathLike[str]) -> None:
+def write_image(image: Layout, path: str | os.PathLike[str]) -> None:
     """`write`, of a checkpoint that is laid out already."""
     if is_url(path):
         remote.upload(image, os.fspath(path))

@@ -1,17 +1,13 @@
 """HeldPart: a rank's part of a checkpoint that waits in its process to be written, and its ways out. Worker."""
 
-import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from raylit.checkpoint import files
+from raylit.checkpoint.held import Held
 from raylit.checkpoint.part_image import PartImage
 from raylit.messages import Chunk, Part
 
@@ -27,9 +23,7 @@ class _Shard:
     sizes: tuple[int, ...]
 
 
-class HeldPart:
-    """Called in other threads than the training's; each way may be tried again, or after another."""
-
+class HeldPart(Held[PartImage]):
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
@@ -39,31 +33,12 @@ class HeldPart:
         on_release: Callable[[], None] = lambda: None,
     ) -> None:
         """`tensors`: sharded ones, by their names in the checkpoint. `copied` makes a copy of this rank's shards, which
-        is held in their place; `on_release`: its memory is free again."""
+        is held in their place."""
+        super().__init__(on_release=on_release)
         self._rank = rank
         self._shards, own = _shards_of(tensors, is_first=rank == 0)
         self._own: list[Tensor] = own if copied is None else copied(own)
-        self._image: PartImage | None = None
         self._part: Part | None = None
-        self._on_release = on_release
-        self._lock = threading.Lock()
-
-    def write(self, path: str) -> None:
-        """To a path or a URL, whole or not at all. CheckpointError: that did not work."""
-        files.write_image(self._laid_out(), path)
-
-    def fill(self, draft: str) -> bool:
-        """Write into a file that the driver has made. False: it is not to be found, or not to be written to, here."""
-        if not os.access(draft, os.W_OK):
-            return False
-        self._laid_out().write_to(draft)
-        return True
-
-    def num_pieces(self) -> int:
-        return self._laid_out().num_pieces
-
-    def piece(self, index: int) -> NDArray[np.uint8]:
-        return self._laid_out().piece(index)
 
     def described(self) -> Part:
         """What the file is to be; found out once."""
@@ -86,14 +61,11 @@ class HeldPart:
             return self._part
 
     def release(self) -> None:
-        self._image, self._part, self._own = None, None, []
-        self._on_release()
+        self._part, self._own = None, []
+        super().release()
 
-    def _laid_out(self) -> PartImage:
-        with self._lock:
-            if self._image is None:
-                self._image = PartImage(self._own)
-            return self._image
+    def _lay_out(self) -> PartImage:
+        return PartImage(self._own)
 
 
 def _shards_of(tensors: Mapping[str, Tensor], *, is_first: bool) -> tuple[list[_Shard], list[Tensor]]:

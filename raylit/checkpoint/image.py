@@ -1,10 +1,7 @@
 """Image: a checkpoint's file as it will be, laid out in memory without a copy of the tensors. Both sides."""
 
-import os
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,20 +11,17 @@ from torch.utils.serialization import config
 
 from raylit.checkpoint.archive import Record, records
 from raylit.checkpoint.crc import Crc32
-from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES, write_through
-
-PIECE_BYTES = 16 * 2**20
-"""How much of a file travels at once."""
-
+from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES
+from raylit.checkpoint.layout import PIECE_BYTES, Layout
 
 Known = dict[tuple[int, int], int]
 """Checksums of tensors that stay as they are, by address and size of their memory."""
 
 
-class Image:
+class Image(Layout):
     """The bytes of torch's format, with their checksums: headers of its own, and tensors' numbers where they lie.
 
-    The tensors must live, and stay as they are, as long as it is read. Checksums are made while it is read.
+    Checksums are made while it is read.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any] | torch.Tensor, *, known: Known | None = None) -> None:
@@ -48,39 +42,21 @@ class Image:
                 torch.save(dict(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint, recorder)
         finally:
             torch.serialization.set_crc32_options(has_checksums)
-        self._parts: list[memoryview] = recorder.parts()
-        self._starts = list(accumulate((len(part) for part in self._parts), initial=0))
-        self.num_bytes = self._starts.pop()
+        super().__init__(recorder.parts())
         unsealed = records(lambda start, size: b"".join(self._slices(start, size)), self.num_bytes)
         self._unsealed = sorted(unsealed, key=lambda record: record.end, reverse=True)
         """Records without their checksum, the first of them last."""
         self._crc = Crc32()
         self._lock = threading.Lock()
 
-    def write_to(self, path: str | os.PathLike[str]) -> None:
-        """To an existing, empty file, and down to the disk."""
-        write_through(self.parts(), path)
-
     def parts(self) -> Iterator[memoryview]:
-        """All the bytes, from the first to the last."""
         for start, part in zip(self._starts, self._parts, strict=True):
             self._seal(start + len(part))
             yield part
 
-    @property
-    def num_pieces(self) -> int:
-        return -(-self.num_bytes // PIECE_BYTES)
-
     def piece(self, index: int) -> NDArray[np.uint8]:
-        """A copy of the bytes from PIECE_BYTES * index on; the last is shorter."""
-        start = PIECE_BYTES * index
-        piece = np.empty(min(PIECE_BYTES, self.num_bytes - start), np.uint8)
-        self._seal(start + len(piece))
-        num_filled = 0
-        for part in self._slices(start, len(piece)):
-            piece[num_filled : num_filled + len(part)] = part
-            num_filled += len(part)
-        return piece
+        self._seal(min(PIECE_BYTES * (index + 1), self.num_bytes))
+        return super().piece(index)
 
     def _seal(self, end: int) -> None:
         """Put in the checksums that stand before this place."""
@@ -102,15 +78,6 @@ class Image:
             for offset, byte in enumerate(number.to_bytes(4, "little")):
                 [one] = self._slices(place + offset, 1)
                 one[0] = byte
-
-    def _slices(self, start: int, size: int) -> Iterator[memoryview]:
-        """These bytes of the image, where they lie."""
-        number = bisect_right(self._starts, start) - 1
-        while size > 0:
-            first = start - self._starts[number]
-            part = self._parts[number][first : first + size]
-            yield part
-            start, size, number = start + len(part), size - len(part), number + 1
 
 
 class _Recorder:

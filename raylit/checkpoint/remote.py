@@ -9,8 +9,7 @@ from typing import Literal
 from uuid import uuid4
 
 from raylit.checkpoint.directory import INDEX
-from raylit.checkpoint.image import Image
-from raylit.checkpoint.part_image import PartImage
+from raylit.checkpoint.layout import Layout
 from raylit.errors import CheckpointError
 from raylit.places import file_system, is_object_store, joined, make_directory, modified_at
 
@@ -59,7 +58,7 @@ def written_at(url: str) -> float:
     return modified_at(joined(url, INDEX) if kind == "directory" else url) if kind else 0.0
 
 
-def upload(image: Image | PartImage, url: str) -> None:
+def upload(image: Layout, url: str) -> None:
     """By a file in a temporary directory, which is whole before the upload begins."""
     try:
         with collected(url) as copy:

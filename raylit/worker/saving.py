@@ -115,15 +115,16 @@ class Saving:
         session = self._session
         if not session.strategy.is_sharding and self._is_looked_into():
             checkpoint = directories.whole(checkpoint)
-        source = session.job.ckpt_path or "the checkpoint"
         session.module.on_load_checkpoint(checkpoint)
         read = self._reader(checkpoint)
-        check_weights(session.module, checkpoint["state_dict"], source=source)
+        check_weights(session.module, checkpoint["state_dict"], source=self._source)
         session.strategy.load_weights(session.module, checkpoint["state_dict"], read=read)
         if not is_resuming:
             return
         if "optimizer_states" not in checkpoint:
-            raise CheckpointError(f"{source} holds weights only: fit cannot resume from it; load it into the model")
+            raise CheckpointError(
+                f"{self._source} holds weights only: fit cannot resume from it; load it into the model"
+            )
         if session.job.datamodule is not None:
             session.job.datamodule.load_state_dict(checkpoint.get(type(session.job.datamodule).__qualname__, {}))
         for callback in session.job.callbacks:
@@ -226,10 +227,15 @@ class Saving:
         for schedule, state in zip(self._schedules, of_schedules, strict=True):
             schedule.scheduler.load_state_dict(state)
 
+    @property
+    def _source(self) -> str:
+        """How errors call the checkpoint."""
+        return self._session.job.ckpt_path or "the checkpoint"
+
     def _unfit(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._session.job.ckpt_path or 'the checkpoint'} {what}: fit resumes with the optimizers and schedulers "
-            "that it was saved with. For a new run from its weights there is load_from_checkpoint(path)"
+            f"{self._source} {what}: fit resumes with the optimizers and schedulers that it was saved with. For a new "
+            "run from its weights there is load_from_checkpoint(path)"
         )
 
     def _apply_position(self, checkpoint: dict[str, Any]) -> None:

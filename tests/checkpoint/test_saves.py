@@ -14,7 +14,8 @@ from torch import Tensor
 import raylit as pl
 from raylit.checkpoint import files, index
 from raylit.checkpoint.host_copy import HostCopy
-from raylit.checkpoint.image import PIECE_BYTES, Image
+from raylit.checkpoint.image import Image
+from raylit.checkpoint.layout import PIECE_BYTES
 from raylit.driver import saves
 
 

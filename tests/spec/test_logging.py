@@ -2,10 +2,7 @@
 
 import csv
 import os
-import shutil
 import signal
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hosts import CHECKOUT, run_on_two_hosts
 from models import Regression, RegressionData, make_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -21,8 +19,6 @@ from torch.utils.data import DataLoader
 
 import raylit as pl
 
-CHECKOUT = Path(__file__).parents[2]
-NETCLUSTER = CHECKOUT.parent / "shared" / "netcluster"
 WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
 
 
@@ -306,21 +302,9 @@ print("STEPS", [event.step for event in board.Scalars("own")], [event.step for e
 
 @pytest.mark.cluster
 def test_a_worker_on_another_host_without_a_shared_disk_reaches_the_experiment(tmp_path):
-    if not NETCLUSTER.is_dir():
-        pytest.skip(f"needs {NETCLUSTER}")
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and iproute2, to make hosts out of network namespaces")
-    sys.path.insert(0, str(NETCLUSTER))
-    from netcluster import NetCluster
-
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(tests=str(CHECKOUT / "tests")))
-    share = [path for path in (str(CHECKOUT), sys.prefix, str(tmp_path)) if path.startswith("/tmp/")]
-    with NetCluster(hosts=2, cpus_per_host=1, share=share) as cluster:
-        job = cluster.popen(0, [sys.executable, str(script)], env={"RAY_ADDRESS": cluster.address}, cwd="/tmp")
-        assert job.wait(100) == 0, job.output
-    assert "HOST h1 False" in job.output
-    assert f"STEPS {list(range(1, 13))} [3]" in job.output
+    output = run_on_two_hosts(SCRIPT.format(tests=str(CHECKOUT / "tests")), tmp_path)
+    assert "HOST h1 False" in output
+    assert f"STEPS {list(range(1, 13))} [3]" in output
 
 
 @WORKERS

@@ -2,9 +2,9 @@
 
 import os
 import sys
-import warnings
 
 import pytest
+from buckets import Server
 from hosts import CHECKOUT, NETCLUSTER, run_on_two_hosts
 from models import Regression, RegressionData
 
@@ -113,27 +113,16 @@ def test_a_sweep_waits_for_the_autoscaler_unless_that_cannot_help_it(tmp_path, r
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Of a server on loopback that speaks S3."""
-    pytest.importorskip("s3fs")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        servers = pytest.importorskip("moto.server")
-    server = servers.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = Server()
     server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("sweeps-bucket")
+    s3fs.S3FileSystem().mkdir(server.bucket)
     pl.shutdown()  # the node's processes have the environment that it started in
-    yield "s3://sweeps-bucket"
+    yield f"s3://{server.bucket}"
     pl.shutdown()
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
@@ -173,6 +162,6 @@ def test_a_sweep_at_a_url_is_resumed_and_keeps_checkpoints_pictures_and_hparams_
     again = pl.Trainer(num_workers=0, max_epochs=3, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     again.fit(Regression(), RegressionData(), ckpt_path=result.best_checkpoint)
     assert again.current_epoch == 3
-    names = {name.rpartition("/")[2].split(".")[0] for name in s3fs.S3FileSystem().ls("sweeps-bucket/sweeps/rates")}
+    names = {name.rpartition("/")[2].split(".")[0] for name in s3fs.S3FileSystem().ls(f"{bucket}/sweeps/rates")}
     assert {"objective", "parallel", "events", "tuner"} <= names
     assert os.listdir(tmp_path) == ["flag"]
