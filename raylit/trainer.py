@@ -185,7 +185,7 @@ class Trainer(Outcome):
             found = self._checkpoints.newest_run(weights_only)
         job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         is_continued = found is not None or ckpt_path not in (None, AUTO)
-        inside = look_around(job, self._driver_callbacks, num_workers=self.num_workers, is_continued=is_continued)
+        inside = look_around(job, self._driver_callbacks, is_continued=is_continued)
         if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
         path = None if ckpt_path == AUTO else ckpt_path

@@ -14,7 +14,6 @@ from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.perturbed import PerturbedHyperparameters
 from raylit.checkpoint import files
-from raylit.driver import callers
 from raylit.driver.ray_session import RaySession, current_session
 from raylit.driver.tune_report import FILE, TuneReport
 from raylit.places import absolute, joined
@@ -35,13 +34,18 @@ class _Fits(threading.local):
     """Counts the fits of a function that Ray has called: each call has a thread of its own."""
 
     num_begun = 0
+    last_report: TuneReport | None = None
+    """That of the fit before this one."""
 
 
 _fits = _Fits()
 
 
-def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: int, is_continued: bool) -> Inside:
-    """Called once for each fit. `is_continued`: the user says himself what it goes on from."""
+def look_around(job: Job, callbacks: Sequence[DriverCallback], *, is_continued: bool) -> Inside:
+    """Add a TuneReport where the user has given none, and find the checkpoint to continue from. Called once per fit.
+
+    `is_continued`: the user has said which checkpoint this fit continues from.
+    """
     session = current_session()
     reports = [callback for callback in callbacks if isinstance(callback, TuneReport)]
     for report in reports:
@@ -49,21 +53,26 @@ def look_around(job: Job, callbacks: Sequence[DriverCallback], *, num_workers: i
     if session is None:
         return Inside(job=job, callbacks=list(callbacks))
     number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
-    frames = callers.calling_functions()
-    around = callers.with_helpers(callers.code_of(frames))
-    # Hooks on other processes see no session of Ray's.
-    hooks = callers.methods_of([*callbacks, *((job.module, *job.callbacks) if num_workers == 0 else ())])
-    is_returning = session.is_taking_returns and callers.is_returning_results(frames)
-    is_reported = is_returning or callers.is_calling("report", [*around, *callers.with_helpers(hooks)])
-    if not reports and not is_reported:
-        reports = [TuneReport.automatic(save_checkpoints=any(isinstance(c, ModelCheckpoint) for c in callbacks))]
+    if not reports:
+        is_saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        is_reported = _has_reported_itself(session, _fits.last_report)
+        reports = [TuneReport.automatic(report=not is_reported, save_checkpoints=is_saving)]
+    _fits.last_report = reports[-1]
     for report in reports:
         report.attach(session, {"fit": number, "config": _digest(session.config)})
     others = [callback for callback in callbacks if not isinstance(callback, TuneReport)]
     inside = Inside(job=job, callbacks=[*others, *reports])  # last, so that it sees what the others have done
-    if number > 0 or is_continued or callers.is_calling("get_checkpoint", around):
+    if number > 0 or is_continued or not any(report.is_reporting for report in reports):
         return inside
     return _restored(session, inside)
+
+
+def _has_reported_itself(session: RaySession, last_report: TuneReport | None) -> bool:
+    """Return True if the function has reported a result between its last fit and this one.
+
+    Before its first fit that cannot be known: Tune's count goes on from one trial of an actor to the next.
+    """
+    return last_report is not None and session.num_reports != last_report.num_reports
 
 
 def _restored(session: RaySession, inside: Inside) -> Inside:

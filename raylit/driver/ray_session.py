@@ -15,8 +15,6 @@ class RaySession(Protocol):
 
     name: str
     """For messages."""
-    is_taking_returns: bool
-    """What the function returns or yields is a result, too."""
 
     @property
     def world_size(self) -> int:
@@ -65,7 +63,6 @@ class _Session:
     def __init__(self, session: Any) -> None:
         self._session = session
         self._is_tune = session.world_rank is None
-        self.is_taking_returns = self._is_tune
         self.name = "a trial of Ray Tune" if self._is_tune else "a worker of Ray Train"
 
     @property
@@ -98,7 +95,6 @@ class _Functions:
     """Of a worker of Train's second version."""
 
     name = "a worker of Ray Train"
-    is_taking_returns = False
 
     def __init__(self, functions: Any) -> None:
         self._functions = functions

@@ -24,9 +24,10 @@ class TuneReport(SavedReport):
     """A result for each validation, or without a validation loop for each epoch: everything logged, `epoch`, `step`,
     and a checkpoint of the whole run. Where Ray answers that the trial is to end, it ends there.
 
-    A Trainer that finds itself in a function which Tune or Train has called adds one by itself, unless that function,
-    a hook or a callback reports, or a function of the user's that one of them calls by its name. Passed as a callback,
-    it reports in any case; elsewhere it does nothing.
+    A Trainer in a function that Tune or Train has called adds one by itself. That one stops reporting as soon as the
+    function, a hook or a callback is found to have reported by itself: since the function's last fit, or since this
+    one's last validation. A function that reports only after its fit passes `callbacks=[pl.TuneReport(report=False)]`.
+    Passed as a callback, it reports in any case; outside of Tune and Train it does nothing.
     """
 
     def __init__(
@@ -34,22 +35,31 @@ class TuneReport(SavedReport):
         metrics: str | Sequence[str] | Mapping[str, str] | None = None,
         *,
         save_checkpoints: bool = True,
+        report: bool = True,
     ) -> None:
-        """`metrics`: which ones, under their own names or, in a dict, by the names they are to have; None: all."""
+        """Choose what is reported.
+
+        Args:
+            metrics: Which metrics, under their own names or, in a dict, by the names they are to have; None: all.
+            save_checkpoints: Report a checkpoint of the whole run with each result.
+            report: False: the fit reports nothing, and does not continue from the checkpoint of a restored trial.
+        """
+        self.is_reporting = report
+        self.num_reports = 0
+        """How many results the function had reported, by whomever, after this callback's last one."""
         self._metrics = _by_name(metrics)
         self._is_saving = save_checkpoints
         self._session: RaySession | None = None
         self._notes: dict[str, Any] = {}
         self._is_automatic = False
         self._is_validated = False
-        self._num_reports = 0
 
     @classmethod
-    def automatic(cls, *, save_checkpoints: bool) -> "TuneReport":
-        """One that falls silent as soon as somebody else reports."""
-        report = cls(save_checkpoints=save_checkpoints)
-        report._is_automatic = True
-        return report
+    def automatic(cls, *, report: bool, save_checkpoints: bool) -> "TuneReport":
+        """Make one that stops reporting as soon as somebody else reports."""
+        callback = cls(report=report, save_checkpoints=save_checkpoints)
+        callback._is_automatic = True
+        return callback
 
     def attach(self, session: RaySession | None, notes: dict[str, Any]) -> None:
         """To the function that the next fit runs in; `notes` are kept with its checkpoints."""
@@ -60,7 +70,7 @@ class TuneReport(SavedReport):
         session = self._session if run.state.stage == "fit" else None
         if session is None:
             return
-        self._num_reports = session.num_reports
+        self.num_reports = session.num_reports
         if session.world_size > 1:
             # A report of Train's waits for those of all workers, and the fits are not one training.
             self._session = None
@@ -83,15 +93,15 @@ class TuneReport(SavedReport):
     def _report(self, run: Run) -> None:
         session = self._session
         self._is_validated = False
-        if session is None:
+        if session is None or not self.is_reporting:
             return
-        if self._is_automatic and session.num_reports != self._num_reports:
-            self._session = None
+        if self._is_automatic and session.num_reports != self.num_reports:
+            self.is_reporting = False
             return
         metrics = self._chosen(run)
         with self._checkpoint(run, session) as checkpoint:
             session.report(metrics, checkpoint)
-        self._num_reports = session.num_reports
+        self.num_reports = session.num_reports
 
     def _chosen(self, run: Run) -> dict[str, Any]:
         logged = run.state.callback_metrics

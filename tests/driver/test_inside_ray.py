@@ -12,7 +12,6 @@ import torch
 from models import Regression, RegressionData, assert_same_weights, weights_of
 from ray import tune
 from ray.train._internal.storage import StorageContext
-from ray.tune import report
 from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.trainable import wrap_function
 
@@ -178,121 +177,61 @@ def test_the_trials_actor_can_be_used_again_at_once(start, fitting):
     assert started.train()["training_iteration"] == 1
 
 
-# Whoever reports himself reports alone
+# A function that reports by itself
 
 
-def _reporting_later(config):
-    fit_quietly()
-    report({"loss": 1.0})
-
-
-def _reporting_from_inside(config):
-    fit_quietly()
-
-    def tell():
-        tune.report({"loss": 1.0})
-
-    tell()
-
-
-def _in_a_helper(config):
-    fit_quietly()
-    _tell_and_stop()
-
-
-def _tell_and_stop():
-    Teller().tell()
-
-
-class Teller:
-    def tell(self):
+class ReportsInACallback(pl.DriverCallback):
+    def on_validation_end(self, run):
         tune.report({"loss": 1.0})
 
 
-def _by_an_object(config):
-    teller = Teller()
-    fit_quietly()
-    teller.tell()
-
-
-def _importing_inside(config):
-    import ray.tune
-
-    fit_quietly()
-    ray.tune.report({"loss": 1.0})
-
-
-def _returning(config):
-    fit_quietly()
-    return {"loss": 1.0}
-
-
-def _yielding(config):
-    fit_quietly()
-    yield {"loss": 1.0}
-
-
-class Tells(pl.DriverCallback):
-    def on_train_end(self, run):
+class ReportsInAHook(Regression):
+    def on_validation_epoch_end(self):
         tune.report({"loss": 1.0})
-
-
-class TellsInAHook(Regression):
-    def on_train_end(self):
-        tune.report({"loss": 1.0})
-
-
-def _in_a_callback(config):
-    fit_quietly(callbacks=Tells())
-
-
-def _in_a_hook(config):
-    fit_quietly(TellsInAHook())
 
 
 def fit_quietly(model=None, **arguments):
     switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = pl.Trainer(max_epochs=1, num_workers=0, **dict.fromkeys(switches, False), **arguments)
+    trainer = pl.Trainer(max_epochs=2, num_workers=0, **dict.fromkeys(switches, False), **arguments)
     trainer.fit(model or Regression(), RegressionData())
 
 
 @pytest.mark.parametrize(
-    "function",
-    [
-        _reporting_later, _reporting_from_inside, _importing_inside, _returning, _yielding, _in_a_callback, _in_a_hook,
-        _in_a_helper, _by_an_object,
-    ],
-)  # fmt: skip
-def test_who_reports_himself_reports_alone(start, function):
-    assert [(result["loss"], "val_loss" in result) for result in results_of(start(function))] == [(1.0, False)]
+    "fit_with_reports",
+    [lambda: fit_quietly(callbacks=ReportsInACallback()), lambda: fit_quietly(ReportsInAHook(), num_sanity_val_steps=0)],
+    ids=["callback", "hook"],
+)
+def test_reports_of_a_callback_or_hook_are_not_doubled(start, fit_with_reports):
+    results = results_of(start(lambda config: fit_with_reports()))
+    assert [(result["loss"], "val_loss" in result) for result in results] == [(1.0, False), (1.0, False)]
 
 
-def test_a_report_hidden_from_sight_silences_those_that_would_follow(start, fitting):
-    def hidden():
-        getattr(tune, "rep" + "ort")({"loss": 1.0})
+def test_fits_after_a_report_of_the_function_report_nothing(start):
+    def rounds(config):
+        for number in range(3):
+            fit_quietly()
+            tune.report({"round": number})
 
-    class Hidden(pl.Callback):
-        def on_validation_end(self, trainer, pl_module):
-            hidden()
-
-    results = results_of(start(fitting(callbacks=[Hidden()])))
-    assert [result.get("val_loss") for result in results] == [None, None]
+    results = results_of(start(rounds))
+    assert [(result.get("round"), result.get("epoch")) for result in results] == [
+        (None, 0), (None, 1), (0, None), (1, None), (2, None)
+    ]  # fmt: skip
 
 
-def test_a_word_that_is_not_rays_silences_nothing(start, fit):
-    class Book:
-        def report(self):
-            return "report"
+def test_several_fits_of_one_function_all_report(start):
+    def folds(config):
+        fit_quietly()
+        fit_quietly()
 
+    assert [result["epoch"] for result in results_of(start(folds))] == [0, 1, 0, 1]
+
+
+def test_report_false_leaves_reporting_to_the_function(start):
     def trial(config):
-        Book().report()
-        fit(max_epochs=1)
+        fit_quietly(callbacks=[pl.TuneReport(report=False)])
+        return {"loss": 1.0}
 
-    # The function must not see Ray's names, which are globals of this file.
-    trial = type(trial)(
-        trial.__code__, {"Book": Book, "__builtins__": __builtins__}, closure=trial.__closure__, name="trial"
-    )
-    assert [result["epoch"] for result in results_of(start(trial))] == [0]
+    assert [(result["loss"], "val_loss" in result) for result in results_of(start(trial))] == [(1.0, False)]
 
 
 def test_a_report_of_ones_own_choice_is_made_in_any_case(start, fit):
@@ -379,12 +318,12 @@ def test_a_perturbed_trial_goes_on_with_the_new_learning_rate(start, fit, decay,
     assert begun[1] == (12, pytest.approx(rate))
 
 
-def test_who_asks_for_the_checkpoint_himself_goes_on_himself(start, fit):
+def test_report_false_leaves_the_checkpoint_of_a_restored_trial_to_the_function(start, fit):
     begun = []
 
     def trial(config):
-        assert (tune.get_checkpoint() is None) == (begun == [])
-        fit(Watches(begun), enable_checkpointing=True)
+        is_restored = tune.get_checkpoint() is not None
+        fit(Watches(begun), enable_checkpointing=True, callbacks=[pl.TuneReport(report=not is_restored)])
 
     first = start(trial)
     first.train()
@@ -429,7 +368,7 @@ def test_trains_session_is_seen_where_its_function_runs():
         assert local._get_last_metrics() is None
         train_fn_utils.set_train_fn_utils(alone := train_fn_utils.LocalTrainFnUtils("experiment"))
         fit_quietly()
-        assert alone._get_last_metrics()["epoch"] == 0
+        assert alone._get_last_metrics()["epoch"] == 1
     finally:
         train_fn_utils._train_fn_utils = None
     assert current_session() is None
