@@ -1,10 +1,5 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
-from raylit.uncollected import uncollected  # isort: split
-
-_importing = uncollected()
-_importing.__enter__()
-
 from raylit import callbacks, metrics
 from raylit.api import fit, lr_find, predict, scale_batch_size, shutdown, test, tune, validate
 from raylit.callbacks import (
@@ -57,8 +52,6 @@ from raylit.trainer import Trainer
 from raylit.tune.sweep_result import SweepResult
 from raylit.tune.sweeps import sweep
 from raylit.tune.tuner import Tuner
-
-_importing.__exit__(None, None, None)
 
 __all__ = [
     "AdvancedProfiler",

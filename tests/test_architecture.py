@@ -25,7 +25,6 @@ LAYERS = (
         "summary",
         "tables",
         "torch_settings",
-        "uncollected",
     },
     {"accelerators", "precision", "strategies"},
     {

@@ -1,6 +1,5 @@
 """Runner: who runs the trials of a search; DirectRunner does so one by one, from this process. Driver."""
 
-import contextlib
 import gc
 from functools import partial
 from typing import Any, Protocol
@@ -27,10 +26,9 @@ def build_runner(plan: Plan, *, is_shown: bool) -> Runner:
 
         cluster.connect()
         if not cluster.is_in_worker():
-            with contextlib.suppress(ImportError):  # raylit[tune] is not installed: one trial after the other
-                from raylit.tune.tune_runner import TuneRunner
+            from raylit.tune.tune_runner import TuneRunner
 
-                return TuneRunner(is_shown=is_shown)
+            return TuneRunner(is_shown=is_shown)
     return DirectRunner()
 
 

@@ -23,7 +23,6 @@ from raylit.trainer import Trainer
 from raylit.tune.records import Mode
 from raylit.tune.sweep_pictures import begin_import, is_pictured
 from raylit.tune.sweep_result import SweepResult
-from raylit.uncollected import uncollected
 
 if TYPE_CHECKING:
     from raylit.tune.trial import TrialContext
@@ -87,14 +86,11 @@ def sweep(
     _check(build, space, metric=metric, mode=mode, num_samples=num_samples, max_failures=max_failures)
     for named, given in (("scheduler", scheduler), ("searcher", searcher)):
         _check_has_no_metric(named, given)
-    try:
-        # Importing Ray's tune takes seconds, which only a sweep should pay.
-        with uncollected():
-            from raylit.tune.hparams import write_experiment
-            from raylit.tune.room import find_room
-            from raylit.tune.trials import Run, run_trials
-    except ImportError as error:
-        raise ConfigError("sweep needs Ray Tune: pip install 'raylit[tune]'") from error
+    # Importing Ray Tune takes seconds, which only a sweep should pay.
+    from raylit.tune.hparams import write_experiment
+    from raylit.tune.room import find_room
+    from raylit.tune.trials import Run, run_trials
+
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
     arguments = _of_trials(trainer_arguments)
     workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments)._plan.workers

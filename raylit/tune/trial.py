@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
+from ray import tune
+from ray.tune.result import DONE, RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
 from raylit.checkpoint import format
 from raylit.driver import warm
@@ -21,11 +23,6 @@ from raylit.errors import RaylitError
 from raylit.tune.handover import Handover, Reported
 from raylit.tune.reporter import IS_LAST, NOT_LOGGED, Reporter
 from raylit.tune.trial_files import CHECKPOINT, config_of, write_config
-from raylit.uncollected import uncollected
-
-with uncollected():
-    from ray import tune
-    from ray.tune.result import DONE, RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -198,7 +198,10 @@ def fit_quietly(model=None, **arguments):
 
 @pytest.mark.parametrize(
     "fit_with_reports",
-    [lambda: fit_quietly(callbacks=ReportsInACallback()), lambda: fit_quietly(ReportsInAHook(), num_sanity_val_steps=0)],
+    [
+        lambda: fit_quietly(callbacks=ReportsInACallback()),
+        lambda: fit_quietly(ReportsInAHook(), num_sanity_val_steps=0),
+    ],
     ids=["callback", "hook"],
 )
 def test_reports_of_a_callback_or_hook_are_not_doubled(start, fit_with_reports):
