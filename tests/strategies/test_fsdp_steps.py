@@ -324,6 +324,19 @@ def test_an_average_of_the_weights_is_kept_saved_and_resumed_in_shards(tmp_path)
     assert_same_weights(weights_of(Net.load_from_checkpoint(path)), weights_of(average), **TOLERANCE)
 
 
+def test_shards_of_an_average_that_has_not_begun_are_not_used(tmp_path):
+    expected, model, resumed = Net(), Net(), Net()
+    fit(expected)
+    late = {"decay": 0.8, "update_starting_at_step": 100}
+    saving = pl.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    fit(model, callbacks=[pl.EMAWeightAveraging(**late), saving])
+    assert_same_weights(weights_of(model), weights_of(expected), **TOLERANCE)
+    [last], [path] = tmp_path.glob("*step=6.ckpt"), tmp_path.glob("*step=4.ckpt")
+    assert_same_weights(weights_of(Net.load_from_checkpoint(last)), weights_of(expected), **TOLERANCE)
+    fit(resumed, callbacks=[pl.EMAWeightAveraging(**late)], ckpt_path=path, enable_checkpointing=False)
+    assert_same_weights(weights_of(resumed), weights_of(expected), **TOLERANCE)
+
+
 # Images
 
 
