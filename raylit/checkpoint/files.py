@@ -62,6 +62,7 @@ class DirectoryDraft:
         self.place = str(self._target.parent / _temporary_name())
         self.index = os.path.join(self.place, directory.INDEX)
         try:
+            directory.check_replaceable(self._target)
             os.makedirs(self.place)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
@@ -248,12 +249,15 @@ def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:
         return checkpoint
     if (damaged := _first_damaged(source)) is not None:
         raise DamagedCheckpoint(f"{name} is damaged: {damaged}. Use the checkpoint before it")
-    if checkpoint["raylit"]["format"] > FORMAT:
+    about = checkpoint["raylit"]
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+        raise NotACheckpoint(f"{name} is not a checkpoint: its entry 'raylit' does not say of which format it is")
+    if about["format"] > FORMAT:
         raise CheckpointError(
             f"{name} is of a newer raylit: written by raylit {checkpoint.get('raylit_version')} in format "
-            f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
+            f"{about['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
         )
-    return checkpoint
+    return directory.without_place(checkpoint)
 
 
 def _linked(file: Any, path: Any) -> None:
