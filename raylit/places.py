@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raylit.errors import ConfigError
+
 _OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "memory"})
 """By fsspec's names."""
 
@@ -41,8 +43,17 @@ def relative(path: str, directory: str) -> str:
     if not is_inside(path, directory):
         return path
     if is_url(path):
-        return path[len(directory.rstrip("/")) + 1 :]
+        return path.removeprefix(directory.rstrip("/") + "/")
     return os.path.relpath(_real_place(path), os.path.realpath(directory))
+
+
+def check_stays_below(name: str, what: str) -> None:
+    """ConfigError: joined to a directory the name leads out of it. `what`: how the error calls it."""
+    if os.path.isabs(name) or "://" in name or os.pardir in name.replace("\\", "/").split("/"):
+        raise ConfigError(
+            f"{what} leads out of the directory that it belongs to: it must be a name, or a path below that directory "
+            "without '..'. For another place give another directory"
+        )
 
 
 def leads_down(name: object) -> bool:
