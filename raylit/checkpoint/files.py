@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import socket
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -159,6 +160,17 @@ def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *,
     write(directory.whole(format.without_run(index) if is_weights_only else index), path)
 
 
+def warn_of_unsafe_torch(version: str) -> None:
+    """Before 2.10 torch's `weights_only` does not keep a file from running code."""
+    major, minor = map(int, version.split(".")[:2])
+    if (major, minor) < (2, 10):
+        warnings.warn(
+            f"torch {version} can be made to run code by a checkpoint's file in spite of weights_only=True "
+            "(CVE-2026-24747, GHSA-63cw-57p8-fm3p): upgrade to torch 2.10, or load only files that you trust",
+            stacklevel=3,
+        )
+
+
 def exists(path: str | os.PathLike[str]) -> bool:
     """A file is there; a link that leads nowhere is none. StoreUnreachable: a URL's store does not say."""
     if is_url(path):
@@ -300,6 +312,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _load(source: Path, name: str, allow_pickle: bool) -> Any:
+    warn_of_unsafe_torch(torch.__version__)
     try:
         return torch.load(source, map_location="cpu", weights_only=not allow_pickle)
     except PermissionError as error:

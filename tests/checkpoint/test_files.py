@@ -371,3 +371,15 @@ def test_a_url_has_the_whole_checkpoint_or_what_it_had(scheme, tmp_path, monkeyp
     files.remove(url)
     assert not files.exists(url)
     assert not files.link(url, f"{url}.link")
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cpu", "1.13.1"])
+def test_torch_whose_safe_loading_is_not_safe_is_named(version: str) -> None:
+    with pytest.warns(UserWarning, match=r"CVE-2026-24747.*upgrade to torch 2\.10"):
+        files.warn_of_unsafe_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.10.0a0+git123", "3.0.0"])
+@pytest.mark.filterwarnings("error")
+def test_torch_whose_safe_loading_is_safe_is_not(version: str) -> None:
+    files.warn_of_unsafe_torch(version)
