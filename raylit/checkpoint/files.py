@@ -143,6 +143,8 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: 
         raise NotACheckpoint(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
         raise CheckpointError(f"there is no checkpoint {source}.{_nearby(source.parent)}")
+    if not source.is_file():
+        raise NotACheckpoint(f"{source} is a pipe, a socket or a device, not a checkpoint file")
     return _read(source, str(source), allow_pickle)
 
 
