@@ -79,15 +79,23 @@ def copied(hparams: Mapping[str, Any]) -> AttributeDict:
 def constructor_arguments(
     cls: type, hparams: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments that rebuild an instance of `cls` from saved hyper-parameters; `overrides` win."""
+    """The keyword arguments that rebuild an instance of `cls` from saved hyper-parameters; `overrides` win.
+
+    The file may be a stranger's: names that begin with an underscore, which constructors with `**kwargs` may hand to
+    what acts on them, are passed to parameters of that name only.
+    """
     parameters = inspect.signature(cls).parameters
-    if name != "kwargs" and name not in overrides:
+    if _is_passed(name, parameters) and name != "kwargs" and name not in overrides:
         # Beside the arguments, `overrides` may name single entries of the one that holds the hyper-parameters.
         entries = {**hparams, **{key: value for key, value in overrides.items() if key not in parameters}}
         return {name: _held(cls, name, entries), **{k: v for k, v in overrides.items() if k in parameters}}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return {**hparams, **overrides}
+        return {**{key: value for key, value in hparams.items() if _is_passed(key, parameters)}, **overrides}
     return {**{key: value for key, value in hparams.items() if key in parameters}, **overrides}
+
+
+def _is_passed(name: object, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return isinstance(name, str) and (name in parameters or not name.startswith("_"))
 
 
 def _entries(holder: Any) -> dict[str, Any]:
@@ -110,6 +118,8 @@ def _held(cls: type, name: str, entries: dict[str, Any]) -> Any:
         kind = get_type_hints(vars(cls).get("__init__", cls)).get(name)
     except NameError:  # an annotation that is there for type checkers only
         kind = None
-    if kind is Namespace or (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+    if kind is Namespace:
+        return Namespace(**{key: value for key, value in entries.items() if not str(key).startswith("__")})
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return kind(**entries)
     return AttributeDict(entries)

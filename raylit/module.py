@@ -338,8 +338,9 @@ class LightningModule(LoopHooks):
         """Rebuild the module with its saved hyper-parameters (`overrides` win) and load its weights.
 
         A path or a URL that fsspec knows. `hparams_file`: YAML or CSV, taken instead of what the checkpoint has.
-        `weights_only=False` unpickles hyper-parameters that are not plain values: for files you trust. CheckpointError:
-        the file is missing, damaged or of another model.
+        `weights_only=False` unpickles hyper-parameters that are not plain values: for files you trust. Names that begin
+        with an underscore go to parameters of that name, not to `**kwargs`. CheckpointError: the file is missing,
+        damaged or of another model.
         """
         checkpoint = read_for_rebuild(
             checkpoint_path, hparams_file=hparams_file, overrides=overrides, allow_pickle=weights_only is False

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raylit.errors import ConfigError
+
 _OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "memory"})
 """By fsspec's names."""
+
+_LOCAL_URL = "file://"
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -25,15 +29,42 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 
 def is_inside(path: str, directory: str) -> bool:
-    """It lies in the directory or below it."""
+    """It lies in the directory or below it, wherever `..` and links lead. A link itself lies where its name does."""
+    if path.startswith(_LOCAL_URL) and directory.startswith(_LOCAL_URL):
+        return is_inside(path.removeprefix(_LOCAL_URL), directory.removeprefix(_LOCAL_URL))
     if is_url(path) or is_url(directory):
-        return path.startswith(directory.rstrip("/") + "/")
-    return Path(directory) in Path(path).parents
+        start = directory.rstrip("/") + "/"
+        return path.startswith(start) and leads_down(path.removeprefix(start))
+    return Path(os.path.realpath(directory)) in Path(_real_place(path)).parents
 
 
 def relative(path: str, directory: str) -> str:
     """From the directory on, where the path leads into it."""
-    return path[len(directory.rstrip("/")) + 1 :] if is_inside(path, directory) else path
+    if not is_inside(path, directory):
+        return path
+    if is_url(path):
+        return path.removeprefix(directory.rstrip("/") + "/")
+    return os.path.relpath(_real_place(path), os.path.realpath(directory))
+
+
+def check_stays_below(name: str, what: str) -> None:
+    """ConfigError: joined to a directory the name leads out of it. `what`: how the error calls it."""
+    if os.path.isabs(name) or "://" in name or os.pardir in name.replace("\\", "/").split("/"):
+        raise ConfigError(
+            f"{what} leads out of the directory that it belongs to: it must be a name, or a path below that directory "
+            "without '..'. For another place give another directory"
+        )
+
+
+def leads_down(name: object) -> bool:
+    """It is a path that leads from any directory into it or below it: relative, without `..`, and no URL."""
+    return (
+        isinstance(name, str)
+        and "://" not in name
+        and "::" not in name  # joins URLs for fsspec
+        and not os.path.isabs(name)
+        and all(part not in ("", os.curdir, os.pardir) for part in name.replace("\\", "/").split("/"))
+    )
 
 
 def entries(directory: str) -> list[str]:
@@ -105,6 +136,14 @@ def remove_directory(path: str) -> None:
         files.rm(place, recursive=True)
     else:
         shutil.rmtree(path)
+
+
+def _real_place(path: str) -> str:
+    """Where the path's last name lies, with all links before it resolved."""
+    parent, name = os.path.split(path.rstrip("/"))
+    if name in ("", os.curdir, os.pardir):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(parent), name)
 
 
 def file_system(url: str) -> tuple[Any, str]:

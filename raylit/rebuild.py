@@ -22,8 +22,11 @@ def read_for_rebuild(
     """The checkpoint; its hyper-parameters unpacked, those of the file instead where one is given."""
     checkpoint = files.read(path, allow_pickle=allow_pickle)
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        saved = checkpoint.get(key, {})
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{path} holds {key} of type {type(saved).__name__}: must be a dict")
         # What is given anew need not be readable.
-        packed = {name: value for name, value in checkpoint.get(key, {}).items() if name not in overrides}
+        packed = {name: value for name, value in saved.items() if name not in overrides}
         checkpoint[key] = format.unpack_hyper_parameters(packed, allow_pickle=allow_pickle)
     if hparams_file is not None:
         checkpoint["hyper_parameters"] = hyperparameters_in(Path(hparams_file))
@@ -34,13 +37,12 @@ def rebuilt(
     cls: type[_Owner], hparams: Mapping[str, Any], name: str, *, overrides: Mapping[str, Any], source: str
 ) -> _Owner:
     """An instance from saved hyper-parameters, which `overrides` win over. CheckpointError: an argument is missing."""
-    arguments = constructor_arguments(cls, hparams, name, overrides)
     try:
-        return cls(**arguments)
+        return cls(**constructor_arguments(cls, hparams, name, overrides))
     except TypeError as error:
         raise CheckpointError(
             f"{cls.__name__} cannot be rebuilt from {source}: {error}. It holds the hyper-parameters "
-            f"{sorted(hparams)}; call self.save_hyperparameters() in __init__, or pass what is missing here"
+            f"{sorted(map(str, hparams))}; call self.save_hyperparameters() in __init__, or pass what is missing here"
         ) from error
 
 
@@ -52,12 +54,18 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
     import yaml
 
     with open(file, encoding="utf-8", newline="") as stream:
-        if file.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(stream) or {}
-        elif file.suffix == ".csv":
-            values = {row["key"]: yaml.safe_load(row["value"]) for row in csv.DictReader(stream)}
-        else:
-            raise CheckpointError(f"hparams_file={os.fspath(file)!r}: must be a .yaml or a .csv file")
+        try:
+            if file.suffix in (".yaml", ".yml"):
+                values = yaml.safe_load(stream) or {}
+            elif file.suffix == ".csv":
+                values = {row["key"]: yaml.safe_load(row["value"]) for row in csv.DictReader(stream)}
+            else:
+                raise CheckpointError(f"hparams_file={os.fspath(file)!r}: must be a .yaml or a .csv file")
+        except (yaml.YAMLError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"hparams_file={os.fspath(file)!r} cannot be read: {error}. It must hold plain values, of which no "
+                "Python objects are made; a CSV file has the columns key and value"
+            ) from error
     if not isinstance(values, dict):
         raise CheckpointError(f"hparams_file={os.fspath(file)!r} holds no hyper-parameters by name")
     return values

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+import yaml
 from models import Regression, RegressionData, assert_same_weights, weights_of
 
 import raylit as pl
@@ -86,3 +87,69 @@ def _nothing():
     import contextlib
 
     return contextlib.nullcontext()
+
+
+class Open(pl.LightningModule):
+    def __init__(self, width=2, _declared=0, **kwargs):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(width, 1)
+        self.declared, self.rest = _declared, kwargs
+
+
+class OpenData(pl.DataModule):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.rest = kwargs
+
+
+HOSTILE = {
+    "width": 3,
+    "_declared": 4,
+    "more": 5,
+    "_instantiator": "os.system",
+    "_class_path": "subprocess.Popen",
+    "__class__": "x",
+}
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "yaml", "csv"])
+def test_names_with_an_underscore_in_a_file_are_not_passed_to_kwargs(source, tmp_path):
+    path, file = tmp_path / "x.ckpt", tmp_path / f"hparams.{source}"
+    saved = HOSTILE if source == "checkpoint" else {}
+    state = Open(width=3).state_dict()
+    torch.save({"state_dict": state, "hyper_parameters": saved, "datamodule_hyper_parameters": saved}, path)
+    lines = ["key,value", *(f"{name},{value}" for name, value in HOSTILE.items())]
+    file.write_text(yaml.safe_dump(HOSTILE) if source == "yaml" else "\n".join(lines))
+    given = {} if source == "checkpoint" else {"hparams_file": file}
+    loaded = Open.load_from_checkpoint(path, **given)
+    assert (loaded.declared, loaded.rest) == (4, {"more": 5})
+    assert OpenData.load_from_checkpoint(path, **given).rest == {"width": 3, "more": 5}
+    assert Open.load_from_checkpoint(path, **given, _given=6).rest == {"more": 5, "_given": 6}
+
+
+@pytest.mark.parametrize("name", ["_instantiator", 3, ["x"]])
+def test_the_argument_for_hyper_parameters_is_no_private_name_either(name, tmp_path):
+    state = Open(width=3).state_dict()
+    torch.save(
+        {"state_dict": state, "hparams_name": name, "hyper_parameters": {"width": 3, "more": 5}}, tmp_path / "x.ckpt"
+    )
+    assert Open.load_from_checkpoint(tmp_path / "x.ckpt").rest == {"more": 5}
+
+
+def test_no_object_is_made_from_a_file_of_hyper_parameters(tmp_path):
+    torch.save({"state_dict": Open().state_dict(), "hyper_parameters": {}}, tmp_path / "x.ckpt")
+    for name, text in (
+        ("a.yaml", f"width: !!python/object/apply:os.system ['touch {tmp_path}/mark']"),
+        ("b.csv", f"key,value\nwidth,!!python/object/apply:os.system ['touch {tmp_path}/mark']"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(pl.CheckpointError, match=rf"{name}' cannot be read"):
+            Open.load_from_checkpoint(tmp_path / "x.ckpt", hparams_file=tmp_path / name)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_hyper_parameters_of_another_type_are_an_error(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": [1]}, tmp_path / "x.ckpt")
+    with pytest.raises(pl.CheckpointError, match="hyper_parameters of type list"):
+        Open.load_from_checkpoint(tmp_path / "x.ckpt")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from raylit.places import absolute, entries, is_inside, joined, make_directory, read_text, write_text
+from raylit.places import absolute, entries, is_inside, joined, make_directory, read_text, relative, write_text
 
 
 @pytest.fixture(params=["local", "memory", "file"])
@@ -36,3 +36,30 @@ def test_absolute_leaves_urls_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute("runs") == os.path.realpath(tmp_path / "runs")
     assert absolute("s3://bucket/runs/") == "s3://bucket/runs"
+
+
+def test_a_path_that_leads_out_of_a_directory_does_not_lie_in_it(directory):
+    inside = joined(directory, "runs")
+    for name in ("../b.ckpt", "a/../../b.ckpt", "..", ".", "a/.."):
+        assert not is_inside(joined(inside, name), inside), name
+
+
+def test_a_link_decides_where_a_path_lies(tmp_path):
+    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    for made in (runs, elsewhere):
+        made.mkdir()
+    (runs / "link").symlink_to(elsewhere)
+    (tmp_path / "same").symlink_to(runs)
+    for start in ("", "file://"):
+        assert not is_inside(f"{start}{runs}/link/b.ckpt", f"{start}{runs}")
+        assert is_inside(f"{start}{runs}/link", f"{start}{runs}")
+        assert is_inside(f"{start}{tmp_path}/same/b.ckpt", f"{start}{runs}")
+        assert is_inside(f"{start}{runs}/b.ckpt", f"{start}{tmp_path}/same")
+        assert is_inside(f"{start}{runs}/link/../runs/b.ckpt", f"{start}{runs}")
+    assert relative(f"{tmp_path}/same/a/b.ckpt", str(runs)) == "a/b.ckpt"
+    assert relative(f"{runs}/link/b.ckpt", str(runs)) == f"{runs}/link/b.ckpt"
+
+
+def test_urls_in_chains_lie_nowhere():
+    assert not is_inside("s3://bucket/runs/x::file:///etc/b.ckpt", "s3://bucket/runs")
+    assert not is_inside("s3://bucket/runs/file:///etc/b.ckpt", "s3://bucket/runs")

@@ -1,9 +1,13 @@
-"""What ModelCheckpoint refuses, and in what words. Driver only."""
+"""What ModelCheckpoint refuses, in its arguments and in the state of a checkpoint, and in what words. Driver only."""
 
+import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from raylit.checkpoint.naming import Naming
 from raylit.errors import ConfigError
+from raylit.places import is_inside
 
 
 def check_options(given: Any, every_n_train_steps: int, every_n_epochs: int, interval: timedelta | None) -> None:
@@ -25,6 +29,8 @@ def check_options(given: Any, every_n_train_steps: int, every_n_epochs: int, int
     ):
         if is_wrong:
             raise ConfigError(f"ModelCheckpoint: {message}")
+    for filename in (None, given.CHECKPOINT_NAME_LAST):
+        Naming.of(given, filename).path({})  # refused here rather than at the first save
 
 
 def missing_metric(monitor: str | None, names: list[str]) -> str:
@@ -39,3 +45,26 @@ def moved(before: str, now: str) -> str:
         f"checkpoints go to {now}, those of the resumed run went to {before}: its best_model_path is taken over, its "
         "other files and scores are not"
     )
+
+
+def without_foreign_paths(state: Mapping[str, Any], directory: Any) -> dict[str, Any]:
+    """A ModelCheckpoint's state from a checkpoint, without the paths that do not lie in its own directory.
+
+    The file may be a stranger's, and what the state calls the best or the last is read, overwritten and removed.
+    """
+
+    def is_own(path: object) -> bool:
+        return isinstance(path, str) and isinstance(directory, str) and is_inside(path, directory)
+
+    named = {key: state.get(key, "") for key in ("best_model_path", "last_model_path", "newest_model_path")}
+    ranked = state.get("best_k_models", {})
+    ranked = ranked if isinstance(ranked, dict) else {}
+    paths = [*named.values(), *ranked]
+    if foreign := list(dict.fromkeys(str(path) for path in paths if path not in ("", None) and not is_own(path))):
+        warnings.warn(
+            f"the checkpoint's ModelCheckpoint names files outside of its directory {directory}, which are left alone: "
+            f"{', '.join(foreign[:3])}",
+            stacklevel=3,
+        )
+    own = {key: path if is_own(path) else "" for key, path in named.items()}
+    return {**state, **own, "best_k_models": {path: score for path, score in ranked.items() if is_own(path)}}

@@ -1,7 +1,7 @@
 """BaseFinetuning and BackboneFinetuning: parts of a module are trained from some epoch on. Run on every worker."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raylit.callbacks.base import Callback
-from raylit.errors import ConfigError, ModuleError
+from raylit.errors import CheckpointError, ConfigError, ModuleError
 
 Modules: TypeAlias = "nn.Module | Iterable[Modules]"
 """A module, or modules in collections of any depth."""
@@ -23,13 +23,19 @@ def multiplicative(epoch: int) -> float:
 class BaseFinetuning(Callback):
     """Override `freeze_before_training` and `finetune_function`, with the static methods for what they need.
 
-    A resumed run has the parameter groups that were added, and what was trained is trained again.
+    A resumed run has the optimizers' parameter groups as they were, trains exactly the parameters that were trained,
+    and has the same modules in eval mode.
     """
 
     def __init__(self) -> None:
         self._groups: dict[int, list[dict[str, Any]]] = {}
         """Of each optimizer, the groups' settings with names in the place of parameters."""
         self._trained: list[str] = []
+        """Names of the parameters that require a gradient."""
+        self._tracking: list[str] = []
+        """Names of the batch norms that track running statistics."""
+        self._in_eval_mode: list[str] | None = None
+        """Names of the modules in eval mode as the epoch begins; None: none has begun."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         """Freeze what is not trained from the start; optimizers are made afterwards."""
@@ -105,44 +111,77 @@ class BaseFinetuning(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            self._groups, self._trained = {}, []
+            self._groups, self._trained, self._tracking, self._in_eval_mode = {}, [], [], None
             self.freeze_before_training(pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in trainer.optimizers:
             self.finetune_function(pl_module, trainer.current_epoch, optimizer)
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        self._groups = {
-            index: [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-            for index, optimizer in enumerate(trainer.optimizers)
-        }
-        self._trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+        self._record(trainer, pl_module)
+        self._in_eval_mode = [name for name, module in pl_module.named_modules() if not module.training]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"internal_optimizer_metadata": self._groups, "trained": self._trained}
+        return {
+            "internal_optimizer_metadata": self._groups,
+            "trained": self._trained,
+            "tracking": self._tracking,
+            "in_eval_mode": self._in_eval_mode,
+        }
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # Something may have been unfrozen since the epoch's start.
+        self._record(trainer, pl_module)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Here, because the optimizers' states that come next need their groups.
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is None:
             return
-        parameters = dict(pl_module.named_parameters())
         self._groups = state["internal_optimizer_metadata"]
+        parameters = dict(pl_module.named_parameters())
         for index, optimizer in enumerate(trainer.optimizers):
-            for group in self._groups.get(index, [])[len(optimizer.param_groups) :]:
-                optimizer.add_param_group({**group, "params": [parameters[name] for name in group["params"]]})
+            _restore_groups(optimizer, self._groups.get(index, []), parameters)
+        if "tracking" in state:
+            self._trained, self._tracking = state["trained"], state["tracking"]
+            self._in_eval_mode = state["in_eval_mode"]
+            self._restore(pl_module)
+            return
+        # Checkpoints of Lightning tell the groups only, those of earlier versions the parameters, too. Of the rest
+        # nothing is known, so it stays as `freeze_before_training` has left it.
         added = {name for groups in self._groups.values() for group in groups for name in group["params"]}
-        # Lightning's own checkpoints tell the groups only.
         self._trained = state.get("trained", sorted(added))
-        if self._trained:
-            self._thaw(pl_module)
+        self._thaw(pl_module)
+
+    def _record(self, trainer: Any, pl_module: Any) -> None:
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self._groups = {
+            index: [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+            for index, optimizer in enumerate(trainer.optimizers)
+        }
+        self._trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+        self._tracking = [name for name, norm in _named_batch_norms(pl_module) if norm.track_running_stats]
+
+    def _restore(self, pl_module: nn.Module) -> None:
+        trained, tracking = set(self._trained), set(self._tracking)
+        for name, parameter in pl_module.named_parameters():
+            parameter.requires_grad_(name in trained)
+        for name, norm in _named_batch_norms(pl_module):
+            norm.track_running_stats = name in tracking
+        if self._in_eval_mode is not None:
+            in_eval_mode = set(self._in_eval_mode)
+            for name, module in pl_module.named_modules():
+                module.training = name not in in_eval_mode
 
     def _thaw(self, pl_module: nn.Module) -> None:
         trained = set(self._trained)
-        for name, module in pl_module.named_modules():
-            own = {f"{name}.{leaf}" if name else leaf for leaf, _ in module.named_parameters(recurse=False)}
+        for name, parameter in pl_module.named_parameters():
+            if name in trained:
+                parameter.requires_grad_(True)
+        for name, norm in _named_batch_norms(pl_module):
+            own = {f"{name}.{leaf}" if name else leaf for leaf, _ in norm.named_parameters(recurse=False)}
             if own and own <= trained:
-                _set_trained(module, is_trained=True)
+                norm.track_running_stats = True
 
 
 class BackboneFinetuning(BaseFinetuning):
@@ -217,6 +256,24 @@ class BackboneFinetuning(BaseFinetuning):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
+
+
+def _restore_groups(optimizer: Optimizer, groups: list[dict[str, Any]], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give each group the parameters that it had when its state was saved, as states are loaded by position."""
+    if missing := [name for group in groups for name in group["params"] if name not in parameters]:
+        raise CheckpointError(
+            f"the checkpoint's optimizer trains parameters that this module does not have: {', '.join(missing[:3])}: "
+            "resume with the module that it was saved with"
+        )
+    owned = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+    for group, saved in zip(optimizer.param_groups, owned, strict=False):
+        group["params"] = saved["params"]
+    for saved in owned[len(optimizer.param_groups) :]:
+        optimizer.add_param_group(saved)
+
+
+def _named_batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, _BatchNorm))
 
 
 def _set_trained(module: nn.Module, *, is_trained: bool) -> None:

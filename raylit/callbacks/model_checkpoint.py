@@ -13,10 +13,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.callbacks.checkpoint_options import check_options, missing_metric, moved
+from raylit.callbacks.checkpoint_options import check_options, missing_metric, moved, without_foreign_paths
 from raylit.callbacks.timing import Clock, is_saved_at_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.index import newest_first
+from raylit.checkpoint.index import newest_first, recorded_paths
 from raylit.checkpoint.naming import Naming, fields, first_free
 from raylit.checkpoint.publication import Publication
 from raylit.checkpoint.retention import BestFiles
@@ -91,6 +91,8 @@ class ModelCheckpoint(DriverCallback):
         self._best = BestFiles(count=save_top_k, mode=mode)
         self._current_score: float | None = None
         self._resumed_path = ""
+        self._written: set[str] = set()
+        """Paths that this run has written, or by the directory's index one before it: no other file is removed."""
         self._linkable_path = ""
         self._unapplied_state: dict[str, Any] | None = None
         self._is_deferred = False
@@ -262,13 +264,15 @@ class ModelCheckpoint(DriverCallback):
             self._unapplied_state = state_dict
             return
         directory = state_dict.get("dirpath", self.dirpath)
+        state_dict = without_foreign_paths(state_dict, directory)
         if directory == self.dirpath:
+            self._written |= recorded_paths(self.dirpath)
             self._best.scores = {path: float(score) for path, score in state_dict.get("best_k_models", {}).items()}
             self.last_model_path = state_dict.get("last_model_path", "")
             self.newest_model_path = self._resumed_path = state_dict.get("newest_model_path", "")
         else:
             warnings.warn(moved(directory, self.dirpath), stacklevel=2)
-        self.best_model_path = state_dict["best_model_path"]
+        self.best_model_path = state_dict["best_model_path"] or self._best.best
 
     # Helpers, in the order in which they are called
 
@@ -358,6 +362,7 @@ class ModelCheckpoint(DriverCallback):
         if path != self.last_model_path:
             self._linkable_path = path
         self._step_saved = run.state.progress.global_step
+        self._written |= {path, self.last_model_path}
         then = Publication(
             path=path,
             directory=self.dirpath or "",
@@ -387,9 +392,10 @@ class ModelCheckpoint(DriverCallback):
         return first_free(names, self.first_version, reusable=reusable, is_taken=run.is_saving_to)
 
     def _is_removable(self, path: str) -> bool:
-        """It is this directory's, has no other use, and the run was not resumed from it."""
+        """It is this run's or its predecessor's, in this directory, has no other use, and the run was not resumed from
+        it."""
         is_kept = path in (self.best_model_path, self.last_model_path, self._resumed_path, *self._best.scores)
-        return path != "" and not is_kept and is_inside(path, self.dirpath or "")
+        return path != "" and path in self._written and not is_kept and is_inside(path, self.dirpath or "")
 
     def _say(self, message: str) -> None:
         _log.log(logging.INFO if self.verbose else logging.DEBUG, message)

@@ -8,7 +8,7 @@ from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
 from raylit.checkpoint.naming import Naming, first_free
 from raylit.errors import ConfigError
-from raylit.places import absolute
+from raylit.places import absolute, check_stays_below
 
 
 class OnExceptionCheckpoint(Callback):
@@ -24,6 +24,7 @@ class OnExceptionCheckpoint(Callback):
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
         if not filename:
             raise ConfigError("OnExceptionCheckpoint(filename=''): the name cannot be empty")
+        check_stays_below(filename, f"OnExceptionCheckpoint(filename={filename!r})")
         self.dirpath = absolute(dirpath)
         self.filename = filename
         self._has_saved = False

@@ -45,10 +45,13 @@ class ShardedAverage:
         optimizers: Sequence[Optimizer],
         *,
         average: nn.Module,
+        has_average: Callable[[], bool],
         is_swapped: Callable[[], bool],
     ) -> None:
-        """`average`: its values are as `own_part` has the module's; while `is_swapped` each has the other's."""
+        """`average`: its values are as `own_part` has the module's, and count once it `has_average`; while
+        `is_swapped` each has the other's."""
         self._average = average
+        self._has_average = has_average
         self._is_swapped = is_swapped
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._hooks: list[RemovableHandle] = [module.register_state_dict_post_hook(partial(self._put_average))]
@@ -59,7 +62,7 @@ class ShardedAverage:
             hook.remove()
 
     def _put_average(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if self._is_swapped():
+        if self._is_swapped() or not self._has_average():
             return
         averages = {**dict(self._average.named_parameters()), **dict(self._average.named_buffers())}
         # A parameter may have several names.
@@ -70,6 +73,8 @@ class ShardedAverage:
                 state_dict[name] = _as_part_of(value, average.detach())
 
     def _add_current(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not self._has_average():
+            return state_dict
         averages = dict(self._average.named_parameters())
         state = dict(state_dict["state"])
         for index, parameter in _indexed(optimizer, state_dict):

@@ -1,6 +1,8 @@
 """WeightAveraging: an average of the weights is what is evaluated, saved and left at the end. Runs on every worker."""
 
 import itertools
+import warnings
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ class WeightAveraging(Callback):
     """Averages weights and, with `use_buffers`, buffers after each step; override `should_update` for other times.
 
     Validation runs with the average, checkpoints have it as their `state_dict`, and at the end of training it is what
-    the module has. `device`: where the average is kept, by default the module's. Other keywords are those of
+    the module has. Before the first update there is no average: validation, checkpoints and a run that ends until then
+    have the current weights. `device`: where the average is kept, by default the module's. Other keywords are those of
     torch.optim.swa_utils.AveragedModel, such as `avg_fn` and `multi_avg_fn`; without them all count alike.
     """
 
@@ -27,6 +30,8 @@ class WeightAveraging(Callback):
         self._use_buffers = use_buffers
         self._kwargs = kwargs
         self._average: AveragedModel | None = None
+        self._has_average = False
+        """An update has taken place. Until then `_average` holds the weights from before the training."""
         self._is_swapped = False
         """The module has the average's values, and the average the module's."""
         self._sharded: ShardedAverage | None = None
@@ -46,24 +51,33 @@ class WeightAveraging(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
-            self._made().update_parameters(own_part(pl_module))
+            self._update(pl_module)
             self._latest_update_step = step
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
-            self._made().update_parameters(own_part(pl_module))
+            self._update(pl_module)
             self._latest_update_epoch = epoch
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._average is not None:
+        if self._has_average:
             self._swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._average is not None:
+        if self._is_swapped:
             self._swap(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self._has_average:
+            if trainer.is_global_zero and not trainer.fast_dev_run:
+                warnings.warn(
+                    f"{type(self).__name__} has averaged nothing in the {trainer.global_step} steps and "
+                    f"{trainer.current_epoch + 1} epochs of this run; the module keeps the weights of its last step: "
+                    "let the average begin earlier, or train longer",
+                    stacklevel=2,
+                )
+            return
         for average, current in zip(_values(self._made().module), _values(own_part(pl_module)), strict=True):
             current.copy_(average)
 
@@ -74,7 +88,7 @@ class WeightAveraging(Callback):
         for hook in self._hooks:
             hook.remove()
         self._average, self._sharded, self._hooks = None, None, []
-        self._is_swapped = False
+        self._has_average = self._is_swapped = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest_update_step": self._latest_update_step, "latest_update_epoch": self._latest_update_epoch}
@@ -84,7 +98,7 @@ class WeightAveraging(Callback):
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self._average is None:
+        if not self._has_average:
             return
         if self._sharded is not None:
             self._save_beside_parts(pl_module, checkpoint)
@@ -102,6 +116,7 @@ class WeightAveraging(Callback):
         if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
             return
         self._made().n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        self._has_average = int(checkpoint["averaging_state"]["n_averaged"]) > 0
         # Where ranks have written their parts, of buffers only: the optimizers bring the rest.
         current = checkpoint["current_model_state"]
         for name, value in itertools.chain(pl_module.named_parameters(), pl_module.named_buffers()):
@@ -112,15 +127,24 @@ class WeightAveraging(Callback):
         device = pl_module.device if self._device is None else self._device
         part = own_part(pl_module)
         self._average = AveragedModel(part, device=device, use_buffers=self._use_buffers, **self._kwargs)
+        self._has_average = False
         if has_shards(pl_module):
             self._sharded = ShardedAverage(
-                pl_module, trainer.optimizers, average=self._average.module, is_swapped=lambda: self._is_swapped
+                pl_module,
+                trainer.optimizers,
+                average=self._average.module,
+                has_average=lambda: self._has_average,
+                is_swapped=lambda: self._is_swapped,
             )
         self._hooks = [optimizer.register_load_state_dict_pre_hook(take_current) for optimizer in trainer.optimizers]
 
     def _made(self) -> AveragedModel:
         assert self._average is not None
         return self._average
+
+    def _update(self, pl_module: nn.Module) -> None:
+        self._made().update_parameters(own_part(pl_module))
+        self._has_average = True
 
     def _swap(self, pl_module: nn.Module) -> None:
         for average, current in zip(_values(self._made().module), _values(own_part(pl_module)), strict=True):
@@ -131,9 +155,9 @@ class WeightAveraging(Callback):
 
     def _save(self, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         # Copies: validation exchanges the values while a checkpoint may still be on its way to the disk.
-        state = {name: value.detach().cpu().clone() for name, value in self._made().state_dict().items()}
+        state = {name: _copied(value) for name, value in self._made().state_dict().items()}
         current = pl_module.state_dict()
-        checkpoint["current_model_state"] = {name: value.detach().cpu().clone() for name, value in current.items()}
+        checkpoint["current_model_state"] = {name: _copied(value) for name, value in current.items()}
         prefix = "module."
         checkpoint["state_dict"] = {
             name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
@@ -181,6 +205,11 @@ class EMAWeightAveraging(WeightAveraging):
 def _values(module: nn.Module) -> "itertools.chain[Tensor]":
     """Of its parameters and buffers, without their graphs."""
     return itertools.chain((p.data for p in module.parameters()), (b.data for b in module.buffers()))
+
+
+def _copied(value: Any) -> Any:
+    """On the CPU; what a module's `get_extra_state` has returned may be no tensor."""
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else deepcopy(value)
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:

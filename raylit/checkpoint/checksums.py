@@ -1,5 +1,6 @@
 """The files of a checkpoint that is a directory: what they are called, and whether they are sound. Both sides."""
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ def first_damaged(directory: str, checksums: Mapping[str, tuple[int, int]], *, s
 
 def damage_of(path: str, checksum: tuple[int, int]) -> str:
     """What is wrong with a file, at a path or a URL; empty: it is sound."""
+    if not is_url(path) and os.path.exists(path) and not os.path.isfile(path):
+        return "is no file"  # to open a pipe would be to wait for its other end
     try:
         with _opened(path) as (file, num_bytes):
             if num_bytes != checksum[0]:

@@ -9,19 +9,21 @@ used once, so that INDEX alone is replaced. Both sides.
 import ctypes
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raylit.checkpoint.checksums import Checksums, first_damaged
+from raylit.checkpoint.checksums import METADATA, Checksums, first_damaged
 from raylit.errors import DamagedCheckpoint
-from raylit.places import is_url, joined
+from raylit.places import is_url, joined, leads_down
 from raylit.strategies import parts
 
 INDEX = "index.ckpt"
+PARTS = "parts-"
+"""What the names of subdirectories begin with."""
 STATES = ("state_dict", "optimizer_states")
 """The entries of a checkpoint that may have placeholders."""
 
@@ -39,9 +41,40 @@ def checksums_of(checkpoint: Mapping[str, Any]) -> Checksums:
 
 
 def with_place(checkpoint: dict[str, Any], directory: str | Path) -> dict[str, Any]:
-    """The checkpoint of an index file, knowing where its parts are."""
+    """The checkpoint of an index file, knowing where its parts are. DamagedCheckpoint: it names others than its own."""
     place = str(directory) if is_url(directory) else os.path.abspath(directory)
-    return {**checkpoint, "raylit": {**checkpoint["raylit"], "directory": place}}
+    parts = checkpoint.get("raylit", {}).get("parts", {})
+    if outside := [name for name in parts if not leads_down(name)]:
+        raise DamagedCheckpoint(
+            f"{place} names a part {outside[0]!r}, which is outside of it: it is damaged, or somebody has changed it. "
+            "Use another checkpoint"
+        )
+    return {**checkpoint, "raylit": {**checkpoint.get("raylit", {}), "directory": place}}
+
+
+def without_place(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """As it comes from a file, whose word where the parts are does not count."""
+    about = checkpoint.get("raylit")
+    if not isinstance(about, dict) or "directory" not in about:
+        return checkpoint
+    return {**checkpoint, "raylit": {name: value for name, value in about.items() if name != "directory"}}
+
+
+def check_replaceable(target: Path) -> None:
+    """FileExistsError: a directory of somebody else's is there, which must not go with what a checkpoint replaces."""
+    if target.is_dir() and not target.is_symlink() and not is_replaceable(os.listdir(target)):
+        raise FileExistsError(f"{target} is a directory and is no checkpoint: give a path where nothing else is")
+
+
+def is_replaceable(names: Iterable[str]) -> bool:
+    """A directory with these files is a checkpoint, or what is left of one whose writing was cut off, or empty."""
+    found = list(names)
+    return INDEX in found or all(is_own(name) for name in found)
+
+
+def is_own(name: str) -> bool:
+    """A file or subdirectory of a checkpoint, by its name."""
+    return name in (INDEX, METADATA) or name.endswith((".distcp", ".tmp")) or name.startswith(PARTS)
 
 
 def place_of(checkpoint: Mapping[str, Any]) -> str | None:
@@ -94,6 +127,7 @@ def in_reach(checkpoint: dict[str, Any], *, sees: Callable[[str], bool]) -> dict
 
 def put(draft: Path, target: Path) -> None:
     """In the place of the target; what stood there is in the draft's place afterwards, or gone. OSError: not done."""
+    check_replaceable(target)
     _sync(draft)
     if not os.path.lexists(target) or not _are_exchanged(draft, target):
         # Where the file system cannot exchange two names there is a moment without the target.

@@ -34,9 +34,9 @@ def write_through(parts: Iterable[memoryview], path: str | os.PathLike[str]) -> 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str], flags: int) -> Iterator[int | None]:
-    """None: the file system does not know that flag."""
+    """None: the file system does not know that flag. A link that somebody has put in the file's place is an error."""
     try:
-        descriptor = os.open(Path(path), flags)
+        descriptor = os.open(Path(path), flags | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         if flags == os.O_WRONLY:
             raise

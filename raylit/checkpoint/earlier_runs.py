@@ -8,7 +8,7 @@ from typing import Any
 from raylit.checkpoint import files
 from raylit.checkpoint.index import newest_first, newest_usable, read_index, written_at
 from raylit.errors import CheckpointError
-from raylit.places import joined
+from raylit.places import is_inside, joined
 
 
 class EarlierRuns:
@@ -38,7 +38,8 @@ class EarlierRuns:
                 return joined(directory, name)
             for path in newest_first(directory):
                 with suppress(CheckpointError):
-                    return _best_path_in(files.read(path, allow_pickle=allow_pickle, is_whole=False))
+                    best = _best_path_in(files.read(path, allow_pickle=allow_pickle, is_whole=False))
+                    return best if is_inside(best, directory) else ""
         return ""
 
     def described(self) -> str:

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import socket
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -62,6 +63,7 @@ class DirectoryDraft:
         self.place = str(self._target.parent / _temporary_name())
         self.index = os.path.join(self.place, directory.INDEX)
         try:
+            directory.check_replaceable(self._target)
             os.makedirs(self.place)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
@@ -141,6 +143,8 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: 
         raise NotACheckpoint(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
         raise CheckpointError(f"there is no checkpoint {source}.{_nearby(source.parent)}")
+    if not source.is_file():
+        raise NotACheckpoint(f"{source} is a pipe, a socket or a device, not a checkpoint file")
     return _read(source, str(source), allow_pickle)
 
 
@@ -156,6 +160,17 @@ def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *,
     if directory.place_of(index) is None:
         raise CheckpointError(f"{os.fspath(source)} is one file already")
     write(directory.whole(format.without_run(index) if is_weights_only else index), path)
+
+
+def warn_of_unsafe_torch(version: str) -> None:
+    """Before 2.10 torch's `weights_only` does not keep a file from running code."""
+    major, minor = map(int, version.split(".")[:2])
+    if (major, minor) < (2, 10):
+        warnings.warn(
+            f"torch {version} can be made to run code by a checkpoint's file in spite of weights_only=True "
+            "(CVE-2026-24747, GHSA-63cw-57p8-fm3p): upgrade to torch 2.10, or load only files that you trust",
+            stacklevel=3,
+        )
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -248,12 +263,15 @@ def _read(source: Path, name: str, allow_pickle: bool) -> dict[str, Any]:
         return checkpoint
     if (damaged := _first_damaged(source)) is not None:
         raise DamagedCheckpoint(f"{name} is damaged: {damaged}. Use the checkpoint before it")
-    if checkpoint["raylit"]["format"] > FORMAT:
+    about = checkpoint["raylit"]
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+        raise NotACheckpoint(f"{name} is not a checkpoint: its entry 'raylit' does not say of which format it is")
+    if about["format"] > FORMAT:
         raise CheckpointError(
             f"{name} is of a newer raylit: written by raylit {checkpoint.get('raylit_version')} in format "
-            f"{checkpoint['raylit']['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
+            f"{about['format']}; this raylit reads up to format {FORMAT}: upgrade raylit"
         )
-    return checkpoint
+    return directory.without_place(checkpoint)
 
 
 def _linked(file: Any, path: Any) -> None:
@@ -296,6 +314,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _load(source: Path, name: str, allow_pickle: bool) -> Any:
+    warn_of_unsafe_torch(torch.__version__)
     try:
         return torch.load(source, map_location="cpu", weights_only=not allow_pickle)
     except PermissionError as error:

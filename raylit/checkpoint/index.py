@@ -14,7 +14,7 @@ from typing import Any
 
 from raylit.checkpoint import files, remote
 from raylit.errors import DamagedCheckpoint
-from raylit.places import entries, is_url, joined, modified_at, read_text, write_text
+from raylit.places import entries, is_url, joined, leads_down, modified_at, read_text, write_text
 
 FILE_NAME = ".index.json"
 SUFFIX = ".ckpt"
@@ -56,7 +56,7 @@ def read_index(directory: str | os.PathLike[str]) -> Index:
         listed = [
             Entry(**{key: value for key, value in entry.items() if key in known})
             for entry in content.get("entries", [])
-            if isinstance(entry["name"], str)
+            if leads_down(entry["name"])
         ]
         return Index(entries=tuple(listed), last=str(content.get("last", "")), best=str(content.get("best", "")))
     return Index()
@@ -65,6 +65,13 @@ def read_index(directory: str | os.PathLike[str]) -> Index:
 def write_index(index: Index, directory: str | os.PathLike[str]) -> None:
     """Whole or not at all. OSError, or what the store of a URL raises."""
     write_text(json.dumps({"format": _FORMAT, **asdict(index)}, indent=1), joined(directory, FILE_NAME))
+
+
+def recorded_paths(directory: str) -> set[str]:
+    """The paths of the files that runs have written there."""
+    index = read_index(directory)
+    names = {*(entry.name for entry in index.entries), index.last}
+    return {joined(directory, name) for name in names if leads_down(name)}
 
 
 def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from raylit.checkpoint import files
 from raylit.errors import ConfigError
-from raylit.places import joined
+from raylit.places import check_stays_below, joined
 from raylit.state import RunState
 
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
@@ -44,10 +44,11 @@ class Naming:
         return "{step" in self.pattern
 
     def path(self, metrics: Mapping[str, Any], version: int | None = None, prefix: str | None = None) -> str:
-        """A metric that is missing counts as 0."""
+        """A metric that is missing counts as 0. ConfigError: an unfit spec, or a name that leads out."""
         parts = [prefix, fill(self.pattern, metrics, equals=self.equals), None if version is None else f"v{version}"]
-        name = self.join_char.join(part for part in parts if part is not None)
-        return joined(self.directory, name + self.extension)
+        name = self.join_char.join(part for part in parts if part is not None) + self.extension
+        check_stays_below(name, f"the checkpoint's file name {name!r}, of the pattern {self.pattern!r},")
+        return joined(self.directory, name)
 
 
 def first_free(

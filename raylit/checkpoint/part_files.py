@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from raylit.checkpoint import remote
@@ -35,7 +35,7 @@ from raylit.places import is_url, joined
 
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
+        # For BytesStorageMetadata torch's planner would unpickle a part; tensors it reads with weights_only.
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -44,13 +44,11 @@ _METADATA_CLASSES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
-    "pathlib": {"Path", "PosixPath"},
-    "collections": {"OrderedDict"},
 }
-"""All that torch 2.13 pickles there, by module; besides dtypes."""
+"""All that `metadata_of` pickles, by module; besides dtypes."""
 
 
 def metadata_of(parts: Sequence[Part]) -> bytes:
@@ -84,13 +82,17 @@ class PartReader:
     def __init__(self, place: str, checksums: Checksums) -> None:
         """`checksums`: of the files, by their paths from `place` on."""
         self._place = place
-        [metadata] = [name for name in checksums if name.rpartition("/")[2] == METADATA]
-        parent = metadata.rpartition("/")[0]
+        found = [name for name in checksums if name.rpartition("/")[2] == METADATA]
+        if len(found) != 1:
+            raise DamagedCheckpoint(
+                f"{place} is damaged: its index has {len(found)} files {METADATA}, not one. Use another checkpoint"
+            )
+        parent = found[0].rpartition("/")[0]
+        names = {name.rpartition("/")[2]: checksum for name, checksum in checksums.items()}
         if is_url(place):
-            names = {name.rpartition("/")[2]: checksum for name, checksum in checksums.items()}
             self._reader: _SafeReader = _Fetching(joined(place, parent), names)
         else:
-            self._reader = _SafeReader(Path(place) / parent)
+            self._reader = _SafeReader(Path(place) / parent, names)
 
     def __call__(self, targets: Mapping[str, Tensor]) -> None:
         """Into the targets: plain tensors get the whole, sharded ones their share.
@@ -100,7 +102,7 @@ class PartReader:
         if not targets:
             return
         # What torch's own `load` does, without its words of other ranks, and without its wrapping of errors.
-        planner = dcp.DefaultLoadPlanner()
+        planner = _TensorPlanner()
         try:
             metadata = self._reader.read_metadata()
             planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
@@ -112,15 +114,37 @@ class PartReader:
             raise CheckpointError(f"cannot read the parts of the checkpoint {self._place}: {error}") from error
 
 
+class _TensorPlanner(dcp.DefaultLoadPlanner):
+    """Loads tensors. Anything else torch's own would unpickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise CheckpointError(f"the checkpoint's {METADATA} has {read_item.dest_index.fqn} for an object, not a tensor")
+
+
 class _SafeReader(dcp.FileSystemReader):
     """Its parts torch reads with weights_only; the metadata, which is a pickle, with nothing but its own classes."""
 
+    def __init__(self, directory: Path, checksums: Checksums) -> None:
+        """`checksums`: of the directory's files, by their names. There are no others in it."""
+        super().__init__(directory)
+        self._checksums = checksums
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata: Metadata = _MetadataUnpickler(io.BytesIO(self._metadata())).load()
+        self._check_names(metadata)
         if getattr(metadata, "storage_meta", None) is not None:
             assert metadata.storage_meta is not None
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _check_names(self, metadata: Metadata) -> None:
+        places = (metadata.storage_data or {}).values()
+        for name in {place.relative_path for place in places}:
+            if name not in self._checksums:
+                raise DamagedCheckpoint(
+                    f"{self.path} is damaged: its {METADATA} names {name!r}, which is none of the checkpoint's parts. "
+                    "Use another checkpoint"
+                )
 
     def _metadata(self) -> bytes:
         return (Path(self.path) / METADATA).read_bytes()
@@ -130,9 +154,8 @@ class _Fetching(_SafeReader):
     """From a URL, by a copy in a temporary directory."""
 
     def __init__(self, url: str, checksums: Checksums) -> None:
-        super().__init__(Path())
+        super().__init__(Path(), checksums)
         self._url = url
-        self._checksums = checksums
         self._copies = ExitStack()
         """Of the copy that there is."""
         weakref.finalize(self, self._copies.close)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from raylit.checkpoint import files
 from raylit.checkpoint.index import Entry, read_index, write_index
 from raylit.errors import CheckpointError
-from raylit.places import relative
+from raylit.places import is_inside, relative
 from raylit.state import Progress
 
 
@@ -49,7 +49,8 @@ class Publication:
         except Exception as error:  # of whatever kind a store's own library raises
             raise CheckpointError(f"cannot write the index of {self.directory}: {error}") from error
         for path in self.outdated:
-            files.remove(path)
+            if is_inside(path, self.directory):  # a link may have been put there since
+                files.remove(path)
 
     def _entry(self, path: str, *, score: float | None = None) -> Entry:
         return Entry(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from raylit.checkpoint.directory import INDEX
+from raylit.checkpoint.directory import INDEX, PARTS, is_own, is_replaceable
 from raylit.checkpoint.layout import Layout
 from raylit.errors import CheckpointError
-from raylit.places import file_system, is_object_store, joined, make_directory, modified_at
+from raylit.places import entries, file_system, is_object_store, joined, make_directory, modified_at
 
 
 class StoreUnreachable(CheckpointError):
@@ -142,11 +142,13 @@ class RemoteDirectoryDraft:
     def __init__(self, url: str) -> None:
         """CheckpointError: it cannot be made."""
         self._url = url.rstrip("/")
-        self.subdirectory = f"parts-{uuid4().hex[:12]}"
+        self.subdirectory = f"{PARTS}{uuid4().hex[:12]}"
         self.place = joined(self._url, self.subdirectory)
         self.index = joined(self._url, INDEX)
         self._is_published = False
         try:
+            if not is_replaceable(entries(self._url)):
+                raise FileExistsError(f"{self._url} is a directory and is no checkpoint: give a URL where nothing is")
             make_directory(self.place)
         except Exception as error:  # of whatever kind the store's own library raises
             raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
@@ -192,7 +194,7 @@ def _clear(url: str, *, kept: Sequence[str]) -> None:
             files.rm_file(place)  # one file of this name
     with suppress(Exception):
         for name in _names_in(url):
-            if name not in kept:
+            if name not in kept and is_own(name):
                 files.rm(f"{place}/{name}", recursive=True)
 
 

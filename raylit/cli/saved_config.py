@@ -1,13 +1,14 @@
 """SavedConfig: the run's whole configuration, beside its checkpoints. Driver only."""
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.places import joined, write_text
+from raylit.places import check_stays_below, joined, write_text
 
 
 class SavedConfig(DriverCallback):
     """Writes `config.yaml` into the run's log directory as it starts."""
 
     def __init__(self, text: str, filename: str = "config.yaml") -> None:
+        check_stays_below(filename, f"the config's file name {filename!r}")
         self._text = text
         self._filename = filename
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def _save(rows: list[dict[str, Any]], filename: str) -> None:
         return
     path = Path(filename).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can guess and put a link to another file under.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         torch.save(rows, temporary)
         os.replace(temporary, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
-from raylit.places import entries, is_url, joined, make_directory, write_text
+from raylit.places import check_stays_below, entries, is_url, joined, make_directory, write_text
 
 
 class FileLogger(Logger):
@@ -25,6 +25,9 @@ class FileLogger(Logger):
         prefix: str,
         sub_dir: str | None = None,
     ) -> None:
+        for option, part in (("name", name), ("version", version), ("sub_dir", sub_dir)):
+            if isinstance(part, str):
+                check_stays_below(part, f"{type(self).__name__}({option}={part!r})")
         self._save_dir = None if save_dir is None else _expanded(save_dir)
         self._name = name or ""
         self._version = version

@@ -13,6 +13,7 @@ from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
 from raylit.loggers.file import plain
 from raylit.loggers.saved import SavedFile, SavedFiles, is_after_each
+from raylit.places import check_stays_below
 
 _STEP = "trainer/global_step"
 
@@ -48,6 +49,8 @@ class WandbLogger(Logger):
         self._save_dir = None if directory is None else os.path.expanduser(os.fspath(directory))
         self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self._id = version or id or os.environ.get("WANDB_RUN_ID")
+        for option, part in (("project", self._project), ("version", self._id or "")):
+            check_stays_below(part, f"WandbLogger({option}={part!r})")
         self._init = {"name": name, "resume": "allow", **wandb_init}
         if anonymous:
             self._init["anonymous"] = "allow"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from raylit.messages import Action, Profile
+from raylit.places import check_stays_below
 from raylit.profilers.stopwatch import Stopwatch
 from raylit.profilers.table import drawn_profiles
 from raylit.tables import printable
@@ -38,6 +39,7 @@ class Profiler:
     """
 
     def __init__(self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None) -> None:
+        check_stays_below(filename or "", f"{type(self).__name__}(filename={filename!r})")
         self.dirpath = None if dirpath is None else os.fspath(dirpath)
         self.filename = filename
         self.profiles: tuple[Profile, ...] = ()

@@ -1,5 +1,6 @@
 """WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging, compared with loops written by hand."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
@@ -138,6 +139,83 @@ def test_a_checkpoint_has_the_average_as_its_weights_and_the_others_beside_it(tm
     assert checkpoint["averaging_state"]["n_averaged"] == 12
     loaded = Regression.load_from_checkpoint(saved.best_model_path)
     assert_same_weights(weights_of(loaded), weights_of(model))
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_until_an_average_begins_the_current_weights_are_validated_saved_and_left(num_workers, tmp_path):
+    torch.manual_seed(1)
+    model = Weighs()
+    expected = deepcopy(model)
+    settings = {"num_workers": num_workers, "enable_checkpointing": True, "limit_val_batches": 1.0}
+    fit(expected, num_workers=num_workers)
+    data = DataLoader(make_data(48), batch_size=8 // max(1, num_workers), shuffle=True)
+    saved = pl.ModelCheckpoint(tmp_path)
+    torch.manual_seed(5)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        callbacks=[pl.EMAWeightAveraging(update_starting_at_step=100), saved],
+        logger=False,
+        enable_progress_bar=False,
+        **settings,
+    )
+    message = "EMAWeightAveraging has averaged nothing in the 12 steps and 2 epochs"
+    with nullcontext() if num_workers else pytest.warns(UserWarning, match=message):
+        trainer.fit(model, data, DataLoader(make_data(20), batch_size=10))
+    assert_same_weights(weights_of(model), weights_of(expected))
+    assert_same_weights(dict(torch.load(saved.best_model_path, weights_only=True)["state_dict"]), weights_of(expected))
+    validated, trained = model.validated[-1], model.trained[-1]
+    assert_same_weights(validated, trained)
+    assert_same_weights(validated, weights_of(expected))
+
+
+def test_an_average_that_begins_by_epoch_is_validated_from_that_epoch_on():
+    class FromTheThirdOn(pl.WeightAveraging):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return epoch_idx is not None and epoch_idx >= 2
+
+    model = Weighs()
+    loader = DataLoader(make_data(20), batch_size=10)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=5, callbacks=FromTheThirdOn(), num_sanity_val_steps=0, **quiet)
+    trainer.fit(model, loader, loader)
+    # Validation comes before the end of its epoch, at which the average is updated.
+    first, second, third, fourth, fifth = model.trained
+    mean = {name: (third[name] + fourth[name]) / 2 for name in third}
+    for found, expected in zip(model.validated, (first, second, third, third, mean), strict=True):
+        assert_same_weights(found, expected, rtol=1e-5, atol=1e-6)
+    mean = {name: (third[name] + fourth[name] + fifth[name]) / 3 for name in third}
+    assert_same_weights(weights_of(model), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_a_run_resumed_before_its_average_has_begun_equals_one_that_was_not_interrupted(num_workers, tmp_path):
+    torch.manual_seed(1)
+    model = Regression()
+    first, resumed = deepcopy(model), deepcopy(model)
+    settings = {"num_workers": num_workers, "enable_checkpointing": True, "max_epochs": 2}
+
+    def ema():
+        return pl.EMAWeightAveraging(decay=0.5, update_starting_at_step=8)
+
+    fit(model, callbacks=[ema()], **settings)
+    saved = pl.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=5, save_top_k=-1, monitor="step")
+    fit(first, callbacks=[ema(), saved], **settings)
+    [path] = (tmp_path / "saved").glob("*step=5.ckpt")
+    fit(resumed, callbacks=[ema()], ckpt_path=path, **settings)
+    assert_same_weights(weights_of(resumed), weights_of(model))
+
+
+def test_an_average_is_saved_of_a_module_with_extra_state_that_is_no_tensor(tmp_path):
+    class Extra(Regression):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    saved = pl.ModelCheckpoint(tmp_path)
+    fit(Extra(), callbacks=[pl.WeightAveraging(), saved], enable_checkpointing=True)
+    assert Extra.load_from_checkpoint(saved.best_model_path).calls == 3
 
 
 def swa_by_hand(model, *, epochs, start, rate, anneal, strategy):

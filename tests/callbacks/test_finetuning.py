@@ -111,6 +111,123 @@ def test_a_resumed_run_has_the_groups_and_trains_what_was_trained(num_workers, a
     assert watch.rates[-1] == [0.02, 0.008]
 
 
+class Wide(pl.LightningModule):
+    """A backbone with batch norms, one of them without parameters, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        parts = (nn.Linear(8, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False), nn.Dropout(0.5), nn.Linear(6, 6))
+        self.backbone = nn.Sequential(*parts)
+        self.head = nn.Linear(6, 3)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return functional.mse_loss(self.head(self.backbone(x)), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.head.parameters(), lr=0.02)
+
+
+class PartByPart(BaseFinetuning):
+    """Biases from the second epoch on; the last layer's weight, in their group, and the batch norms from the third."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.backbone, train_bn=False)
+        pl_module.backbone.eval()
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        first, norm, plain_norm, _, last = pl_module.backbone
+        if epoch == 1:
+            biases = [first.bias, norm.bias, last.bias]
+            for bias in biases:
+                bias.requires_grad_(True)
+            optimizer.add_param_group({"params": biases, "lr": 0.01})
+            pl_module.head.weight.requires_grad_(False)
+        if epoch == 2:
+            last.weight.requires_grad_(True)
+            optimizer.param_groups[1]["params"].append(last.weight)
+            self.make_trainable(plain_norm)
+            pl_module.backbone.train()
+
+
+class Flags(pl.Callback):
+    """Of each epoch: what is trained, tracks statistics, is in train mode, and what the optimizer has."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        [optimizer] = trainer.optimizers
+        self.seen[trainer.current_epoch] = (
+            [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
+            [name for name, module in pl_module.named_modules() if getattr(module, "track_running_stats", False)],
+            [name for name, module in pl_module.named_modules() if module.training],
+            [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups],
+        )
+
+
+@pytest.mark.parametrize("at_step", [9, 12, 20])
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_a_resumed_run_trains_the_single_parameters_that_were_trained(num_workers, at_step, tmp_path):
+    torch.manual_seed(1)
+    model = Wide()
+    first, resumed = deepcopy(model), deepcopy(model)
+    settings = {"num_workers": num_workers, "max_epochs": 4}
+    expected, found = Flags(), Flags()
+    fit(model, callbacks=[PartByPart(), expected], **settings)
+    saved = pl.ModelCheckpoint(tmp_path, every_n_train_steps=at_step, save_top_k=-1, monitor="step")
+    fit(first, callbacks=[PartByPart(), saved], enable_checkpointing=True, **settings)
+    [path] = tmp_path.glob(f"*step={at_step}.ckpt")
+    fit(resumed, callbacks=[PartByPart(), found], ckpt_path=path, **settings)
+    trained, tracking, in_train_mode, groups = expected.seen[2]
+    biases = ["backbone.0.bias", "backbone.1.bias", "backbone.4.bias"]
+    assert trained == [*biases[:2], "backbone.4.weight", biases[2], "head.bias"]
+    assert tracking == ["backbone.2"]
+    assert "backbone.3" in in_train_mode
+    assert groups == [["head.weight", "head.bias"], [*biases, "backbone.4.weight"]]
+    assert found.seen
+    assert found.seen == {epoch: expected.seen[epoch] for epoch in found.seen}
+    assert_same_weights(weights_of(resumed), weights_of(model))
+
+
+class InMidEpoch(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        pass
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.unfreeze_and_add_param_group(pl_module.backbone[2], trainer.optimizers[0])
+
+
+def test_what_is_thawed_in_mid_epoch_is_resumed(tmp_path):
+    torch.manual_seed(1)
+    model = Transfer()
+    first, resumed = deepcopy(model), deepcopy(model)
+    fit(model, callbacks=InMidEpoch())
+    saved = pl.ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, monitor="step")
+    fit(first, callbacks=[InMidEpoch(), saved], enable_checkpointing=True)
+    watch = Watch()
+    [path] = tmp_path.glob("*step=4.ckpt")
+    fit(resumed, callbacks=[InMidEpoch(), watch], ckpt_path=path)
+    assert watch.rates == [[0.02, 0.002]] * 2
+    assert_same_weights(weights_of(resumed), weights_of(model))
+
+
+def test_a_checkpoint_of_another_modules_parameters_is_an_error(tmp_path):
+    saved = pl.ModelCheckpoint(tmp_path, every_n_train_steps=9)
+    fit(Transfer(), callbacks=[BackboneFinetuning(1), saved], enable_checkpointing=True)
+    checkpoint = torch.load(saved.best_model_path, weights_only=True)
+    state = checkpoint["callbacks"]["BackboneFinetuning"]["internal_optimizer_metadata"]
+    state[0][1]["params"][0] = "backbone.9.weight"
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(pl.CheckpointError, match=r"parameters that this module does not have: backbone\.9\.weight"):
+        fit(Transfer(), callbacks=BackboneFinetuning(1), ckpt_path=tmp_path / "changed.ckpt", max_epochs=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "rates"),
     [

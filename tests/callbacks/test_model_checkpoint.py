@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -788,3 +789,109 @@ def test_an_explicit_checkpoint_without_monitor_has_no_score(tmp_path: Path) -> 
     RecordedRun(tmp_path, callback).fit(epochs=2, val_losses=[1, 2])
     assert callback.best_model_path.endswith("epoch=1-step=8.ckpt")
     assert names(tmp_path / "checkpoints") == ["epoch=1-step=8.ckpt"]
+
+
+# Checkpoints, directories and names of strangers
+
+
+def hostile_checkpoint(path: Path, callback: ModelCheckpoint, **state: Any) -> None:
+    """The checkpoint of a run, with other paths in its ModelCheckpoint's state."""
+    checkpoint = files.read(path)
+    checkpoint["callbacks"][callback.state_key] |= state
+    files.write(checkpoint, path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not empty")
+@pytest.mark.parametrize("monitor", [None, "val_loss"])
+@pytest.mark.parametrize("key", ["best_model_path", "last_model_path", "newest_model_path", "best_k_models"])
+@pytest.mark.parametrize(
+    ("name", "is_foreign"),
+    [
+        ("../../precious.txt", True),
+        ("{outside}/precious.txt", True),
+        ("link/precious.txt", True),
+        ("link/../precious.txt", True),
+        ("mine.txt", False),
+        ("sub/../mine.txt", False),
+        ("other.ckpt", False),
+    ],
+)
+def test_no_file_that_a_checkpoint_merely_names_is_removed(
+    name: str, is_foreign: bool, key: str, monitor: str | None, tmp_path: Path
+) -> None:
+    outside, directory = tmp_path / "outside", tmp_path / "outside" / "runs" / "ck"
+    (directory / "sub").mkdir(parents=True)
+    (directory / "link").symlink_to(outside)
+    precious = [outside / "precious.txt", directory / "mine.txt", directory / "other.ckpt", outside.parent / "p.txt"]
+    for file in precious:
+        file.write_text("precious")
+
+    def callback() -> ModelCheckpoint:
+        return ModelCheckpoint(directory, "{epoch}", monitor=monitor, save_last=True)
+
+    RecordedRun(tmp_path, callback()).fit(epochs=2, val_losses=[3, 2])
+    path = os.path.join(directory, name.format(outside=outside))
+    first = directory / "last.ckpt"
+    hostile_checkpoint(first, callback(), **{key: {path: 9.0} if key == "best_k_models" else path})
+    again = callback()
+    expectation = pytest.warns(UserWarning, match="outside of its directory") if is_foreign else nullcontext()
+    with expectation:
+        run = resumed_from(first, tmp_path, again)
+    run.fit(epochs=5, val_losses=[1, 0.5, 0.25])
+    assert [file.read_text() for file in precious] == ["precious"] * 4
+    assert again.best_model_path == str(directory / "epoch=4.ckpt")
+    assert (directory / "link").is_symlink()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not empty")
+def test_a_resumed_run_still_removes_what_the_one_before_it_has_written(tmp_path: Path) -> None:
+    RecordedRun(tmp_path, ModelCheckpoint(tmp_path, save_top_k=2, monitor="val_loss")).fit(
+        epochs=3, val_losses=[3, 1, 2]
+    )
+    callback = ModelCheckpoint(tmp_path, save_top_k=2, monitor="val_loss")
+    resumed_from(tmp_path / "epoch=1-step=8.ckpt", tmp_path, callback).fit(epochs=5, val_losses=[0.5, 0.25])
+    assert "epoch=2-step=12.ckpt" in names(tmp_path)  # the run before it knew nothing of that at epoch 1
+    assert "epoch=0-step=4.ckpt" not in names(tmp_path)
+    assert "epoch=1-step=8.ckpt" in names(tmp_path)  # resumed from
+
+
+@pytest.mark.parametrize("path", ["memory://{}/ck/../precious.ckpt", "memory://{}/ck/x::memory://{}/precious.ckpt"])
+def test_no_url_that_a_checkpoint_merely_names_is_removed(path: str, tmp_path: Path) -> None:
+    root = tmp_path.name
+    directory, path = f"memory://{root}/ck", path.format(root, root)
+    files.write({"state_dict": {}}, f"memory://{root}/precious.ckpt")
+    callback = ModelCheckpoint(directory)
+    state = {**callback.state_dict(), "best_model_path": path}
+    with pytest.warns(UserWarning, match="outside of its directory"):
+        callback.load_state_dict(state)
+    RecordedRun(tmp_path, callback).fit(epochs=3)
+    assert files.exists(f"memory://{root}/precious.ckpt")
+
+
+def test_state_of_other_types_than_paths_is_left_out(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path)
+    state = {**callback.state_dict(), "best_model_path": 3, "last_model_path": ["x"], "best_k_models": [1]}
+    with pytest.warns(UserWarning, match="outside of its directory"):
+        callback.load_state_dict(state)
+    assert (callback.best_model_path, callback.last_model_path, callback.best_k_models) == ("", "", {})
+
+
+@pytest.mark.parametrize("filename", ["../../x", "a/../../x", "/tmp/x", "{../x}", "{epoch}/../../x", "s3://bucket/x"])
+def test_a_file_name_does_not_lead_out_of_its_directory(filename: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leads out of the directory"):
+        ModelCheckpoint(tmp_path, filename)
+    with pytest.raises(ConfigError, match="leads out of the directory"):
+        ModelCheckpoint(tmp_path).format_checkpoint_name({}, filename)
+
+
+def test_metrics_with_slashes_make_directories_below(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, "{epoch}-{val/loss:.1f}")
+    assert callback.format_checkpoint_name({"val/loss": 0.5}) == str(tmp_path / "epoch=0-val" / "loss=0.5.ckpt")
+
+
+def test_another_last_name_does_not_lead_out_of_its_directory(tmp_path: Path) -> None:
+    class Outside(ModelCheckpoint):
+        CHECKPOINT_NAME_LAST = "../last"
+
+    with pytest.raises(ConfigError, match=r"'\.\./last\.ckpt', of the pattern '\.\./last', leads out"):
+        Outside(tmp_path)

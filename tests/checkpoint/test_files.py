@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from raylit.checkpoint import files, format
-from raylit.errors import CheckpointError
+from raylit.checkpoint.image import Image
+from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.messages import Saved
 
 
@@ -371,3 +372,56 @@ def test_a_url_has_the_whole_checkpoint_or_what_it_had(scheme, tmp_path, monkeyp
     files.remove(url)
     assert not files.exists(url)
     assert not files.link(url, f"{url}.link")
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cpu", "1.13.1"])
+def test_torch_whose_safe_loading_is_not_safe_is_named(version: str) -> None:
+    with pytest.warns(UserWarning, match=r"CVE-2026-24747.*upgrade to torch 2\.10"):
+        files.warn_of_unsafe_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.10.0a0+git123", "3.0.0"])
+@pytest.mark.filterwarnings("error")
+def test_torch_whose_safe_loading_is_safe_is_not(version: str) -> None:
+    files.warn_of_unsafe_torch(version)
+
+
+def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+
+    def write() -> None:
+        with files.drafted(tmp_path / "one.ckpt") as draft:
+            draft.unlink()
+            draft.symlink_to(precious)
+            Image({"state_dict": {"x": torch.ones(3)}}).write_to(draft)
+
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*one\.ckpt"):
+        write()
+    assert precious.read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["precious.txt"]
+
+
+def test_links_at_a_checkpoints_path_are_replaced_and_removed_but_not_followed(tmp_path: Path) -> None:
+    precious, path = tmp_path / "precious.txt", tmp_path / "one.ckpt"
+    precious.write_text("precious")
+    path.symlink_to(precious)
+    files.write({"state_dict": {}}, path)
+    assert not path.is_symlink()
+    path.unlink()
+    path.symlink_to(precious)
+    files.remove(path)
+    assert precious.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["precious.txt"]
+
+
+def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    with pytest.raises(files.NotACheckpoint, match=r"pipe\.ckpt is a pipe"):
+        files.read(tmp_path / "pipe.ckpt")
+    (tmp_path / "one.ckpt").mkdir()
+    os.mkfifo(tmp_path / "one.ckpt" / ".metadata")
+    index = {"format": 1, "progress": {}, "parts": {".metadata": (3, 4)}}
+    torch.save({"state_dict": {}, "raylit": index}, tmp_path / "one.ckpt" / "index.ckpt")
+    with pytest.raises(DamagedCheckpoint, match=r"\.metadata is no file"):
+        files.read(tmp_path / "one.ckpt")

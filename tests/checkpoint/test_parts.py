@@ -1,7 +1,10 @@
 """Checkpoints in parts, of one rank in this process: their files, on disks and at URLs."""
 
 import copy
-from collections.abc import Iterator
+import os
+import pickle
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +12,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from raylit.checkpoint import directory, files, format, remote
+from raylit.checkpoint.checksums import METADATA
 from raylit.checkpoint.held import HeldCheckpoint
 from raylit.checkpoint.held_part import HeldPart
 from raylit.checkpoint.host_copy import HostCopy
 from raylit.checkpoint.index import newest_first, newest_usable
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.messages import Saved
-from raylit.places import entries, file_system, joined
+from raylit.places import entries, file_system, is_url, joined, make_directory, read_text, write_bytes
 from raylit.state import Progress
 from raylit.strategies.parts import split
 from raylit.worker.context import WorkerContext
@@ -164,3 +170,106 @@ def test_where_nothing_can_be_made_all_ranks_are_told(mesh: DeviceMesh, tmp_path
     (tmp_path / "file.txt").touch()
     with pytest.raises(CheckpointError, match=r"cannot write .*one.ckpt"):
         write(str(tmp_path / "file.txt" / "one.ckpt"), sharded(mesh, seed=1))
+
+
+class Hostile:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def changed_metadata(path: Path, change: Callable[[Metadata], None]) -> None:
+    """Rewrite the metadata as an attacker would, with a checksum in the index that fits."""
+    file = path / METADATA
+    metadata = pickle.loads(file.read_bytes())
+    change(metadata)
+    file.write_bytes(pickle.dumps(metadata))
+    for name in os.listdir(path):
+        if name != directory.INDEX:
+            rewrite_index(path, lambda about, name=name: about["parts"].update({name: checksum_of(path / name)}))
+
+
+def checksum_of(file: Path) -> tuple[int, int]:
+    content = file.read_bytes()
+    return len(content), zlib.crc32(content)
+
+
+def rewrite_index(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    index = torch.load(path / directory.INDEX, weights_only=True)
+    change(index["raylit"])
+    torch.save(index, path / directory.INDEX)
+
+
+def test_no_part_of_a_sharded_checkpoint_is_unpickled(mesh: DeviceMesh, tmp_path: Path) -> None:
+    path, mark = tmp_path / "one.ckpt", tmp_path / "mark"
+    write(str(path), sharded(mesh, seed=1))
+    torch.save(Hostile(mark), path / "__0_0.distcp")
+    num_bytes = (path / "__0_0.distcp").stat().st_size
+
+    def hide_an_object_among_the_tensors(metadata: Metadata) -> None:
+        assert metadata.storage_data is not None
+        metadata.state_dict_metadata["state_dict.small"] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex("state_dict.small")] = _StorageInfo("__0_0.distcp", 0, num_bytes)
+
+    changed_metadata(path, hide_an_object_among_the_tensors)
+    with pytest.raises(CheckpointError, match=r"\.metadata .*BytesStorageMetadata"):
+        files.read(path)
+    assert not mark.exists()
+    (path / METADATA).write_bytes(pickle.dumps(Hostile(mark)))
+    rewrite_index(path, lambda about: about["parts"].update({METADATA: checksum_of(path / METADATA)}))
+    with pytest.raises(CheckpointError, match=r"\.metadata names posix\.system"):
+        files.read(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["../two.ckpt/__0_0.distcp", "{two}/__0_0.distcp", "file://{two}/__0_0.distcp"])
+def test_parts_that_lie_outside_of_the_checkpoint_are_not_read(mesh: DeviceMesh, tmp_path: Path, name: str) -> None:
+    path, two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
+    for number, seed in ((path, 1), (two, 2)):
+        write(str(number), sharded(mesh, seed=seed))
+    outside = name.format(two=two)
+
+    def lead_outside(metadata: Metadata) -> None:
+        assert metadata.storage_data is not None
+        for place in metadata.storage_data.values():
+            place.relative_path = outside
+
+    changed_metadata(path, lead_outside)
+    with pytest.raises(DamagedCheckpoint, match="which is none of the checkpoint's parts"):
+        files.read(path)
+    rewrite_index(path, lambda about: about["parts"].update({outside: checksum_of(two / "__0_0.distcp")}))
+    for is_whole in (True, False):
+        with pytest.raises(DamagedCheckpoint, match=r"one.ckpt .*names a part .*outside"):
+            files.read(path, is_whole=is_whole)
+
+
+def test_one_file_cannot_say_that_its_parts_are_elsewhere(mesh: DeviceMesh, tmp_path: Path) -> None:
+    write(str(tmp_path / "one.ckpt"), sharded(mesh, seed=1))
+    stolen = torch.load(tmp_path / "one.ckpt" / directory.INDEX, weights_only=True)
+    stolen["raylit"]["directory"] = str(tmp_path / "one.ckpt")
+    torch.save(stolen, tmp_path / "alone.ckpt")
+    assert directory.place_of(files.read(tmp_path / "alone.ckpt", is_whole=False)) is None
+
+
+def test_a_sharded_checkpoint_takes_no_other_directorys_place(mesh: DeviceMesh, place: str) -> None:
+    file = joined(place, "models", "notes.txt")
+    make_directory(joined(place, "models"))
+    write_bytes(b"precious", file) if is_url(file) else Path(file).write_bytes(b"precious")
+    with pytest.raises(CheckpointError, match=r"models: .* is no checkpoint"):
+        write(joined(place, "models"), sharded(mesh, seed=1))
+    assert read_text(file) == "precious"
+    assert entries(joined(place, "models")) == ["notes.txt"]
+
+
+def test_what_lies_in_a_sharded_checkpoint_at_a_url_but_is_none_of_it_stays(mesh: DeviceMesh) -> None:
+    path = "memory://mixed/one.ckpt"
+    write(path, sharded(mesh, seed=1))
+    write_bytes(b"precious", f"{path}/notes.txt")
+    write(path, sharded(mesh, seed=2))
+    assert read_text(f"{path}/notes.txt") == "precious"
+    assert_holds(path, sharded(mesh, seed=2))
+    assert len(entries(path)) == 3

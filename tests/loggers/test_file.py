@@ -126,3 +126,14 @@ def test_hparams_yaml_holds_plain_values(logger_class: type[FileLogger], tmp_pat
             "hue": "<Color.RED: 1>",
         }
     logger.finalize("success")
+
+
+@pytest.mark.parametrize("option", ["name", "version"])
+@pytest.mark.parametrize("value", ["../../x", "a/../../x", "/tmp/x", ".."])
+def test_a_name_or_version_does_not_lead_out_of_the_save_dir(option, value, tmp_path):
+    with pytest.raises(ConfigError, match=rf"CSVLogger\({option}='.*'\) leads out of the directory"):
+        CSVLogger(tmp_path, **{option: value})
+
+
+def test_names_below_names_are_fine(tmp_path):
+    assert CSVLogger(tmp_path, "a/b", "c..d").log_dir == str(tmp_path / "a" / "b" / "c..d")

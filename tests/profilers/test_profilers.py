@@ -9,7 +9,7 @@ from models import Regression, RegressionData, fit
 from torch.profiler import schedule
 
 import raylit as pl
-from raylit.profilers import Profiler
+from raylit.profilers import Profiler, SimpleProfiler
 
 
 def actions_of(profile):
@@ -168,3 +168,8 @@ def test_test_and_predict_are_profiled_too():
     assert actions_of(trainer.profiler.profiles[0])["test_step"].num_calls == 3
     trainer.predict(Regression(), datamodule=data)
     assert actions_of(trainer.profiler.profiles[0])["predict_step"].num_calls == 3
+
+
+def test_a_profilers_file_name_does_not_lead_out_of_its_directory(tmp_path):
+    with pytest.raises(pl.ConfigError, match=r"SimpleProfiler\(filename='\.\./\.\./x'\) leads out of the directory"):
+        SimpleProfiler(tmp_path, "../../x")

@@ -549,6 +549,8 @@ def test_a_run_goes_on_from_where_an_exception_ended_it(num_workers, tmp_path):
 def test_a_checkpoint_of_an_exception_needs_a_name():
     with pytest.raises(pl.ConfigError, match="filename=''"):
         pl.OnExceptionCheckpoint(".", "")
+    with pytest.raises(pl.ConfigError, match=r"OnExceptionCheckpoint\(filename='\.\./x'\) leads out of the directory"):
+        pl.OnExceptionCheckpoint(".", "../x")
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)

@@ -294,6 +294,35 @@ def test_weights_may_be_thawed_during_training():
     assert_same_weights(weights_of(model), weights_of(expected), **TOLERANCE)
 
 
+class Biases(pl.callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[1])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            biases = [pl_module.net[1].up.bias, pl_module.net[1].down.bias]
+            for bias in biases:
+                bias.requires_grad_(True)
+            optimizer.add_param_group({"params": biases, "lr": 0.02})
+
+
+class Partly(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+@pytest.mark.slow
+def test_biases_that_were_thawed_are_trained_in_a_resumed_run(tmp_path):
+    expected, resumed = Partly(), Partly()
+    saving = pl.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    fit(expected, callbacks=[Biases(), saving], max_epochs=3)
+    [path] = tmp_path.glob("*step=4.ckpt")
+    fit(resumed, callbacks=[Biases()], max_epochs=3, ckpt_path=path, enable_checkpointing=False)
+    assert not torch.equal(expected.net[1].up.bias, Partly().net[1].up.bias)
+    assert torch.equal(expected.net[1].up.weight, Partly().net[1].up.weight)
+    assert_same_weights(weights_of(resumed), weights_of(expected))
+
+
 # Averages of weights
 
 
@@ -322,6 +351,19 @@ def test_an_average_of_the_weights_is_kept_saved_and_resumed_in_shards(tmp_path)
     assert_same_weights(weights_of(resumed), weights_of(average), **TOLERANCE)
     [path] = tmp_path.glob("*step=6.ckpt")
     assert_same_weights(weights_of(Net.load_from_checkpoint(path)), weights_of(average), **TOLERANCE)
+
+
+def test_shards_of_an_average_that_has_not_begun_are_not_used(tmp_path):
+    expected, model, resumed = Net(), Net(), Net()
+    fit(expected)
+    late = {"decay": 0.8, "update_starting_at_step": 100}
+    saving = pl.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    fit(model, callbacks=[pl.EMAWeightAveraging(**late), saving])
+    assert_same_weights(weights_of(model), weights_of(expected), **TOLERANCE)
+    [last], [path] = tmp_path.glob("*step=6.ckpt"), tmp_path.glob("*step=4.ckpt")
+    assert_same_weights(weights_of(Net.load_from_checkpoint(last)), weights_of(expected), **TOLERANCE)
+    fit(resumed, callbacks=[pl.EMAWeightAveraging(**late)], ckpt_path=path, enable_checkpointing=False)
+    assert_same_weights(weights_of(resumed), weights_of(expected), **TOLERANCE)
 
 
 # Images
