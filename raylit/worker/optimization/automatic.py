@@ -32,6 +32,9 @@ class AutomaticOptimization:
         self._strategy = session.strategy
         self._precision = session.precision
         self._metrics = metrics
+        self._uneven = session.uneven
+        self._is_following = not session.strategy.is_forward_collective
+        """Else all ranks run every step anyway."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._synced_step, self._check_synced = self._sync.step, self._sync.check
         self._before_backward = (*loss_check(session), *hooks.of("on_before_backward"))
@@ -67,14 +70,13 @@ class AutomaticOptimization:
         return None if type(outputs) is Skipped else outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        outputs = None
-        if batch is None:
-            if self._is_window_start:
-                self._start_window()
+        if self._is_following:
+            own = None if batch is None else (weight, batch, batch_idx, *extra)
+            outputs = self._uneven.run_unless_quiet(self._add_share, own, follow=self._add_nothing)
         else:
-            with self._precision.around_step():
-                outputs = self._sync.share_step(batch, batch_idx, *extra)
-            self._backward(loss_of(outputs, self._metrics), weight)
+            outputs = None if batch is None else self._add_share(weight, batch, batch_idx, *extra)
+        if self._is_window_start:
+            self._start_window()
         if is_window_end:
             self.finish_window()
         return None if type(outputs) is Skipped else outputs
@@ -100,6 +102,16 @@ class AutomaticOptimization:
 
     def hiddens_of(self, outputs: Any) -> Any:
         return map_tensors(hiddens_of(outputs), Tensor.detach)
+
+    def _add_share(self, weight: float, batch: Any, batch_idx: int, *extra: Any) -> Any:
+        with self._precision.around_step():
+            outputs = self._sync.share_step(batch, batch_idx, *extra)
+        self._backward(loss_of(outputs, self._metrics), weight)
+        return outputs
+
+    def _add_nothing(self, weight: float, *args: Any) -> None:
+        """Another rank's share, run for the collectives in it."""
+        self._add_share(0.0, *args)
 
     def _backward(self, loss: Tensor | None, weight: float) -> None:
         if self._is_window_start:
