@@ -60,7 +60,7 @@ class DDP(Single):
         ignored = [f"module.{name}" for name, _ in module.named_parameters(remove_duplicate=False) if name not in names]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         options = self._options
-        ddp = DistributedDataParallel(
+        ddp = _SteadyDDP(
             step,
             find_unused_parameters=self._is_finding_unused,
             static_graph=options.static_graph,
@@ -70,6 +70,8 @@ class DDP(Single):
         )
         if (hook := comm_hook(options)) is not None:
             ddp.register_comm_hook(options.ddp_comm_state, hook)
+        if not self._is_finding_unused:
+            ddp.build_final_buckets()
         if self._is_finding_unused:
             return partial(_searched, ddp)
         return partial(_static, ddp) if options.static_graph else ddp
@@ -98,6 +100,27 @@ class DDP(Single):
 
     def sync_buffers(self, module: nn.Module) -> None:
         broadcast(module.buffers())
+
+
+class _SteadyDDP(DistributedDataParallel):
+    """DDP whose first step sums gradients in the order in which all later ones do.
+
+    DDP learns in its first step in which order gradients arrive and then sorts them into other buckets. Three and more
+    ranks add up in an order that depends on where in a bucket a number stands, so that the first step after a resume
+    would differ in its last bits from the same step of the run that went through. Here the final buckets are there from
+    the start, in the order that DDP assumes before it knows better: backwards from what the module has defined last.
+    Their names in torch begin with an underscore.
+    """
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        # A tied weight stays where it was defined first: its gradient is whole when the backward pass comes to that.
+        parameters, is_sparse = super()._build_params_for_reducer()
+        return parameters[::-1], is_sparse[::-1]
+
+    def build_final_buckets(self) -> None:
+        """Collective."""
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()
 
 
 class _StepModule(nn.Module):
