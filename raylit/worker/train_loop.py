@@ -175,6 +175,7 @@ class TrainLoop:
             "optimization": self._optimization.state_dict(),
             "reduced": self._view.metrics_state(),
             "data": self._data.state_dict(num_done=self._view.num_batches_done),
+            "is_finding_unused": self._session.strategy.is_finding_unused,
         }
 
     def load_state_of_rank(self, state: dict[str, Any]) -> None:
@@ -236,6 +237,9 @@ class TrainLoop:
 
     def _load_data_state(self, state: dict[str, Any]) -> None:
         """After the view has moved to where the state was taken."""
+        if state.get("is_finding_unused", False):
+            # From the first step on, as in the run that goes on without an end.
+            self._session.strategy.find_unused()
         self._data.load_state_dict(state["data"])
         progress = self._view.progress
         if progress.is_inside_epoch:

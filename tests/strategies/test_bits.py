@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import RegressionData, Regression, weights_of
+from models import Regression, RegressionData, weights_of
 
 import raylit as pl
 

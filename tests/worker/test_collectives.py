@@ -203,7 +203,9 @@ class Ragged(Evaluating):
 
 
 def test_collectives_on_tensors_of_different_shapes_are_named(quiet):
-    with pytest.raises(pl.ModuleError, match=r"rank 0 is in all_gather of \(2, 8\).*rank 1 is in all_gather of \(1, 8\)"):
+    with pytest.raises(
+        pl.ModuleError, match=r"rank 0 is in all_gather of \(2, 8\).*rank 1 is in all_gather of \(1, 8\)"
+    ):
         pl.Trainer(num_workers=2, **quiet).validate(
             Ragged("nowhere"), DataLoader(make_data(11), batch_size=2), verbose=False
         )

@@ -62,6 +62,7 @@ class ClosureOptimization:
         self._is_evaluating = needs_closure(stepper.optimizer)
         self._is_overridden = is_overridden("optimizer_step", session.module, LightningModule)
         self._is_window_start = True
+        self._is_renewal_due = False
         self._window = 1
 
     def start_epoch(self, *, window: int) -> None:
@@ -70,12 +71,14 @@ class ClosureOptimization:
                 f"accumulate_grad_batches={window} with {type(self._stepper.optimizer).__name__}: it evaluates the "
                 "loss of one batch in its step; use 1, and larger batches"
             )
-        if self._sync.is_outdated:
-            self._sync.renew()
+        self._sync.follow()
         self._window = window
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
-        evaluation = _Evaluation(self._sync.step, (batch, batch_idx, *extra))
+        if self._is_renewal_due:
+            self._sync.renew()
+            self._is_renewal_due = False
+        evaluation = _Evaluation(self._sync.step, (batch, batch_idx, *extra), is_synced=is_window_end)
         with nullcontext() if is_window_end else self._sync.paused():
             self._run(functools.partial(self._evaluate, evaluation, 1.0), batch_idx, is_window_end)
         return None if type(evaluation.outputs) is Skipped else evaluation.outputs
@@ -136,8 +139,9 @@ class ClosureOptimization:
                 loss = self._add(evaluation, weight, *evaluation.args)
         if evaluation.is_synced_by_hand:
             self._strategy.reduce_gradients(self._module.parameters())
-        elif self._sync.check is not None:
-            self._sync.check()
+        elif evaluation.is_synced and self._sync.check is not None and self._sync.check():
+            # With the next batch: this one may be evaluated again, by the step that it has begun with.
+            self._is_renewal_due = True
         if not self._is_evaluating:
             return loss
         # In one type on every rank, those without a batch included.
@@ -187,11 +191,14 @@ class _Evaluation:
         args: tuple[Any, ...] | None,
         *,
         is_share: bool = False,
+        is_synced: bool = False,
         is_synced_by_hand: bool = False,
     ) -> None:
-        """`args`: None where this rank has no batch. `is_share`: of an uneven split."""
+        """`args`: None where this rank has no batch. `is_share`: of an uneven split. `is_synced`: the backward pass
+        averages the gradients over the ranks."""
         self.step = step
         self.args = args
         self.is_share = is_share
+        self.is_synced = is_synced
         self.is_synced_by_hand = is_synced_by_hand
         self.outputs: Any = None
