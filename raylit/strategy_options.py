@@ -31,8 +31,9 @@ class DDPStrategy:
     Lightning's names, as far as torch's DistributedDataParallel has them. With one worker none of it matters.
     """
 
-    find_unused_parameters: bool = False
-    """Parameters that a loss does not depend on count as zero; else such a parameter is an error that names it."""
+    find_unused_parameters: bool | Literal["auto"] = False
+    """Parameters that a loss does not depend on count as zero; else such a parameter is an error that names it. "auto",
+    which strategy="auto" stands for: they are looked for from the first step on that has any."""
     static_graph: bool = False
     """Every batch uses the same parameters in the same order, with layers run twice or recomputed (activation
     checkpointing) among them. Parameters that are never used need no search then."""
@@ -54,7 +55,11 @@ class DDPStrategy:
 
     def __post_init__(self) -> None:
         """ConfigError: a value that cannot work."""
-        switches = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers")
+        if self.find_unused_parameters not in (True, False, "auto"):
+            raise ConfigError(
+                f"DDPStrategy(find_unused_parameters={self.find_unused_parameters!r}): must be True, False or 'auto'"
+            )
+        switches = ("static_graph", "gradient_as_bucket_view", "broadcast_buffers")
         for name in switches:
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"DDPStrategy({name}={value!r}): must be True or False")

@@ -27,7 +27,7 @@ def parse_strategy(*, strategy: str | StrategyOptions, workers: Workers) -> Stra
         raise ConfigError(f"strategy={strategy!r} with {workers.num_workers} workers: use 'ddp' or 'auto'")
     if workers.num_workers <= 1:
         return SingleDeviceStrategy()
-    return chosen or DDPStrategy()
+    return chosen or DDPStrategy(find_unused_parameters="auto")
 
 
 def _named(given: str) -> StrategyOptions | None:

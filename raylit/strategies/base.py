@@ -18,6 +18,19 @@ class Skipped(dict[str, Any]):
     that this rank takes its part in the reduction that the others wait for."""
 
 
+class SyncedCheck(Protocol):
+    """Looks after each backward pass of a wrapped step whether all gradients have been synced."""
+
+    def __call__(self) -> bool:
+        """True: the step is to be wrapped anew, on every rank. ModuleError: names parameters that the loss does not
+        depend on."""
+        ...
+
+    def is_renewal_due(self) -> bool:
+        """The same between two epochs. Collective."""
+        ...
+
+
 class PendingGradients(Protocol):
     """What backward passes outside a wrapped step have added on this rank alone."""
 
@@ -98,9 +111,17 @@ class Strategy(Protocol):
         """For gradients that underflow, of which it may have seen a part only."""
         ...
 
-    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
-        """What tells, after a backward pass of a wrapped step, that all gradients have been synced. ModuleError names
-        those that the loss does not depend on. None: there is nothing to check."""
+    @property
+    def is_finding_unused(self) -> bool:
+        """Each step finds out by itself which parameters its loss does not depend on."""
+        ...
+
+    def find_unused(self) -> None:
+        """Have steps that are wrapped from now on do so."""
+        ...
+
+    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
+        """None: there is nothing to check."""
         ...
 
     def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:

@@ -1,18 +1,21 @@
 """Data parallelism by torch's DistributedDataParallel. Worker."""
 
 import inspect
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylit.errors import ModuleError
 from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
-from raylit.strategies.base import PendingGradients, Skipped, TrainingStep
+from raylit.strategies.base import PendingGradients, Skipped, SyncedCheck, TrainingStep
 from raylit.strategies.batch_norm import SyncedBatchNorms
 from raylit.strategies.compression import comm_hook
 from raylit.strategies.single import Single
@@ -27,7 +30,8 @@ class DDP(Single):
     def __init__(self, options: DDPStrategy, *, is_syncing_batch_norm: bool = False) -> None:
         self._options = options
         # A static graph shows what is unused in its first step.
-        self._is_finding_unused = options.find_unused_parameters and not options.static_graph
+        self._is_finding_unused = options.find_unused_parameters is True and not options.static_graph
+        self._may_find_unused = options.find_unused_parameters == "auto" and not options.static_graph
         self._travel = Travel.of(options)
         self._is_syncing_batch_norm = is_syncing_batch_norm
         self._batch_norms: SyncedBatchNorms | None = None
@@ -35,6 +39,13 @@ class DDP(Single):
     @property
     def is_forward_collective(self) -> bool:  # type: ignore[override]
         return self._is_syncing_batch_norm
+
+    @property
+    def is_finding_unused(self) -> bool:  # type: ignore[override]
+        return self._is_finding_unused
+
+    def find_unused(self) -> None:
+        self._is_finding_unused = self._is_finding_unused or self._may_find_unused
 
     def set_up(self, module: nn.Module, *, device: torch.device) -> None:
         if self._is_syncing_batch_norm:
@@ -60,7 +71,8 @@ class DDP(Single):
         ignored = [f"module.{name}" for name, _ in module.named_parameters(remove_duplicate=False) if name not in names]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         options = self._options
-        ddp = DistributedDataParallel(
+        kind_of_ddp = DistributedDataParallel if self._is_finding_unused else _SteadyDDP
+        ddp = kind_of_ddp(
             step,
             find_unused_parameters=self._is_finding_unused,
             static_graph=options.static_graph,
@@ -70,14 +82,18 @@ class DDP(Single):
         )
         if (hook := comm_hook(options)) is not None:
             ddp.register_comm_hook(options.ddp_comm_state, hook)
+        if isinstance(ddp, _SteadyDDP):
+            ddp.build_final_buckets()
         if self._is_finding_unused:
             return partial(_searched, ddp)
         return partial(_static, ddp) if options.static_graph else ddp
 
-    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
+    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
         # With find_unused_parameters DDP counts what is missing as zero, and says so of all that is.
         ddp = _ddp_of(step)
-        return None if ddp is None or self._is_finding_unused else partial(_check_synced, ddp)
+        if not isinstance(ddp, _SteadyDDP):
+            return None
+        return _UnusedSearch(ddp, on_found=self.find_unused) if self._may_find_unused else _UnusedError(ddp)
 
     def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:
         ddp = _ddp_of(step)
@@ -98,6 +114,50 @@ class DDP(Single):
 
     def sync_buffers(self, module: nn.Module) -> None:
         broadcast(module.buffers())
+
+
+class _SteadyDDP(DistributedDataParallel):
+    """DDP whose first step sums gradients in the order in which all later ones do.
+
+    DDP learns in its first step in which order gradients arrive and then sorts them into other buckets. Three and more
+    ranks add up in an order that depends on where in a bucket a number stands, so that the first step after a resume
+    would differ in its last bits from the same step of the run that went through. Here the final buckets are there from
+    the start, in the order that DDP assumes before it knows better: backwards from what the module has defined last.
+    Their names in torch begin with an underscore.
+    """
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        # A tied weight stays where it was defined first: its gradient is whole when the backward pass comes to that.
+        parameters, is_sparse = super()._build_params_for_reducer()
+        self.synced_parameters: list[nn.Parameter] = parameters[::-1]
+        return self.synced_parameters, is_sparse[::-1]
+
+    def build_final_buckets(self) -> None:
+        """Collective."""
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Those that the last backward pass has not come to, so that the reduction of all that share a bucket with one
+        of them is still to be done, and the other ranks may wait in it."""
+        try:
+            # DDP itself asks this at the start of the next forward pass, when other ranks may have gone on to another
+            # collective.
+            self.reducer._rebuild_buckets()
+        except RuntimeError as error:
+            found = _MISSING.search(str(error))
+            if found is None:
+                raise
+            return [self.synced_parameters[int(index)] for index in found[1].split()]
+        return []
+
+    def names_of(self, parameters: Iterable[nn.Parameter]) -> str:
+        wanted = {id(parameter) for parameter in parameters}
+        return ", ".join(name for name, parameter in self.module.named_trained() if id(parameter) in wanted)
+
+
+_MISSING = re.compile(r"Expected to have finished reduction.*did not receive grad for rank \d+:([ \d]+)", re.DOTALL)
+"""What torch says of a backward pass that has left parameters out, by their indices."""
 
 
 class _StepModule(nn.Module):
@@ -169,17 +229,113 @@ def _ddp_of(step: TrainingStep) -> DistributedDataParallel | None:
     return ddp if isinstance(ddp, DistributedDataParallel) else None
 
 
-def _check_synced(ddp: DistributedDataParallel) -> None:
-    """Raises on this rank; the others may wait in the reduction until the driver ends them."""
-    try:
-        # Private to torch. DDP itself asks this at the start of the next forward pass, when other ranks may have gone
-        # on to another collective.
-        ddp.reducer._rebuild_buckets()
-    except RuntimeError as error:
-        if "Expected to have finished reduction" not in str(error):
-            raise
-        unused = [name for name, parameter in ddp.module.named_trained() if parameter.grad is None]
-        raise ModuleError(
-            f"the loss does not depend on {', '.join(unused) or 'a parameter'}, whose gradient the other workers wait "
-            f"for: use it, freeze it (requires_grad_(False)), leave it out of the optimizer, or pass {_FIND_UNUSED}"
-        ) from error
+class _UnusedError:
+    """A parameter that the loss does not depend on is an error, on this rank; the others may wait in the reduction
+    until the driver ends them."""
+
+    def __init__(self, ddp: _SteadyDDP) -> None:
+        self._ddp = ddp
+
+    def __call__(self) -> bool:
+        if unused := self._ddp.unused_parameters():
+            raise ModuleError(
+                f"the loss does not depend on {self._ddp.names_of(unused)}, whose gradient the other workers wait "
+                f"for: use it, freeze it (requires_grad_(False)), leave it out of the optimizer, or pass {_FIND_UNUSED}"
+            )
+        return False
+
+    def is_renewal_due(self) -> bool:
+        return False
+
+
+class _UnusedSearch:
+    """A parameter that the loss does not depend on counts as zero, and has no gradient where no rank has one for it, as
+    in a single process.
+
+    All ranks compare notes after the first step: where a parameter was left out, steps are wrapped anew so that DDP
+    looks for such parameters itself. In a later step a rank that has left one out cannot tell the others at once, which
+    may know nothing of it. It completes the reduction that they wait in, and they compare notes again at the end of the
+    epoch.
+    """
+
+    def __init__(self, ddp: _SteadyDDP, *, on_found: Callable[[], None]) -> None:
+        self._ddp = ddp
+        self._on_found = on_found
+        self._is_first = True
+        self._found: list[nn.Parameter] = []
+        """On this rank, since the first step."""
+
+    def __call__(self) -> bool:
+        unused = self._ddp.unused_parameters()
+        if self._is_first:
+            self._is_first = False
+            return self._agree(unused)
+        if unused:
+            self._complete_alone(unused)
+        return False
+
+    def is_renewal_due(self) -> bool:
+        if self._is_first:  # there has been no step
+            return False
+        flag = torch.tensor(float(bool(self._found)), device=self._ddp.synced_parameters[0].device)
+        dist.all_reduce(flag)
+        if flag.item() == 0:
+            return False
+        self._on_found()
+        return True
+
+    def _agree(self, unused: list[nn.Parameter]) -> bool:
+        """After the first step. Collective."""
+        parameters = self._ddp.synced_parameters
+        left_out = {id(parameter) for parameter in unused}
+        without = [parameter for parameter in unused if parameter.grad is None]
+        if unused:
+            self._complete(unused)
+        flags = [float(id(parameter) in left_out) for parameter in parameters]
+        counts = torch.tensor(flags, device=parameters[0].device)
+        dist.all_reduce(counts)
+        num_ranks = dict(zip(map(id, parameters), counts.tolist(), strict=True))
+        for parameter in without:
+            if num_ranks[id(parameter)] == dist.get_world_size():
+                parameter.grad = None
+        if found := [parameter for parameter in parameters if num_ranks[id(parameter)] > 0]:
+            self._on_found()
+            self._found = found
+            if dist.get_rank() == 0:
+                self._warn(found)
+        return bool(found)
+
+    def _complete_alone(self, unused: list[nn.Parameter]) -> None:
+        """In a step of which the other ranks may know nothing."""
+        without = [parameter for parameter in unused if parameter.grad is None]
+        self._complete(unused)
+        if not self._found:
+            self._warn(unused)
+        self._found = unused
+        if without:
+            # Only zeros below zero add up to such a one: no rank has had a gradient.
+            are_left_out = torch.stack([_is_negative_zero(parameter) for parameter in without]).tolist()
+            for parameter, is_left_out in zip(without, are_left_out, strict=True):
+                if is_left_out:
+                    parameter.grad = None
+
+    def _complete(self, unused: list[nn.Parameter]) -> None:
+        """The reduction, with zeros that show where they have been added to nothing else."""
+        torch.autograd.backward(unused, [torch.full_like(parameter, -0.0) for parameter in unused])
+        if self._ddp.unused_parameters():
+            raise ModuleError(f"the gradients of {self._ddp.names_of(unused)} cannot be reduced: pass {_FIND_UNUSED}")
+
+    def _warn(self, unused: list[nn.Parameter]) -> None:
+        warnings.warn(
+            f"the loss does not depend on {self._ddp.names_of(unused)}: training goes on, and from here on each step "
+            "looks for such parameters, which takes a walk through its graph and a further small reduction. To spare "
+            "it, freeze them (requires_grad_(False)) or leave them out of the optimizer; strategy='ddp' makes them an "
+            f"error, and {_FIND_UNUSED} looks for them without a word",
+            stacklevel=2,
+        )
+
+
+def _is_negative_zero(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
+    return (torch.signbit(gradient) & (gradient == 0)).all()

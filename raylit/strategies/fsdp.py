@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from raylit.errors import ConfigError, ModuleError
 from raylit.plan import PrecisionName
 from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
-from raylit.strategies.base import PendingGradients, TrainingStep
+from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
 from raylit.strategies.batch_norm import SyncedBatchNorms
 from raylit.strategies.entries import Entries
 from raylit.strategies.freeing import free_eagerly, hold_little
@@ -163,8 +163,8 @@ class FSDP(Single):
     def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return ShardedScaler(device.type)
 
-    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
-        return self._finish_window
+    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
+        return _WindowEnd(self._finish_window)
 
     @contextmanager
     def without_sync(self, step: TrainingStep) -> Iterator[None]:
@@ -307,6 +307,20 @@ class FSDP(Single):
         whose outputs torch has found no tensor. Collective; nothing where nothing is left."""
         # Private to torch: the callback that it queues itself at the start of a backward pass, for its end.
         self._root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+class _WindowEnd:
+    """Nothing is left out: what a backward pass has not come to is brought in line."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+
+    def __call__(self) -> bool:
+        self._finish()
+        return False
+
+    def is_renewal_due(self) -> bool:
+        return False
 
 
 def _policy(precision: PrecisionName) -> MixedPrecisionPolicy:

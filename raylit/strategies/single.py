@@ -1,6 +1,6 @@
 """One worker: nothing to share. Worker."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raylit.strategies.base import PendingGradients, TrainingStep
+from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
 from raylit.strategies.parts import Reader, read_anew, read_in_place
 
 
@@ -19,6 +19,7 @@ class Single:
     is_evaluation_collective = False
     is_sharding = False
     is_gathering = False
+    is_finding_unused = False
 
     def building(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -51,7 +52,9 @@ class Single:
     def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(device.type)
 
-    def synced_check(self, step: TrainingStep) -> Callable[[], None] | None:
+    def find_unused(self) -> None: ...
+
+    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
         return None
 
     def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:

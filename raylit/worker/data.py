@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
 from raylit.worker.batch_size import batch_size_of
-from raylit.worker.feed import Feed
+from raylit.worker.feed import Feed, of_uneven
 from raylit.worker.loaders import (
     is_map_style,
     is_users_own_split,
@@ -380,7 +380,8 @@ def _agreed(
         if not any(sizes):
             return
         if not is_padded:
-            weights.append(sizes[rank] * len(sizes) / sum(sizes))
+            weight = sizes[rank] * len(sizes) / sum(sizes)
+            weights.append(weight if len(set(sizes)) == 1 else of_uneven(weight))
             yield None if batch is _END else batch
             continue
         weights.append(1.0)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.worker.loaders import (
     is_map_style,
@@ -49,15 +49,26 @@ class EvalData:
         self._is_stream = False
         self.may_run_ahead = may_run_ahead(loader)
         """A batch may be fetched before the step that comes before it."""
+        self.first_uneven = math.inf
+        """The step from which on not every rank may have a batch, or one of the same size: alike on all ranks. 0 where
+        that is not known; infinite where there is none."""
         if not shard or is_users_own_split(loader):
+            sampler = getattr(loader, "sampler", None)
+            is_even = type(sampler) is DistributedSampler and sampler.num_replicas == world_size
+            if world_size > 1 and not is_even:
+                self.first_uneven = 0.0
             self.num_batches: float = length_of(loader)
             """Of a worker: an upper bound, since the last global batch may be incomplete; infinite if unknown."""
             return
+        self.first_uneven = 0.0
+        is_last_short = False
         num_batches = length_of(loader)
         self.num_batches = num_batches if math.isinf(num_batches) else math.ceil(num_batches / world_size)
         if isinstance(loader, DataLoader) and is_map_style(loader):
             source = IndexSource.of(loader)
             num_at_once = world_size * (source.batch_size or 1)
+            if source.batch_size is not None and not source.drop_last:
+                is_last_short = length_of(source.sampler) % source.batch_size != 0
             self._share = Share(
                 lambda epoch: source.batches(seed=seed, num_at_once=num_at_once),
                 num_items=num_batches,
@@ -72,6 +83,11 @@ class EvalData:
             self._share = share_of_sequence(loader, rank=rank, world_size=world_size)
         else:
             self._is_stream = world_size > 1
+        if world_size == 1:
+            self.first_uneven = math.inf
+        elif not self._is_stream and math.isfinite(num_batches):
+            is_last_uneven = is_last_short or num_batches % world_size != 0
+            self.first_uneven = self.num_batches - 1 if is_last_uneven else math.inf
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return zip(count(self._rank, self._world_size), self.batches(), strict=False)

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -82,28 +83,75 @@ class _SharedLoop:
         on_end = session.hooks.of(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
         batches = self._batches(index)
+        first_uneven = self._loaders[index].first_uneven
+        is_known = first_uneven > 0
         if session.strategy.is_evaluation_collective:
             batches = followed(batches, num_batches=num_batches, peers=session.peers)
-            num_batches = math.inf
-        brake = session.brake
+            num_batches = first_uneven = math.inf
+        brake, uneven = session.brake, session.uneven
+        uneven.start()
+        run_uneven = partial(self._run_uneven, on_start, step, on_end, extra, of_step)
         while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_go_on()):
             try:
                 place, batch = next(batches)
             except StopIteration:
-                return
+                break
             metrics.batch, metrics.place = batch, place
             if place == BORROWED:
                 self._follow(step, batch, metrics, of_step)
                 continue
-            for hook in on_start:
-                hook(batch, self._num_done, *extra)
-            with session.around_step():
-                output = step(batch, self._num_done, *of_step)
-            for hook in on_end:
-                hook(output, batch, self._num_done, *extra)
+            if self._num_done >= first_uneven:
+                output = run_uneven(batch, self._num_done)
+                if not is_known and not uneven.has_collectives:
+                    first_uneven = math.inf
+            else:
+                for hook in on_start:
+                    hook(batch, self._num_done, *extra)
+                with session.around_step():
+                    output = step(batch, self._num_done, *of_step)
+                for hook in on_end:
+                    hook(output, batch, self._num_done, *extra)
             self._num_done += 1
             brake.num_done += 1
             yield place, output
+        # Others may have batches left, and collectives in their steps.
+        num_steps = self._num_done
+        while first_uneven <= num_steps < (num_batches if is_known else math.inf) and (
+            brake.num_done < brake.limit or brake.may_go_on()
+        ):
+            metrics.batch, metrics.place = None, None
+            run_uneven(None, num_steps)
+            if uneven.num_owners == 0 or not (is_known or uneven.has_collectives):
+                return
+            num_steps += 1
+            brake.num_done += 1
+
+    def _run_uneven(
+        self,
+        on_start: Sequence[Callable[..., Any]],
+        step: Callable[..., Any],
+        on_end: Sequence[Callable[..., Any]],
+        extra: tuple[int, ...],
+        of_step: tuple[int, ...],
+        batch: Any,
+        number: int,
+    ) -> Any:
+        """A batch, or None, where not all ranks have one: each hook and the step, as far as others wait for it."""
+        uneven = self._session.uneven
+        own = None if batch is None else (batch, number)
+
+        def run_step(*args: Any) -> Any:
+            with self._session.around_step():
+                return step(*args, *of_step)
+
+        for hook in on_start:
+            start = partial(_with_extra, hook, extra)
+            uneven.run(start, own, follow=start)
+        output = uneven.run(run_step, own, follow=run_step)
+        for hook in on_end:
+            end = partial(_with_extra, hook, extra)
+            uneven.run(end, None if own is None else (output, *own), follow=end)
+        return output
 
     def _follow(self, step: Callable[..., Any], batch: Any, metrics: MetricBuffer, of_step: tuple[int, ...]) -> None:
         """Run the step as others wait for it; it counts for nothing."""
@@ -178,6 +226,10 @@ class _SharedLoop:
             else:
                 for child, is_training in modes:
                     child.training = is_training
+
+
+def _with_extra(hook: Callable[..., Any], extra: tuple[int, ...], *args: Any) -> Any:
+    return hook(*args, *extra)
 
 
 class EvalLoop(_SharedLoop):

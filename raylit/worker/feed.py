@@ -1,5 +1,6 @@
 """Feed: an epoch's batches of one rank, and what the training loop asks of where they come from. Worker."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from itertools import repeat
@@ -25,7 +26,8 @@ class Feed:
         may_run_ahead: bool = False,
     ) -> None:
         self.weight = 1.0
-        """Of the batch just returned: the loss times this, averaged over the ranks, is the mean over the samples."""
+        """Of the batch just returned: the loss times this, averaged over the ranks, is the mean over the samples. 1.0:
+        it is so on every rank."""
         self.may_run_ahead = may_run_ahead
         """A batch may be fetched before the step that comes before it: that has no effect but on the loader."""
         self._batches = batches
@@ -63,6 +65,11 @@ class Feed:
                 "shared out or continued in mid-epoch: split the data in the loader itself and pass "
                 "use_distributed_sampler=False"
             )
+
+
+def of_uneven(weight: float) -> float:
+    """The weight of a batch where those of other ranks have others: 1.0 would say that all of them are alike."""
+    return math.nextafter(1.0, 2.0) if weight == 1.0 else weight
 
 
 class TrainSource(Protocol):

@@ -123,6 +123,11 @@ class EpochOutputs:
             own = [piece[index] for piece in outputs if piece[index] is not None] if is_truncated else outputs[index]
             self.keep(batch_idx, own or None, index=index)
 
+    def keep_share(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """`keep_batch`, of a batch that this rank may have no share of."""
+        if batch is not None:
+            self.keep_batch(outputs, batch, batch_idx)
+
     def state_dict(self) -> list[list[tuple[int, Any]]]:
         """What an unfinished epoch has returned so far; without what a checkpoint does not read back."""
         return [[(place, to_cpu(one)) for place, one in kept if is_plain(one)] for kept in self._kept]

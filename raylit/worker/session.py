@@ -25,6 +25,7 @@ from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks, is_overridden
 from raylit.worker.peers import Peers
 from raylit.worker.transfer import Mover, build_mover
+from raylit.worker.uneven import UnevenSteps
 from raylit.worker.view import TrainerView
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -60,6 +61,7 @@ class Session:
         )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
+        self.uneven = UnevenSteps(peers, module=job.module, view=self.view, device=self.device)
         self.profiler = job.profiler
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)
         self.mover: Mover | None = build_mover(

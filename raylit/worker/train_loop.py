@@ -68,8 +68,12 @@ class TrainLoop:
         feed = self._begin()
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
+        # Of batches that some ranks have no share of; these hooks get None there, and decide what is to be done.
+        on_uneven_start = [session.uneven.watched(hook, is_answer_needed=True) for hook in on_batch_start]
+        on_uneven_end = [session.uneven.watched(hook) for hook in on_batch_end]
         if self._kept is not None:
             on_batch_end = (self._kept.keep_batch, *on_batch_end)
+            on_uneven_end = [self._kept.keep_share, *on_uneven_end]
         run_batch, run_share = optimization.run_batch, optimization.run_share
         num_batches, is_alone = self.num_batches_in_epoch, session.peers.world_size == 1
         brake = session.brake
@@ -93,13 +97,17 @@ class TrainLoop:
             batch_idx = view.batch_idx = view.num_batches_done
             is_step_due = window == 1 or (batch_idx + 1) % window == 0 or batch_idx + 1 == num_batches
             metrics.batch = batch
-            if on_batch_start and any([hook(batch, batch_idx) == -1 for hook in on_batch_start]):
+            is_uneven = feed.weight != 1.0
+            if is_uneven:
+                view.is_uneven = True
+            start_hooks = on_uneven_start if is_uneven else on_batch_start
+            if start_hooks and any([hook(batch, batch_idx) == -1 for hook in start_hooks]):
                 is_exhausted = True
                 break
-            if feed.weight == 1.0:
-                outputs = run_batch(batch, batch_idx, is_step_due)
-            else:
+            if is_uneven:
                 outputs = run_share(batch, batch_idx, is_step_due, feed.weight)
+            else:
+                outputs = run_batch(batch, batch_idx, is_step_due)
             view.num_batches_done = batch_idx + 1
             view.num_batches_in_all += 1
             if is_step_due:
@@ -107,9 +115,10 @@ class TrainLoop:
                 brake.num_done += 1
                 if self._step_schedules:
                     self._step_schedulers(self._step_schedules, view.num_windows)
-            if batch is not None:
-                for hook in on_batch_end:
-                    hook(detached(outputs), batch, batch_idx)
+            for hook in on_uneven_end if is_uneven else on_batch_end:
+                hook(detached(outputs), batch, batch_idx)
+            if is_uneven:
+                view.is_uneven = False
             if is_step_due and view.num_windows % log_every == 0:
                 yield from self._report_step()
             is_stopping = view.should_stop and (is_alone or self._is_stop_agreed)
@@ -166,6 +175,7 @@ class TrainLoop:
             "optimization": self._optimization.state_dict(),
             "reduced": self._view.metrics_state(),
             "data": self._data.state_dict(num_done=self._view.num_batches_done),
+            "is_finding_unused": self._session.strategy.is_finding_unused,
         }
 
     def load_state_of_rank(self, state: dict[str, Any]) -> None:
@@ -203,7 +213,7 @@ class TrainLoop:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
-        self._is_stop_agreed = view.should_stop = False
+        self._is_stop_agreed = view.should_stop = view.is_uneven = False
         self.metrics.is_training_batch, self.metrics.batch = False, None
         if not self._has_started:
             self._has_started = True
@@ -214,6 +224,7 @@ class TrainLoop:
                 hooks.call("on_train_epoch_start")
             # After the hook, which may have exchanged some.
             self._step_schedules = [schedule for schedule in self._schedules if schedule.interval == "step"]
+            self._session.uneven.start()
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
             batches = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
             profiler = self._session.profiler
@@ -226,6 +237,9 @@ class TrainLoop:
 
     def _load_data_state(self, state: dict[str, Any]) -> None:
         """After the view has moved to where the state was taken."""
+        if state.get("is_finding_unused", False):
+            # From the first step on, as in the run that goes on without an end.
+            self._session.strategy.find_unused()
         self._data.load_state_dict(state["data"])
         progress = self._view.progress
         if progress.is_inside_epoch:

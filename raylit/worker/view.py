@@ -37,6 +37,8 @@ class TrainerView(Asked):
         self.num_batches_done = 0
         self.batch_idx = 0
         """Of the training batch under way, or the last one."""
+        self.is_uneven = False
+        """The training batch under way has not as many samples on every rank."""
         self.num_batches_in_all = 0
         self.num_windows = 0
         self.validated_batch = 0
@@ -136,7 +138,9 @@ class TrainerView(Asked):
         """See LightningModule.all_gather."""
         if self._context.world_size == 1:
             return data
-        return gathered(data, group=group, with_gradients=sync_grads, device=self._job.module.device)
+        # Batches of training have one size, but at the end of an epoch, so that nothing needs to be asked about them.
+        is_even = self.metrics is not None and self.metrics.is_training_batch and not self.is_uneven
+        return gathered(data, group=group, with_gradients=sync_grads, device=self._job.module.device, is_even=is_even)
 
     def save_checkpoint(self, filepath: Any, weights_only: bool = False) -> None:
         """Write the run as it stands now to a path that rank 0's host has. Collective: every rank calls it.

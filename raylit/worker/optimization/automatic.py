@@ -9,6 +9,7 @@ from torch import Tensor
 from raylit.accelerators.transfer import map_tensors
 from raylit.module import LightningModule
 from raylit.strategies import Skipped
+from raylit.strategies.base import SyncedCheck
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.gradient_sync import GradientSync
@@ -32,6 +33,9 @@ class AutomaticOptimization:
         self._strategy = session.strategy
         self._precision = session.precision
         self._metrics = metrics
+        self._uneven = session.uneven
+        self._is_following = not session.strategy.is_forward_collective
+        """Else all ranks run every step anyway."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._synced_step, self._check_synced = self._sync.step, self._sync.check
         self._before_backward = (*loss_check(session), *hooks.of("on_before_backward"))
@@ -43,8 +47,7 @@ class AutomaticOptimization:
         self._is_plain = False
 
     def start_epoch(self, *, window: int) -> None:
-        if self._sync.is_outdated:
-            self._sync.renew()
+        if self._sync.follow():
             self._synced_step, self._check_synced = self._sync.step, self._sync.check
         self._window = window
         self._is_plain = self._precision.is_plain and self._precision.scaler is None and window == 1
@@ -52,29 +55,26 @@ class AutomaticOptimization:
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         if self._is_plain:
             outputs = self._synced_step(batch, batch_idx, *extra)
-            self._backward(outputs if isinstance(outputs, Tensor) else loss_of(outputs, self._metrics), 1.0)
+            loss = outputs if isinstance(outputs, Tensor) else loss_of(outputs, self._metrics)
+            self._backward(loss, 1.0, self._check_synced)
         else:
             with nullcontext() if is_window_end else self._sync.paused():
                 with self._precision.around_step():
                     outputs = self._synced_step(batch, batch_idx, *extra)
-                self._backward(loss_of(outputs, self._metrics), 1.0)
-        if is_window_end:
-            if self._check_synced is not None:
-                self._check_synced()
-            if not self._is_window_start:
-                self._is_window_start = True
-                self._stepper.step()
+                self._backward(loss_of(outputs, self._metrics), 1.0, self._check_synced if is_window_end else None)
+        if is_window_end and not self._is_window_start:
+            self._is_window_start = True
+            self._stepper.step()
         return None if type(outputs) is Skipped else outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        outputs = None
-        if batch is None:
-            if self._is_window_start:
-                self._start_window()
+        if self._is_following:
+            own = None if batch is None else (weight, batch, batch_idx, *extra)
+            outputs = self._uneven.run_unless_quiet(self._add_share, own, follow=self._add_nothing)
         else:
-            with self._precision.around_step():
-                outputs = self._sync.share_step(batch, batch_idx, *extra)
-            self._backward(loss_of(outputs, self._metrics), weight)
+            outputs = None if batch is None else self._add_share(weight, batch, batch_idx, *extra)
+        if self._is_window_start:
+            self._start_window()
         if is_window_end:
             self.finish_window()
         return None if type(outputs) is Skipped else outputs
@@ -101,7 +101,18 @@ class AutomaticOptimization:
     def hiddens_of(self, outputs: Any) -> Any:
         return map_tensors(hiddens_of(outputs), Tensor.detach)
 
-    def _backward(self, loss: Tensor | None, weight: float) -> None:
+    def _add_share(self, weight: float, batch: Any, batch_idx: int, *extra: Any) -> Any:
+        with self._precision.around_step():
+            outputs = self._sync.share_step(batch, batch_idx, *extra)
+        self._backward(loss_of(outputs, self._metrics), weight)
+        return outputs
+
+    def _add_nothing(self, weight: float, *args: Any) -> None:
+        """Another rank's share, run for the collectives in it."""
+        self._add_share(0.0, *args)
+
+    def _backward(self, loss: Tensor | None, weight: float, check_synced: SyncedCheck | None = None) -> None:
+        """`check_synced`: the gradients are to be synced by now, before hooks see them."""
         if self._is_window_start:
             self._start_window()
         if loss is None:
@@ -116,6 +127,9 @@ class AutomaticOptimization:
             loss.backward()
         else:
             self._own_backward(loss)
+        if check_synced is not None and check_synced():
+            self._sync.renew()
+            self._synced_step, self._check_synced = self._sync.step, self._sync.check
         for hook in self._after_backward:
             hook()
 

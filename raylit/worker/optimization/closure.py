@@ -52,6 +52,9 @@ class ClosureOptimization:
         self._precision = session.precision
         self._handle = handle
         self._metrics = metrics
+        self._uneven = session.uneven
+        self._is_following = not session.strategy.is_forward_collective
+        """Else all ranks run every step anyway."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._before_backward = (*loss_check(session), *session.hooks.of("on_before_backward"))
         self._after_backward = session.hooks.of("on_after_backward")
@@ -59,6 +62,7 @@ class ClosureOptimization:
         self._is_evaluating = needs_closure(stepper.optimizer)
         self._is_overridden = is_overridden("optimizer_step", session.module, LightningModule)
         self._is_window_start = True
+        self._is_renewal_due = False
         self._window = 1
 
     def start_epoch(self, *, window: int) -> None:
@@ -67,19 +71,23 @@ class ClosureOptimization:
                 f"accumulate_grad_batches={window} with {type(self._stepper.optimizer).__name__}: it evaluates the "
                 "loss of one batch in its step; use 1, and larger batches"
             )
-        if self._sync.is_outdated:
-            self._sync.renew()
+        self._sync.follow()
         self._window = window
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
-        evaluation = _Evaluation(functools.partial(self._sync.step, batch, batch_idx, *extra))
+        if self._is_renewal_due:
+            self._sync.renew()
+            self._is_renewal_due = False
+        evaluation = _Evaluation(self._sync.step, (batch, batch_idx, *extra), is_synced=is_window_end)
         with nullcontext() if is_window_end else self._sync.paused():
             self._run(functools.partial(self._evaluate, evaluation, 1.0), batch_idx, is_window_end)
         return None if type(evaluation.outputs) is Skipped else evaluation.outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
         evaluation = _Evaluation(
-            None if batch is None else functools.partial(self._sync.share_step, batch, batch_idx, *extra),
+            self._sync.share_step,
+            None if batch is None else (batch, batch_idx, *extra),
+            is_share=True,
             is_synced_by_hand=is_window_end,
         )
         self._run(functools.partial(self._evaluate, evaluation, weight), batch_idx, is_window_end)
@@ -88,7 +96,7 @@ class ClosureOptimization:
     def finish_window(self) -> bool:
         if self._is_window_start:
             return False
-        evaluation = _Evaluation(None, is_synced_by_hand=True)
+        evaluation = _Evaluation(self._sync.share_step, None, is_synced_by_hand=True)
         self._run(functools.partial(self._evaluate, evaluation, 0.0), self._view.num_batches_done, True)
         return True
 
@@ -118,24 +126,49 @@ class ClosureOptimization:
         by it."""
         loss = None
         with torch.enable_grad():
-            if evaluation.step is not None:
-                with self._precision.around_step():
-                    evaluation.outputs = evaluation.step()
-                loss = loss_of(evaluation.outputs, self._metrics)
-            if self._is_window_start or (self._is_evaluating and self._window == 1):
-                self._is_window_start = False
-                self._stepper.start_window()
-            if loss is not None:
-                self._backward(loss, weight)
+            if evaluation.args is None:
+                self._start_window()
+            if evaluation.is_share and self._is_following:
+                own = None if evaluation.args is None else (weight, *evaluation.args)
+                loss = self._uneven.run_unless_quiet(
+                    functools.partial(self._add, evaluation),
+                    own,
+                    follow=functools.partial(self._add_nothing, evaluation),
+                )
+            elif evaluation.args is not None:
+                loss = self._add(evaluation, weight, *evaluation.args)
         if evaluation.is_synced_by_hand:
             self._strategy.reduce_gradients(self._module.parameters())
-        elif self._sync.check is not None:
-            self._sync.check()
+        elif evaluation.is_synced and self._sync.check is not None and self._sync.check():
+            # With the next batch: this one may be evaluated again, by the step that it has begun with.
+            self._is_renewal_due = True
         if not self._is_evaluating:
             return loss
         # In one type on every rank, those without a batch included.
         share = torch.zeros((), dtype=torch.float64, device=self._device)
         return self._peers.mean(share if loss is None else share + loss.detach() * weight)
+
+    def _add(self, evaluation: "_Evaluation", weight: float, *args: Any) -> torch.Tensor | None:
+        """The gradients of the batch, to those of its window; returns its loss."""
+        with self._precision.around_step():
+            evaluation.outputs = evaluation.step(*args)
+        loss = loss_of(evaluation.outputs, self._metrics)
+        self._start_window()
+        if loss is not None:
+            self._backward(loss, weight)
+        return loss
+
+    def _add_nothing(self, evaluation: "_Evaluation", weight: float, *args: Any) -> None:
+        """Another rank's share, run for the collectives in it."""
+        with self._precision.around_step():
+            loss = loss_of(evaluation.step(*args), self._metrics)
+        if loss is not None:
+            self._backward(loss, 0.0)
+
+    def _start_window(self) -> None:
+        if self._is_window_start or (self._is_evaluating and self._window == 1):
+            self._is_window_start = False
+            self._stepper.start_window()
 
     def _backward(self, loss: torch.Tensor, weight: float) -> None:
         for hook in self._before_backward:
@@ -150,9 +183,22 @@ class ClosureOptimization:
 
 
 class _Evaluation:
-    """One batch's evaluations: the step to run, and what it returned last."""
+    """One batch's evaluations: the step to run, on what, and what it returned last."""
 
-    def __init__(self, step: Callable[[], Any] | None, *, is_synced_by_hand: bool = False) -> None:
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...] | None,
+        *,
+        is_share: bool = False,
+        is_synced: bool = False,
+        is_synced_by_hand: bool = False,
+    ) -> None:
+        """`args`: None where this rank has no batch. `is_share`: of an uneven split. `is_synced`: the backward pass
+        averages the gradients over the ranks."""
         self.step = step
+        self.args = args
+        self.is_share = is_share
+        self.is_synced = is_synced
         self.is_synced_by_hand = is_synced_by_hand
         self.outputs: Any = None

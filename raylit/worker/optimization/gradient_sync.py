@@ -29,11 +29,21 @@ class GradientSync:
         """For batches of an uneven split: DDP's own reduction runs in a backward pass and needs a batch on every rank.
         """
         self.check = self._strategy.synced_check(self.step)
-        """To be called after a backward pass that has synced; None: there is nothing to check."""
+        """To be called after a backward pass that has synced, and to `renew` where it is True; None: there is nothing
+        to check."""
 
     @property
     def is_outdated(self) -> bool:
+        if self._strategy.is_finding_unused and self.check is not None:
+            return True
         return [id(parameter) for parameter in self._now_trained()] != [id(parameter) for parameter in self._trained]
+
+    def follow(self) -> bool:
+        """Before an epoch: wrap the step anew if that is due. Collective."""
+        is_due = (self.check is not None and self.check.is_renewal_due()) or self.is_outdated
+        if is_due:
+            self.renew()
+        return is_due
 
     def paused(self) -> AbstractContextManager[object]:
         """Around forward and backward of a batch whose gradients are only added up."""

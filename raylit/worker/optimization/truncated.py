@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from raylit.module import LightningModule
+from raylit.worker.feed import of_uneven
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.base import Optimization
 from raylit.worker.peers import Peers
@@ -75,5 +76,7 @@ class TruncatedOptimization:
         for index in range(int(rows[:, 0].max())):
             has_it = rows[:, 0] > index
             share = weight * len(rows) / float(rows[has_it, 1].sum())
-            weights.append(share if index < num_pieces else 0.0)
+            own = share if index < num_pieces else 0.0
+            is_even = bool(has_it.all()) and len(set(rows[:, 1].tolist())) == 1
+            weights.append(own if is_even else of_uneven(own))
         return weights
