@@ -195,7 +195,7 @@ class ModelCheckpoint(DriverCallback):
             is_early = self._step_validated is None and run.state.has_validation
             self._save_or_defer(run, is_deferred=is_early and self._is_missing(run))
         elif self._is_automatic or is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
-            self._save(run, is_ranked=self._is_epoch_due(run))
+            self._save(run, is_ranked=self._is_epoch_due(run) and not self._is_score_stale(run))
 
     def on_train_end(self, run: Run) -> None:
         if self.save_last and self._step_saved == 0 and not self._is_saved_or_unwanted(run):
@@ -280,6 +280,10 @@ class ModelCheckpoint(DriverCallback):
     def _is_missing(self, run: Run) -> bool:
         return self.monitor is not None and self.monitor not in fields(run.state)
 
+    def _is_score_stale(self, run: Run) -> bool:
+        """The run ends inside an epoch, and the metric is that of earlier weights."""
+        return self.monitor is not None and run.state.is_epoch_cut_short and run.state.is_stale(self.monitor)
+
     def _save_or_defer(self, run: Run, *, is_deferred: bool) -> None:
         self._is_deferred = is_deferred
         if not is_deferred:
@@ -330,7 +334,9 @@ class ModelCheckpoint(DriverCallback):
     def _place_automatically(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
         losers = [self.newest_model_path]
         path = self._free_path(run, metrics)
-        score = next((metrics[name] for name in _AUTOMATIC_MONITORS if name in metrics), None)
+        monitor = next((name for name in _AUTOMATIC_MONITORS if name in metrics), "")
+        is_stale = run.state.is_epoch_cut_short and run.state.is_stale(monitor)
+        score = None if is_stale else metrics.get(monitor)
         # A score from before these weights has been offered before, and is not better than itself.
         if score is not None and self._best.admits(score):
             losers += self._best.make_room()

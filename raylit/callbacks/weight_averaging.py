@@ -51,6 +51,8 @@ class WeightAveraging(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
+        if trainer.is_epoch_cut_short:
+            return  # the run that does the rest of the epoch takes in the weights at its end
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._made().update_parameters(own_part(pl_module))
             self._latest_update_epoch = epoch

@@ -29,6 +29,7 @@ from raylit.messages import (
     Finish,
     Finished,
     LogCall,
+    LookAhead,
     Metrics,
     Paused,
     Predict,
@@ -162,18 +163,27 @@ class Coordinator:
             if self._schedule.is_reload_due(self.state):
                 self._one(Reload())
             self._notify("on_train_epoch_start")
-        is_over = False
+        is_over = is_complete = False
         while not is_over:
             is_owed = self._schedule.is_validation_owed(self.state)
-            paused = self._train()
+            is_complete = self._train().is_epoch_finished
             if not is_owed:
                 self._notify("on_train_pause")
-            is_over = self._schedule.is_epoch_over(self.state, paused)
-            if self._schedule.is_validation_due(self.state, paused):
+            is_complete = is_complete or self._is_run_over_at_epoch_end()
+            if self._schedule.is_validation_due(self.state, is_epoch_finished=is_complete):
                 self._validate()
-                is_over = is_over or self._schedule.may_stop(self.state)
-        self._one(EndEpoch())
+                is_complete = is_complete or self._is_run_over_at_epoch_end()
+            is_over = is_complete or self._schedule.is_run_over(self.state)
+        self._one(EndEpoch(is_complete=is_complete))
         self._notify("on_train_epoch_end")
+
+    def _is_run_over_at_epoch_end(self) -> bool:
+        """The run ends here, and the epoch has no further batch, which of a stream only a look ahead can tell."""
+        if not self._schedule.is_run_over(self.state):
+            return False
+        paused = self._one(LookAhead())
+        assert isinstance(paused, Paused)
+        return paused.is_epoch_finished
 
     def _train(self) -> Paused:
         assert self._group is not None
@@ -360,6 +370,7 @@ class Coordinator:
                 self._take_metrics(report.metrics, is_flushed=True)
             case EpochEnded():
                 state.progress = report.progress
+                state.is_epoch_cut_short = not report.progress.is_epoch_ended
                 self._take_metrics(report.metrics, is_flushed=True)
             case Started():
                 state.progress = report.progress
@@ -375,6 +386,7 @@ class Coordinator:
     def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
         state = self.state
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
+        state.metric_steps.update(dict.fromkeys(metrics, state.progress.global_step))
         state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
         if is_logged and self._log(metrics, step=state.log_step) and is_flushed:
             self._log_writer.save()

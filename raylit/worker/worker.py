@@ -22,6 +22,7 @@ from raylit.messages import (
     Finished,
     HookedCommand,
     LogCall,
+    LookAhead,
     Predict,
     Reload,
     Reloaded,
@@ -195,7 +196,7 @@ class Worker:
             metrics=metrics,
         )
         run = loop.run_detecting_anomaly if self._plan.optimization.is_detecting_anomaly else loop.run
-        self._handlers.update({Train: run, EndEpoch: loop.end_epoch})
+        self._handlers.update({Train: run, LookAhead: loop.look_ahead, EndEpoch: loop.end_epoch})
         if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
             self._validation_loop = EvalLoop(session, stage="validate", training_metrics=metrics)
             self._handlers[Evaluate] = self._validation_loop.run
