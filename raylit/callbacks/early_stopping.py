@@ -69,12 +69,15 @@ class EarlyStopping(DriverCallback):
         self.stopping_threshold = stopping_threshold
         self.divergence_threshold = divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
+        self._check_on_train_epoch_end = check_on_train_epoch_end
+        self.reset_state()
+
+    def reset_state(self) -> None:
         self.wait_count = 0
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
-        self._check_on_train_epoch_end = check_on_train_epoch_end
-        self._best_score = math.inf if mode == "min" else -math.inf
+        self._best_score = math.inf if self.mode == "min" else -math.inf
 
     @property
     def best_score(self) -> Tensor:

@@ -42,6 +42,8 @@ class ModelCheckpoint(DriverCallback):
       `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
     - On Ctrl-C and SIGTERM the run is saved where it stands, in `last.ckpt` if there is one, else under the usual name.
       `save_on_exception`: at an error, too; workers write what one of a hook or step left, on their own hosts.
+    - A further fit of the same Trainer is a new run, whose best, last and newest files are its own; those of the run
+      before stay on the disk. Where the run ends inside an epoch, a metric of earlier weights gives no rank.
     """
 
     CHECKPOINT_JOIN_CHAR = "-"
@@ -78,8 +80,6 @@ class ModelCheckpoint(DriverCallback):
         self.save_weights_only = save_weights_only
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
-        self.best_model_path = self.last_model_path = self.newest_model_path = ""
-        """`newest`: the file written last, whatever for; of its names the one that stays."""
         self._every_n_train_steps = every_n_train_steps or 0
         is_default = every_n_train_steps is None and train_time_interval is None and every_n_epochs is None
         self._every_n_epochs = 1 if is_default else every_n_epochs or 0
@@ -88,7 +88,22 @@ class ModelCheckpoint(DriverCallback):
         self.first_version = self.STARTING_VERSION if enable_version_counter else None  # None: overwritten
         check_options(self, self._every_n_train_steps, self._every_n_epochs, train_time_interval)
         self._is_automatic = False
-        self._best = BestFiles(count=save_top_k, mode=mode)
+        self._derived_dirpath: str | None = None
+        """The last run's own, where the user has given none."""
+        self._clock = Clock(train_time_interval)
+        self._has_saved = False
+        """In an earlier run of the same Trainer."""
+        self.newest_model_path = ""
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        """The files of earlier runs stay where they are and count for nothing."""
+        if self.dirpath == self._derived_dirpath:
+            self.dirpath = None
+        self._has_saved = self._has_saved or self.newest_model_path != ""
+        self.best_model_path = self.last_model_path = self.newest_model_path = ""
+        """`newest`: the file written last, whatever for; of its names the one that stays."""
+        self._best = BestFiles(count=self.save_top_k, mode=self.mode)
         self._current_score: float | None = None
         self._resumed_path = ""
         self._linkable_path = ""
@@ -97,7 +112,6 @@ class ModelCheckpoint(DriverCallback):
         self._has_warned = False
         self._step_saved = 0
         self._step_validated: int | None = None
-        self._clock = Clock(train_time_interval)
         self._before = self._standing
 
     @classmethod
@@ -148,12 +162,12 @@ class ModelCheckpoint(DriverCallback):
         if run.state.stage != "fit":
             return
         if self.dirpath is None:
-            self.dirpath = joined(absolute(run.log_dir), "checkpoints")
+            self.dirpath = self._derived_dirpath = joined(absolute(run.log_dir), "checkpoints")
         if self._unapplied_state is not None:
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None
         files.remove_abandoned(self.dirpath)
-        is_own = self._is_automatic or self.newest_model_path or run.plan.is_dev_run
+        is_own = self._is_automatic or self.newest_model_path or self._has_saved or run.plan.is_dev_run
         if not is_own and self.save_top_k != 0 and entries(self.dirpath):
             warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
 

@@ -38,6 +38,10 @@ class WeightAveraging(Callback):
         """Whether to take in the weights after this step, or after this epoch: one of the two is given, from 0."""
         return step_idx is not None
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._forget()  # of a run that an error has ended
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._average is None:
             self._latest_update_step, self._latest_update_epoch = trainer.global_step, -1
@@ -71,6 +75,9 @@ class WeightAveraging(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The driver's callback needs no second model.
+        self._forget()
+
+    def _forget(self) -> None:
         if self._sharded is not None:
             self._sharded.close()
         for hook in self._hooks:

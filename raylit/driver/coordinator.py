@@ -95,6 +95,7 @@ class Coordinator:
 
     def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
         """Train to the end; continue from a checkpoint's position where one is given."""
+        self._states.reset()
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
