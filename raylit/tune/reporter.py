@@ -28,21 +28,17 @@ class Reporter(SavedReport):
 
     def reset_state(self) -> None:
         self._has_reported = False
-        self._is_validated = False
-        """Since the last report."""
         self._first_step = 0
 
     def on_train_start(self, run: Run) -> None:
         self._first_step = run.state.progress.global_step
 
     def on_validation_end(self, run: Run) -> None:
-        self._is_validated = True
         if not is_validated_by_epoch_end(run):
             self._report(run)
 
     def on_train_epoch_end(self, run: Run) -> None:
-        is_old = run.state.is_epoch_cut_short and run.state.has_validation and not self._is_validated
-        if is_validated_by_epoch_end(run) and not is_old:
+        if is_validated_by_epoch_end(run):
             self._report(run)
 
     def on_train_end(self, run: Run) -> None:
@@ -52,7 +48,7 @@ class Reporter(SavedReport):
             self._report(run)
 
     def _report(self, run: Run) -> None:
-        self._has_reported, self._is_validated = True, False
+        self._has_reported = True
         progress = run.state.progress
         metrics = {"epoch": progress.epoch, "step": progress.global_step, **run.state.callback_metrics}
         if not self._handover.report({**metrics, IS_LAST: _is_last(run)}, save=partial(self.save, run)):
