@@ -184,6 +184,13 @@ class EpochEnded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Raised:
+    """Where a fit stood when an exception ended the command. The exception itself follows."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
     """A finished evaluation, exact over all ranks."""
 
@@ -351,6 +358,7 @@ Report = (
     | Stepped
     | Paused
     | EpochEnded
+    | Raised
     | Evaluated
     | Written
     | Predicted

@@ -267,3 +267,140 @@ def test_the_hook_at_the_epochs_end_is_told_that_the_run_ends_before_it(tmp_path
     trainer, _ = run(tmp_path, max_steps=6, callbacks=hooks)
     assert hooks.seen == [(0, 4, False), (1, 6, True)]
     assert "loss" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("num_done", [2, 3])
+def test_a_stop_inside_a_window_of_a_stream_with_a_state_loses_no_batch(num_done, tmp_path):
+    """Inside a window the stream is looked ahead in, for the end of its data."""
+    expected = tmp_path / "at once"
+    expected.mkdir()
+    settings = {"accumulate_grad_batches": 2, "max_epochs": 2}
+    _, model = run(expected, data=Counting(), **settings)
+    run(tmp_path, data=Counting(), callbacks=StopsAfterBatch(num_done), **settings)
+    assert len(rows(tmp_path)) == num_done
+    _, resumed = run(tmp_path, data=Counting(), resume="auto", **settings)
+    assert [row[:2] for row in rows(tmp_path)] == [row[:2] for row in rows(expected)]
+    assert_same_weights(weights_of(resumed), weights_of(model))
+
+
+class StopsAfterBatch(pl.Callback):
+    def __init__(self, num_done):
+        self.num_done = num_done
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or batch_idx + 1 == self.num_done
+
+
+class AsksOnce(pl.Callback):
+    """One rank asks for the end, in one place."""
+
+    def __init__(self, place, step):
+        self.place, self.step = place, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._ask(trainer, "start")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._ask(trainer, "end")
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self._ask(trainer, "validation")
+
+    def _ask(self, trainer, place):
+        if (place, trainer.global_step) == (self.place, self.step) and trainer.global_rank == trainer.world_size - 1:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "place", "log_every", "step"),
+    [
+        (0, "end", 3, 4),  # at once
+        (0, "start", 3, 5),
+        (2, "end", 3, 6),  # at the next logging step
+        (2, "end", 4, 4),
+        (2, "start", 2, 6),
+        (2, "end", 50, 8),  # at the epoch's end
+        (2, "end", 0, 8),
+        (2, "validation", 50, 4),
+    ],
+)
+def test_a_stop_that_one_rank_asks_for_comes_at_most_one_logging_interval_later(
+    num_workers, place, log_every, step, tmp_path
+):
+    data = DataLoader(TensorDataset(SAMPLES), batch_size=1 if num_workers else 2)  # 8 batches an epoch
+    model = Falls(tmp_path) if place == "validation" else Line(tmp_path)
+    trainer, _ = run(
+        tmp_path,
+        num_workers=num_workers,
+        data=data,
+        model=model,
+        max_epochs=3,
+        val_check_interval=4 if place == "validation" else 1.0,
+        callbacks=AsksOnce(place, 4),
+        log_every_n_steps=log_every,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    assert (trainer.global_step, trainer.current_epoch) == (step, 1)
+
+
+class Tells(pl.Callback):
+    def __init__(self, directory):
+        self.directory = str(directory)
+
+    def on_keyboard_interrupt(self, trainer, pl_module):
+        self._note(trainer, "keyboard")
+
+    def on_exception(self, trainer, pl_module, exception):
+        self._note(trainer, type(exception).__name__)
+
+    def teardown(self, trainer, pl_module, stage):
+        self._note(trainer, f"teardown {stage}")
+
+    def _note(self, trainer, text):
+        with open(os.path.join(self.directory, f"hooks-{trainer.global_rank}"), "a") as file:
+            file.write(text + "\n")
+
+
+class Raises(Line):
+    """In the second batch of the second epoch, on some of the ranks."""
+
+    def __init__(self, directory, error, ranks=(0, 1)):
+        super().__init__(directory)
+        self.error, self.ranks = error, ranks
+
+    def training_step(self, batch, batch_idx):
+        if (self.current_epoch, batch_idx) == (1, 1) and self.global_rank in self.ranks:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_keyboard_interrupt_raised_inside_a_step_reaches_teardown(num_workers, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path,
+            num_workers=num_workers,
+            model=Raises(tmp_path, KeyboardInterrupt()),
+            callbacks=Tells(tmp_path),
+            max_epochs=3,
+            logger=False,
+        )
+    for rank in range(max(1, num_workers)):
+        lines = (tmp_path / f"hooks-{rank}").read_text().splitlines()
+        assert lines == ["keyboard", "KeyboardInterrupt", "teardown fit"]
+
+
+@pytest.mark.parametrize(("num_workers", "ranks"), [(0, (0,)), (2, (0, 1)), (2, (1,))])
+def test_after_an_exception_the_trainer_tells_where_it_stood(num_workers, ranks, tmp_path):
+    trainer = pl.Trainer(
+        num_workers=num_workers,
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(ValueError, match="no more"):
+        trainer.fit(Raises(tmp_path, ValueError("no more"), ranks), loader(num_workers))
+    assert (trainer.global_step, trainer.current_epoch) == (5, 1)

@@ -35,6 +35,7 @@ from raylit.messages import (
     Predict,
     Predicted,
     Profile,
+    Raised,
     Reload,
     Reloaded,
     Report,
@@ -341,6 +342,8 @@ class Coordinator:
             self._saves.settle()
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
+            if isinstance(report, Raised):
+                self._note_raised(report)
             if isinstance(report, Written):
                 self._written.append(report)
             if isinstance(report, Profile):
@@ -383,6 +386,12 @@ class Coordinator:
                 self._log_writer.take(report)
             case Reloaded():
                 self._schedule.set_sizes(state, report)
+
+    def _note_raised(self, report: Raised) -> None:
+        """Any rank's: those that wait for it stand in the same step, and report nothing any more."""
+        told, known = report.progress, self.state.progress
+        if (told.batch_in_all, told.global_step) >= (known.batch_in_all, known.global_step):
+            self.state.progress = told
 
     def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
         state = self.state

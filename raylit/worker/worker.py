@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +25,7 @@ from raylit.messages import (
     LogCall,
     LookAhead,
     Predict,
+    Raised,
     Reload,
     Reloaded,
     Report,
@@ -124,7 +126,10 @@ class Worker:
         except GeneratorExit:
             raise
         except BaseException as error:
+            view = None if self._session is None else self._session.view
             self._fail(error)
+            if view is not None and view.state.fn == "fit":
+                yield Raised(progress=view.progress)
             raise
 
     def _profiled(self, command: Command, profiler: Profiler) -> Iterator[Report]:
@@ -305,9 +310,14 @@ class Worker:
 
     def _fail(self, error: BaseException) -> None:
         """`on_exception` of everyone; the module is an ordinary one again."""
+        session = self._session
         try:
-            if self._session is not None:
-                _tell(self._session, error)
+            if session is not None:
+                try:
+                    _tell(session, error)
+                finally:
+                    if isinstance(error, KeyboardInterrupt):
+                        _tear_down_after(session, error)
         finally:
             self.abandon()
 
@@ -331,6 +341,21 @@ def _tell(session: Session, error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         session.hooks.call("on_keyboard_interrupt")
     session.hooks.call("on_exception", error)
+
+
+def _tear_down_after(session: Session, error: KeyboardInterrupt) -> None:
+    """`teardown` of everyone, as at the end that Ctrl-C asks for between two steps; what it raises is told, not raised.
+
+    Not after other exceptions, as in Lightning: one rank's `teardown` might wait there for the others.
+    """
+    try:
+        session.hooks.tear_down(session.stage, session.job.datamodule)
+    except Exception as failure:
+        warnings.warn(
+            f"teardown, after {type(error).__name__} in rank {session.context.rank}, raised "
+            f"{type(failure).__name__}: {failure}",
+            stacklevel=2,
+        )
 
 
 def _enable_training(module: LightningModule) -> None:
