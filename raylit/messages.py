@@ -53,8 +53,16 @@ class Train(HookedCommand):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LookAhead(HookedCommand):
+    """Find out whether the epoch has another batch, where its length is not known. Answered by `Paused`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EndEpoch(HookedCommand):
-    """Run the epoch's last hooks and schedulers. Answered by `EpochEnded`."""
+    """Run the epoch's last hooks and, where it is complete, its schedulers. Answered by `EpochEnded`."""
+
+    is_complete: bool = True
+    """All of the epoch's batches are done. Else the run ends inside the epoch: its checkpoints continue there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +104,7 @@ class Finish(HookedCommand):
     """The signal to the driver that ends the run before its time."""
 
 
-Command = Start | Reload | Train | EndEpoch | Evaluate | Predict | Save | Finish
+Command = Start | Reload | Train | LookAhead | EndEpoch | Evaluate | Predict | Save | Finish
 
 
 # Reports
@@ -173,6 +181,13 @@ class EpochEnded:
     progress: Progress
     metrics: Metrics
     stop_reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Raised:
+    """Where a fit stood when an exception ended the command. The exception itself follows."""
+
+    progress: Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,6 +358,7 @@ Report = (
     | Stepped
     | Paused
     | EpochEnded
+    | Raised
     | Evaluated
     | Written
     | Predicted

@@ -57,8 +57,8 @@ class Outcome(Asked):
 
     @property
     def current_epoch(self) -> int:
-        """During a fit the epoch's index, afterwards the number of epochs run."""
-        return self._state.progress.epoch + self._state.progress.is_epoch_ended
+        """During a fit the epoch's index, afterwards the number of epochs run, the last one perhaps only in part."""
+        return self._state.num_epochs
 
     @property
     def global_step(self) -> int:

@@ -91,6 +91,20 @@ class RunState:
     stop_reason: str | None = None
     """Why the run is to end early; None: it is not."""
     is_interrupted: bool = False
+    is_epoch_cut_short: bool = False
+    """The run has ended inside its last epoch: the hooks at the epoch's end have run, and a run that is continued from
+    here does the rest of the epoch."""
+    metric_steps: dict[str, int] = field(default_factory=dict)
+    """For each of `callback_metrics` that this run has logged, the optimizer steps that were done then."""
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs run, the last one perhaps only in part: Lightning's `current_epoch` after a fit."""
+        return self.progress.epoch + (self.progress.is_epoch_ended or self.is_epoch_cut_short)
+
+    def is_stale(self, name: str) -> bool:
+        """The metric's value is there, but belongs to the weights of an earlier step."""
+        return name in self.callback_metrics and self.metric_steps.get(name) != self.progress.global_step
 
     @property
     def log_step(self) -> int:
@@ -101,4 +115,4 @@ class RunState:
     @property
     def log_epoch(self) -> float:
         """Beside it: in a fit the epoch under way, after it their number."""
-        return float(self.progress.epoch + (self.stage != "fit" and self.progress.is_epoch_ended))
+        return float(self.progress.epoch if self.stage == "fit" else self.num_epochs)

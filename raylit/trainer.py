@@ -354,6 +354,7 @@ class Trainer(Outcome):
         )
         if stage != "fit":
             coordinator.state.progress = self._state.progress
+            coordinator.state.is_epoch_cut_short = self._state.is_epoch_cut_short
             coordinator.state.num_training_batches = self._state.num_training_batches
             coordinator.state.callback_metrics = dict(self._state.callback_metrics)
         self._state, self._status, self.ckpt_path = coordinator.state, "interrupted", job.ckpt_path

@@ -15,7 +15,16 @@ class Callback:
     """Hooks of the training loop, with Lightning's names and arguments, called on every worker.
 
     `trainer` is the worker's view of the run: epoch, step, metrics, optimizers, `should_stop`. After the run rank 0's
-    attributes of the callback are copied back to the driver's object.
+    attributes of the callback are copied back to the driver's object. They stay in a further run, as in Lightning: what
+    belongs to one run is to be set in `setup` or `on_fit_start`. raylit's own callbacks begin every fit anew.
+
+    `trainer.should_stop = True`, on any rank, ends the training after the batch: at once where there is one worker;
+    with more of them at the next step of which metrics are logged (`log_every_n_steps`), as the ranks tell each other
+    then and in no other step, or at the next validation or epoch's end, whichever comes first.
+
+    Where a run ends inside an epoch (`max_steps`, `max_time`, a stop), `on_train_epoch_end` is called for the part of
+    it that was done (`trainer.is_epoch_cut_short`), as in Lightning; a run that is continued from there calls it again
+    when the epoch is complete.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
@@ -157,7 +166,10 @@ class DriverCallback:
     def on_evaluation_end(self, run: Run, stage: str) -> None:
         """After any evaluation loop: validation inside fit, the sanity check, validate, test and predict."""
 
-    def on_train_epoch_end(self, run: Run) -> None: ...
+    def on_train_epoch_end(self, run: Run) -> None:
+        """Also where the run ends inside the epoch (`run.state.is_epoch_cut_short`); a run that is continued from there
+        comes here again when the epoch is complete."""
+
     def on_train_end(self, run: Run) -> None: ...
     def on_save_end(self, run: Run, path: str, error: "CheckpointError | None") -> None:
         """A save that this callback has asked for is over: the file is there, or the error says why not."""
@@ -173,6 +185,10 @@ class DriverCallback:
     def next_pause_step(self, run: Run) -> int | None:
         """The optimizer step at which this callback next needs the workers to stand still, None: no wish."""
         return None
+
+    def reset_state(self) -> None:
+        """A fit begins, perhaps not this Trainer's first: forget what earlier runs have left. Of a run that is
+        continued, `load_state_dict` follows. Arguments stay, and so do results that belong to no run."""
 
     @property
     def state_key(self) -> str:

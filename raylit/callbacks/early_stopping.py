@@ -34,7 +34,8 @@ class EarlyStopping(DriverCallback):
     Without `monitor` it follows `early_stop_on` where that is logged, else `val_loss`.
 
     A check comes after each validation, or with `check_on_train_epoch_end` after each training epoch; None takes the
-    epoch's end where validation runs once in every epoch, or never. `check_finite` stops at NaN and infinity,
+    epoch's end where validation runs once in every epoch, or never; an epoch inside which the run ends is not judged.
+    `check_finite` stops at NaN and infinity,
     `stopping_threshold` at a value that is good enough and `divergence_threshold` at one that is too bad, both strictly
     beyond the threshold. `strict` makes a missing metric an error instead of a warning. `log_rank_zero_only` is
     Lightning's and without effect: the driver alone logs.
@@ -68,12 +69,15 @@ class EarlyStopping(DriverCallback):
         self.stopping_threshold = stopping_threshold
         self.divergence_threshold = divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
+        self._check_on_train_epoch_end = check_on_train_epoch_end
+        self.reset_state()
+
+    def reset_state(self) -> None:
         self.wait_count = 0
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
-        self._check_on_train_epoch_end = check_on_train_epoch_end
-        self._best_score = math.inf if mode == "min" else -math.inf
+        self._best_score = math.inf if self.mode == "min" else -math.inf
 
     @property
     def best_score(self) -> Tensor:
@@ -85,7 +89,7 @@ class EarlyStopping(DriverCallback):
             self._check(run)
 
     def on_train_epoch_end(self, run: Run) -> None:
-        if self._is_checked_at_epoch_end(run):
+        if not run.state.is_epoch_cut_short and self._is_checked_at_epoch_end(run):
             self._check(run)
 
     @property

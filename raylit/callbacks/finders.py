@@ -7,7 +7,7 @@ from raylit.callbacks.base import DriverCallback
 
 class LearningRateFinder(DriverCallback):
     """Has `fit` begin with `Tuner.lr_find`, once for each model; the arguments are its own, `num_training_steps` is
-    called `num_training` there. In the run itself it has nothing to do."""
+    called `num_training` there. In the run itself it has nothing to do, and `optimal_lr` outlasts it."""
 
     def __init__(
         self,

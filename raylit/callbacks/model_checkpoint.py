@@ -42,6 +42,8 @@ class ModelCheckpoint(DriverCallback):
       `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
     - On Ctrl-C and SIGTERM the run is saved where it stands, in `last.ckpt` if there is one, else under the usual name.
       `save_on_exception`: at an error, too; workers write what one of a hook or step left, on their own hosts.
+    - A further fit of the same Trainer is a new run, whose best, last and newest files are its own; those of the run
+      before stay on the disk. Where the run ends inside an epoch, a metric of earlier weights gives no rank.
     """
 
     CHECKPOINT_JOIN_CHAR = "-"
@@ -78,8 +80,6 @@ class ModelCheckpoint(DriverCallback):
         self.save_weights_only = save_weights_only
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
-        self.best_model_path = self.last_model_path = self.newest_model_path = ""
-        """`newest`: the file written last, whatever for; of its names the one that stays."""
         self._every_n_train_steps = every_n_train_steps or 0
         is_default = every_n_train_steps is None and train_time_interval is None and every_n_epochs is None
         self._every_n_epochs = 1 if is_default else every_n_epochs or 0
@@ -88,7 +88,22 @@ class ModelCheckpoint(DriverCallback):
         self.first_version = self.STARTING_VERSION if enable_version_counter else None  # None: overwritten
         check_options(self, self._every_n_train_steps, self._every_n_epochs, train_time_interval)
         self._is_automatic = False
-        self._best = BestFiles(count=save_top_k, mode=mode)
+        self._derived_dirpath: str | None = None
+        """The last run's own, where the user has given none."""
+        self._clock = Clock(train_time_interval)
+        self._has_saved = False
+        """In an earlier run of the same Trainer."""
+        self.newest_model_path = ""
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        """The files of earlier runs stay where they are and count for nothing."""
+        if self.dirpath == self._derived_dirpath:
+            self.dirpath = None
+        self._has_saved = self._has_saved or self.newest_model_path != ""
+        self.best_model_path = self.last_model_path = self.newest_model_path = ""
+        """`newest`: the file written last, whatever for; of its names the one that stays."""
+        self._best = BestFiles(count=self.save_top_k, mode=self.mode)
         self._current_score: float | None = None
         self._resumed_path = ""
         self._written: set[str] = set()
@@ -99,7 +114,6 @@ class ModelCheckpoint(DriverCallback):
         self._has_warned = False
         self._step_saved = 0
         self._step_validated: int | None = None
-        self._clock = Clock(train_time_interval)
         self._before = self._standing
 
     @classmethod
@@ -150,12 +164,12 @@ class ModelCheckpoint(DriverCallback):
         if run.state.stage != "fit":
             return
         if self.dirpath is None:
-            self.dirpath = joined(absolute(run.log_dir), "checkpoints")
+            self.dirpath = self._derived_dirpath = joined(absolute(run.log_dir), "checkpoints")
         if self._unapplied_state is not None:
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None
         files.remove_abandoned(self.dirpath)
-        is_own = self._is_automatic or self.newest_model_path or run.plan.is_dev_run
+        is_own = self._is_automatic or self.newest_model_path or self._has_saved or run.plan.is_dev_run
         if not is_own and self.save_top_k != 0 and entries(self.dirpath):
             warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
 
@@ -197,7 +211,7 @@ class ModelCheckpoint(DriverCallback):
             is_early = self._step_validated is None and run.state.has_validation
             self._save_or_defer(run, is_deferred=is_early and self._is_missing(run))
         elif self._is_automatic or is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
-            self._save(run, is_ranked=self._is_epoch_due(run))
+            self._save(run, is_ranked=self._is_epoch_due(run) and not self._is_score_stale(run))
 
     def on_train_end(self, run: Run) -> None:
         if self.save_last and self._step_saved == 0 and not self._is_saved_or_unwanted(run):
@@ -284,6 +298,10 @@ class ModelCheckpoint(DriverCallback):
     def _is_missing(self, run: Run) -> bool:
         return self.monitor is not None and self.monitor not in fields(run.state)
 
+    def _is_score_stale(self, run: Run) -> bool:
+        """The run ends inside an epoch, and the metric is that of earlier weights."""
+        return self.monitor is not None and run.state.is_epoch_cut_short and run.state.is_stale(self.monitor)
+
     def _save_or_defer(self, run: Run, *, is_deferred: bool) -> None:
         self._is_deferred = is_deferred
         if not is_deferred:
@@ -334,7 +352,9 @@ class ModelCheckpoint(DriverCallback):
     def _place_automatically(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
         losers = [self.newest_model_path]
         path = self._free_path(run, metrics)
-        score = next((metrics[name] for name in _AUTOMATIC_MONITORS if name in metrics), None)
+        monitor = next((name for name in _AUTOMATIC_MONITORS if name in metrics), "")
+        is_stale = run.state.is_epoch_cut_short and run.state.is_stale(monitor)
+        score = None if is_stale else metrics.get(monitor)
         # A score from before these weights has been offered before, and is not better than itself.
         if score is not None and self._best.admits(score):
             losers += self._best.make_room()

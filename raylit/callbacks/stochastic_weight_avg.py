@@ -101,7 +101,7 @@ class StochasticWeightAveraging(Callback):
             self._latest_update_epoch = epoch
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._scheduler is not None:
+        if self._scheduler is not None and not trainer.is_epoch_cut_short:
             self._scheduler.step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -35,6 +35,9 @@ class Timer(DriverCallback):
         self.duration_s = None if duration is None else seconds_of(duration, name="duration")
         self.verbose = verbose
         self._interval = interval
+        self.reset_state()
+
+    def reset_state(self) -> None:
         self._started_at: dict[str, float] = {}
         self._ended_at: dict[str, float] = {}
         self._before_s = 0.0

@@ -43,6 +43,10 @@ class WeightAveraging(Callback):
         """Whether to take in the weights after this step, or after this epoch: one of the two is given, from 0."""
         return step_idx is not None
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._forget()  # of a run that an error has ended
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._average is None:
             self._latest_update_step, self._latest_update_epoch = trainer.global_step, -1
@@ -56,6 +60,8 @@ class WeightAveraging(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
+        if trainer.is_epoch_cut_short:
+            return  # the run that does the rest of the epoch takes in the weights at its end
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._update(pl_module)
             self._latest_update_epoch = epoch
@@ -83,6 +89,9 @@ class WeightAveraging(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The driver's callback needs no second model.
+        self._forget()
+
+    def _forget(self) -> None:
         if self._sharded is not None:
             self._sharded.close()
         for hook in self._hooks:

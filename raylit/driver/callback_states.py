@@ -21,6 +21,11 @@ class CallbackStates:
     def taken(self) -> dict[str, Any]:
         return {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
 
+    def reset(self) -> None:
+        """A new run begins."""
+        for callback in self._callbacks:
+            callback.reset_state()
+
     def load(self, checkpoint: dict[str, Any]) -> None:
         for callback in self._callbacks:
             if callback.state_key in checkpoint.get("callbacks", {}):

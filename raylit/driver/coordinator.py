@@ -29,11 +29,13 @@ from raylit.messages import (
     Finish,
     Finished,
     LogCall,
+    LookAhead,
     Metrics,
     Paused,
     Predict,
     Predicted,
     Profile,
+    Raised,
     Reload,
     Reloaded,
     Report,
@@ -94,6 +96,7 @@ class Coordinator:
 
     def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
         """Train to the end; continue from a checkpoint's position where one is given."""
+        self._states.reset()
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
@@ -162,18 +165,27 @@ class Coordinator:
             if self._schedule.is_reload_due(self.state):
                 self._one(Reload())
             self._notify("on_train_epoch_start")
-        is_over = False
+        is_over = is_complete = False
         while not is_over:
             is_owed = self._schedule.is_validation_owed(self.state)
-            paused = self._train()
+            is_complete = self._train().is_epoch_finished
             if not is_owed:
                 self._notify("on_train_pause")
-            is_over = self._schedule.is_epoch_over(self.state, paused)
-            if self._schedule.is_validation_due(self.state, paused):
+            is_complete = is_complete or self._is_run_over_at_epoch_end()
+            if self._schedule.is_validation_due(self.state, is_epoch_finished=is_complete):
                 self._validate()
-                is_over = is_over or self._schedule.may_stop(self.state)
-        self._one(EndEpoch())
+                is_complete = is_complete or self._is_run_over_at_epoch_end()
+            is_over = is_complete or self._schedule.is_run_over(self.state)
+        self._one(EndEpoch(is_complete=is_complete))
         self._notify("on_train_epoch_end")
+
+    def _is_run_over_at_epoch_end(self) -> bool:
+        """The run ends here, and the epoch has no further batch, which of a stream only a look ahead can tell."""
+        if not self._schedule.is_run_over(self.state):
+            return False
+        paused = self._one(LookAhead())
+        assert isinstance(paused, Paused)
+        return paused.is_epoch_finished
 
     def _train(self) -> Paused:
         assert self._group is not None
@@ -330,6 +342,8 @@ class Coordinator:
             self._saves.settle()
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
+            if isinstance(report, Raised):
+                self._note_raised(report)
             if isinstance(report, Written):
                 self._written.append(report)
             if isinstance(report, Profile):
@@ -360,6 +374,7 @@ class Coordinator:
                 self._take_metrics(report.metrics, is_flushed=True)
             case EpochEnded():
                 state.progress = report.progress
+                state.is_epoch_cut_short = not report.progress.is_epoch_ended
                 self._take_metrics(report.metrics, is_flushed=True)
             case Started():
                 state.progress = report.progress
@@ -372,9 +387,16 @@ class Coordinator:
             case Reloaded():
                 self._schedule.set_sizes(state, report)
 
+    def _note_raised(self, report: Raised) -> None:
+        """Any rank's: those that wait for it stand in the same step, and report nothing any more."""
+        told, known = report.progress, self.state.progress
+        if (told.batch_in_all, told.global_step) >= (known.batch_in_all, known.global_step):
+            self.state.progress = told
+
     def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
         state = self.state
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
+        state.metric_steps.update(dict.fromkeys(metrics, state.progress.global_step))
         state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
         if is_logged and self._log(metrics, step=state.log_step) and is_flushed:
             self._log_writer.save()

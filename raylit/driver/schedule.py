@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from raylit.callbacks.timing import Clock
 from raylit.errors import ConfigError
-from raylit.messages import Paused, Reloaded, Started
+from raylit.messages import Reloaded, Started
 from raylit.plan import Plan
 from raylit.state import Progress, RunState
 
@@ -62,6 +62,8 @@ class Schedule:
         """The optimizer step at which training may have to end: where it must, or the least after which it may; or at
         which the time for a validation will have come."""
         min_steps, step = self._plan.limits.min_steps, state.progress.global_step
+        if self.may_stop(state):
+            return step + 1  # asked for before the epoch's first batch
         end = min(self.last_step, min_steps) if step < min_steps else self.last_step
         if self._clock is None or not self._is_validation_epoch(state):
             return end
@@ -102,8 +104,9 @@ class Schedule:
             and state.progress.global_step >= limits.min_steps
         )
 
-    def is_epoch_over(self, state: RunState, paused: Paused) -> bool:
-        return paused.is_epoch_finished or state.progress.global_step >= self.last_step or self.may_stop(state)
+    def is_run_over(self, state: RunState) -> bool:
+        """Inside an epoch: training ends here, whether the epoch is complete or not."""
+        return state.progress.global_step >= self.last_step or self.may_stop(state)
 
     def next_validation_batch(self, state: RunState) -> float:
         """The batch of this epoch, counted from 1, after which validation is due."""
@@ -124,20 +127,20 @@ class Schedule:
             return False
         return (self._batches_before(progress) + progress.batch) % self._interval_in(state) == 0
 
-    def is_validation_due(self, state: RunState, paused: Paused) -> bool:
+    def is_validation_due(self, state: RunState, *, is_epoch_finished: bool) -> bool:
         progress = state.progress
         if not self._is_validation_epoch(state) or progress.batch in (0, progress.validated_batch):
             return False
         if self._clock is not None:
             return self._clock.is_due() or self.may_stop(state)
         if math.isinf(self._validation_batches):
-            return paused.is_epoch_finished
+            return is_epoch_finished
         done = self._batches_before(progress) + progress.batch
         validation = self._plan.validation
         # The length of an iterable is an estimate: the epoch may end before it. A fraction of an epoch that other
         # workers have begun need not fall on its end.
         is_by_epoch = validation.interval == 1.0 or (isinstance(validation.interval, float) and self._is_odd(state))
-        is_at_end = paused.is_epoch_finished and is_by_epoch and validation.every_n_epochs is not None
+        is_at_end = is_epoch_finished and is_by_epoch and validation.every_n_epochs is not None
         return is_at_end or done % self._interval_in(state) == 0 or self.may_stop(state)
 
     def validated(self, state: RunState) -> Progress:

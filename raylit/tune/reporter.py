@@ -24,6 +24,9 @@ class Reporter(SavedReport):
 
     def __init__(self, handover: Handover) -> None:
         self._handover = handover
+        self.reset_state()
+
+    def reset_state(self) -> None:
         self._has_reported = False
         self._first_step = 0
 

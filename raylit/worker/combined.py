@@ -66,6 +66,8 @@ class CombinedTrainData:
         """Where in which loader an epoch goes on can only be found out from its start."""
         self.num_batches: float = num_steps(lengths, mode=combined.mode)
         """Per worker and epoch; infinite if unknown, an estimate where a loader is an iterable."""
+        self.has_exact_length = has_lengths
+        self.has_own_state = any(member.has_own_state for member in self._members)
         self._epoch = -1
         self._num_before = 0
         """Steps of the epoch before this run, or the iteration under way, began."""

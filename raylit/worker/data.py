@@ -121,6 +121,7 @@ class TrainData:
         self.num_batches: float = self._count(loader)
         """Per worker and epoch, a worker's None included; infinite if unknown, an estimate for iterables."""
         self.has_exact_length = self._share is not None and math.isfinite(self.num_batches)
+        self.has_own_state = self._stateful is not None
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         """The batches from `skip` on. Those of streams are fetched and thrown away. Ends an earlier Feed."""

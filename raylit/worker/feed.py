@@ -2,13 +2,14 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, Protocol
 
 from raylit.errors import ModuleError
 
 _END = object()
+_NOTHING = object()
 
 
 class Feed:
@@ -72,11 +73,65 @@ def of_uneven(weight: float) -> float:
     return math.nextafter(1.0, 2.0) if weight == 1.0 else weight
 
 
+class AnyFeed(Protocol):
+    """A Feed, or what stands around one to time it or to move its batches to a device."""
+
+    @property
+    def weight(self) -> float: ...
+    def __next__(self) -> Any: ...
+
+
+class PeekableFeed:
+    """A Feed of unknown length that can tell whether the batch just returned is the last one."""
+
+    __slots__ = ("_ahead", "_feed", "_state_of_source", "_weight_ahead", "state_before", "weight")
+
+    def __init__(self, feed: AnyFeed, *, state_of_source: Callable[..., dict[str, Any]] | None) -> None:
+        """`state_of_source`: `TrainSource.state_dict`, of a source whose state would, after a look ahead, be one batch
+        further than the training is. None: the state is a position, which does not depend on what has been fetched."""
+        self.weight = 1.0
+        """Of the batch just returned, as the Feed's."""
+        self.state_before: dict[str, Any] | None = None
+        """The source's state before a batch was fetched that has not been returned yet."""
+        self._feed = feed
+        self._state_of_source = state_of_source
+        self._ahead: Any = _NOTHING
+        self._weight_ahead = 1.0
+
+    def __iter__(self) -> "PeekableFeed":
+        return self
+
+    def __next__(self) -> Any:
+        if self._ahead is _NOTHING:
+            batch = next(self._feed)
+            self.weight = self._feed.weight
+            return batch
+        if self._ahead is _END:
+            raise StopIteration
+        batch, self._ahead, self.state_before = self._ahead, _NOTHING, None
+        self.weight = self._weight_ahead
+        return batch
+
+    def has_next(self, *, num_done: int) -> bool:
+        """Fetch the next batch, unless that has been done. Collective where fetching is. `num_done`: batches of the
+        epoch with the one just returned."""
+        if self._ahead is _NOTHING:
+            if self._state_of_source is not None:
+                self.state_before = self._state_of_source(num_done=num_done)
+            self._ahead = next(self._feed, _END)
+            self._weight_ahead = self._feed.weight
+        return self._ahead is not _END
+
+
 class TrainSource(Protocol):
     """What the training loop takes its batches from."""
 
     num_batches: float
     """Per worker and epoch; infinite if unknown."""
+    has_exact_length: bool
+    """`num_batches` is how many there will be; else the end may come unforeseen."""
+    has_own_state: bool
+    """Some of the state is the loader's own, which knows only how far it has been read."""
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         """The batches from `skip` on. Ends an earlier Feed."""

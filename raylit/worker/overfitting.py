@@ -25,6 +25,8 @@ class SameEpoch:
     def __init__(self, source: TrainSource) -> None:
         self._source = source
         self.num_batches = source.num_batches
+        self.has_exact_length = source.has_exact_length
+        self.has_own_state = source.has_own_state
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
         return self._source.epoch(0, skip=skip)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
+from raylit.checkpoint import format
+from raylit.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit, Limits
 from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
-from raylit.worker.feed import Feed, TrainSource
+from raylit.worker.feed import Feed, PeekableFeed, TrainSource
 from raylit.worker.forward_epoch import run_forward
 from raylit.worker.metric_entry import added_up
 from raylit.worker.metrics import MetricBuffer
@@ -46,7 +47,11 @@ class TrainLoop:
         self._optimization = optimization
         self._schedules = schedules
         self._step_schedules: list[Schedule] = []
-        self._feed: Feed | TimedFeed | MovedFeed | None = None
+        self._feed: Feed | TimedFeed | MovedFeed | PeekableFeed | None = None
+        self._peekable: PeekableFeed | None = None
+        """The feed, where it is one whose end may come unforeseen."""
+        self._cut_sums: dict[str, Any] | None = None
+        """Of an epoch that the run has ended in: its sums before the hooks at the epoch's end, for its checkpoints."""
         self._has_started = False
         self._is_stop_agreed = False
         self.metrics = metrics
@@ -76,7 +81,7 @@ class TrainLoop:
             on_uneven_end = [self._kept.keep_share, *on_uneven_end]
         run_batch, run_share = optimization.run_batch, optimization.run_share
         num_batches, is_alone = self.num_batches_in_epoch, session.peers.world_size == 1
-        brake = session.brake
+        brake, peekable = session.brake, self._peekable
         window = session.plan.optimization.window_in(view.current_epoch)
         log_every = session.plan.reporting.log_every_n_steps or math.inf
         period_s = session.plan.reporting.refresh_period_s if session.context.rank == 0 else math.inf
@@ -95,9 +100,15 @@ class TrainLoop:
                 is_exhausted = True
                 break
             batch_idx = view.batch_idx = view.num_batches_done
-            is_step_due = window == 1 or (batch_idx + 1) % window == 0 or batch_idx + 1 == num_batches
+            weight = feed.weight
+            is_step_due = (
+                window == 1
+                or (batch_idx + 1) % window == 0
+                or batch_idx + 1 == num_batches
+                or (peekable is not None and not peekable.has_next(num_done=batch_idx + 1))
+            )
             metrics.batch = batch
-            is_uneven = feed.weight != 1.0
+            is_uneven = weight != 1.0
             if is_uneven:
                 view.is_uneven = True
             start_hooks = on_uneven_start if is_uneven else on_batch_start
@@ -105,16 +116,13 @@ class TrainLoop:
                 is_exhausted = True
                 break
             if is_uneven:
-                outputs = run_share(batch, batch_idx, is_step_due, feed.weight)
+                outputs = run_share(batch, batch_idx, is_step_due, weight)
             else:
                 outputs = run_batch(batch, batch_idx, is_step_due)
             view.num_batches_done = batch_idx + 1
             view.num_batches_in_all += 1
             if is_step_due:
-                view.num_windows += 1
-                brake.num_done += 1
-                if self._step_schedules:
-                    self._step_schedulers(self._step_schedules, view.num_windows)
+                self._count_step()
             for hook in on_uneven_end if is_uneven else on_batch_end:
                 hook(detached(outputs), batch, batch_idx)
             if is_uneven:
@@ -126,8 +134,11 @@ class TrainLoop:
                 yield Ticked(batch=view.num_batches_done, metrics=_shown(session.module.get_progress_bar_dict()))
                 next_tick = monotonic() + period_s
 
+        # A hook has ended the epoch inside a window, or a resumed run has fewer batches left than it was saved with.
         if is_exhausted and optimization.finish_window():
-            view.num_windows += 1
+            self._count_step()
+            if view.num_windows % log_every == 0:
+                yield from self._report_step()
         yield self._pause(is_epoch_finished=is_exhausted or view.num_batches_done >= num_batches)
 
     def run_detecting_anomaly(self, command: Train) -> Iterator[Report]:
@@ -135,9 +146,27 @@ class TrainLoop:
         with torch.autograd.set_detect_anomaly(True):
             yield from self.run(command)
 
+    def look_ahead(self, command: LookAhead) -> Iterator[Report]:
+        """Whether the epoch is at its end. Collective."""
+        is_over = self._view.num_batches_done >= self.num_batches_in_epoch
+        if not is_over and self._peekable is not None:
+            # A resumed run fetches the batch again, with these random numbers.
+            random_state = format.random_state()
+            is_over = not self._peekable.has_next(num_done=self._view.num_batches_done)
+            format.set_random_state(random_state)
+        yield Paused(progress=self._view.progress, is_epoch_finished=is_over)
+
     def end_epoch(self, command: EndEpoch) -> Iterator[Report]:
-        """The epoch's last hooks, its metrics, its schedulers."""
+        """The epoch's last hooks and its metrics; its schedulers, where it is complete.
+
+        Where the run ends inside the epoch, checkpoints have what a resumed run needs to do the rest of it: the sums
+        and random numbers of before the hooks, while the hooks and the loggers get the values so far.
+        """
         session, view = self._session, self._view
+        random_state = None if command.is_complete else format.random_state()
+        view.is_epoch_cut_short = not command.is_complete
+        if not command.is_complete:
+            self._cut_sums = self._sums()
         self.metrics.is_training_batch, self.metrics.batch = False, None
         if self._kept is not None:
             self._kept.call_hook()
@@ -145,12 +174,15 @@ class TrainLoop:
             session.hooks.call("on_train_epoch_end")
         metrics, _ = self.metrics.read_epoch()
         view.receive(metrics)
-        self._step_schedulers(
-            [schedule for schedule in self._schedules if schedule.interval == "epoch"], view.current_epoch + 1
-        )
-        view.is_epoch_ended = True
-        self._feed = None
-        self._set_length(self.num_batches)
+        if command.is_complete:
+            self._step_schedulers(
+                [schedule for schedule in self._schedules if schedule.interval == "epoch"], view.current_epoch + 1
+            )
+            view.is_epoch_ended = True
+            self._feed = self._peekable = None
+            self._set_length(self.num_batches)
+        if random_state is not None:
+            format.set_random_state(random_state)
         session.strategy.sync_buffers(session.module)
         yield EpochEnded(progress=view.progress, metrics=metrics, stop_reason=self._stop_reason())
 
@@ -167,14 +199,12 @@ class TrainLoop:
 
     def state_of_rank(self) -> dict[str, Any]:
         """What only this rank has of the position: sums of the unfinished epoch, the samplers' generators."""
-        module = self._session.module
+        ahead = None if self._peekable is None else self._peekable.state_before
         return {
-            "metrics": self.metrics.state_dict(module),
-            "objects": metric_objects.states_in(module),
-            "outputs": [] if self._kept is None else self._kept.state_dict(),
+            **(self._sums() if self._cut_sums is None else self._cut_sums),
             "optimization": self._optimization.state_dict(),
             "reduced": self._view.metrics_state(),
-            "data": self._data.state_dict(num_done=self._view.num_batches_done),
+            "data": self._data.state_dict(num_done=self._view.num_batches_done) if ahead is None else ahead,
             "is_finding_unused": self._session.strategy.is_finding_unused,
         }
 
@@ -209,7 +239,16 @@ class TrainLoop:
 
     # Helpers, in the order in which they are called
 
-    def _begin(self) -> Feed | TimedFeed | MovedFeed:
+    def _sums(self) -> dict[str, Any]:
+        """What the unfinished epoch has come to on this rank, in plain values and copies."""
+        module = self._session.module
+        return {
+            "metrics": self.metrics.state_dict(module),
+            "objects": metric_objects.states_in(module),
+            "outputs": [] if self._kept is None else self._kept.state_dict(),
+        }
+
+    def _begin(self) -> Feed | TimedFeed | MovedFeed | PeekableFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self._session.module._metrics = self.metrics
@@ -231,6 +270,10 @@ class TrainLoop:
             feed = batches if profiler is None else TimedFeed(batches, profiler, NEXT_BATCH["fit"])
             mover = self._session.mover
             self._feed = feed if mover is None else MovedFeed(feed, mover)
+            if not self._data.has_exact_length:
+                self._feed = self._peekable = PeekableFeed(
+                    self._feed, state_of_source=self._data.state_dict if self._data.has_own_state else None
+                )
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
         return self._feed
@@ -257,6 +300,14 @@ class TrainLoop:
             return limited(num_done + num_left, limit)
         # A fraction's end in these batches, less what they would have been up to here.
         return num_done + max(0, limited(usual, limit) - (usual - num_left))
+
+    def _count_step(self) -> None:
+        """After every step, or window of batches at whose end there was to be one."""
+        view = self._view
+        view.num_windows += 1
+        self._session.brake.num_done += 1
+        if self._step_schedules:
+            self._step_schedulers(self._step_schedules, view.num_windows)
 
     def _report_step(self) -> Iterator[Report]:
         view = self._view

@@ -43,6 +43,9 @@ class TrainerView(Asked):
         self.num_windows = 0
         self.validated_batch = 0
         self.is_epoch_ended = False
+        self.is_epoch_cut_short = False
+        """In `on_train_epoch_end`: the run ends before the epoch's last batch. If it is continued from a checkpoint,
+        the hook comes again when the epoch is complete."""
         self.stage: Stage | None = stage
         self.sanity_checking = False
         self.should_stop = False

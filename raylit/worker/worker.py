@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +23,9 @@ from raylit.messages import (
     Finished,
     HookedCommand,
     LogCall,
+    LookAhead,
     Predict,
+    Raised,
     Reload,
     Reloaded,
     Report,
@@ -123,7 +126,10 @@ class Worker:
         except GeneratorExit:
             raise
         except BaseException as error:
+            view = None if self._session is None else self._session.view
             self._fail(error)
+            if view is not None and view.state.fn == "fit":
+                yield Raised(progress=view.progress)
             raise
 
     def _profiled(self, command: Command, profiler: Profiler) -> Iterator[Report]:
@@ -195,7 +201,7 @@ class Worker:
             metrics=metrics,
         )
         run = loop.run_detecting_anomaly if self._plan.optimization.is_detecting_anomaly else loop.run
-        self._handlers.update({Train: run, EndEpoch: loop.end_epoch})
+        self._handlers.update({Train: run, LookAhead: loop.look_ahead, EndEpoch: loop.end_epoch})
         if is_overridden("validation_step", session.module, LightningModule) and has_loader(self._job, "validate"):
             self._validation_loop = EvalLoop(session, stage="validate", training_metrics=metrics)
             self._handlers[Evaluate] = self._validation_loop.run
@@ -304,9 +310,14 @@ class Worker:
 
     def _fail(self, error: BaseException) -> None:
         """`on_exception` of everyone; the module is an ordinary one again."""
+        session = self._session
         try:
-            if self._session is not None:
-                _tell(self._session, error)
+            if session is not None:
+                try:
+                    _tell(session, error)
+                finally:
+                    if isinstance(error, KeyboardInterrupt):
+                        _tear_down_after(session, error)
         finally:
             self.abandon()
 
@@ -330,6 +341,21 @@ def _tell(session: Session, error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         session.hooks.call("on_keyboard_interrupt")
     session.hooks.call("on_exception", error)
+
+
+def _tear_down_after(session: Session, error: KeyboardInterrupt) -> None:
+    """`teardown` of everyone, as at the end that Ctrl-C asks for between two steps; what it raises is told, not raised.
+
+    Not after other exceptions, as in Lightning: one rank's `teardown` might wait there for the others.
+    """
+    try:
+        session.hooks.tear_down(session.stage, session.job.datamodule)
+    except Exception as failure:
+        warnings.warn(
+            f"teardown, after {type(error).__name__} in rank {session.context.rank}, raised "
+            f"{type(failure).__name__}: {failure}",
+            stacklevel=2,
+        )
 
 
 def _enable_training(module: LightningModule) -> None:

@@ -36,7 +36,9 @@ class SeveralOptimizers:
         return self._in_turn(lambda turn, own: turn.run_share(batch, batch_idx, is_window_end, weight, *own), extra)
 
     def finish_window(self) -> bool:
-        return any([turn.finish_window() for turn in self._turns])
+        is_stepped = any([turn.finish_window() for turn in self._turns])
+        self._handles.end_batch()
+        return is_stepped
 
     def state_dict(self) -> dict[str, Any]:
         states = {str(index): turn.state_dict() for index, turn in enumerate(self._turns)}
