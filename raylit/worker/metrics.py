@@ -82,10 +82,10 @@ class MetricBuffer:
         on_step: bool | None,
         on_epoch: bool | None,
         reduce_fx: Any,
-        batch_size: int | None,
+        batch_size: int | Tensor | None,
         add_dataloader_idx: bool,
     ) -> None:
-        """Keep a value. A tensor stays on its device."""
+        """Keep a value. A tensor stays on its device. With `batch_size=0` it counts for nothing in an epoch's mean."""
         if self.is_muted:
             return
         if self.dataloader_idx is not None and add_dataloader_idx:
@@ -108,7 +108,9 @@ class MetricBuffer:
             entry.rows.append((self.place or 0, value))
         if entry.on_epoch:
             entry.values.append(value)
-            entry.weights.append(float(batch_size or self._batch_size()))
+            weight = self._batch_size() if batch_size is None else batch_size
+            # A tensor stays on its device, too: a count of unmasked elements, for example.
+            entry.weights.append(weight.detach() if isinstance(weight, Tensor) else float(weight))
             if len(entry.values) >= NUM_KEPT:
                 entry.fold()
 
@@ -272,8 +274,9 @@ class MetricBuffer:
                 values[name] = self._applied(spec.reduction, entries.get(name))
             elif spec.reduction == FUNCTION and self._peers.rank == 0:
                 warn_of_missing_function(name)
-            elif weights.any():
+            elif spec.reduction == "mean" or weights.any():
                 is_present = weights > 0
+                # A mean of nothing but empty batches is nan.
                 values[name] = epoch_across(totals[is_present], weights[is_present], spec.reduction)
         values.update(self._computed({name: entries.get(name) for name, spec in layout if spec.reduction == OBJECT}))
         self.step_rows = self._gathered_rows(layout, entries)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from raylit.worker import metric_objects
-from raylit.worker.metric_entry import Entry, applied, epoch_across, stacked, total_and_weight
+from raylit.worker.metric_entry import FUNCTION, Entry, applied, epoch_across, stacked, total_and_weight
 
 
 def own_value(entry: Entry) -> float | None:
@@ -12,12 +12,12 @@ def own_value(entry: Entry) -> float | None:
     reduction = entry.spec.reduction
     if entry.object is not None:
         return metric_objects.computed(entry.name, entry.object, [metric_objects.states_of(entry.object)])
-    if entry.total is None:
+    if entry.total is None or reduction == FUNCTION:
         return None
     if callable(reduction):
         return applied(reduction, entry.total.tolist())
     total, weight = total_and_weight(entry)
-    return epoch_across(stacked([total]), stacked([weight]), reduction) if weight else None
+    return epoch_across(stacked([total]), stacked([weight]), reduction)
 
 
 def own_values(entries: Iterable[Entry]) -> dict[str, float]:
