@@ -57,8 +57,8 @@ class Entry:
     """One logged name."""
 
     __slots__ = (
-        "asked", "is_fresh", "is_returned", "last", "name", "object", "on_epoch", "pieces", "rows", "spec", "total",
-        "values", "weight", "weights",
+        "asked", "is_fresh", "is_returned", "last", "loader", "name", "num_updates", "object", "on_epoch", "pieces",
+        "rows", "segments", "spec", "total", "values", "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, spec: Spec, asked: tuple[Any, ...] | None) -> None:
@@ -76,6 +76,12 @@ class Entry:
         """In an evaluation, for `on_step`: each value with its batch's place in the data set."""
         self.object: Any = None
         """The torchmetrics object that was logged."""
+        self.num_updates = 0
+        """Of the object, when it was logged under this name for the last time."""
+        self.loader = 0
+        """The evaluation's loader in whose batches that was."""
+        self.segments: dict[int, Any] = {}
+        """The object's states from the batches of each loader that is through, where there are several."""
         self.pieces: tuple[Any, list[Any]] = (None, [])
         """A batch, and the values of its pieces so far."""
         self.values: list[Any] = []

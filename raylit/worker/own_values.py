@@ -10,8 +10,12 @@ def own_value(entry: Entry) -> float | None:
     """Over the batches so far; None: there is none. Waits for the device, changes nothing."""
     entry.fold()
     reduction = entry.spec.reduction
+    if entry.object is not None and entry.segments:
+        with metric_objects.detached(entry.object):
+            segments = [[entry.segments[index]] for index in sorted(entry.segments)]
+            return metric_objects.computed(entry.name, entry.object, segments)
     if entry.object is not None:
-        return metric_objects.computed(entry.name, entry.object, [metric_objects.states_of(entry.object)])
+        return metric_objects.computed(entry.name, entry.object, None)
     if entry.total is None or reduction == FUNCTION:
         return None
     if callable(reduction):
