@@ -1,7 +1,6 @@
 """EvalLoop and PredictLoop: this rank's share of the validation, test or prediction batches. Worker."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -186,8 +185,6 @@ class EvalLoop(_SharedLoop):
     def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
         super().__init__(session, stage=stage)
         self._training_metrics = training_metrics
-        self._num_seen: Counter[int] = Counter()
-        """Batches of each loader in the evaluations so far."""
         self._set_aside = metric_objects.SetAside(session.module, session.peers)
         self._kept: EpochOutputs | None = None
         self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
@@ -279,9 +276,10 @@ class EvalLoop(_SharedLoop):
 
     def _numbered(self, metrics: MetricBuffer) -> tuple[tuple[int, Metrics], ...]:
         """Each batch's metrics with its number among all that its loader has given in this run."""
-        numbered = tuple((self._num_seen[index] + place, row) for index, place, row in metrics.step_rows)
+        num_before = self._session.view.num_evaluated
+        numbered = tuple((num_before[index] + place, row) for index, place, row in metrics.step_rows)
         for index, num_places in metrics.num_places.items():
-            self._num_seen[index] += num_places
+            num_before[index] += num_places
         return numbered
 
 
