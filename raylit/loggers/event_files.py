@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,14 @@ def remove_past(directory: str, names: Sequence[str], *, step: int, sure: Mappin
             has_removed = True
             _replace(joined(directory, name), bytes(kept))
     return has_removed and newest_kept < step
+
+
+def wait_for_later_name(directory: str) -> None:
+    """Readers go by the files' names, which have the second in them: one that continues others is to be the last."""
+    seconds = [os.path.basename(name).partition(f"{_MARK}.")[2].partition(".")[0] for name in sizes(directory)]
+    newest_s = max((int(text) for text in seconds if text.isdecimal()), default=0)
+    if (left_s := newest_s + 1 - time.time()) <= 1.0:
+        time.sleep(max(0.0, left_s))
 
 
 def _is_event_file(path: str) -> bool:

@@ -64,6 +64,8 @@ class TensorBoardLogger(FileLogger):
 
             arguments = {"purge_step": self._purge_step, **self._summary_writer}
             with self._reopening():
+                if self._is_continued:
+                    event_files.wait_for_later_name(self.log_dir)
                 self._experiment = SummaryWriter(log_dir=self.log_dir, **arguments)
             self._purge_step, self._broken = None, None
         return self._experiment
