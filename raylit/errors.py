@@ -57,7 +57,8 @@ class WorkerDied(RaylitError):
 
 
 class LoggingError(RaylitError):
-    """A call that a hook has made on a logger, and that failed in the driver; says where the hook made it."""
+    """A call that a hook has made on a logger was wrong; says where the hook made it. Or, at the end of a fit that has
+    ended well: a logger has failed during it."""
 
 
 class WorkerFailed(RaylitError):

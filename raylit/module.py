@@ -122,7 +122,8 @@ class LightningModule(LoopHooks):
 
         Inside the training loop `on_step` is the default, elsewhere `on_epoch`. What is read is reduced over all the
         ranks that logged the name, by `reduce_fx` ("mean", "sum", "min", "max" or a function of the stacked values);
-        an epoch's mean is weighted by `batch_size` (by default the first dimension of the batch's first tensor).
+        an epoch's mean is weighted by `batch_size` (by default the first dimension of the batch's first tensor; with 0
+        the value counts for nothing, and a mean of nothing else is nan).
         `sync_dist` is therefore always on; it is accepted, like `sync_dist_group`, for Lightning's sake.
         """
         if self._metrics is None:

@@ -78,6 +78,14 @@ def entries(directory: str) -> list[str]:
     return os.listdir(directory) if os.path.isdir(directory) else []
 
 
+def exists(path: str) -> bool:
+    if is_url(path):
+        files, place = file_system(path)
+        files.invalidate_cache()
+        return bool(files.exists(place))
+    return os.path.exists(path)
+
+
 def modified_at(path: str) -> float:
     """When a file was last written, in seconds since 1970; 0.0 where it is not there."""
     try:

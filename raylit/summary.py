@@ -53,7 +53,7 @@ class Summary:
                 layer.kind,
                 _in_words(layer.num_parameters),
                 "train" if layer.is_training else "eval",
-                *([str(layer.in_size or "?"), str(layer.out_size or "?")] if self.has_sizes else []),
+                *([_shown(layer.in_size), _shown(layer.out_size)] if self.has_sizes else []),
             ]
             for index, layer in enumerate(self.layers)
         ]
@@ -92,6 +92,11 @@ def summarized(module: nn.Module, *, max_depth: int = 1) -> Summary:
         has_lazy_parameters=len(counted) < len(parameters),
         has_sizes=example is not None,
     )
+
+
+def _shown(size: Size | None) -> str:
+    """A scalar's is [], which is no unknown one."""
+    return "?" if size is None else str(size)
 
 
 def _layer(name: str, child: nn.Module, sizes: tuple[Size | None, Size | None]) -> Layer:

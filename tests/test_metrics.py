@@ -1,6 +1,7 @@
 """self.log: names, reductions and steps, over batches and ranks."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -77,6 +78,49 @@ def test_several_validation_loaders_have_metrics_of_their_own(quiet):
     first, second = pl.Trainer(num_workers=2, **quiet).validate(Two(), loaders, verbose=False)
     assert first == {"size/dataloader_idx_0": 4.0, "both": pytest.approx(3 / 7)}
     assert second == {"size/dataloader_idx_1": 2.0}
+
+
+class Masked(Regression):
+    """Of each batch's samples only so many count; the loss of none at all is nan, as a mean over nothing is."""
+
+    values, num_unmasked, size_of = (5.0, 8.0, 100.0, torch.nan), (2, 2, 0, 0), int
+
+    def log_masked(self, place):
+        value, size = self.values[place], self.size_of(self.num_unmasked[place])
+        self.log("v", value, batch_size=size, on_step=False, on_epoch=True)
+        self.log("as_tensor", torch.tensor(value), batch_size=size, on_step=False, on_epoch=True)
+        self.log("empty", value, batch_size=0, on_step=False, on_epoch=True)
+
+    def training_step(self, batch, batch_idx):
+        self.log_masked(batch_idx * self.trainer.world_size + self.global_rank)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log_masked(batch_idx * self.trainer.world_size + self.global_rank)
+
+    def on_validation_epoch_end(self):
+        self.seen = self.trainer.callback_metrics
+
+
+class MaskedByTensors(Masked):
+    size_of = staticmethod(torch.tensor)
+
+
+@pytest.mark.parametrize("module", [Masked, MaskedByTensors])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_of_size_0_counts_for_nothing(module, num_workers, quiet):
+    loader = DataLoader(make_data(16), batch_size=4)
+    model = module()
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, num_sanity_val_steps=0, **quiet)
+    trainer.fit(model, loader, loader)
+    trained = trainer.callback_metrics
+    [validated] = trainer.validate(model, loader, verbose=False)
+    for metrics in (trained, validated):
+        assert float(metrics["v"]) == float(metrics["as_tensor"]) == 6.5  # (5 * 2 + 8 * 2) / 4
+        assert math.isnan(metrics["empty"])
+    # The hook at the epoch's end sees rank 0's own batches.
+    assert model.seen["v"] == (6.5 if num_workers == 0 else 5.0)
+    assert math.isnan(model.seen["empty"])
 
 
 @pytest.mark.parametrize(

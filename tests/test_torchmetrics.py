@@ -1,5 +1,6 @@
 """torchmetrics: objects given to self.log over batches, workers and checkpoints; raylit.metrics."""
 
+import itertools
 import sys
 
 import pytest
@@ -266,6 +267,165 @@ def test_running_means_are_merged(quiet):
         Window(), DataLoader(make_scores(), batch_size=4), verbose=False
     )
     assert results["sum"] == pytest.approx(make_scores().tensors[0][:, 0].sum().item(), abs=1e-5)
+
+
+class Shared(Regression):
+    """One object, and one collection, for everything: they see 100 in training, and 3 or 13 in evaluations."""
+
+    def __init__(self, where="step", has_own_names=False):
+        super().__init__()
+        self.mean = torchmetrics.MeanMetric()
+        self.both = torchmetrics.MetricCollection({"low": torchmetrics.MinMetric(), "high": torchmetrics.MaxMetric()})
+        self.best = torchmetrics.MaxMetric()  # of the user's own: over all validations
+        self.where, self.has_own_names, self.seen_best = where, has_own_names, []
+
+    def measure(self, stage, values, index=0):
+        name = f"{stage}{index}" if self.has_own_names else stage
+        if values is not None:
+            self.mean.update(values)
+            self.both.update(values)
+        if (values is None) == (self.where == "hook"):
+            arguments = {"on_step": False, "on_epoch": True, "add_dataloader_idx": not self.has_own_names}
+            self.log(f"{name}_mean", self.mean, **arguments)
+            self.log(f"{name}_again", self.mean, **arguments)
+            if not self.has_own_names:
+                self.both.prefix = f"{name}_"
+                self.log_dict(self.both, **arguments)
+
+    def training_step(self, batch, batch_idx):
+        self.measure("train", batch[0][:, 0])
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.measure("val", batch[0][:, 0], dataloader_idx)
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.measure("test", batch[0][:, 0], dataloader_idx)
+
+    def on_train_epoch_end(self):
+        self.measure("train", None)
+
+    def on_test_epoch_end(self):
+        self.measure("test", None)
+
+    def on_validation_epoch_end(self):
+        self.measure("val", None)
+        self.best.update(float(self.trainer.current_epoch))
+        self.seen_best.append(self.best.update_count)
+
+
+def constant(value, num):
+    return DataLoader(TensorDataset(torch.full((num, 8), value), torch.zeros(num, 3)), batch_size=2)
+
+
+def alike(stage, value):
+    return {f"{stage}_{name}": value for name in ("mean", "again", "low", "high")}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("where", "num_sanity_val_steps"), [("step", 0), ("hook", 0), ("hook", 2)])
+def test_an_object_shared_by_training_and_evaluations_has_a_value_for_each(
+    where, num_sanity_val_steps, num_workers, quiet
+):
+    """Two validations in each epoch; a worker has no batch of the second fit's."""
+    model = Shared(where)
+    trainer = pl.Trainer(
+        num_workers=num_workers,
+        max_epochs=2,
+        val_check_interval=0.5,
+        num_sanity_val_steps=num_sanity_val_steps,
+        **quiet,
+    )
+    training = constant(100.0, 8 * max(1, num_workers))
+    for value, num_samples in ((3.0, 7), (13.0, 2)):
+        trainer.fit(model, training, constant(value, num_samples))
+        metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items() if name != "train_loss"}
+        assert metrics == {**alike("train", 100.0), **alike("val", value)}
+        # What only the hooks at a validation's end update goes on from one to the next.
+        assert [after - before for before, after in itertools.pairwise(model.seen_best[-4:])] == [1, 1, 1]
+    for stage, value in (("val", 3.0), ("test", 13.0), ("val", 13.0)):
+        evaluate = trainer.validate if stage == "val" else trainer.test
+        assert evaluate(model, constant(value, 5), verbose=False) == [alike(stage, value)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("has_own_names", [False, True])
+def test_an_object_shared_by_several_loaders_has_a_value_for_each(has_own_names, num_workers, quiet):
+    """A worker has no batch of the second loader's."""
+    model = Shared(has_own_names=has_own_names)
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, limit_train_batches=2, **quiet)
+    loaders = [constant(3.0, 7), constant(13.0, 2), constant(5.0, 4)]
+    trainer.fit(model, constant(100.0, 8), loaders)
+    fitted = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+    results = trainer.validate(model, loaders, verbose=False)
+    for index, value in enumerate((3.0, 13.0, 5.0)):
+        names = ("mean", "again") if has_own_names else ("mean", "again", "low", "high")
+        named = "val{1}_{0}" if has_own_names else "val_{0}/dataloader_idx_{1}"
+        expected = {named.format(name, index): value for name in names}
+        assert expected.items() <= results[index].items()
+        assert expected.items() <= fitted.items()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_object_under_one_name_for_all_loaders_is_measured_over_all_of_them(num_workers, quiet):
+    class Whole(Regression):
+        def __init__(self):
+            super().__init__()
+            self.order, self.own = Order(), torch.nn.ModuleList(torchmetrics.SumMetric() for _ in range(2))
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.order.update(batch[0][:, 0])
+            self.own[dataloader_idx].update(batch[0][:, 0])
+            self.log("order", self.order, add_dataloader_idx=False)
+            self.log("own", self.own[dataloader_idx])
+
+        def on_validation_epoch_end(self):
+            self.sums = [metric.compute().item() for metric in self.own]
+
+    loaders = [constant(3.0, 8), constant(5.0, 8)]
+    model = Whole()
+    results = pl.Trainer(num_workers=num_workers, **quiet).validate(model, loaders, verbose=False)
+    assert results[0] == {"order": 5002.0, "own/dataloader_idx_0": 24.0}
+    assert results[1] == {"own/dataloader_idx_1": 40.0}
+    assert model.sums == [24.0, 40.0]
+
+
+def test_one_object_for_two_names_in_turns_is_an_error_that_names_both(quiet):
+    class Turns(Regression):
+        def __init__(self):
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.mean.update(batch[0])
+            self.log("odd" if batch_idx % 2 else "even", self.mean, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(pl.ConfigError, match=r"self\.log\('even'\) and self\.log\('odd'\).*MeanMetric.*clone"):
+        pl.fit(Turns(), constant(1.0, 8), constant(1.0, 8), max_epochs=1, **quiet)
+
+
+def test_an_object_begins_afresh_after_a_run_that_has_failed(quiet):
+    class Failing(Shared):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2 and self.fails_in == "training":
+                raise RuntimeError("as asked")
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if self.fails_in == "validation":
+                raise RuntimeError("as asked")
+
+    model = Failing()
+    for fails_in in ("training", "validation"):
+        model.fails_in = fails_in
+        with pytest.raises(RuntimeError, match="as asked"):
+            pl.fit(model, constant(100.0, 8), constant(50.0, 4), max_epochs=1, num_sanity_val_steps=0, **quiet)
+    model.fails_in = None
+    trainer = pl.fit(model, constant(3.0, 8), constant(13.0, 4), max_epochs=1, num_sanity_val_steps=0, **quiet)
+    assert trainer.callback_metrics["train_mean"].item() == 3.0
+    assert trainer.callback_metrics["val_mean"].item() == 13.0
 
 
 # raylit.metrics

@@ -22,6 +22,8 @@ from raylit.state import Progress
 
 FORMAT = 1
 """Goes up when an older raylit could no longer resume from what this one writes."""
+LOGS = "raylit.logs"
+"""Beside the states of the driver's callbacks, on their way into a checkpoint."""
 
 SCALER = "MixedPrecision"
 """Lightning's name for the state of the gradient scaler."""
@@ -64,10 +66,13 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
 
 def complete(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]], callbacks: Mapping[str, Any]) -> None:
     """Put what ranks 1 and up have alone, and the states of the driver's callbacks, both in plain values, into a
-    checkpoint merged from rank 0's part."""
+    checkpoint merged from rank 0's part. Among the states, under LOGS: where the loggers stand."""
     checkpoint["raylit"]["ranks"][1:] = others
-    if callbacks:
-        checkpoint["callbacks"] = {**checkpoint.get("callbacks", {}), **callbacks}
+    if LOGS in callbacks:
+        checkpoint["raylit"]["logs"] = callbacks[LOGS]
+    states = {key: state for key, state in callbacks.items() if key != LOGS}
+    if states:
+        checkpoint["callbacks"] = {**checkpoint.get("callbacks", {}), **states}
 
 
 def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any) -> dict[str, Any]:
@@ -133,6 +138,12 @@ def metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float]:
     ranks = ranks_of(checkpoint)
     values: dict[str, float] = ranks[0].get("reduced", {}).get("values", {}) if ranks else {}
     return dict(values)
+
+
+def logs_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the saved run's loggers stood, by their index; empty in Lightning's own checkpoints."""
+    positions: dict[str, Any] = checkpoint.get("raylit", {}).get("logs", {})
+    return positions
 
 
 def seed_of(checkpoint: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,7 @@ from raylit.driver.costs import Costs
 from raylit.driver.group import WorkerGroup, build_group
 from raylit.driver.interrupts import Interrupts
 from raylit.driver.log_writer import LogWriter
-from raylit.driver.saves import Order, Saves
+from raylit.driver.saves import LoggedBefore, Order, Saves
 from raylit.driver.schedule import Schedule
 from raylit.errors import RaylitError
 from raylit.loggers.base import Logger
@@ -107,6 +107,7 @@ class Coordinator:
             self._notify("on_train_end")
             self._finish()
         self._saves.raise_last()
+        self._log_writer.raise_failures()
 
     def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> list[dict[str, float]]:
         """Validate or test: for each loader its metrics by name."""
@@ -143,7 +144,9 @@ class Coordinator:
             return
         self.finish_saves()
         reports = [*self._run(order.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
-        self._saves.start(order, self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts), reports)
+        holder = self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts)
+        # Whoever resumes from the file finds everything in the logs that was logged before.
+        self._saves.start(order, LoggedBefore(holder, self._log_writer.flush()), reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
 
@@ -306,6 +309,8 @@ class Coordinator:
         if is_resuming:
             assert checkpoint is not None
             self._states.load(checkpoint)
+            step = format.progress_of(checkpoint).global_step
+            self._log_writer.resume(step=step, positions=format.logs_of(checkpoint))
             self.state.callback_metrics.update(format.metrics_of(checkpoint))
         started = self._one(
             Start(

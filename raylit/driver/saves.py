@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raylit.callbacks.base import DriverCallback, Run
+from raylit.checkpoint import format
 from raylit.checkpoint.publication import Publication
-from raylit.driver.log_writer import LogWriter
+from raylit.driver.log_writer import Flushed, LogWriter
 from raylit.errors import CheckpointError
 from raylit.messages import Report, Save, Saved
 
 _RETRY_AFTER_S = (0.5, 2.0)
 """A store may be out of reach for a moment, or another program make room on the disk."""
+_FLUSH_TIMEOUT_S = 10.0
 _WAKE_S = 0.2
 """For whoever waits to see a signal."""
 _NEVER_BETTER = (NotADirectoryError, IsADirectoryError, PermissionError)
@@ -36,6 +38,25 @@ class Holder(Protocol):
     def release(self) -> None:
         """It is not asked for again."""
         ...
+
+
+class LoggedBefore:
+    """A Holder whose checkpoint is written once the loggers have saved what came before it; it then says where they
+    stood. A logger that takes too long is not waited for."""
+
+    def __init__(self, holder: Holder, flushed: Flushed) -> None:
+        self._holder = holder
+        self._flushed = flushed
+
+    def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
+        positions = self._flushed.wait(_FLUSH_TIMEOUT_S)
+        self._holder.complete(others, {**callbacks, format.LOGS: format.plain(positions, "positions of the loggers")})
+
+    def write(self, path: str) -> None:
+        self._holder.write(path)
+
+    def release(self) -> None:
+        self._holder.release()
 
 
 class HolderLost(CheckpointError):

@@ -12,6 +12,9 @@ class Logger:
     Subclass it for one of your own: `log_metrics` is all that it must have. With workers, the methods are called in a
     thread that writes while the workers go on, one call at a time and in order; with `num_workers=0` at once. Hooks on
     a worker reach its methods, others of its own too, and those of `experiment` through `self.logger`.
+
+    An OSError, or an exception of a library's own, says that the logger has failed: the run goes on, with a warning for
+    the first one, and a fit raises LoggingError at its end.
     """
 
     @property
@@ -67,7 +70,15 @@ class Logger:
         """A callback, such as ModelCheckpoint, has saved; its attributes say what and where."""
 
     def save(self) -> None:
-        """Bring everything logged so far to where others can read it."""
+        """Bring everything logged so far to where others can read it. Also called before a checkpoint is written."""
+
+    def position(self) -> Any:
+        """Where the log ends after `save`, in plain values for a checkpoint; None: it cannot tell."""
+        return None
+
+    def resume(self, step: int, position: Any) -> None:
+        """A run goes on from a checkpoint, after `step` optimizer steps: remove what was logged after it, which comes
+        again. `position`: what that method returned when the checkpoint was taken, None where it is not known."""
 
     def finalize(self, status: str) -> None:
         """The run is over: "success", "failed" or "interrupted"."""

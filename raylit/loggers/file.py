@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -81,6 +81,15 @@ class FileLogger(Logger):
         if self._save_dir is None:
             self._save_dir = _expanded(default_root_dir)
 
+    @property
+    def has_log_dir(self) -> bool:
+        """Its version is chosen."""
+        return self._version is not None
+
+    def _is_own(self, position: Any) -> bool:
+        """The position is one in this logger's directory."""
+        return isinstance(position, Mapping) and position.get("log_dir") == self.log_dir
+
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
         # Only when there is something to write: importing raylit should not cost the import of yaml.
         import yaml
@@ -98,6 +107,13 @@ class FileLogger(Logger):
     def _named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         start = f"{self._prefix}-" if self._prefix else ""
         return {start + name: value for name, value in metrics.items()}
+
+
+def is_past(step: int | None, names: Collection[str], *, limit: int, others: Collection[str]) -> bool:
+    """An entry after a checkpoint comes again when the run goes on; `limit`: the step of its next entries. Not the
+    results of a test after the run's end: they stand at that step, under names that are among no `others`, which are
+    those of other steps."""
+    return step != limit or any(name in others for name in names)
 
 
 def _expanded(path: str | os.PathLike[str]) -> str:

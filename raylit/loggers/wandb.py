@@ -48,7 +48,8 @@ class WandbLogger(Logger):
         directory = save_dir if save_dir is not None else dir
         self._save_dir = None if directory is None else os.path.expanduser(os.fspath(directory))
         self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
-        self._id = version or id or os.environ.get("WANDB_RUN_ID")
+        given = next((str(one) for one in (version, id) if one not in (None, "")), None)
+        self._id = os.environ.get("WANDB_RUN_ID") if given is None else given
         for option, part in (("project", self._project), ("version", self._id or "")):
             check_stays_below(part, f"WandbLogger({option}={part!r})")
         self._init = {"name": name, "resume": "allow", **wandb_init}

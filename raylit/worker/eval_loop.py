@@ -1,7 +1,6 @@
 """EvalLoop and PredictLoop: this rank's share of the validation, test or prediction batches. Worker."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -238,8 +237,7 @@ class EvalLoop(_SharedLoop):
     def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
         super().__init__(session, stage=stage)
         self._training_metrics = training_metrics
-        self._num_seen: Counter[int] = Counter()
-        """Batches of each loader in the evaluations so far."""
+        self._set_aside = metric_objects.SetAside(session.module, session.peers)
         self._kept: EpochOutputs | None = None
         self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
 
@@ -251,23 +249,35 @@ class EvalLoop(_SharedLoop):
             session, hook=f"{_PREFIXES[self._stage]}_epoch_end", metrics=metrics, num_lists=max(1, len(self._loaders))
         )
         self._rows = {}
-        with self._as_stage(metrics, is_sanity_check=command.is_sanity_check), self._evaluating():
+        with (
+            self._as_stage(metrics, is_sanity_check=command.is_sanity_check),
+            self._evaluating(),
+            self._objects_of_its_own(metrics),
+        ):
             self._call("start")
             self._call("epoch_start")
+            self._set_aside.begin([] if self._training_metrics is None else self._training_metrics.objects)
             for index in range(len(self._loaders)):
                 metrics.dataloader_idx = index if len(self._loaders) > 1 else None
                 yield from self._run_loader(index, metrics, self._batches_of(index, command.is_sanity_check))
+                if len(self._loaders) > 1:
+                    metrics.end_loader(index)
             metrics.dataloader_idx, metrics.batch = None, None
+            if len(self._loaders) > 1:
+                metrics.end_loaders()
+            self._set_aside.give_back_unused()
             if self._kept is not None:
                 self._kept.call_hook()
             with metrics.replacing():
                 self._call("epoch_end")
             reduced, loaders = metrics.read_epoch()
+            self._set_aside.end()
             view.receive({} if command.is_sanity_check else reduced)
             if self._training_metrics is not None and not command.is_sanity_check:
                 self._training_metrics.withhold(reduced)
             session.module._metrics = None
             self._call("end")
+            self._set_aside.note_counts()
         # Every rank has come to the metrics by now, so a brake that has ended any of them early is on here.
         if session.brake.is_on:
             yield Evaluated(stage=self._stage, metrics={}, is_broken_off=True)
@@ -287,6 +297,16 @@ class EvalLoop(_SharedLoop):
             stop_reason="trainer.should_stop was set" if view.should_stop else None,
             steps=() if command.is_sanity_check else self._numbered(metrics),
         )
+
+    @contextmanager
+    def _objects_of_its_own(self, metrics: MetricBuffer) -> Iterator[None]:
+        """Of an evaluation that fails, torchmetrics objects keep nothing."""
+        try:
+            yield
+        except BaseException:
+            metrics.discard_objects()
+            self._set_aside.restore()
+            raise
 
     def _run_loader(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[Report]:
         for place, output in self._outputs(index, metrics, num_batches):
@@ -308,9 +328,10 @@ class EvalLoop(_SharedLoop):
 
     def _numbered(self, metrics: MetricBuffer) -> tuple[tuple[int, Metrics], ...]:
         """Each batch's metrics with its number among all that its loader has given in this run."""
-        numbered = tuple((self._num_seen[index] + place, row) for index, place, row in metrics.step_rows)
+        num_before = self._session.view.num_evaluated
+        numbered = tuple((num_before[index] + place, row) for index, place, row in metrics.step_rows)
         for index, num_places in metrics.num_places.items():
-            self._num_seen[index] += num_places
+            num_before[index] += num_places
         return numbered
 
 

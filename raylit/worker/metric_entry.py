@@ -57,8 +57,8 @@ class Entry:
     """One logged name."""
 
     __slots__ = (
-        "asked", "is_fresh", "is_returned", "last", "name", "object", "on_epoch", "pieces", "rows", "spec", "total",
-        "values", "weight", "weights",
+        "asked", "is_fresh", "is_returned", "last", "loader", "name", "num_updates", "object", "on_epoch", "pieces",
+        "rows", "segments", "spec", "total", "values", "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, spec: Spec, asked: tuple[Any, ...] | None) -> None:
@@ -76,13 +76,21 @@ class Entry:
         """In an evaluation, for `on_step`: each value with its batch's place in the data set."""
         self.object: Any = None
         """The torchmetrics object that was logged."""
+        self.num_updates = 0
+        """Of the object, when it was logged under this name for the last time."""
+        self.loader = 0
+        """The evaluation's loader in whose batches that was."""
+        self.segments: dict[int, Any] = {}
+        """The object's states from the batches of each loader that is through, where there are several."""
         self.pieces: tuple[Any, list[Any]] = (None, [])
         """A batch, and the values of its pieces so far."""
         self.values: list[Any] = []
-        self.weights: list[float] = []
+        self.weights: list[Any] = []
+        """Numbers, or tensors where the user gave one as the batch's size."""
         self.total: Any = None
         """Sum, minimum or maximum so far, float64 on the device; for a function of the user's all the values."""
-        self.weight = 0.0
+        self.weight: Any = 0.0
+        """Of a mean: the sum of the batches' sizes so far."""
 
     def widen(self, prog_bar: bool, logger: bool) -> None:
         """Show it there as well."""
@@ -115,14 +123,16 @@ class Entry:
         reduction = self.spec.reduction
         values = self.stacked()
         if reduction == "mean":
-            weights = torch.tensor(self.weights, dtype=torch.float64).to(values.device, non_blocking=True)
-            folded = (values * weights).sum()
+            weights = stacked(self.weights).to(values.device, non_blocking=True)
+            # The value of an empty batch is often nan, and counts for nothing all the same.
+            folded = torch.where(weights > 0, values * weights, 0.0).sum()
+            has_tensors = any(isinstance(weight, Tensor) for weight in self.weights)
+            self.weight = self.weight + (weights.sum() if has_tensors else sum(self.weights))
         elif isinstance(reduction, str):
             folded = _REDUCTIONS[reduction](values)
         else:
             folded = values
         self.total = folded if self.total is None else _combined(reduction, self.total, folded)
-        self.weight += sum(self.weights)
         self.values, self.weights = [], []
 
     def stacked(self) -> Tensor:
@@ -155,7 +165,7 @@ def last_value(entry: Entry | None) -> tuple[Any, float]:
     return (0.0, 0.0) if entry is None or entry.last is None else (entry.last, 1.0)
 
 
-def total_and_weight(entry: Entry | None) -> tuple[Any, float]:
+def total_and_weight(entry: Entry | None) -> tuple[Any, Any]:
     """0.0 as the weight: this rank has nothing."""
     if entry is None or entry.total is None or entry.total.ndim > 0:
         return 0.0, 0.0
@@ -180,7 +190,7 @@ def kept_of(entry: Entry) -> dict[str, Any] | None:
         return None
     reduction = entry.spec.reduction
     if isinstance(reduction, str) and reduction != FUNCTION:
-        return {"spec": tuple(entry.spec), "total": float(entry.total), "weight": entry.weight}
+        return {"spec": tuple(entry.spec), "total": float(entry.total), "weight": float(entry.weight)}
     return {"spec": tuple(entry.spec._replace(reduction=FUNCTION)), "values": entry.total.tolist()}
 
 

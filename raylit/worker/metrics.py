@@ -63,6 +63,8 @@ class MetricBuffer:
         self._size = 1
         self.dataloader_idx: int | None = None
         """Set where an evaluation has several loaders: names then get `/dataloader_idx_N`."""
+        self._newest_logs: dict[int, tuple[Entry, int]] = {}
+        """By torchmetrics object: the name under which it was logged last, and how many updates it had then."""
         self.defaults: set[str] = set()
         """Names that were logged only because nobody gave a better value."""
         self._withheld: set[str] = set()
@@ -82,10 +84,10 @@ class MetricBuffer:
         on_step: bool | None,
         on_epoch: bool | None,
         reduce_fx: Any,
-        batch_size: int | None,
+        batch_size: int | Tensor | None,
         add_dataloader_idx: bool,
     ) -> None:
-        """Keep a value. A tensor stays on its device."""
+        """Keep a value. A tensor stays on its device. With `batch_size=0` it counts for nothing in an epoch's mean."""
         if self.is_muted:
             return
         if self.dataloader_idx is not None and add_dataloader_idx:
@@ -108,19 +110,81 @@ class MetricBuffer:
             entry.rows.append((self.place or 0, value))
         if entry.on_epoch:
             entry.values.append(value)
-            entry.weights.append(float(batch_size or self._batch_size()))
+            weight = self._batch_size() if batch_size is None else batch_size
+            # A tensor stays on its device, too: a count of unmasked elements, for example.
+            entry.weights.append(weight.detach() if isinstance(weight, Tensor) else float(weight))
             if len(entry.values) >= NUM_KEPT:
                 entry.fold()
 
     def _log_object(self, entry: Entry, metric: Any) -> None:
         """A torchmetrics object keeps the epoch's value itself; a batch's is there if the object has computed it."""
-        entry.object = metric
+        self._check_alone(entry, metric)
+        entry.object, entry.loader = metric, self.dataloader_idx or 0
         value = metric_objects.step_value(entry.name, metric) if entry.spec.on_step else None
         if value is None:
             return
         entry.last, entry.is_fresh = value, True
         if entry.rows is not None:
             entry.rows.append((self.place or 0, value))
+
+    def _check_alone(self, entry: Entry, metric: Any) -> None:
+        """ConfigError: the object has one state for two names that are logged in turns. Under two names that always
+        come together it has the same value."""
+        count = metric_objects.num_updates(metric)
+        other, count_then = self._newest_logs.get(id(metric), (entry, 0))
+        if other is not entry and entry.num_updates < count_then < count and entry.on_epoch and other.on_epoch:
+            raise ConfigError(
+                f"self.log({other.name!r}) and self.log({entry.name!r}) are given one {type(metric).__name__} in "
+                "different batches: it has one state, so that neither name would have a value of its own. Give each "
+                "name an object of its own, such as metric.clone()"
+            )
+        entry.num_updates = count
+        self._newest_logs[id(metric)] = (entry, count)
+
+    def end_loader(self, index: int) -> None:
+        """A loader of several is through: what the objects have seen in it is kept apart, as the next loader may update
+        the same ones."""
+        states: dict[int, metric_objects.State] = {}
+        for entry in self._entries.values():
+            if entry.object is None or entry.loader != index:
+                continue
+            parts = metric_objects.parts_of(entry.object)
+            for part in parts:
+                if id(part) not in states:
+                    states[id(part)] = metric_objects.detach_state(part)
+            entry.segments[index] = [states[id(part)] for part in parts]
+
+    def end_loaders(self) -> None:
+        """All of several are through: hooks that read an object find what it has seen in all of them."""
+        segments: dict[int, dict[int, metric_objects.State]] = {}
+        parts = {}
+        for entry in self._entries.values():
+            for index, states in entry.segments.items():
+                for part, state in zip(metric_objects.parts_of(entry.object), states, strict=True):
+                    parts[id(part)] = part
+                    segments.setdefault(id(part), {})[index] = state
+        for key, own in segments.items():
+            if len(own) > 1:
+                metric_objects.load_joined(parts[key], [own[index] for index in sorted(own)])
+            else:
+                metric_objects.attach_state(parts[key], *own.values())
+        for entry in self._entries.values():
+            if entry.object is not None and all(
+                len(segments.get(id(part), {})) <= 1 for part in metric_objects.parts_of(entry.object)
+            ):
+                entry.segments = {}
+
+    def discard_objects(self) -> None:
+        """After a run that ends before their values are read: the next one begins afresh."""
+        for entry in chain(self._entries.values(), self._global_entries.values(), self._ended.values()):
+            if entry.object is not None:
+                metric_objects.reset(entry.object)
+                entry.segments = {}
+
+    @property
+    def objects(self) -> list[Any]:
+        """The torchmetrics objects that have been logged in the epoch under way."""
+        return [entry.object for entry in self._entries.values() if entry.object is not None]
 
     def file(
         self,
@@ -272,8 +336,9 @@ class MetricBuffer:
                 values[name] = self._applied(spec.reduction, entries.get(name))
             elif spec.reduction == FUNCTION and self._peers.rank == 0:
                 warn_of_missing_function(name)
-            elif weights.any():
+            elif spec.reduction == "mean" or weights.any():
                 is_present = weights > 0
+                # A mean of nothing but empty batches is nan.
                 values[name] = epoch_across(totals[is_present], weights[is_present], spec.reduction)
         values.update(self._computed({name: entries.get(name) for name, spec in layout if spec.reduction == OBJECT}))
         self.step_rows = self._gathered_rows(layout, entries)
@@ -310,14 +375,17 @@ class MetricBuffer:
         if not entries:
             return {}
         objects = {name: entry.object for name, entry in entries.items() if entry is not None}
-        on_epoch = {name for name, entry in entries.items() if entry is not None and entry.on_epoch}
-        own = {name: metric_objects.states_of(metric) for name, metric in objects.items()}
+        on_epoch = [name for name, entry in entries.items() if entry is not None and entry.on_epoch]
+        own = {name: _segments_of(entry) for name, entry in entries.items() if entry is not None}
         ranked = self._peers.gather_objects(own)
-        values = {
-            name: metric_objects.computed(name, metric, [states[name] for states in ranked if name in states])
-            for name, metric in objects.items()
-            if name in on_epoch
-        }
+        values = {}
+        for name in on_epoch:
+            entry = entries[name]
+            assert entry is not None
+            is_alone = self._peers.world_size == 1 and not entry.segments
+            segments = None if is_alone else _in_order([states[name] for states in ranked if name in states])
+            values[name] = metric_objects.computed(name, entry.object, segments)
+        self._newest_logs = {}
         for metric in objects.values():
             metric_objects.reset(metric)
         # A rank without a batch has no object, and yet is to know the value.
@@ -385,6 +453,21 @@ class MetricBuffer:
 
 def _belongs_to_epoch(entry: Entry) -> bool:
     return entry.on_epoch or entry.rows is not None or entry.object is not None
+
+
+def _segments_of(entry: Entry) -> dict[int, list[metric_objects.State]]:
+    """The states of the entry's object by the loader that they come from, on the CPU."""
+    if entry.segments:
+        return {index: metric_objects.on_cpu(states) for index, states in entry.segments.items()}
+    return {0: metric_objects.states_of(entry.object)}
+
+
+def _in_order(
+    ranked: list[dict[int, list[metric_objects.State]]],
+) -> list[list[list[metric_objects.State]]]:
+    """For each loader in turn the states of the ranks that have any."""
+    indices = sorted(set(chain.from_iterable(ranked)))
+    return [[own[index] for own in ranked if index in own] for index in indices]
 
 
 def _is_new(spec: Spec, known: Spec | None) -> bool:

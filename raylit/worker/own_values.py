@@ -3,21 +3,25 @@
 from collections.abc import Iterable
 
 from raylit.worker import metric_objects
-from raylit.worker.metric_entry import Entry, applied, epoch_across, stacked, total_and_weight
+from raylit.worker.metric_entry import FUNCTION, Entry, applied, epoch_across, stacked, total_and_weight
 
 
 def own_value(entry: Entry) -> float | None:
     """Over the batches so far; None: there is none. Waits for the device, changes nothing."""
     entry.fold()
     reduction = entry.spec.reduction
+    if entry.object is not None and entry.segments:
+        with metric_objects.detached(entry.object):
+            segments = [[entry.segments[index]] for index in sorted(entry.segments)]
+            return metric_objects.computed(entry.name, entry.object, segments)
     if entry.object is not None:
-        return metric_objects.computed(entry.name, entry.object, [metric_objects.states_of(entry.object)])
-    if entry.total is None:
+        return metric_objects.computed(entry.name, entry.object, None)
+    if entry.total is None or reduction == FUNCTION:
         return None
     if callable(reduction):
         return applied(reduction, entry.total.tolist())
     total, weight = total_and_weight(entry)
-    return epoch_across(stacked([total]), stacked([weight]), reduction) if weight else None
+    return epoch_across(stacked([total]), stacked([weight]), reduction)
 
 
 def own_values(entries: Iterable[Entry]) -> dict[str, float]:

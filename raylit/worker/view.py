@@ -1,5 +1,6 @@
 """TrainerView: the `trainer` that hooks and callbacks see. A light view of the worker's run. Worker."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,8 @@ class TrainerView(Asked):
         self.num_batches_in_all = 0
         self.num_windows = 0
         self.validated_batch = 0
+        self.num_evaluated: Counter[int] = Counter()
+        """Batches of each loader in the evaluations so far: where their values stand in the logs."""
         self.is_epoch_ended = False
         self.is_epoch_cut_short = False
         """In `on_train_epoch_end`: the run ends before the epoch's last batch. If it is continued from a checkpoint,
@@ -81,10 +84,15 @@ class TrainerView(Asked):
 
     def metrics_state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"values": dict(self._reduced), "logged": list(self._logged)}
+        return {
+            "values": dict(self._reduced),
+            "logged": list(self._logged),
+            "num_evaluated": dict(self.num_evaluated),
+        }
 
     def load_metrics_state(self, state: dict[str, Any]) -> None:
         self._reduced = dict(state.get("values", {}))
+        self.num_evaluated = Counter(state.get("num_evaluated", {}))
         self._logged = {name: self._reduced[name] for name in state.get("logged", [])}
 
     @property

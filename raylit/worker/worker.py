@@ -284,6 +284,8 @@ class Worker:
         elif self._train_loop is not None:
             self._train_loop.end()
             session.hooks.call("on_fit_end")
+        if self._train_loop is not None:
+            self._train_loop.metrics.discard_objects()
         if self._has_new_weights:
             for piece in session.strategy.gathered_weights(session.module):
                 if self._context.rank == 0:
@@ -305,6 +307,8 @@ class Worker:
         session, self._session = self._session, None
         if session is not None:
             session.let_go()
+        if self._train_loop is not None:
+            self._train_loop.metrics.discard_objects()
         if self._recording is not None:
             self._recording.close()
 

@@ -232,7 +232,6 @@ def test_what_is_logged_before_an_exception_on_any_rank_is_not_lost(rank, quiet)
 
 BAD_CALLS = {
     "add_imge": (lambda logger: logger.experiment.add_imge(1), "'Experiment' object has no attribute 'add_imge'"),
-    "fail": (lambda logger: logger.experiment.fail(), "OSError: no room"),
     "log_metrics": (lambda logger: logger.log_metrics(), "missing 1 required positional argument"),
 }
 
@@ -324,16 +323,83 @@ def test_more_than_fits_into_memory_waits_instead_of_being_dropped(monkeypatch):
     assert [args[0] for args, _ in logger.experiment.calls] == list(range(1, 500))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_metric_that_the_logger_refuses_ends_the_run_with_its_error(num_workers, quiet):
-    class Refusing(Keeping):
-        def log_metrics(self, metrics, step=None):
-            raise ConnectionError("the server is gone")
+class Refusing(Keeping):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
-    quiet["logger"] = [Refusing(), kept := Keeping()]
-    with pytest.raises(ConnectionError, match="the server is gone"):
-        pl.fit(Regression(), RegressionData(), num_workers=num_workers, max_epochs=1, **quiet)
-    assert kept.ends == ["failed"]
+    def log_metrics(self, metrics, step=None):
+        raise self.error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("error", [ConnectionError("the server is gone"), RuntimeError("the server is gone")])
+def test_a_logger_that_fails_ends_no_training_but_is_an_error_at_the_end(error, num_workers, quiet):
+    quiet["logger"] = [Refusing(error), kept := Keeping()]
+    model = Regression()
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=2, **quiet)
+    with (
+        pytest.warns(UserWarning, match=r"Refusing has failed: .*the server is gone. The run goes on") as warned,
+        pytest.raises(pl.LoggingError, match=r"Refusing has failed 2 times .*the server is gone") as caught,
+    ):
+        trainer.fit(model, RegressionData())
+    assert caught.value.__cause__ is error
+    assert len([one for one in warned if "has failed" in str(one.message)]) == 1
+    assert (trainer.global_step, len(model.losses), kept.ends) == (12, 12, ["success"])
+    assert len([row for _, row in kept.rows if "val_loss" in row]) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_evaluation_returns_its_results_though_the_logger_fails(num_workers, quiet):
+    quiet["logger"] = Refusing(OSError("no room"))
+    trainer = pl.Trainer(num_workers=num_workers, **quiet)
+    with pytest.warns(UserWarning, match="Refusing has failed: OSError: no room"):
+        [results] = trainer.validate(Regression(), RegressionData(), verbose=False)
+    assert results.keys() == {"val_loss"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mistake_in_a_logger_ends_the_run_at_once(num_workers, quiet):
+    quiet["logger"] = Refusing(TypeError("no such thing"))
+    trainer = pl.Trainer(num_workers=num_workers, max_epochs=100, **quiet)
+    with pytest.raises(TypeError, match="no such thing"):
+        trainer.fit(Regression(), RegressionData())
+    assert trainer.current_epoch < 99
+
+
+def test_a_hooks_call_that_meets_a_full_disk_does_not_end_the_training(quiet):
+    model = Regression()
+    model.on_train_batch_end = lambda *args: model.logger.experiment.fail()
+    logger = Keeping()
+    quiet["logger"] = logger
+    with (
+        pytest.warns(UserWarning, match="experiment.fail.* at step 1: OSError: no room"),
+        pytest.raises(pl.LoggingError, match=r"failed 6 times.*test_forwarding.py:.* at step 1: OSError: no room"),
+    ):
+        pl.fit(model, RegressionData(), num_workers=1, max_epochs=1, **quiet)
+    assert logger.ends == ["success"]
+
+
+def test_a_logger_whose_calls_take_long_to_fail_is_not_called_for_ever(monkeypatch):
+    monkeypatch.setattr(log_writer, "_FUTILE_S", 0.05)
+
+    class Unreachable(Keeping):
+        num_calls = 0
+
+        def log_metrics(self, metrics, step=None):
+            self.num_calls += 1
+            time.sleep(0.03)
+            raise ConnectionError("timed out")
+
+    logger = Unreachable()
+    writer = LogWriter([logger], is_direct=False)
+    for step in range(1000):
+        writer.log_metrics({"x": 1.0}, step=step)
+    with pytest.warns(UserWarning, match="timed out"):
+        writer.finalize("success")
+    assert logger.num_calls == 2
+    with pytest.raises(pl.LoggingError, match="failed 1001 times"):
+        writer.raise_failures()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

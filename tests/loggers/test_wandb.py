@@ -107,3 +107,7 @@ def test_checkpoints_become_artifacts(log_model, expected, quiet, wandb, tmp_pat
     pl.fit(model, RegressionData(), max_epochs=3, **quiet)
     assert [(name, file) for name, file, _ in run.artifacts] == [("model-abc", file) for file in expected]
     assert {"best"} <= set(run.artifacts[-1][2]) if expected else True
+
+
+def test_a_version_of_0_is_the_runs_id(wandb):
+    assert pl.WandbLogger(version=0, offline=True).version == "0"
