@@ -4,14 +4,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.accelerators import build_accelerator
-from raylit.driver import ray_private
+from raylit.driver import cluster, ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
 from raylit.driver.failures import DEATHS, is_at_one_line, raise_failures, reason_of_death
@@ -38,6 +38,7 @@ from raylit.messages import (
     Weights,
 )
 from raylit.plan import Plan, Workers
+from raylit.process_settings import files_of_user_modules, variables_for_live_processes
 from raylit.worker.context import WorkerContext
 
 _STOP_S = 5.0
@@ -62,9 +63,15 @@ class ActorGroup:
 
     is_in_driver = False
 
-    def __init__(self, workers: Workers) -> None:
-        """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work."""
+    def __init__(self, workers: Workers, *, variables: Mapping[str, str]) -> None:
+        """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work.
+
+        `variables`: of the environment, with which their processes are to begin beside those of the node.
+        """
         self.workers = workers
+        self.variables = dict(variables)
+        self._is_on_own_host = False
+        """All of them run on the driver's."""
         self._actors: list[Any] = []
         self._streams: list[Any] = []
         self._calls: list[Any] = []
@@ -87,17 +94,33 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, parcel: Parcel) -> None:
-        """Make the workers ready for the commands of a run. The user's objects travel once, not once per worker.
+    def assign(self, plan: Plan, parcel: Parcel, *, environment_before: Mapping[str, str]) -> None:
+        """Make the workers ready for the commands of a run, and their processes like this one. The user's objects
+        travel once, not once per worker.
 
         `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
+        `environment_before`: what workers may have of this process's earlier variables.
         """
         reference = _stored(parcel, f"the module and its data of {parcel.num_bytes / 2**30:.1f} GB")
-        import_path = tuple(os.path.abspath(path) for path in sys.path)
-        assignment = Assignment(plan=pickle_plan(plan), import_path=import_path)
+        assignment = self._assignment(plan, environment_before)
         self._is_braking = False
         self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
         self.is_usable = self.is_usable and not self._leftovers
+
+    def _assignment(self, plan: Plan, environment_before: Mapping[str, str]) -> Assignment:
+        # Another host has its own modules, and the workers where Ray gives them packages or a directory.
+        has_own_modules = not self._is_on_own_host or bool(cluster.runtime_env().keys() - {"env_vars"})
+        return Assignment(
+            plan=pickle_plan(plan),
+            import_path=tuple(os.path.abspath(path) for path in sys.path),
+            prefix="" if has_own_modules else sys.prefix,
+            files={} if has_own_modules else files_of_user_modules(sys.modules),
+            settings=cluster.settings_for_workers(),
+            # On several hosts each has its own, but what this program has changed counts everywhere.
+            variables=variables_for_live_processes(
+                environment_before, is_whole=self._is_on_own_host, fixed=cluster.fixed_variables()
+            ),
+        )
 
     def is_within_reach(self) -> bool:
         """Its resources are those that this process would be given now."""
@@ -155,8 +178,10 @@ class ActorGroup:
     def _spawn(self) -> None:
         assert self._placement is not None
         actor_class: Any = ray.remote(WorkerActor)
+        # Ray starts processes for these, where others come from those that it has ready.
+        environment = {"runtime_env": {"env_vars": self.variables}} if self.variables else {}
         actors = [
-            actor_class.options(max_concurrency=20, **self._placement.options(index)).remote()
+            actor_class.options(max_concurrency=20, **environment, **self._placement.options(index)).remote()
             for index in range(self.workers.num_workers)
         ]
         self._actors = actors
@@ -173,6 +198,7 @@ class ActorGroup:
         self._contexts = _contexts([places[index] for index in order])
         ray_private.hide_deaths([place.worker_id for place in places])
         own = ray.get_runtime_context().get_node_id()
+        self._is_on_own_host = all(place.node_id == own for place in places)
         self._exits = [
             ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
         ]

@@ -6,11 +6,14 @@ import os
 import secrets
 import sys
 import tempfile
+from dataclasses import replace
+from typing import Any
 
 import ray
 
 from raylit.driver.janitor import MARK, Janitor
 from raylit.driver.ray_private import reload_authentication, shut_down_at_once
+from raylit.process_settings import ProcessSettings, initial_environment
 
 
 class _EmbeddedNode:
@@ -21,6 +24,8 @@ class _EmbeddedNode:
         self._address = ""
         self._janitor: Janitor | None = None
         self._variables: dict[str, str | None] = {}
+        self.environment: dict[str, str] = {}
+        """What its processes begin with."""
 
     def start(self) -> None:
         self.stop()  # of an earlier one, which a ray.shutdown of the user's has ended, some may be left
@@ -53,6 +58,7 @@ class _EmbeddedNode:
             # The node's processes have it now; others that this process may start are not of the node.
             _restore(MARK, mark)
         self._address = _address()
+        self.environment = dict(os.environ)
         # Registered later than Ray's own, so it comes first.
         atexit.register(self.stop)
 
@@ -120,6 +126,29 @@ def is_embedded() -> bool:
 def is_in_worker() -> bool:
     """This process runs a task or an actor of Ray's."""
     return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+def environment_of_workers() -> dict[str, str]:
+    """The variables that worker processes begin with, as far as this process knows."""
+    return _node.environment if _node.is_connected else initial_environment()
+
+
+def runtime_env() -> dict[str, Any]:
+    """What the user has asked Ray for, for all processes of this job or for those of this task."""
+    return dict(ray.get_runtime_context().runtime_env)
+
+
+def settings_for_workers() -> ProcessSettings:
+    """This process's. Where Ray gives the workers a directory of their own, they stay there."""
+    settings = ProcessSettings.current()
+    return replace(settings, directory=None) if "working_dir" in runtime_env() else settings
+
+
+def fixed_variables() -> frozenset[str]:
+    """Variables that workers have from Ray, whatever this process has."""
+    names = set(runtime_env().get("env_vars") or ())
+    # Ray sets it in tasks and actors, by the CPUs that each has asked for.
+    return frozenset(names | {"OMP_NUM_THREADS"} if is_in_worker() else names)
 
 
 def shutdown() -> None:

@@ -1,5 +1,6 @@
 """Warm workers: groups that outlive a run, for the next one that asks for the same. Driver."""
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from raylit.driver.shared import Parcel, pickle_job
 from raylit.errors import WorkerDied
 from raylit.messages import Command, Report
 from raylit.plan import Plan, Workers
+from raylit.process_settings import variables_for_new_processes
 from raylit.worker.context import Job
 
 _MAX_IDLE_WORKERS = 8
@@ -42,7 +44,7 @@ class WarmGroup:
         while not is_ready:
             self._group, is_new = _pool.borrow(plan.workers)
             try:
-                self._group.assign(plan, parcel)
+                self._group.assign(plan, parcel, environment_before=_pool.environment_before())
             except WorkerDied:
                 if is_new:
                     raise
@@ -86,21 +88,31 @@ class _Pool:
     def __init__(self) -> None:
         self._idle: list[tuple[Workers, ActorGroup, threading.Timer]] = []
         self._lock = threading.Lock()
+        self._variable_names: set[str] = set()
+        """Of the environment of this process at all its runs: what has gone since then, a worker may still have."""
+
+    def environment_before(self) -> dict[str, str]:
+        """What the workers began with and what an earlier run had, as far as this process knows."""
+        before = {**dict.fromkeys(self._variable_names, ""), **cluster.environment_of_workers()}
+        self._variable_names |= os.environ.keys()
+        return before
 
     def borrow(self, workers: Workers) -> tuple[ActorGroup, bool]:
         """An idle group of these workers, else a new one, and whether it is new; idle ones make room for it where they
         must."""
         cluster.connect()
+        variables = variables_for_new_processes(cluster.environment_of_workers(), fixed=cluster.fixed_variables())
         with self._lock:
             for entry in self._idle:
-                if entry[0] == workers and entry[1].is_within_reach():
+                is_like_new = entry[0] == workers and entry[1].variables == variables
+                if is_like_new and entry[1].is_within_reach():
                     self._idle.remove(entry)
                     entry[2].cancel()
                     return entry[1], False
         if not cluster.is_embedded():
             # On a shared cluster idle workers may hold the very resources that the new ones need.
             self.clear()
-        return ActorGroup(workers), True
+        return ActorGroup(workers, variables=variables), True
 
     def give_back(self, group: ActorGroup, *, keep_s: float | None) -> None:
         """Keep a group whose workers are as good as new; end any other."""

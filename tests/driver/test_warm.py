@@ -1,11 +1,17 @@
 """Warm workers: a second run starts at once, in processes as good as new."""
 
+import gc
+import locale
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import Regression, RegressionData
@@ -48,6 +54,100 @@ def test_a_second_fit_starts_within_a_moment_in_the_same_processes(quiet):
     assert second["pid"] == first["pid"]
     # 0.05 s on an idle machine; new processes take several seconds on any.
     assert second["time"] - started < 2.0
+
+
+def surroundings():
+    """What a process is set to, outside of torch."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return {
+        "file": Path("value.txt").read_text(),
+        "variables": [os.environ.get(name) for name in ("RAYLIT_TEST_A", "RAYLIT_TEST_B", "TZ")],
+        "hour": time.localtime(0).tm_hour,
+        "levels": [logging.getLogger(name).getEffectiveLevel() for name in ("test_warm", "test_warm.inner")],
+        "is_logged": logging.getLogger("test_warm").isEnabledFor(logging.ERROR),
+        "filters": [(action, category.__name__) for action, _, category, _, _ in warnings.filters[:2]],
+        "umask": mask,
+        "division": np.geterr()["divide"],
+        "recursion": sys.getrecursionlimit(),
+        "collects": gc.isenabled(),
+        "locale": locale.setlocale(locale.LC_NUMERIC),
+        "sharing": torch.multiprocessing.get_sharing_strategy(),
+        "attention": torch.backends.cuda.flash_sdp_enabled(),
+        "path": [path for path in sys.path if "of_a_test" in path],
+    }
+
+
+class Surroundings(Process):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen["surroundings"] = surroundings()
+        return loss
+
+
+@pytest.fixture
+def restored_process():
+    before = locale.setlocale(locale.LC_NUMERIC), torch.multiprocessing.get_sharing_strategy(), os.umask(0)
+    os.umask(before[2])
+    with np.errstate(), warnings.catch_warnings():
+        yield
+    locale.setlocale(locale.LC_NUMERIC, before[0])
+    torch.multiprocessing.set_sharing_strategy(before[1])
+    os.umask(before[2])
+    sys.setrecursionlimit(1000)
+    gc.enable()
+    torch.backends.cuda.enable_flash_sdp(True)
+    logging.disable(logging.NOTSET)
+    logging.getLogger("test_warm").setLevel(logging.NOTSET)
+    time.tzset()
+
+
+def test_each_run_finds_the_driver_s_process_as_it_is_then(tmp_path, quiet, monkeypatch, restored_process):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "value.txt").write_text(name)
+    monkeypatch.chdir(tmp_path / "first")
+    monkeypatch.setenv("RAYLIT_TEST_A", "1")
+    monkeypatch.setenv("RAYLIT_TEST_B", "1")
+    first, expected_first = fit(Surroundings(), quiet), surroundings()
+
+    monkeypatch.chdir(tmp_path / "second")
+    monkeypatch.setenv("RAYLIT_TEST_A", "2")
+    monkeypatch.delenv("RAYLIT_TEST_B")
+    monkeypatch.setenv("TZ", "XYZ-5")
+    time.tzset()
+    monkeypatch.syspath_prepend(str(tmp_path / "of_a_test"))
+    logging.getLogger("test_warm").setLevel(logging.DEBUG)
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore", UserWarning)
+    os.umask(0o027)
+    np.seterr(divide="raise")
+    sys.setrecursionlimit(3000)
+    gc.disable()
+    locale.setlocale(locale.LC_NUMERIC, "C.UTF-8")
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    torch.backends.cuda.enable_flash_sdp(False)
+    second, expected_second = fit(Surroundings(), quiet), surroundings()
+
+    assert second["pid"] == first["pid"]
+    assert (first["surroundings"], second["surroundings"]) == (expected_first, expected_second)
+    assert [expected_first[name] == expected_second[name] for name in expected_first] == [False] * len(expected_first)
+
+
+def test_a_variable_that_is_read_when_a_process_starts_makes_new_processes(quiet, monkeypatch):
+    class Variable(Process):
+        def on_train_end(self):
+            self.seen["value"] = os.environ.get("KMP_BLOCKTIME")
+            self.seen["at_start"] = "KMP_BLOCKTIME=17" in Path("/proc/self/environ").read_text().split("\0")
+
+    first = fit(Variable(), quiet, num_workers=1)
+    monkeypatch.setenv("KMP_BLOCKTIME", "17")
+    second = fit(Variable(), quiet, num_workers=1)
+    monkeypatch.delenv("KMP_BLOCKTIME")
+    third = fit(Variable(), quiet, num_workers=1)
+    assert (first["value"], second["value"], third["value"]) == (None, "17", None)
+    assert second["at_start"]
+    assert first["pid"] == third["pid"] != second["pid"]
 
 
 def _change_settings():
