@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -47,8 +47,8 @@ _WAKE_S = 0.5
 """Between two looks at what does not arrive by itself: silence, a wish to stop."""
 _SEEING_S = 30.0
 """For a store to say whether something is there."""
-_PREPARING_S = 120.0
-"""The least limit on a worker's silence while it starts."""
+_AWAKE_S = 10.0
+"""For idle workers to answer, where ping_timeout_s has no limit: nothing of the user's keeps them busy."""
 _LOOPS = (Train, Evaluate, Predict)
 _TOGETHER_S = 0.5
 """Ranks that fail on the same line do so within this time and are one error."""
@@ -63,10 +63,13 @@ class ActorGroup:
 
     is_in_driver = False
 
-    def __init__(self, workers: Workers, *, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self, workers: Workers, *, variables: Mapping[str, str], make_room: Callable[[], bool] = lambda: False
+    ) -> None:
         """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work.
 
-        `variables`: of the environment, with which their processes are to begin beside those of the node.
+        `variables`: of the environment, with which their processes are to begin beside those of the node. `make_room`:
+        see Placement.
         """
         self.workers = workers
         self.variables = dict(variables)
@@ -79,7 +82,10 @@ class ActorGroup:
         self._contexts: list[WorkerContext] = []
         self._exits: list[ExitStatus | None] = []
         self._printouts = Printouts(num_workers=workers.num_workers)
-        self._placement: Placement | None = Placement(workers)
+        self._session = cluster.session()
+        self._placement: Placement | None = Placement(workers, make_room=make_room)
+        self.resources = self._placement.resources
+        """What each worker takes away from others."""
         self._leftovers: list[str] = []
         self.is_usable = True
         """Every worker is alive and as good as new."""
@@ -104,7 +110,11 @@ class ActorGroup:
         reference = _stored(parcel, f"the module and its data of {parcel.num_bytes / 2**30:.1f} GB")
         assignment = self._assignment(plan, environment_before)
         self._is_braking = False
-        self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
+        # Unpickling may hold the interpreter for long.
+        self._ask(
+            [actor.assign.remote(assignment, reference) for actor in self._actors],
+            limit_s=self.workers.start_ping_timeout_s,
+        )
         self.is_usable = self.is_usable and not self._leftovers
 
     def _assignment(self, plan: Plan, environment_before: Mapping[str, str]) -> Assignment:
@@ -122,6 +132,28 @@ class ActorGroup:
             ),
         )
 
+    @property
+    def is_of_this_session(self) -> bool:
+        """This process is still connected to Ray as it was when it made them; else they are gone."""
+        return self._session is not None and self._session == cluster.session()
+
+    def check_awake(self) -> None:
+        """Of workers that do nothing, a sign of life is due soon. WorkerDied: one has gone, or fallen silent."""
+        pings = [actor.ping.remote() for actor in self._actors]
+        watch = self._watch(limit_s=self.workers.ping_timeout_s or _AWAKE_S)
+        late = pings
+        while late:
+            _, late = ray.wait(late, num_returns=len(late), timeout=_WAKE_S)
+            if (silent := watch.silent_rank()) is not None:
+                self.is_usable = self.is_at_rest = False
+                raise self._silence(*silent)
+        for rank, ping in enumerate(pings):
+            try:
+                ray.get(ping)
+            except DEATHS as error:
+                self.is_usable = False
+                raise self._death(rank, error) from error
+
     def is_within_reach(self) -> bool:
         """Its resources are those that this process would be given now."""
         return self._placement is not None and self._placement.is_within_reach()
@@ -132,9 +164,9 @@ class ActorGroup:
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
         # What a start prepares may hold the interpreter for long: data sets unpickled, kernels compiled.
-        limit_s = self.workers.ping_timeout_s
-        limit_s = max(limit_s, _PREPARING_S) if isinstance(command, Start) and limit_s > 0 else limit_s
-        yield from self._until_done(Watch(self._actors, limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
+        is_start = isinstance(command, Start)
+        limit_s = self.workers.start_ping_timeout_s if is_start else self.workers.ping_timeout_s
+        yield from self._until_done(self._watch(limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
 
     def sees(self, place: str) -> bool:
         """Where one does not answer, for its death or its silence, the next command says so."""
@@ -157,7 +189,7 @@ class ActorGroup:
 
     def dismiss(self) -> None:
         """End the run in the workers. `is_usable` tells whether nothing of it is left in any of them."""
-        self._ask([actor.dismiss.remote() for actor in self._actors])
+        self._ask([actor.dismiss.remote() for actor in self._actors], limit_s=self.workers.ping_timeout_s)
         self.is_usable = self.is_usable and not self._leftovers
 
     def end(self) -> None:
@@ -165,15 +197,19 @@ class ActorGroup:
         self.is_usable = False
         actors, self._actors = self._actors, []
         self._streams = []
+        if not self.is_of_this_session:
+            self._calls, self._placement = [], None
+            return
         with contextlib.suppress(RayError):
             # Busy ones may wait in a collective for ever: there is nothing to say goodbye to.
             farewells = [actor.stop.remote() for actor in actors if self.is_at_rest]
             if farewells:
                 ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
-        self._kill(actors)
-        if self._placement is not None:
-            self._placement.remove()
-            self._placement = None
+        placement, self._placement = self._placement, None
+        if self.is_of_this_session:  # a thread that ends idle workers may have waited meanwhile
+            self._kill(actors)
+            if placement is not None:
+                placement.remove()
 
     def _spawn(self) -> None:
         assert self._placement is not None
@@ -215,24 +251,33 @@ class ActorGroup:
             [
                 actor.join.remote(context, meeting, backend)
                 for actor, context in zip(self._actors, self._contexts, strict=True)
-            ]
+            ],
+            limit_s=self.workers.start_ping_timeout_s,
         )
 
-    def _ask(self, calls: list[Any]) -> None:
-        """Wait until every actor's thread has done what these calls have put before it."""
+    def _ask(self, calls: list[Any], *, limit_s: float) -> None:
+        """Wait until every actor's thread has done what these calls have put before it. WorkerDied: one has gone, or
+        been silent for `limit_s`."""
         self._calls = calls
-        for _ in self._until_done():
+        for _ in self._until_done(self._watch(limit_s=limit_s)):
             raise AssertionError("only a command reports")
 
-    def _until_done(self, watch: Watch | None = None, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
+    def _watch(self, *, limit_s: float) -> Watch:
+        def is_stopped(rank: int) -> bool:
+            exit_status = self._exits[rank]
+            return exit_status is not None and exit_status.is_stopped
+
+        return Watch(self._actors, limit_s=limit_s, stopped_limit_s=self.workers.ping_timeout_s, is_stopped=is_stopped)
+
+    def _until_done(self, watch: Watch, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
         self._leftovers = []
         is_usable, self.is_usable = self.is_usable, False
         self.is_at_rest = False
         while waiting:
-            if watch is not None and (silent := watch.silent_rank()) is not None:
-                raise self._silence(silent, watch.limit_s)
+            if (silent := watch.silent_rank()) is not None:
+                raise self._silence(*silent)
             if is_braked and self._is_braking:
                 is_braked = False
                 self._brake()
@@ -256,7 +301,8 @@ class ActorGroup:
         limit_s = self.workers.ping_timeout_s or None
         try:
             limit = max(ray.get(holds, timeout=limit_s))
-            ray.get([actor.go_on.remote(limit) for actor in self._actors])
+            calls = [actor.go_on.remote(limit) for actor in self._actors]
+            self._calls += calls  # one that has fallen silent since then is found out by the watch
         except GetTimeoutError as error:
             answered, _ = ray.wait(holds, num_returns=len(holds), timeout=0)
             rank = next(rank for rank, hold in enumerate(holds) if hold not in answered)

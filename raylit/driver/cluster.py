@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.runtime_context import get_runtime_context
 
 from raylit.driver.janitor import MARK, Janitor
 from raylit.driver.ray_private import reload_authentication, shut_down_at_once
@@ -126,6 +127,16 @@ def is_embedded() -> bool:
 def is_in_worker() -> bool:
     """This process runs a task or an actor of Ray's."""
     return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+def session() -> tuple[str, ...] | None:
+    """Tells this connection to Ray from any other, also to the same cluster; None: there is none. What Ray has given
+    out belongs to one of them: actors, placement groups, object references."""
+    if not ray.is_initialized():
+        return None
+    # That of `ray` itself connects by itself, which in another thread would undo a ray.shutdown of the user's.
+    context = get_runtime_context()
+    return context.gcs_address, context.get_node_id(), context.get_job_id()
 
 
 def environment_of_workers() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Placement: room for the workers of a run, all of them or none, in one placement group. Driver."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,8 +21,11 @@ _HOPELESS_S = 10.0
 class Placement:
     """The bundles of the workers: of a placement group of their own, or of the one that this process runs in."""
 
-    def __init__(self, workers: Workers) -> None:
-        """ResourcesError: the cluster has not what is asked for, or did not offer it in time."""
+    def __init__(self, workers: Workers, *, make_room: Callable[[], bool] = lambda: False) -> None:
+        """ResourcesError: the cluster has not what is asked for, or did not offer it in time.
+
+        `make_room`: ends something of this process's own that holds resources; False: there is nothing.
+        """
         current = ray.util.get_current_placement_group()
         self._is_own = current is None
         if current is not None:
@@ -29,7 +33,7 @@ class Placement:
             self._places = borrowed.bundles_for(Demand(workers=workers, each=each_of(workers, cpu=1.0)), current)
         else:
             demand = _demand(workers)
-            self._group = placed(demand)
+            self._group = placed(demand, make_room=make_room)
             self._places = [(bundle, demand.each) for bundle in demand.bundle_of_worker]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -44,6 +48,11 @@ class Placement:
                 placement_group=self._group, placement_group_bundle_index=bundle
             ),
         }
+
+    @property
+    def resources(self) -> Resources:
+        """What a worker takes away from others; in a group that was there before, nothing."""
+        return self._places[0][1] if self._is_own else {}
 
     def is_within_reach(self) -> bool:
         """The process still stands where it stood: a process of Ray's runs tasks of several groups, one by one."""
@@ -90,7 +99,7 @@ def each_of(workers: Workers, *, cpu: float) -> Resources:
     return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 
 
-def placed(demand: Demand) -> PlacementGroup:
+def placed(demand: Demand, *, make_room: Callable[[], bool] = lambda: False) -> PlacementGroup:
     """A group that is there. Whatever ends the wait early leaves no demand behind."""
     group = _group(demand)
     timeout_s = demand.workers.start_timeout_s
@@ -99,6 +108,8 @@ def placed(demand: Demand) -> PlacementGroup:
     try:
         # In slices, as a wait of Ray's does not notice Ctrl-C.
         while not group.wait(waiting.slice_s):
+            if make_room():
+                continue
             is_line_due = waiting.is_line_due
             scaler = ray_private.autoscaling()
             is_hopeless = scaler is not None and group.id.hex() in scaler.infeasible_groups
