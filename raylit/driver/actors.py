@@ -21,6 +21,7 @@ from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
 from raylit.driver.rendezvous import Rendezvous
 from raylit.driver.shared import Parcel, pickle_plan
+from raylit.driver.waiting import Waiting
 from raylit.driver.watch import Watch
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
 from raylit.messages import (
@@ -49,6 +50,8 @@ _SEEING_S = 30.0
 """For a store to say whether something is there."""
 _AWAKE_S = 10.0
 """For idle workers to answer, where ping_timeout_s has no limit: nothing of the user's keeps them busy."""
+_STARTING_S = 30.0
+"""Before a line says that workers have not started yet: an ordinary start needs none, also on a busy machine."""
 _LOOPS = (Train, Evaluate, Predict)
 _TOGETHER_S = 0.5
 """Ranks that fail on the same line do so within this time and are one error."""
@@ -221,14 +224,7 @@ class ActorGroup:
             for index in range(self.workers.num_workers)
         ]
         self._actors = actors
-        try:
-            places = ray.get([actor.whereabouts.remote() for actor in actors], timeout=self.workers.start_timeout_s)
-        except GetTimeoutError as error:
-            raise ResourcesError(
-                f"the workers were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}"
-            ) from error
-        except DEATHS as error:
-            raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
+        places = self._started([actor.whereabouts.remote() for actor in actors])
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
         self._contexts = _contexts([places[index] for index in order])
@@ -238,6 +234,26 @@ class ActorGroup:
         self._exits = [
             ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
         ]
+
+    def _started(self, calls: list[Any]) -> list[Whereabouts]:
+        """Where they have come to run, once all of them do. ResourcesError: not in time, or not at all."""
+        waiting = Waiting(timeout_s=self.workers.start_timeout_s, first_line_s=_STARTING_S)
+        while True:
+            started, late = ray.wait(calls, num_returns=len(calls), timeout=waiting.slice_s)
+            try:
+                places: list[Whereabouts] = ray.get(started)
+            except DEATHS as error:
+                raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
+            if not late:
+                return places
+            missing = f"{len(late)} of {len(calls)} workers"
+            if waiting.is_over:
+                raise ResourcesError(
+                    f"{missing} were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}: "
+                    "ask for fewer, end other work on their hosts, or wait longer"
+                )
+            if waiting.is_line_due:
+                waiting.say(f"the processes of {missing}, which start")
 
     def _form(self) -> None:
         """Give every actor its rank and let them form the process group."""

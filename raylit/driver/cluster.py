@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.runtime_context import get_runtime_context
 
 from raylit.driver.janitor import MARK, Janitor
 from raylit.driver.ray_private import reload_authentication, shut_down_at_once
+from raylit.errors import ResourcesError
 from raylit.process_settings import ProcessSettings, initial_environment
 
 
@@ -112,7 +114,33 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        _node.start()
+        _start_node()
+
+
+def _start_node() -> None:
+    """The embedded one; once more where it did not come up, as on a busy machine. ResourcesError: nor then."""
+    for is_last in (False, True):
+        try:
+            _node.start()
+            return
+        except Exception as error:
+            _node.stop()  # which ends what there is of it
+            if not _is_failed_start(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if is_last:
+                raise ResourcesError(
+                    f"Ray's node on this machine did not start, twice: {reason} Its processes get too little time, "
+                    "memory or disk: end other work, have RAY_TMPDIR name a directory on another disk, or start Ray by "
+                    "hand (ray start --head) and set RAY_ADDRESS=auto; num_workers=0 trains without Ray"
+                ) from error
+        sys.stderr.write(f"raylit: Ray's node on this machine did not start ({reason}): once more\n")
+        sys.stderr.flush()
+
+
+def _is_failed_start(error: Exception) -> bool:
+    """Not a wrong setting. Ray raises a plain Exception when its raylet does not register within 30 s."""
+    return type(error) is Exception or isinstance(error, (RuntimeError, ConnectionError, TimeoutError, RayError))
 
 
 def is_embedded() -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -9,11 +10,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylit.driver import borrowed, cluster, ray_private
-from raylit.driver.demand import Demand, Host, Resources, in_words
+from raylit.driver.demand import Demand, Host, Resources, gigabytes, in_words
 from raylit.driver.waiting import Waiting
 from raylit.errors import ConfigError, ResourcesError
 from raylit.plan import Workers
 
+_LEAST_WORKER_BYTES = 200_000_000
+"""Of a process that has imported torch and Ray: what it shares with no other, measured 190 MB on Linux."""
+_UNKNOWN_BYTES = 1e18
+"""A host that does not tell its memory."""
 _HOPELESS_S = 10.0
 """An autoscaler that says for so long that no node of its could serve the demand is believed: it looks every 5 s."""
 
@@ -75,6 +80,7 @@ def _demand(workers: Workers) -> Demand:
     lent = _own()[1].get("CPU", 0.0) / workers.num_workers
     demand = Demand(workers=workers, each=each_of(workers, cpu=max(0.0, round(cpu - lent, 4))))
     if demand.fits(hosts):
+        check_memory(demand, hosts)
         return demand
     if ray_private.autoscaling() is not None:
         return demand
@@ -83,13 +89,31 @@ def _demand(workers: Workers) -> Demand:
     while "CPU" not in workers.resources_per_worker and cpu >= 0.001:
         shared = Demand(workers=workers, each=each_of(workers, cpu=math.floor(cpu * 1000) / 1000))
         if shared.fits(hosts):
+            check_memory(shared, hosts)
             return shared
         cpu /= 2
     raise ResourcesError(
-        f"{demand} {_are(workers)} asked for, which this cluster of {hosts_in_words(hosts)} can never offer, and no "
+        f"{demand} {_are(workers)} asked for, which this cluster of {_offer(demand, hosts)} can never offer, and no "
         f"autoscaler adds to it.{_note_on_own()} Ask for fewer workers or resources (num_workers, "
         "resources_per_worker, num_nodes, placement, label_selector), or connect to a larger cluster (RAY_ADDRESS)"
     )
+
+
+def check_memory(demand: Demand, hosts: list[Host]) -> None:
+    """Ray does not count the memory of workers that say nothing of it. ResourcesError: with so many, none would come to
+    train, and the machine to a standstill."""
+    if "memory" in demand.workers.resources_per_worker or ray_private.autoscaling() is not None:
+        return
+    counted = replace(demand, each={**demand.each, "memory": float(_LEAST_WORKER_BYTES)})
+    hosts = [replace(host, resources={"memory": _UNKNOWN_BYTES, **host.resources}) for host in hosts]
+    num_fitting, num_workers = counted.num_fitting(hosts), demand.workers.num_workers
+    if num_fitting < num_workers:
+        raise ResourcesError(
+            f"num_workers={num_workers}: there is memory for {num_fitting} such workers: a worker takes "
+            f"{gigabytes(_LEAST_WORKER_BYTES)} before it holds a model or data, and this cluster of "
+            f"{_offer(counted, hosts)} has no more. Ask for fewer workers; or say what a worker of yours needs, which "
+            "counts instead: resources_per_worker={'memory': BYTES}, 0 for as many as you say"
+        )
 
 
 def each_of(workers: Workers, *, cpu: float) -> Resources:
@@ -183,12 +207,16 @@ def _note_on_own() -> str:
     return f" The task or actor that waits for them holds {held} itself, which its num_cpus=0 would leave to them."
 
 
-def hosts_in_words(hosts: list[Host]) -> str:
+def hosts_in_words(hosts: list[Host], *, is_with_memory: bool = False) -> str:
     total: Resources = {}
     for host in hosts:
         for name, amount in host.resources.items():
             total[name] = total.get(name, 0.0) + amount
-    return f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} with {in_words(total)}"
+    return f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} with {in_words(total, is_with_memory=is_with_memory)}"
+
+
+def _offer(demand: Demand, hosts: list[Host]) -> str:
+    return hosts_in_words(hosts, is_with_memory=demand.each.get("memory", 0.0) > 1)
 
 
 def _are(workers: Workers) -> str:

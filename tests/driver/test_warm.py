@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from models import Regression, RegressionData
 
 import raylit as pl
+from raylit.driver import cluster
 from raylit.torch_settings import TorchSettings
 
 
@@ -200,6 +202,106 @@ def test_a_worker_that_has_died_while_it_was_idle_is_replaced(quiet):
     os.kill(first["pid"], signal.SIGKILL)
     second = fit(Process(), quiet)
     assert second["pid"] != first["pid"]
+
+
+def _has_ended(pid):
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_an_idle_worker_that_has_fallen_silent_is_replaced(quiet):
+    first = fit(Process(), quiet, num_workers=1, ping_timeout_s=5.0)
+    os.kill(first["pid"], signal.SIGSTOP)
+    second = fit(Process(), quiet, num_workers=1, ping_timeout_s=5.0)
+    assert second["pid"] != first["pid"]
+    assert _has_ended(first["pid"])
+
+
+class Stops(Process):
+    """One rank's process stands still in a hook, or when the run is let go of."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+        self.pid = 0
+
+    def setup(self, stage):
+        self.pid = os.getpid() if self.global_rank == 1 else 0
+        if self.place == "setup" and self.pid:
+            os.kill(self.pid, signal.SIGSTOP)
+
+    def __del__(self):
+        if self.place == "end" and os.getpid() == self.pid:
+            os.kill(self.pid, signal.SIGSTOP)
+
+
+def test_a_smaller_limit_on_silence_counts_in_setup_too(quiet):
+    with pytest.raises(pl.WorkerDied, match="has not answered for 5 s") as caught:
+        fit(Stops("setup"), quiet, ping_timeout_s=5.0)
+    assert caught.value.rank == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_in_setup_is_not_taken_for_a_busy_one(quiet):
+    with pytest.raises(pl.WorkerDied, match="has not answered for 10 s"):
+        fit(Stops("setup"), quiet)
+
+
+def test_a_worker_that_falls_silent_when_a_run_is_let_go_of_costs_only_itself(quiet):
+    model = Stops("end")
+    with pytest.warns(UserWarning, match=r"the workers are replaced.* has not answered for 5 s"):
+        fit(model, quiet, ping_timeout_s=5.0)
+    assert model.seen["pid"] != os.getpid()  # what has trained has come back
+
+
+def test_idle_workers_make_room_for_whoever_wants_it(quiet):
+    cluster.connect()
+    whole = ray.cluster_resources()["CPU"]
+    arguments = {"num_workers": 1, "resources_per_worker": {"CPU": whole}, "start_timeout_s": 60}
+    first = fit(Process(), quiet, **arguments)
+    second = fit(Process(), quiet, **arguments, ping_timeout_s=11.0)
+    assert _has_ended(first["pid"])
+    assert ray.get(ray.remote(num_cpus=whole)(os.path.isdir).remote("/"), timeout=60)
+    assert _has_ended(second["pid"])
+
+
+@pytest.mark.cluster
+def test_a_fit_after_another_connection_to_ray_has_workers_of_that_one(run_script):
+    output = run_script("""
+        import os, ray, torch, raylit as pl
+        from torch.utils.data import DataLoader
+
+        class Net(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(1, 1)
+
+            def training_step(self, batch, batch_idx):
+                self.pid = os.getpid()
+                return self.layer(batch).mean()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def pid():
+            net = Net()
+            pl.fit(net, DataLoader(torch.ones(4, 1)), num_workers=1, max_epochs=1, logger=False,
+                   enable_checkpointing=False, enable_progress_bar=False)
+            return net.pid
+
+        if __name__ == "__main__":
+            pids = [pid()]  # on raylit's own node
+            for _ in range(2):
+                ray.shutdown()
+                ray.init("local", include_dashboard=False, log_to_driver=False)
+                pids += [pid(), pid()]
+            print(len(set(pids)), pids[1] == pids[2], pids[3] == pids[4])
+    """)
+    assert "3 True True" in output
 
 
 def test_a_changed_file_of_the_users_is_seen_by_the_next_run(tmp_path, run_script):
