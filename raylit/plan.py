@@ -34,12 +34,20 @@ class Workers:
     start_timeout_s: float = 600.0
     ping_timeout_s: float = 10.0
     """A worker that answers nothing for so long counts as dead; 0: never."""
+    start_ping_timeout_s: float = 120.0
+    """The same while it starts: what that prepares may hold the interpreter for long. Not longer than a ping_timeout_s
+    that the user has given."""
     keep_s: float | None = None
     """How long idle workers stay for the next run; None: 5 minutes on the embedded node, 30 s on a cluster."""
 
     @property
     def world_size(self) -> int:
         return max(1, self.num_workers)
+
+    @property
+    def given_ping_timeout_s(self) -> float | None:
+        """As the user has said it; None: not at all."""
+        return self.ping_timeout_s if self.ping_timeout_s == self.start_ping_timeout_s else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

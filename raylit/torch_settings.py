@@ -21,6 +21,14 @@ class TorchSettings:
     is_cudnn_deterministic: bool
     benchmark: bool
     """cuDNN tries its kernels and takes the fastest."""
+    reduced_precision: tuple[bool, ...]
+    """Whether products of half precision may be summed up in it, by type in `_REDUCED`."""
+    attention: tuple[bool, ...]
+    """Which of `_ATTENTION` scaled dot product attention may choose from."""
+    libraries: tuple[bool, ...]
+    """Which of cuDNN and oneDNN torch may use."""
+    sharing_strategy: str
+    """How tensors go from a DataLoader's processes to this one: torch.multiprocessing.set_sharing_strategy."""
 
     @classmethod
     def current(cls) -> Self:
@@ -33,6 +41,10 @@ class TorchSettings:
             deterministic="warn" if is_deterministic and is_warning else is_deterministic,
             is_cudnn_deterministic=torch.backends.cudnn.deterministic,
             benchmark=torch.backends.cudnn.benchmark,
+            reduced_precision=tuple(getattr(torch.backends.cuda.matmul, name) for name in _REDUCED),
+            attention=tuple(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION),
+            libraries=tuple(library.enabled for library in _libraries()),
+            sharing_strategy=torch.multiprocessing.get_sharing_strategy(),
         )
 
     def apply(self) -> None:
@@ -48,11 +60,30 @@ class TorchSettings:
             torch.use_deterministic_algorithms(bool(self.deterministic), warn_only=self.deterministic == "warn")
         torch.backends.cudnn.deterministic = self.is_cudnn_deterministic
         torch.backends.cudnn.benchmark = self.benchmark
+        if present.reduced_precision != self.reduced_precision:
+            for name, is_allowed in zip(_REDUCED, self.reduced_precision, strict=True):
+                setattr(torch.backends.cuda.matmul, name, is_allowed)
+        if present.attention != self.attention:
+            for name, is_enabled in zip(_ATTENTION, self.attention, strict=True):
+                getattr(torch.backends.cuda, f"enable_{name}_sdp")(is_enabled)
+        if present.libraries != self.libraries:
+            for library, is_enabled in zip(_libraries(), self.libraries, strict=True):
+                library.enabled = is_enabled
+        if present.sharing_strategy != self.sharing_strategy:
+            torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)
+
+
+_REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 
 
 def set_matmul_precision(precision: str) -> None:
     if torch.get_float32_matmul_precision() != precision:
         torch.set_float32_matmul_precision(precision)
+
+
+def _libraries() -> tuple[Any, ...]:
+    return torch.backends.cudnn, torch.backends.mkldnn
 
 
 def _operations() -> tuple[Any, ...]:

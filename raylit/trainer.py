@@ -78,7 +78,7 @@ class Trainer(Outcome):
         placement: str | None = None,
         label_selector: dict[str, str] | None = None,
         start_timeout_s: float = 600.0,
-        ping_timeout_s: float = 10.0,
+        ping_timeout_s: float | None = None,
         keep_workers_s: float | None = None,
         max_epochs: int | None = None,
         min_epochs: int | None = None,

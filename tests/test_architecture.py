@@ -20,6 +20,7 @@ LAYERS = (
         "messages",
         "places",
         "plan",
+        "process_settings",
         "state",
         "strategy_options",
         "summary",

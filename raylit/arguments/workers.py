@@ -31,13 +31,13 @@ def parse_workers(
     placement: str | None,
     label_selector: dict[str, str] | None,
     start_timeout_s: float,
-    ping_timeout_s: float,
+    ping_timeout_s: float | None,
     keep_workers_s: float | None,
 ) -> Workers:
     """How many workers of which kind. Nothing asked for: this process, or a worker per GPU where there are several."""
     check_count(1, num_nodes=num_nodes)
     _refuse_tpus(tpu_cores, accelerator)
-    if ping_timeout_s < 0:
+    if ping_timeout_s is not None and not ping_timeout_s >= 0:
         raise ConfigError(f"ping_timeout_s={ping_timeout_s}: must be a number of seconds, or 0 for no limit")
     name = _accelerator(accelerator, gpus=gpus, num_processes=num_processes, devices=devices, num_workers=num_workers)
     per_node = _devices_per_node(gpus, num_processes, devices, name)
@@ -74,9 +74,13 @@ def parse_workers(
         placement=_placement(placement, num_nodes=num_nodes),
         label_selector=_label_selector(label_selector or {}),
         start_timeout_s=start_timeout_s,
-        ping_timeout_s=ping_timeout_s,
+        **({} if ping_timeout_s is None else _ping_timeouts(ping_timeout_s)),
         keep_s=keep_workers_s,
     )
+
+
+def _ping_timeouts(given_s: float) -> dict[str, float]:
+    return {"ping_timeout_s": given_s, "start_ping_timeout_s": given_s}
 
 
 def _accelerator(accelerator: str, *, gpus: Any, num_processes: Any, devices: Any, num_workers: Any) -> AcceleratorName:

@@ -27,6 +27,7 @@ from raylit.driver.rendezvous import Meeting
 from raylit.driver.shared import Parcel, unpickle_job, unpickle_plan
 from raylit.errors import CheckpointError
 from raylit.messages import Command, CommandDone, Mail, Part, Weights
+from raylit.process_settings import ProcessSettings, take_over_variables
 from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
@@ -56,12 +57,19 @@ class Whereabouts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """A run, as a worker takes it up beside the user's objects."""
+    """A run, as a worker takes it up beside the user's objects, and what the driver's process is like."""
 
     plan: bytes
     """Pickled, for the user's modules that it may refer to are found only by the import path."""
     import_path: tuple[str, ...]
     """The driver's sys.path: the user's modules are found where the worker's host has them, too."""
+    prefix: str
+    """The sys.prefix of a driver whose modules come in the same order in its workers; else empty."""
+    files: dict[str, str]
+    """Of the driver's modules that are not installed, by name; empty where the workers may have others."""
+    settings: ProcessSettings
+    variables: dict[str, str | None]
+    """Of the environment; None for those that are to be removed."""
 
 
 class WorkerActor:
@@ -221,10 +229,17 @@ class WorkerActor:
         self._process = ProcessState()
 
     def _take_up(self, assignment: Assignment, parcel: Parcel) -> tuple[str, ...]:
-        if changed := self._process.changed_modules():
+        if changed := self._process.changed_modules(assignment.files):
             return changed
-        sys.path.extend(path for path in assignment.import_path if path not in sys.path)
+        take_over_variables(assignment.variables)
+        assignment.settings.apply()
+        given = assignment.import_path
+        if assignment.prefix == sys.prefix:
+            sys.path[:] = [*given, *(path for path in sys.path if path not in given)]
+        else:
+            sys.path.extend(path for path in given if path not in sys.path)
         job, self._shared = unpickle_job(parcel)
+        assignment.settings.apply_warning_filters()  # what has been imported may have added some of its own
         self._module = weakref.ref(job.module)
         self._worker = Worker(
             plan=unpickle_plan(assignment.plan),

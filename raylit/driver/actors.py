@@ -4,14 +4,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.accelerators import build_accelerator
-from raylit.driver import ray_private
+from raylit.driver import cluster, ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
 from raylit.driver.failures import DEATHS, is_at_one_line, raise_failures, reason_of_death
@@ -21,6 +21,7 @@ from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
 from raylit.driver.rendezvous import Rendezvous
 from raylit.driver.shared import Parcel, pickle_plan
+from raylit.driver.waiting import Waiting
 from raylit.driver.watch import Watch
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
 from raylit.messages import (
@@ -38,6 +39,7 @@ from raylit.messages import (
     Weights,
 )
 from raylit.plan import Plan, Workers
+from raylit.process_settings import files_of_user_modules, variables_for_live_processes
 from raylit.worker.context import WorkerContext
 
 _STOP_S = 5.0
@@ -46,8 +48,10 @@ _WAKE_S = 0.5
 """Between two looks at what does not arrive by itself: silence, a wish to stop."""
 _SEEING_S = 30.0
 """For a store to say whether something is there."""
-_PREPARING_S = 120.0
-"""The least limit on a worker's silence while it starts."""
+_AWAKE_S = 10.0
+"""For idle workers to answer, where ping_timeout_s has no limit: nothing of the user's keeps them busy."""
+_STARTING_S = 30.0
+"""Before a line says that workers have not started yet: an ordinary start needs none, also on a busy machine."""
 _LOOPS = (Train, Evaluate, Predict)
 _TOGETHER_S = 0.5
 """Ranks that fail on the same line do so within this time and are one error."""
@@ -62,9 +66,18 @@ class ActorGroup:
 
     is_in_driver = False
 
-    def __init__(self, workers: Workers) -> None:
-        """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work."""
+    def __init__(
+        self, workers: Workers, *, variables: Mapping[str, str], make_room: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work.
+
+        `variables`: of the environment, with which their processes are to begin beside those of the node. `make_room`:
+        see Placement.
+        """
         self.workers = workers
+        self.variables = dict(variables)
+        self._is_on_own_host = False
+        """All of them run on the driver's."""
         self._actors: list[Any] = []
         self._streams: list[Any] = []
         self._calls: list[Any] = []
@@ -72,7 +85,10 @@ class ActorGroup:
         self._contexts: list[WorkerContext] = []
         self._exits: list[ExitStatus | None] = []
         self._printouts = Printouts(num_workers=workers.num_workers)
-        self._placement: Placement | None = Placement(workers)
+        self._session = cluster.session()
+        self._placement: Placement | None = Placement(workers, make_room=make_room)
+        self.resources = self._placement.resources
+        """What each worker takes away from others."""
         self._leftovers: list[str] = []
         self.is_usable = True
         """Every worker is alive and as good as new."""
@@ -87,17 +103,59 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, parcel: Parcel) -> None:
-        """Make the workers ready for the commands of a run. The user's objects travel once, not once per worker.
+    def assign(self, plan: Plan, parcel: Parcel, *, environment_before: Mapping[str, str]) -> None:
+        """Make the workers ready for the commands of a run, and their processes like this one. The user's objects
+        travel once, not once per worker.
 
         `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
+        `environment_before`: what workers may have of this process's earlier variables.
         """
         reference = _stored(parcel, f"the module and its data of {parcel.num_bytes / 2**30:.1f} GB")
-        import_path = tuple(os.path.abspath(path) for path in sys.path)
-        assignment = Assignment(plan=pickle_plan(plan), import_path=import_path)
+        assignment = self._assignment(plan, environment_before)
         self._is_braking = False
-        self._ask([actor.assign.remote(assignment, reference) for actor in self._actors])
+        # Unpickling may hold the interpreter for long.
+        self._ask(
+            [actor.assign.remote(assignment, reference) for actor in self._actors],
+            limit_s=self.workers.start_ping_timeout_s,
+        )
         self.is_usable = self.is_usable and not self._leftovers
+
+    def _assignment(self, plan: Plan, environment_before: Mapping[str, str]) -> Assignment:
+        # Another host has its own modules, and the workers where Ray gives them packages or a directory.
+        has_own_modules = not self._is_on_own_host or bool(cluster.runtime_env().keys() - {"env_vars"})
+        return Assignment(
+            plan=pickle_plan(plan),
+            import_path=tuple(os.path.abspath(path) for path in sys.path),
+            prefix="" if has_own_modules else sys.prefix,
+            files={} if has_own_modules else files_of_user_modules(sys.modules),
+            settings=cluster.settings_for_workers(),
+            # On several hosts each has its own, but what this program has changed counts everywhere.
+            variables=variables_for_live_processes(
+                environment_before, is_whole=self._is_on_own_host, fixed=cluster.fixed_variables()
+            ),
+        )
+
+    @property
+    def is_of_this_session(self) -> bool:
+        """This process is still connected to Ray as it was when it made them; else they are gone."""
+        return self._session is not None and self._session == cluster.session()
+
+    def check_awake(self) -> None:
+        """Of workers that do nothing, a sign of life is due soon. WorkerDied: one has gone, or fallen silent."""
+        pings = [actor.ping.remote() for actor in self._actors]
+        watch = self._watch(limit_s=self.workers.ping_timeout_s or _AWAKE_S)
+        late = pings
+        while late:
+            _, late = ray.wait(late, num_returns=len(late), timeout=_WAKE_S)
+            if (silent := watch.silent_rank()) is not None:
+                self.is_usable = self.is_at_rest = False
+                raise self._silence(*silent)
+        for rank, ping in enumerate(pings):
+            try:
+                ray.get(ping)
+            except DEATHS as error:
+                self.is_usable = False
+                raise self._death(rank, error) from error
 
     def is_within_reach(self) -> bool:
         """Its resources are those that this process would be given now."""
@@ -109,9 +167,9 @@ class ActorGroup:
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
         # What a start prepares may hold the interpreter for long: data sets unpickled, kernels compiled.
-        limit_s = self.workers.ping_timeout_s
-        limit_s = max(limit_s, _PREPARING_S) if isinstance(command, Start) and limit_s > 0 else limit_s
-        yield from self._until_done(Watch(self._actors, limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
+        is_start = isinstance(command, Start)
+        limit_s = self.workers.start_ping_timeout_s if is_start else self.workers.ping_timeout_s
+        yield from self._until_done(self._watch(limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
 
     def sees(self, place: str) -> bool:
         """Where one does not answer, for its death or its silence, the next command says so."""
@@ -134,7 +192,7 @@ class ActorGroup:
 
     def dismiss(self) -> None:
         """End the run in the workers. `is_usable` tells whether nothing of it is left in any of them."""
-        self._ask([actor.dismiss.remote() for actor in self._actors])
+        self._ask([actor.dismiss.remote() for actor in self._actors], limit_s=self.workers.ping_timeout_s)
         self.is_usable = self.is_usable and not self._leftovers
 
     def end(self) -> None:
@@ -142,40 +200,60 @@ class ActorGroup:
         self.is_usable = False
         actors, self._actors = self._actors, []
         self._streams = []
+        if not self.is_of_this_session:
+            self._calls, self._placement = [], None
+            return
         with contextlib.suppress(RayError):
             # Busy ones may wait in a collective for ever: there is nothing to say goodbye to.
             farewells = [actor.stop.remote() for actor in actors if self.is_at_rest]
             if farewells:
                 ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
-        self._kill(actors)
-        if self._placement is not None:
-            self._placement.remove()
-            self._placement = None
+        placement, self._placement = self._placement, None
+        if self.is_of_this_session:  # a thread that ends idle workers may have waited meanwhile
+            self._kill(actors)
+            if placement is not None:
+                placement.remove()
 
     def _spawn(self) -> None:
         assert self._placement is not None
         actor_class: Any = ray.remote(WorkerActor)
+        # Ray starts processes for these, where others come from those that it has ready.
+        environment = {"runtime_env": {"env_vars": self.variables}} if self.variables else {}
         actors = [
-            actor_class.options(max_concurrency=20, **self._placement.options(index)).remote()
+            actor_class.options(max_concurrency=20, **environment, **self._placement.options(index)).remote()
             for index in range(self.workers.num_workers)
         ]
         self._actors = actors
-        try:
-            places = ray.get([actor.whereabouts.remote() for actor in actors], timeout=self.workers.start_timeout_s)
-        except GetTimeoutError as error:
-            raise ResourcesError(
-                f"the workers were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}"
-            ) from error
-        except DEATHS as error:
-            raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
+        places = self._started([actor.whereabouts.remote() for actor in actors])
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
         self._contexts = _contexts([places[index] for index in order])
         ray_private.hide_deaths([place.worker_id for place in places])
         own = ray.get_runtime_context().get_node_id()
+        self._is_on_own_host = all(place.node_id == own for place in places)
         self._exits = [
             ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
         ]
+
+    def _started(self, calls: list[Any]) -> list[Whereabouts]:
+        """Where they have come to run, once all of them do. ResourcesError: not in time, or not at all."""
+        waiting = Waiting(timeout_s=self.workers.start_timeout_s, first_line_s=_STARTING_S)
+        while True:
+            started, late = ray.wait(calls, num_returns=len(calls), timeout=waiting.slice_s)
+            try:
+                places: list[Whereabouts] = ray.get(started)
+            except DEATHS as error:
+                raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
+            if not late:
+                return places
+            missing = f"{len(late)} of {len(calls)} workers"
+            if waiting.is_over:
+                raise ResourcesError(
+                    f"{missing} were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}: "
+                    "ask for fewer, end other work on their hosts, or wait longer"
+                )
+            if waiting.is_line_due:
+                waiting.say(f"the processes of {missing}, which start")
 
     def _form(self) -> None:
         """Give every actor its rank and let them form the process group."""
@@ -189,24 +267,33 @@ class ActorGroup:
             [
                 actor.join.remote(context, meeting, backend)
                 for actor, context in zip(self._actors, self._contexts, strict=True)
-            ]
+            ],
+            limit_s=self.workers.start_ping_timeout_s,
         )
 
-    def _ask(self, calls: list[Any]) -> None:
-        """Wait until every actor's thread has done what these calls have put before it."""
+    def _ask(self, calls: list[Any], *, limit_s: float) -> None:
+        """Wait until every actor's thread has done what these calls have put before it. WorkerDied: one has gone, or
+        been silent for `limit_s`."""
         self._calls = calls
-        for _ in self._until_done():
+        for _ in self._until_done(self._watch(limit_s=limit_s)):
             raise AssertionError("only a command reports")
 
-    def _until_done(self, watch: Watch | None = None, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
+    def _watch(self, *, limit_s: float) -> Watch:
+        def is_stopped(rank: int) -> bool:
+            exit_status = self._exits[rank]
+            return exit_status is not None and exit_status.is_stopped
+
+        return Watch(self._actors, limit_s=limit_s, stopped_limit_s=self.workers.ping_timeout_s, is_stopped=is_stopped)
+
+    def _until_done(self, watch: Watch, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
         self._leftovers = []
         is_usable, self.is_usable = self.is_usable, False
         self.is_at_rest = False
         while waiting:
-            if watch is not None and (silent := watch.silent_rank()) is not None:
-                raise self._silence(silent, watch.limit_s)
+            if (silent := watch.silent_rank()) is not None:
+                raise self._silence(*silent)
             if is_braked and self._is_braking:
                 is_braked = False
                 self._brake()
@@ -230,7 +317,8 @@ class ActorGroup:
         limit_s = self.workers.ping_timeout_s or None
         try:
             limit = max(ray.get(holds, timeout=limit_s))
-            ray.get([actor.go_on.remote(limit) for actor in self._actors])
+            calls = [actor.go_on.remote(limit) for actor in self._actors]
+            self._calls += calls  # one that has fallen silent since then is found out by the watch
         except GetTimeoutError as error:
             answered, _ = ray.wait(holds, num_returns=len(holds), timeout=0)
             rank = next(rank for rank, hold in enumerate(holds) if hold not in answered)

@@ -6,11 +6,17 @@ import os
 import secrets
 import sys
 import tempfile
+from dataclasses import replace
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.runtime_context import get_runtime_context
 
 from raylit.driver.janitor import MARK, Janitor
 from raylit.driver.ray_private import reload_authentication, shut_down_at_once
+from raylit.errors import ResourcesError
+from raylit.process_settings import ProcessSettings, initial_environment
 
 
 class _EmbeddedNode:
@@ -21,6 +27,8 @@ class _EmbeddedNode:
         self._address = ""
         self._janitor: Janitor | None = None
         self._variables: dict[str, str | None] = {}
+        self.environment: dict[str, str] = {}
+        """What its processes begin with."""
 
     def start(self) -> None:
         self.stop()  # of an earlier one, which a ray.shutdown of the user's has ended, some may be left
@@ -53,6 +61,7 @@ class _EmbeddedNode:
             # The node's processes have it now; others that this process may start are not of the node.
             _restore(MARK, mark)
         self._address = _address()
+        self.environment = dict(os.environ)
         # Registered later than Ray's own, so it comes first.
         atexit.register(self.stop)
 
@@ -105,7 +114,33 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        _node.start()
+        _start_node()
+
+
+def _start_node() -> None:
+    """The embedded one; once more where it did not come up, as on a busy machine. ResourcesError: nor then."""
+    for is_last in (False, True):
+        try:
+            _node.start()
+            return
+        except Exception as error:
+            _node.stop()  # which ends what there is of it
+            if not _is_failed_start(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if is_last:
+                raise ResourcesError(
+                    f"Ray's node on this machine did not start, twice: {reason} Its processes get too little time, "
+                    "memory or disk: end other work, have RAY_TMPDIR name a directory on another disk, or start Ray by "
+                    "hand (ray start --head) and set RAY_ADDRESS=auto; num_workers=0 trains without Ray"
+                ) from error
+        sys.stderr.write(f"raylit: Ray's node on this machine did not start ({reason}): once more\n")
+        sys.stderr.flush()
+
+
+def _is_failed_start(error: Exception) -> bool:
+    """Not a wrong setting. Ray raises a plain Exception when its raylet does not register within 30 s."""
+    return type(error) is Exception or isinstance(error, (RuntimeError, ConnectionError, TimeoutError, RayError))
 
 
 def is_embedded() -> bool:
@@ -120,6 +155,39 @@ def is_embedded() -> bool:
 def is_in_worker() -> bool:
     """This process runs a task or an actor of Ray's."""
     return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+def session() -> tuple[str, ...] | None:
+    """Tells this connection to Ray from any other, also to the same cluster; None: there is none. What Ray has given
+    out belongs to one of them: actors, placement groups, object references."""
+    if not ray.is_initialized():
+        return None
+    # That of `ray` itself connects by itself, which in another thread would undo a ray.shutdown of the user's.
+    context = get_runtime_context()
+    return context.gcs_address, context.get_node_id(), context.get_job_id()
+
+
+def environment_of_workers() -> dict[str, str]:
+    """The variables that worker processes begin with, as far as this process knows."""
+    return _node.environment if _node.is_connected else initial_environment()
+
+
+def runtime_env() -> dict[str, Any]:
+    """What the user has asked Ray for, for all processes of this job or for those of this task."""
+    return dict(ray.get_runtime_context().runtime_env)
+
+
+def settings_for_workers() -> ProcessSettings:
+    """This process's. Where Ray gives the workers a directory of their own, they stay there."""
+    settings = ProcessSettings.current()
+    return replace(settings, directory=None) if "working_dir" in runtime_env() else settings
+
+
+def fixed_variables() -> frozenset[str]:
+    """Variables that workers have from Ray, whatever this process has."""
+    names = set(runtime_env().get("env_vars") or ())
+    # Ray sets it in tasks and actors, by the CPUs that each has asked for.
+    return frozenset(names | {"OMP_NUM_THREADS"} if is_in_worker() else names)
 
 
 def shutdown() -> None:

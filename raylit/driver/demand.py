@@ -46,16 +46,21 @@ class Demand:
         return "STRICT_SPREAD" if self.workers.num_nodes else self.workers.placement
 
     def fits(self, hosts: Sequence[Host]) -> bool:
-        slots = [num_slots(host.resources, self.each) for host in hosts if self.is_allowed_on(host)]
-        wanted = self.workers.num_workers
-        if self.workers.num_nodes:
-            share = wanted // self.workers.num_nodes
-            return sum(count >= share for count in slots) >= self.workers.num_nodes
+        return self.num_fitting(hosts) >= self.workers.num_workers
+
+    def num_fitting(self, hosts: Sequence[Host]) -> int:
+        """How many such workers the hosts can have at the most, placed as these are to be."""
+        slots = sorted(
+            (num_slots(host.resources, self.each) for host in hosts if self.is_allowed_on(host)), reverse=True
+        )
+        num_nodes = self.workers.num_nodes
+        if num_nodes:
+            return slots[num_nodes - 1] * num_nodes if len(slots) >= num_nodes else 0
         if self.workers.placement == "STRICT_PACK":
-            return max(slots, default=0) >= wanted
+            return max(slots, default=0)
         if self.workers.placement == "STRICT_SPREAD":
-            return sum(count > 0 for count in slots) >= wanted
-        return sum(slots) >= wanted
+            return sum(count > 0 for count in slots)
+        return sum(slots)
 
     def is_allowed_on(self, host: Host) -> bool:
         """Its labels are what label_selector asks for."""
@@ -63,11 +68,10 @@ class Demand:
 
     def __str__(self) -> str:
         wanted, num_nodes = self.workers.num_workers, self.workers.num_nodes
-        text = f"{_counted(wanted, 'worker')} of {in_words(self.each)} each"
+        each = in_words(self.each, is_with_memory=True)
+        text = f"{_counted(wanted, 'worker')} of {each} each"
         if num_nodes:
-            text = (
-                f"{_counted(wanted // num_nodes, 'worker')} of {in_words(self.each)} each on each of {num_nodes} hosts"
-            )
+            text = f"{_counted(wanted // num_nodes, 'worker')} of {each} each on each of {num_nodes} hosts"
         elif self.workers.placement == "STRICT_PACK":
             text += " on one host"
         elif self.workers.placement == "STRICT_SPREAD":
@@ -82,12 +86,19 @@ def num_slots(resources: Resources, each: Resources) -> int:
     return min(math.floor((resources.get(name, 0.0) + _TOLERANCE) / amount) for name, amount in each.items())
 
 
-def in_words(resources: Resources) -> str:
+def in_words(resources: Resources, *, is_with_memory: bool = False) -> str:
     """Amounts by name, CPU and GPU first, without Ray's internal ones, such as those of placement groups. Ray itself
     lists them in no order."""
     named = {name: amount for name, amount in resources.items() if not re.search(":|memory|_group_", name)}
     ordered = sorted(named, key=lambda name: (name != "CPU", name != "GPU", name))
-    return ", ".join(f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0) or "nothing"
+    words = [f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0]
+    if is_with_memory and resources.get("memory", 0.0) > 1:
+        words.append(f"{gigabytes(resources['memory'])} of memory")
+    return ", ".join(words) or "nothing"
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def _is_selected(label: str | None, condition: str) -> bool:

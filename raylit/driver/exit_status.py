@@ -19,6 +19,7 @@ class ExitStatus:
 
     def __init__(self, pid: int) -> None:
         """To be made while the process lives."""
+        self._pid = pid
         self._num_oom_kills = _num_oom_kills()
         self._pidfd: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # not Linux, or gone
@@ -32,6 +33,15 @@ class ExitStatus:
         """None: it cannot be known here."""
         status = self._status()
         return None if status is None else describe(status, num_oom_kills=_num_oom_kills() - self._num_oom_kills)
+
+    @property
+    def is_stopped(self) -> bool:
+        """The process lives, but stands still since a SIGSTOP or the like."""
+        try:
+            with open(f"/proc/{self._pid}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0] == "T"
+        except (OSError, IndexError):
+            return False
 
     def _status(self) -> int | None:
         """As of waitpid."""

@@ -1,6 +1,8 @@
 """Placement: room for the workers of a run, all of them or none, in one placement group. Driver."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -8,11 +10,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylit.driver import borrowed, cluster, ray_private
-from raylit.driver.demand import Demand, Host, Resources, in_words
+from raylit.driver.demand import Demand, Host, Resources, gigabytes, in_words
 from raylit.driver.waiting import Waiting
 from raylit.errors import ConfigError, ResourcesError
 from raylit.plan import Workers
 
+_LEAST_WORKER_BYTES = 200_000_000
+"""Of a process that has imported torch and Ray: what it shares with no other, measured 190 MB on Linux."""
+_UNKNOWN_BYTES = 1e18
+"""A host that does not tell its memory."""
 _HOPELESS_S = 10.0
 """An autoscaler that says for so long that no node of its could serve the demand is believed: it looks every 5 s."""
 
@@ -20,8 +26,11 @@ _HOPELESS_S = 10.0
 class Placement:
     """The bundles of the workers: of a placement group of their own, or of the one that this process runs in."""
 
-    def __init__(self, workers: Workers) -> None:
-        """ResourcesError: the cluster has not what is asked for, or did not offer it in time."""
+    def __init__(self, workers: Workers, *, make_room: Callable[[], bool] = lambda: False) -> None:
+        """ResourcesError: the cluster has not what is asked for, or did not offer it in time.
+
+        `make_room`: ends something of this process's own that holds resources; False: there is nothing.
+        """
         current = ray.util.get_current_placement_group()
         self._is_own = current is None
         if current is not None:
@@ -29,7 +38,7 @@ class Placement:
             self._places = borrowed.bundles_for(Demand(workers=workers, each=each_of(workers, cpu=1.0)), current)
         else:
             demand = _demand(workers)
-            self._group = placed(demand)
+            self._group = placed(demand, make_room=make_room)
             self._places = [(bundle, demand.each) for bundle in demand.bundle_of_worker]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -44,6 +53,11 @@ class Placement:
                 placement_group=self._group, placement_group_bundle_index=bundle
             ),
         }
+
+    @property
+    def resources(self) -> Resources:
+        """What a worker takes away from others; in a group that was there before, nothing."""
+        return self._places[0][1] if self._is_own else {}
 
     def is_within_reach(self) -> bool:
         """The process still stands where it stood: a process of Ray's runs tasks of several groups, one by one."""
@@ -66,6 +80,7 @@ def _demand(workers: Workers) -> Demand:
     lent = _own()[1].get("CPU", 0.0) / workers.num_workers
     demand = Demand(workers=workers, each=each_of(workers, cpu=max(0.0, round(cpu - lent, 4))))
     if demand.fits(hosts):
+        check_memory(demand, hosts)
         return demand
     if ray_private.autoscaling() is not None:
         return demand
@@ -74,13 +89,31 @@ def _demand(workers: Workers) -> Demand:
     while "CPU" not in workers.resources_per_worker and cpu >= 0.001:
         shared = Demand(workers=workers, each=each_of(workers, cpu=math.floor(cpu * 1000) / 1000))
         if shared.fits(hosts):
+            check_memory(shared, hosts)
             return shared
         cpu /= 2
     raise ResourcesError(
-        f"{demand} {_are(workers)} asked for, which this cluster of {hosts_in_words(hosts)} can never offer, and no "
+        f"{demand} {_are(workers)} asked for, which this cluster of {_offer(demand, hosts)} can never offer, and no "
         f"autoscaler adds to it.{_note_on_own()} Ask for fewer workers or resources (num_workers, "
         "resources_per_worker, num_nodes, placement, label_selector), or connect to a larger cluster (RAY_ADDRESS)"
     )
+
+
+def check_memory(demand: Demand, hosts: list[Host]) -> None:
+    """Ray does not count the memory of workers that say nothing of it. ResourcesError: with so many, none would come to
+    train, and the machine to a standstill."""
+    if "memory" in demand.workers.resources_per_worker or ray_private.autoscaling() is not None:
+        return
+    counted = replace(demand, each={**demand.each, "memory": float(_LEAST_WORKER_BYTES)})
+    hosts = [replace(host, resources={"memory": _UNKNOWN_BYTES, **host.resources}) for host in hosts]
+    num_fitting, num_workers = counted.num_fitting(hosts), demand.workers.num_workers
+    if num_fitting < num_workers:
+        raise ResourcesError(
+            f"num_workers={num_workers}: there is memory for {num_fitting} such workers: a worker takes "
+            f"{gigabytes(_LEAST_WORKER_BYTES)} before it holds a model or data, and this cluster of "
+            f"{_offer(counted, hosts)} has no more. Ask for fewer workers; or say what a worker of yours needs, which "
+            "counts instead: resources_per_worker={'memory': BYTES}, 0 for as many as you say"
+        )
 
 
 def each_of(workers: Workers, *, cpu: float) -> Resources:
@@ -90,7 +123,7 @@ def each_of(workers: Workers, *, cpu: float) -> Resources:
     return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 
 
-def placed(demand: Demand) -> PlacementGroup:
+def placed(demand: Demand, *, make_room: Callable[[], bool] = lambda: False) -> PlacementGroup:
     """A group that is there. Whatever ends the wait early leaves no demand behind."""
     group = _group(demand)
     timeout_s = demand.workers.start_timeout_s
@@ -99,6 +132,8 @@ def placed(demand: Demand) -> PlacementGroup:
     try:
         # In slices, as a wait of Ray's does not notice Ctrl-C.
         while not group.wait(waiting.slice_s):
+            if make_room():
+                continue
             is_line_due = waiting.is_line_due
             scaler = ray_private.autoscaling()
             is_hopeless = scaler is not None and group.id.hex() in scaler.infeasible_groups
@@ -172,12 +207,16 @@ def _note_on_own() -> str:
     return f" The task or actor that waits for them holds {held} itself, which its num_cpus=0 would leave to them."
 
 
-def hosts_in_words(hosts: list[Host]) -> str:
+def hosts_in_words(hosts: list[Host], *, is_with_memory: bool = False) -> str:
     total: Resources = {}
     for host in hosts:
         for name, amount in host.resources.items():
             total[name] = total.get(name, 0.0) + amount
-    return f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} with {in_words(total)}"
+    return f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} with {in_words(total, is_with_memory=is_with_memory)}"
+
+
+def _offer(demand: Demand, hosts: list[Host]) -> str:
+    return hosts_in_words(hosts, is_with_memory=demand.each.get("memory", 0.0) > 1)
 
 
 def _are(workers: Workers) -> str:

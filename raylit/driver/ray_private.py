@@ -91,6 +91,23 @@ def pending_groups() -> frozenset[str]:
     return frozenset(request.details.split(":")[0] for request in requests)
 
 
+def waiting_demands() -> list[dict[str, float]]:
+    """What each task, actor or bundle of a placement group asks for that has no room in the cluster yet, where a host
+    has as much at all. A second old. It never connects to Ray, as many of Ray's functions do by themselves."""
+    reply: Any = GetClusterStatusReply()
+    reply.ParseFromString(_gcs_client().get_cluster_status(timeout_s=_TIMEOUT_S))
+    state = reply.cluster_resource_state
+    hosts = [dict(node.total_resources) for node in state.node_states]
+    single = [entry.request for entry in state.pending_resource_requests]
+    of_groups = [request for group in state.pending_gang_resource_requests for request in group.requests]
+    demands = [dict(request.resources_bundle) for request in (*single, *of_groups)]
+    return [
+        demand
+        for demand in demands
+        if any(all(host.get(name, 0.0) >= amount for name, amount in demand.items()) for host in hosts)
+    ]
+
+
 def free_in_group(group_id: str) -> dict[int, dict[str, float]]:
     """What is free in each bundle of a placement group. `ray.available_resources` leaves these out."""
     free: dict[int, dict[str, float]] = {}

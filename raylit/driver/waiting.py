@@ -9,11 +9,11 @@ _SLICE_S = 0.5
 
 
 class Waiting:
-    def __init__(self, *, timeout_s: float) -> None:
+    def __init__(self, *, timeout_s: float, first_line_s: float = _FIRST_LINE_S) -> None:
         self._timeout_s = timeout_s
         self._started_s = time.monotonic()
         self._since = time.strftime("%H:%M:%S")
-        self._next_line_s = _FIRST_LINE_S
+        self._next_line_s = first_line_s
 
     @property
     def waited_s(self) -> float:

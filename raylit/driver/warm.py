@@ -1,22 +1,28 @@
 """Warm workers: groups that outlive a run, for the next one that asks for the same. Driver."""
 
+import contextlib
+import dataclasses
+import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-
-import ray
 
 from raylit.driver import cluster
 from raylit.driver.actors import ActorGroup
 from raylit.driver.handover import Handover, PartsHandover
+from raylit.driver.ray_private import waiting_demands
 from raylit.driver.shared import Parcel, pickle_job
 from raylit.errors import WorkerDied
 from raylit.messages import Command, Report
 from raylit.plan import Plan, Workers
+from raylit.process_settings import variables_for_new_processes
 from raylit.worker.context import Job
 
 _MAX_IDLE_WORKERS = 8
 """Beyond these, the group that has waited longest goes; the newest always stays."""
+_LOOK_S = 1.0
+"""Between two looks at what the cluster waits for."""
 
 
 class WarmGroup:
@@ -37,12 +43,15 @@ class WarmGroup:
             raise
 
     def _take_up(self, plan: Plan, parcel: Parcel) -> None:
-        """Idle workers that have died meanwhile, or hold code that has changed, make way for others."""
+        """Idle workers that have died or fallen silent meanwhile, or hold code that has changed, make way for
+        others."""
         is_ready = False
         while not is_ready:
             self._group, is_new = _pool.borrow(plan.workers)
             try:
-                self._group.assign(plan, parcel)
+                if not is_new:
+                    self._group.check_awake()
+                self._group.assign(plan, parcel, environment_before=_pool.environment_before())
             except WorkerDied:
                 if is_new:
                     raise
@@ -80,34 +89,58 @@ class WarmGroup:
             _pool.give_back(group, keep_s=self._keep_s if is_kept else 0.0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Idle:
+    """A group that waits for its next run."""
+
+    group: ActorGroup
+    ends_at_s: float
+
+    def is_over(self) -> bool:
+        return self.ends_at_s <= time.monotonic() or not self.group.is_of_this_session
+
+
 class _Pool:
-    """The idle groups of this process, each with a timer that ends it."""
+    """The idle groups of this process. A thread ends them when their time is over, or somebody wants their room."""
 
     def __init__(self) -> None:
-        self._idle: list[tuple[Workers, ActorGroup, threading.Timer]] = []
+        self._idle: list[_Idle] = []
+        """The one that has waited longest first."""
         self._lock = threading.Lock()
+        self._has_changed = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._variable_names: set[str] = set()
+        """Of the environment of this process at all its runs: what has gone since then, a worker may still have."""
+
+    def environment_before(self) -> dict[str, str]:
+        """What the workers began with and what an earlier run had, as far as this process knows."""
+        before = {**dict.fromkeys(self._variable_names, ""), **cluster.environment_of_workers()}
+        self._variable_names |= os.environ.keys()
+        return before
 
     def borrow(self, workers: Workers) -> tuple[ActorGroup, bool]:
         """An idle group of these workers, else a new one, and whether it is new; idle ones make room for it where they
         must."""
         cluster.connect()
+        variables = variables_for_new_processes(cluster.environment_of_workers(), fixed=cluster.fixed_variables())
+        self._end(self._taken(_Idle.is_over))
         with self._lock:
-            for entry in self._idle:
-                if entry[0] == workers and entry[1].is_within_reach():
-                    self._idle.remove(entry)
-                    entry[2].cancel()
-                    return entry[1], False
+            for idle in self._idle:
+                group = idle.group
+                if group.workers == workers and group.variables == variables and group.is_within_reach():
+                    self._idle.remove(idle)
+                    return group, False
         if not cluster.is_embedded():
             # On a shared cluster idle workers may hold the very resources that the new ones need.
             self.clear()
-        return ActorGroup(workers), True
+        return ActorGroup(workers, variables=variables, make_room=self._end_oldest), True
 
     def give_back(self, group: ActorGroup, *, keep_s: float | None) -> None:
         """Keep a group whose workers are as good as new; end any other."""
         if keep_s is None:
             # An actor whose last handle has gone lives on as long as its workers do.
             keep_s = 300.0 if cluster.is_embedded() and not cluster.is_in_worker() else 30.0
-        if keep_s > 0 and group.is_usable and ray.is_initialized():
+        if keep_s > 0 and group.is_usable and group.is_of_this_session:
             try:
                 group.dismiss()
             except Exception as error:
@@ -118,32 +151,66 @@ class _Pool:
         if not group.is_usable:
             group.end()
             return
-        timer = threading.Timer(keep_s, self._expire, [group])
-        timer.daemon = True
         with self._lock:
-            self._idle.append((group.workers, group, timer))
+            self._idle.append(_Idle(group=group, ends_at_s=time.monotonic() + keep_s))
             surplus = []
-            while len(self._idle) > 1 and sum(entry[0].num_workers for entry in self._idle) > _MAX_IDLE_WORKERS:
+            while len(self._idle) > 1 and self._num_workers() > _MAX_IDLE_WORKERS:
                 surplus.append(self._idle.pop(0))
-        timer.start()
+            if self._watcher is None or not self._watcher.is_alive():
+                self._watcher = threading.Thread(target=self._watch, name="raylit-idle-workers", daemon=True)
+                self._watcher.start()
+        self._has_changed.set()
         self._end(surplus)
 
     def clear(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        self._end(idle)
+        self._end(self._taken(lambda _: True))
 
-    def _expire(self, group: ActorGroup) -> None:
-        with self._lock:
-            expired = [entry for entry in self._idle if entry[1] is group]
-            self._idle = [entry for entry in self._idle if entry[1] is not group]
-        self._end(expired)
+    def _watch(self) -> None:
+        """Until no group is left."""
+        was_wanted = False
+        while True:
+            with self._lock:
+                if not self._idle:
+                    self._watcher = None
+                    return
+                left_s = min(idle.ends_at_s for idle in self._idle) - time.monotonic()
+            self._has_changed.wait(timeout=max(0.0, min(left_s, _LOOK_S)))
+            is_new = self._has_changed.is_set()
+            self._has_changed.clear()
+            # The user may end or change the Ray session at any moment: whatever that breaks here has ended the workers.
+            with contextlib.suppress(Exception):
+                self._end(self._taken(_Idle.is_over))
+                if not is_new and left_s > _LOOK_S:
+                    # Twice, as every demand waits for a moment.
+                    is_wanted = self._is_room_wanted()
+                    was_wanted = is_wanted and not (was_wanted and self._end_oldest())
 
-    def _end(self, entries: list[tuple[Workers, ActorGroup, threading.Timer]]) -> None:
-        for _, group, timer in entries:
-            timer.cancel()
-            if ray.is_initialized():
-                group.end()
+    def _is_room_wanted(self) -> bool:
+        """Something waits, of whomever, for resources of a kind that an idle group holds."""
+        with self._lock:
+            held = {name for idle in self._idle for name in idle.group.resources}
+        return bool(held) and any(held & demand.keys() for demand in waiting_demands())
+
+    def _num_workers(self) -> int:
+        return sum(idle.group.workers.num_workers for idle in self._idle)
+
+    def _end_oldest(self) -> bool:
+        """Have the group that has waited longest make room. False: there is none."""
+        with self._lock:
+            oldest, self._idle = self._idle[:1], self._idle[1:]
+        self._end(oldest)
+        return bool(oldest)
+
+    def _taken(self, is_meant: Callable[[_Idle], bool]) -> list[_Idle]:
+        """Out of the pool."""
+        with self._lock:
+            taken = [idle for idle in self._idle if is_meant(idle)]
+            self._idle = [idle for idle in self._idle if idle not in taken]
+        return taken
+
+    def _end(self, taken: list[_Idle]) -> None:
+        for idle in taken:
+            idle.group.end()
 
 
 _pool = _Pool()

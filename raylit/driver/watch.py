@@ -1,6 +1,7 @@
 """Watch: pings the actors while they work and tells which of them has fallen silent. Driver."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -13,16 +14,27 @@ _MAX_GAP_S = 2.0
 class Watch:
     """A pending ping of each actor and for how long it has been so."""
 
-    def __init__(self, actors: list[Any], *, limit_s: float) -> None:
-        """`limit_s`: 0 turns it off."""
+    def __init__(
+        self,
+        actors: list[Any],
+        *,
+        limit_s: float,
+        stopped_limit_s: float | None = None,
+        is_stopped: Callable[[int], bool] = lambda rank: False,
+    ) -> None:
+        """`limit_s`: 0 turns it off. `stopped_limit_s`: for a rank whose process is known to stand still, rather than
+        to be busy."""
         self._actors = actors
         self.limit_s = limit_s
+        self._stopped_limit_s = stopped_limit_s or limit_s
+        self._is_stopped = is_stopped
         self._pings: dict[Any, int] = {}
         self._silence_s = [0.0] * len(actors)
         self._looked_at = time.monotonic()
 
-    def silent_rank(self) -> int | None:
-        """The rank that has been silent for longest, once that is too long. Does nothing if called too soon."""
+    def silent_rank(self) -> tuple[int, float] | None:
+        """The rank that has been silent for longest, once that is too long, and the limit that it has passed. Does
+        nothing if called too soon."""
         now = time.monotonic()
         elapsed_s = now - self._looked_at
         if self.limit_s == 0 or elapsed_s < _PERIOD_S:
@@ -40,5 +52,9 @@ class Watch:
             else:
                 self._silence_s[rank] = 0.0
                 self._pings[actor.ping.remote()] = rank
-        longest_s = max(self._silence_s)
-        return self._silence_s.index(longest_s) if longest_s >= self.limit_s else None
+        for rank in sorted(range(len(self._actors)), key=lambda rank: -self._silence_s[rank]):
+            if self._silence_s[rank] >= self.limit_s:
+                return rank, self.limit_s
+            if self._silence_s[rank] >= self._stopped_limit_s and self._is_stopped(rank):
+                return rank, self._stopped_limit_s
+        return None

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylit.driver import cluster, ray_private, warm
 from raylit.driver.demand import Demand, Resources
-from raylit.driver.placement import cluster_hosts, each_of, hosts_in_words, placed
+from raylit.driver.placement import check_memory, cluster_hosts, each_of, hosts_in_words, placed
 from raylit.errors import ConfigError, ResourcesError
 from raylit.places import is_url
 from raylit.plan import Workers
@@ -67,6 +67,8 @@ def find_room(workers: Workers, *, title: str, directory: str | None = None) -> 
             )
         # Nodes that have come stay for a while.
         ray.util.remove_placement_group(placed(demand))
+    else:
+        check_memory(demand, hosts)
     if directory is None or is_url(directory) or _is_seen_by_all(directory):
         return room
     if workers.num_nodes or workers.placement.startswith("STRICT"):

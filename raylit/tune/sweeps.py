@@ -177,7 +177,7 @@ class _Training:
             "num_workers": workers.num_workers,
             "accelerator": workers.accelerator,
             "start_timeout_s": workers.start_timeout_s,
-            "ping_timeout_s": workers.ping_timeout_s,
+            "ping_timeout_s": workers.given_ping_timeout_s,
         }
 
 

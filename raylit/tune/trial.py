@@ -20,6 +20,8 @@ from raylit.driver import warm
 from raylit.driver.failures import is_harmless, words_of
 from raylit.driver.packing import unpacked
 from raylit.errors import RaylitError
+from raylit.process_settings import ProcessSettings, take_over_variables
+from raylit.torch_settings import TorchSettings
 from raylit.tune.handover import Handover, Reported
 from raylit.tune.reporter import IS_LAST, NOT_LOGGED, Reporter
 from raylit.tune.trial_files import CHECKPOINT, config_of, write_config
@@ -63,6 +65,10 @@ class Setting:
     import_path: tuple[str, ...]
     random_state: Any
     """Of the driver, packed: a trial starts with what a fit there would have."""
+    torch_settings: TorchSettings
+    process_settings: ProcessSettings
+    variables: dict[str, str | None]
+    """Of the driver's environment; None for those that are to be removed."""
 
 
 class TrialFailed(RaylitError):
@@ -184,10 +190,16 @@ class Trial(tune.Trainable):
         self._has_reported = False
 
     def _train(self, handover: Handover) -> Mapping[str, Any] | None:
-        directory = os.path.join(self._setting.directory, f"trial_{self.trial_id}")
+        setting = self._setting
+        # Here, as some of them are a thread's own.
+        take_over_variables(setting.variables)
+        setting.process_settings.apply()
+        setting.torch_settings.apply()
+        directory = os.path.join(setting.directory, f"trial_{self.trial_id}")
         # Here, as what goes wrong with it is the trial's error; once, as it may hold data.
-        self._recipe = self._recipe or cloudpickle.loads(self._setting.recipe)
-        format.set_random_state(unpacked(self._setting.random_state, is_copying=True))
+        self._recipe = self._recipe or cloudpickle.loads(setting.recipe)
+        setting.process_settings.apply_warning_filters()  # what has been imported may have added some of its own
+        format.set_random_state(unpacked(setting.random_state, is_copying=True))
         context = TrialContext(
             id=self.trial_id,
             config=dict(self.config),

@@ -23,6 +23,8 @@ from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import entries, is_url, joined, remove_directory
+from raylit.process_settings import variables_for_live_processes, variables_for_new_processes
+from raylit.torch_settings import TorchSettings
 from raylit.tune.controller import own_controller
 from raylit.tune.histories import Histories, history_of
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
@@ -74,6 +76,11 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
         is_saving=run.num_checkpoints != 0,
         import_path=tuple(os.path.abspath(path) for path in sys.path),
         random_state=packed(format.random_state()),
+        torch_settings=TorchSettings.current(),
+        process_settings=cluster.settings_for_workers(),
+        variables=variables_for_live_processes(
+            cluster.environment_of_workers(), is_whole=cluster.is_embedded(), fixed=cluster.fixed_variables()
+        ),
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), room.placement)
     with (
@@ -215,15 +222,17 @@ def _pooled_processes() -> Iterator[None]:
     On raylit's own node they have the driver's. On a cluster they need what Tune hands on, where there is any of it.
     """
     names = class_cache.ENV_VARS_TO_PROPAGATE
-    if not cluster.is_embedded() and names & os.environ.keys():
-        yield
-        return
     defaults = dict(class_cache.DEFAULT_ENV_VARS)
-    class_cache.DEFAULT_ENV_VARS.clear()
-    class_cache.ENV_VARS_TO_PROPAGATE = set()
+    if cluster.is_embedded() or not names & os.environ.keys():
+        class_cache.DEFAULT_ENV_VARS.clear()
+        class_cache.ENV_VARS_TO_PROPAGATE = set()
+    class_cache.DEFAULT_ENV_VARS.update(
+        variables_for_new_processes(cluster.environment_of_workers(), fixed=cluster.fixed_variables())
+    )
     try:
         yield
     finally:
+        class_cache.DEFAULT_ENV_VARS.clear()
         class_cache.DEFAULT_ENV_VARS.update(defaults)
         class_cache.ENV_VARS_TO_PROPAGATE = names
 

@@ -4,16 +4,15 @@ import gc
 import multiprocessing
 import os
 import sys
-import sysconfig
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from raylit.process_settings import ProcessSettings, files_of_user_modules, take_over_variables
 from raylit.torch_settings import TorchSettings
-
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 class ProcessState:
@@ -21,21 +20,20 @@ class ProcessState:
 
     def __init__(self) -> None:
         self._environment = dict(os.environ)
+        self._process_settings = ProcessSettings.current()
         self._threads = set(threading.enumerate())
         self._modules = set(sys.modules)
         self._import_path = list(sys.path)
         self._settings = TorchSettings.current()
         self._num_threads = torch.get_num_threads()
-        self._directory = os.getcwd()
         self._user_files: dict[str, tuple[str, float]] = {}
         """Path and time of the last change, by module."""
         _set_apart()
 
     def restore(self, module: "weakref.ref[Any]") -> tuple[str, ...]:
         """Undo what can be undone; names what is left of the run: of its module, threads, processes, device memory."""
-        os.environ.clear()
-        os.environ.update(self._environment)
-        os.chdir(self._directory)
+        take_over_variables({**dict.fromkeys(os.environ), **self._environment})
+        self._process_settings.apply()
         self._settings.apply()
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(True)
@@ -53,20 +51,27 @@ class ProcessState:
         gc.freeze()
         return tuple(self._leftovers(module))
 
-    def changed_modules(self) -> tuple[str, ...]:
-        """The user's modules whose files have changed since a run imported them: a new process would see them as they
-        are now. They are not imported anew here, as what they have registered with torch would clash with itself."""
-        return tuple(
-            f"the module {name}, whose file has changed"
-            for name, (path, modified) in self._user_files.items()
-            if _modified(path) != modified
+    def changed_modules(self, files_in_driver: Mapping[str, str]) -> tuple[str, ...]:
+        """The user's modules whose files have changed since a run imported them, or that are others in the driver now:
+        a new process would see them as they are now. They are not imported anew here, as what they have registered
+        with torch would clash with itself."""
+        return (
+            *(
+                f"the module {name}, whose file has changed"
+                for name, (path, modified) in self._user_files.items()
+                if _modified(path) != modified
+            ),
+            *(
+                f"the module {name}, which is that of another directory in the driver"
+                for name, (path, _) in self._user_files.items()
+                if os.path.realpath(files_in_driver.get(name, path)) != os.path.realpath(path)
+            ),
         )
 
     def _note_user_modules(self) -> None:
-        for name in set(sys.modules) - self._modules - set(self._user_files):
-            path = getattr(sys.modules[name], "__file__", None)
-            if path is not None and not _is_installed(path):
-                self._user_files[name] = (path, _modified(path))
+        new = set(sys.modules) - self._modules - set(self._user_files)
+        for name, path in files_of_user_modules({name: sys.modules[name] for name in new}).items():
+            self._user_files[name] = (path, _modified(path))
 
     def _leftovers(self, module: "weakref.ref[Any]") -> list[str]:
         left = []
@@ -100,12 +105,6 @@ def _is_of_the_process(thread: threading.Thread) -> bool:
     is the one in which Ray runs the actor's stream of reports. tqdm, which torch's compiler uses too, has one that
     looks after all bars."""
     return thread.name.startswith(("Dummy-", "asyncio_", "ThreadPoolExecutor-0_", "tqdm_monitor"))
-
-
-def _is_installed(path: str) -> bool:
-    """A library's or the interpreter's, which nobody edits between two runs."""
-    parts = set(os.path.normpath(path).split(os.sep))
-    return not parts.isdisjoint({"site-packages", "dist-packages"}) or path.startswith(_STANDARD_LIBRARY)
 
 
 def _modified(path: str) -> float:

@@ -96,3 +96,52 @@ def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path
     assert [directory.exists() for directory in directories] == [False, True, True, True, False]
     janitors[1].finish()
     assert not living.exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("num_stopped", [1, 2])
+def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped, run_script, tmp_path_factory):
+    output = run_script(
+        f"""
+        import glob, os, signal, tempfile, threading, time
+        import raylit as pl
+        from raylit.driver import cluster
+
+        def raylets():
+            for path in glob.glob("/proc/[0-9]*/cmdline"):
+                try:
+                    command = open(path, "rb").read()
+                except OSError:
+                    continue
+                if command.split(b"\\0")[0].endswith(b"/raylet") and directory.encode() in command:
+                    yield int(path.split("/")[2])
+
+        def stop_the_first():
+            while len(stopped) < {num_stopped}:
+                for pid in set(raylets()) - stopped:
+                    os.kill(pid, signal.SIGSTOP)
+                    stopped.add(pid)
+                time.sleep(0.05)
+
+        if __name__ == "__main__":
+            stopped = set()
+            with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as directory:
+                os.environ["RAY_TMPDIR"] = directory
+                thread = threading.Thread(target=stop_the_first, daemon=True)
+                thread.start()
+                try:
+                    cluster.connect()
+                    print("started")
+                except pl.ResourcesError as error:
+                    print(error, error.__cause__)
+                thread.join()
+                print(len(stopped), "left:", stopped & set(raylets()))
+                pl.shutdown()
+                print(os.listdir(directory))
+        """,
+        timeout_s=200.0,
+    )
+    first, *rest = output.splitlines()
+    assert first == "started" if num_stopped == 1 else "did not start, twice" in first
+    assert rest == [f"{num_stopped} left: set()", "[]"]

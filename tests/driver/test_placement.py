@@ -53,6 +53,32 @@ def test_a_demand_knows_what_can_meet_it(wanted, offered, fits):
     assert wanted.fits(offered) is fits
 
 
+@pytest.mark.parametrize(
+    ("wanted", "offered", "count"),
+    [
+        (demand(9), hosts(2, 3), 5),
+        (demand(9, placement="STRICT_PACK"), hosts(2, 3), 3),
+        (demand(9, placement="STRICT_SPREAD"), hosts(2, 3), 2),
+        (demand(8, num_nodes=2), hosts(7, 2, 3), 6),
+        (demand(8, num_nodes=2), hosts(7), 0),
+    ],
+)
+def test_a_demand_knows_how_many_of_its_workers_fit(wanted, offered, count):
+    assert wanted.num_fitting(offered) == count
+
+
+def test_more_workers_than_there_is_memory_for_are_refused_at_once_with_the_number_that_fits():
+    cluster.connect()
+    memory = ray.cluster_resources()["memory"]
+    expected = rf"num_workers=1000: there is memory for {int(memory // 200_000_000)} such workers"
+    with pytest.raises(pl.ResourcesError, match=rf"{expected}.* resources_per_worker=\{{'memory': BYTES\}}"):
+        Placement(Workers(num_workers=1000))
+    with pytest.raises(pl.ResourcesError, match=r"1000 workers of 0.01 CPU, [\d.]+ GB of memory each"):
+        Placement(Workers(num_workers=1000, resources_per_worker={"memory": memory}))
+    Placement(Workers(num_workers=150, resources_per_worker={"memory": 0})).remove()
+    assert unfinished_groups() == []
+
+
 def test_workers_of_a_host_share_a_bundle_where_their_number_is_said():
     shared = demand(6, {"CPU": 0.1, "GPU": 1}, num_nodes=2)
     assert shared.bundles == [{"CPU": 0.3, "GPU": 3}] * 2

@@ -28,6 +28,8 @@ def build_of(*, fails_at=None):
             def on_train_epoch_end(self):
                 self.log("process", float(os.getpid()))
                 self.log("variables", float(len(ray.get_runtime_context().runtime_env)))
+                self.log("has_file", float(os.path.exists("here.txt")))
+                self.log("variable", float(os.environ.get("RAYLIT_TEST_SWEPT", 0)))
 
         if config["lr"] == fails_at:
             raise ValueError(f"no such rate as {config['lr']}")
@@ -54,19 +56,29 @@ def swept(tmp_path_factory):
 
     torch.manual_seed(0)
     build, place = build_of(fails_at=0.02), tmp_path_factory.mktemp("sweep")
+    cluster.connect()
+    (place / "here.txt").touch()
     space = {"lr": tune.grid_search([0.05, 0.02, 0.01, 0.03])}
-    result = pl.sweep(
-        build,
-        space,
-        metric="val_loss",
-        num_workers=2,
-        max_concurrent=1,
-        max_epochs=2,
-        default_root_dir=place,
-        name="rates",
-        **QUIET,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("RAYLIT_TEST_SWEPT", "7")
+        result = pl.sweep(
+            build,
+            space,
+            metric="val_loss",
+            num_workers=2,
+            max_concurrent=1,
+            max_epochs=2,
+            default_root_dir=place,
+            name="rates",
+            **QUIET,
+        )
     return result, left_on_the_node(), build
+
+
+def test_trials_and_their_workers_find_the_driver_s_process_as_it_is(swept):
+    metrics = swept[0].trials[0].metrics
+    assert (metrics["has_file"], metrics["variable"]) == (1.0, 7.0)
 
 
 def test_each_trial_is_the_plain_fit_of_its_config(swept, quiet):
