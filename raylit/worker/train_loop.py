@@ -13,6 +13,7 @@ from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticke
 from raylit.plan import BatchLimit, Limits
 from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
+from raylit.worker.data_agreement import check_epoch
 from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.forward_epoch import run_forward
 from raylit.worker.metric_entry import added_up
@@ -216,6 +217,12 @@ class TrainLoop:
             self._step_schedules = [schedule for schedule in self._schedules if schedule.interval == "step"]
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
             batches = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            check_epoch(
+                self._session.peers,
+                name="training",
+                order=self._data.order_fingerprint(),
+                num_batches=self.num_batches_in_epoch,
+            )
             profiler = self._session.profiler
             feed = batches if profiler is None else TimedFeed(batches, profiler, NEXT_BATCH["fit"])
             mover = self._session.mover
