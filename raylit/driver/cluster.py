@@ -100,6 +100,9 @@ _DEFAULTS = {
     # Without it, an actor that asks for no GPU sees all of them, and Ray warns about the default at every start.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # The interpreter draws a hash seed at its start, and a set of strings has the order of its hashes: a split made of
+    # one would be another on each worker, and in a resumed run.
+    "PYTHONHASHSEED": "0",
 }
 
 _MAX_PARENT_CHARS = 107 - len("/rl-01234567/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store")

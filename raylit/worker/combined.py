@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from raylit.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
 from raylit.plan import CombinationName
 from raylit.worker.data import TrainData
+from raylit.worker.data_agreement import Description, fingerprint_of_indices
 from raylit.worker.eval_data import EvalData
 from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.loaders import is_users_own_split
@@ -31,10 +32,11 @@ def build_train_source(
     seed: int,
     shard: bool,
     agree: Callable[[int], list[int]],
+    compare: Callable[[list[Any]], None] | None = None,
 ) -> TrainSource:
     """Of one loader, or of several: a CombinedLoader, or a bare collection, combined by `combination`. Collective."""
     loader = joined(loader, combination)
-    make = partial(TrainData, rank=rank, world_size=world_size, shard=shard, agree=agree)
+    make = partial(TrainData, rank=rank, world_size=world_size, shard=shard, agree=agree, compare=compare)
     if not isinstance(loader, CombinedLoader):
         return make(loader, seed=seed)
     return CombinedTrainData(loader, make=make, seed=seed)
@@ -122,6 +124,15 @@ class CombinedTrainData:
             left_out = {"loader"} if self._is_run_through else set()
             member.load_state_dict({key: value for key, value in of_member.items() if key not in left_out})
 
+    def descriptions(self) -> list[Description]:
+        return [
+            {"mode of the combination": self._combined.mode},
+            *chain.from_iterable(member.descriptions() for member in self._members),
+        ]
+
+    def order_fingerprint(self) -> int:
+        return fingerprint_of_indices([member.order_fingerprint() for member in self._members])
+
     def _places(self, epoch: int, num_done: int) -> list["_Place"]:
         """Where each loader is after so many steps of the epoch."""
         num_more, starts = num_done - self._num_before, self._starts
@@ -188,13 +199,28 @@ class _Place(NamedTuple):
 
 
 def build_eval_data(
-    loader: Any, *, rank: int, world_size: int, seed: int, shard: bool, is_recording: bool = False
+    loader: Any,
+    *,
+    rank: int,
+    world_size: int,
+    seed: int,
+    shard: bool,
+    is_recording: bool = False,
+    compare: Callable[[list[Any]], None] | None = None,
 ) -> EvalData:
     """Of one loader; of several where they are combined into one stream of batches."""
     if isinstance(loader, CombinedLoader):
         shard = shard and not any(is_users_own_split(member) for member in loader.flattened)
         loader = _CombinedBatches(loader, seed=seed)
-    return EvalData(loader, rank=rank, world_size=world_size, seed=seed, shard=shard, is_recording=is_recording)
+    return EvalData(
+        loader,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        shard=shard,
+        is_recording=is_recording,
+        compare=compare,
+    )
 
 
 class _CombinedBatches:

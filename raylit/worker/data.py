@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
 from raylit.worker.batch_size import batch_size_of
+from raylit.worker.data_agreement import Description
 from raylit.worker.feed import Feed, of_uneven
 from raylit.worker.loaders import (
+    describe,
     is_map_style,
     is_users_own_split,
     iterated,
@@ -49,8 +51,9 @@ class TrainData:
     goes on from epoch to epoch. A DistributedSampler is taken as the user's own split.
 
     Any other iterable is run through by every rank, which keeps every `world_size`-th batch; with several ranks it is
-    iterated under random numbers of its own, alike on all of them. That an IterableDataset splits itself by rank
-    cannot be seen from here: pass use_distributed_sampler=False for it.
+    iterated under random numbers of its own, alike on all of them. One that splits itself by rank would be divided
+    twice: `compare` gets the first `world_size` batches of an epoch and raises where they are not those of the other
+    ranks. Such a stream needs use_distributed_sampler=False.
 
     Sized loaders need no communication. Of the others each batch is agreed upon through `agree`: an all-gather of
     every rank's next batch size, 0 where its data has ended. Building a TrainData is collective for these.
@@ -80,14 +83,18 @@ class TrainData:
         seed: int,
         shard: bool = True,
         agree: Callable[[int], list[int]] | None = None,
+        compare: Callable[[list[Any]], None] | None = None,
         is_padded: bool = False,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
         self._agree = agree
+        self._compare = compare
         self._is_padded = is_padded
-        self._is_divided = shard and not is_users_own_split(loader)
+        self._is_split_by_sampler = shard and is_users_own_split(loader)
+        self._is_divided = shard and not self._is_split_by_sampler
+        self._users_loader = loader
         self._epoch_setters = [owner for owner in parts_of(loader) if callable(getattr(owner, "set_epoch", None))]
         self._generators = SamplerGenerators(
             # A DataLoader's own seeds its processes; what another loader has is its own business.
@@ -201,6 +208,18 @@ class TrainData:
         self._is_seeding_again = is_persistent and state.get("has_begun", False)
         self._difference = self._difference_to(state, is_alike=is_alike)
 
+    def descriptions(self) -> list[Description]:
+        if not self._is_divided and not self._is_split_by_sampler:
+            return [{}]
+        description = describe(self._users_loader, share=self._share if self._is_divided else None)
+        if not self._is_divided and not self._must_agree:
+            description["number of batches"] = self.num_batches
+        return [description]
+
+    def order_fingerprint(self) -> int:
+        """Call it after `epoch`."""
+        return self._share.order_fingerprint() if self._share is not None and self._is_divided else 0
+
     def _origin_in(self, epoch: int, num_done: int) -> Position:
         """Where the loader began, if that is before `num_done` batches of this epoch; else at the epoch's start."""
         origin = self._origin
@@ -294,6 +313,7 @@ class TrainData:
             world_size=self._world_size,
             own_random=IsolatedRandom(self._seed + epoch),
             opening=self._opening,
+            compare=self._compare,
         )
 
     def _shared(self, loader: Any) -> Share | None:

@@ -1,13 +1,16 @@
 """EvalData: a user's validation, test or prediction loader, shared out over the ranks. Worker."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from raylit.worker.data_agreement import Description
 from raylit.worker.loaders import (
+    describe,
     is_map_style,
     is_users_own_split,
     iterated,
@@ -38,8 +41,15 @@ class EvalData:
         seed: int,
         shard: bool = True,
         is_recording: bool = False,
+        compare: Callable[[list[Any]], None] | None = None,
     ) -> None:
-        """`is_recording`: the samples' indices are kept for `indices_of`."""
+        """`is_recording`: the samples' indices are kept for `indices_of`. `compare`: see every_nth."""
+        self._users_loader = loader
+        self._compare = compare
+        self._batch_size: int | None = None
+        self.has_own_order = False
+        """A sampler draws it, in each rank's process."""
+        self._is_divided = shard and not is_users_own_split(loader)
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
@@ -52,7 +62,7 @@ class EvalData:
         self.first_uneven = math.inf
         """The step from which on not every rank may have a batch, or one of the same size: alike on all ranks. 0 where
         that is not known; infinite where there is none."""
-        if not shard or is_users_own_split(loader):
+        if not self._is_divided:
             sampler = getattr(loader, "sampler", None)
             is_even = type(sampler) is DistributedSampler and sampler.num_replicas == world_size
             if world_size > 1 and not is_even:
@@ -67,6 +77,8 @@ class EvalData:
         if isinstance(loader, DataLoader) and is_map_style(loader):
             source = IndexSource.of(loader)
             num_at_once = world_size * (source.batch_size or 1)
+            self._batch_size = source.batch_size
+            self.has_own_order = type(source.sampler) is not SequentialSampler
             if source.batch_size is not None and not source.drop_last:
                 is_last_short = length_of(source.sampler) % source.batch_size != 0
             self._share = Share(
@@ -97,6 +109,19 @@ class EvalData:
         item = [] if self._recorded is None else self._recorded.items[number]
         return list(item) if isinstance(item, (list, tuple)) else [item]
 
+    def description(self) -> Description:
+        """What all ranks must have alike."""
+        if not self._is_divided:
+            return {}
+        description = describe(self._users_loader, share=self._share)
+        if self._batch_size is not None:
+            description["batch size"] = self._batch_size
+        return description
+
+    def order_fingerprint(self) -> int:
+        """Of the order that the last iteration follows; see Share."""
+        return 0 if self._share is None else self._share.order_fingerprint()
+
     def batches(self) -> Iterator[Any]:
         """Of this rank, without their index."""
         if self._is_stream:
@@ -106,7 +131,10 @@ class EvalData:
                 world_size=self._world_size,
                 own_random=IsolatedRandom(self._seed),
                 opening=Opening(),
+                compare=self._compare,
             )[0]
+        if self._share is not None:
+            self._share.start(0, num_dealt=0, weights=deque(maxlen=0))
         return iterated(self._loader, self._share)
 
 

@@ -19,6 +19,7 @@ from raylit.results import EvalResult
 from raylit.state import Stage
 from raylit.worker import metric_objects
 from raylit.worker.combined import build_eval_data, joined
+from raylit.worker.data_agreement import Description, check_epoch, check_first_batches
 from raylit.worker.following import BORROWED, followed
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
@@ -31,6 +32,7 @@ from raylit.worker.train_loop import limited
 from raylit.worker.transfer import to_cpu
 
 _PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
+_DATA_NAMES = {"validate": "validation", "test": "test", "predict": "prediction"}
 
 
 class _SharedLoop:
@@ -42,6 +44,8 @@ class _SharedLoop:
     def __init__(self, session: Session, *, stage: Stage) -> None:
         self._session = session
         self._stage = stage
+        self.data_name = _DATA_NAMES[stage]
+        """How errors call the data."""
         self.load()
 
     def load(self) -> None:
@@ -63,10 +67,15 @@ class _SharedLoop:
                 seed=plan.seed,
                 shard=plan.use_distributed_sampler,
                 is_recording=self._is_recording,
+                compare=partial(check_first_batches, session.peers, name=self.data_name),
             )
             for loader in loaders
         ]
         self.num_batches = tuple(limited(loader.num_batches, limit) for loader in self._loaders)
+
+    def descriptions(self) -> list[Description]:
+        """Of each loader what all ranks must have alike."""
+        return [loader.description() for loader in self._loaders]
 
     def _outputs(self, index: int, metrics: MetricBuffer, num_batches: float) -> Iterator[tuple[int, Any]]:
         """Each batch's place in the data set and its step's output."""
@@ -165,6 +174,8 @@ class _SharedLoop:
     def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
         loader, mover = self._loaders[index], self._session.mover
         batches = iter(loader)
+        if loader.has_own_order:
+            check_epoch(self._session.peers, order=loader.order_fingerprint(), name=self.data_name)
         if self._session.profiler is not None:
             batches = timed_items(batches, self._session.profiler, NEXT_BATCH[self._stage])
         if mover is None:

@@ -7,6 +7,7 @@ from itertools import repeat
 from typing import Any, Protocol
 
 from raylit.errors import ModuleError
+from raylit.worker.data_agreement import Description
 
 _END = object()
 _NOTHING = object()
@@ -146,3 +147,12 @@ class TrainSource(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def descriptions(self) -> list[Description]:
+        """Of each loader what all ranks must have alike."""
+        ...
+
+    def order_fingerprint(self) -> int:
+        """Of the order of samples in the epoch that has been begun last: alike on ranks that draw the same one, 0 where
+        there is nothing to compare."""
+        ...

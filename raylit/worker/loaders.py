@@ -6,7 +6,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from raylit.worker.sampling import Share
+from raylit.worker.data_agreement import Description, fingerprint_of_samples
+from raylit.worker.sampling import Share, length_of
 
 
 def is_map_style(loader: Any) -> bool:
@@ -66,6 +67,22 @@ def with_indices(loader: "DataLoader[Any]", share: Iterable[Any], *, in_order: b
     if in_order is not None:
         clone.__dict__["in_order"] = in_order
     return clone
+
+
+def describe(loader: Any, *, share: Share | None) -> Description:
+    """What all ranks must have alike of a loader, whose own sampler splits it (`share` is None) or raylit."""
+    is_read_by_index = is_map_style(loader) or isinstance(loader, Sequence)
+    description: Description = {"way to read it": "by index" if is_read_by_index else "from start to end"}
+    if share is not None:
+        name = "number of samples" if share.batch_size is not None else "number of batches"
+        description[name] = share.num_items
+        description["batch size"] = share.batch_size
+        description["drop_last"] = share.drop_last
+    if is_read_by_index:
+        dataset: Any = loader.dataset if isinstance(loader, DataLoader) else loader
+        description["length of the data set"] = length_of(dataset)
+        description["samples"] = fingerprint_of_samples(dataset)
+    return description
 
 
 def iterated(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from torch.utils.data import (
 )
 
 from raylit.combined_loader import CombinedLoader, holds_loaders
+from raylit.worker.data_agreement import Description
 from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.loaders import is_map_style
 from raylit.worker.sampling import is_of_torchdata, is_plain_batching
@@ -39,6 +40,12 @@ class SameEpoch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._source.load_state_dict(state)
+
+    def descriptions(self) -> list[Description]:
+        return self._source.descriptions()
+
+    def order_fingerprint(self) -> int:
+        return self._source.order_fingerprint()
 
 
 def unshuffled(loader: Any) -> Any:

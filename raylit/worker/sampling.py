@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from raylit.errors import CheckpointError
+from raylit.worker.data_agreement import fingerprint_of_indices
+
+_MAX_COMPARED = 65536
+"""Items of an epoch's order that its fingerprint is made of."""
 
 
 def length_of(sized: Any) -> float:
@@ -72,8 +77,11 @@ class Share:
 
     `world_size` batches, one of each rank, are a global batch. Items are dealt out in turn: item i of a global batch
     goes to rank i modulo the number of ranks, which is what torch's DistributedSampler does. The items of an incomplete
-    last global batch are dealt out too: nobody gets a made-up one, some ranks may get none. With `is_padded` the first
-    items of the epoch fill it up to a multiple of the ranks, again as DistributedSampler does: all ranks get as many.
+    last global batch are dealt out too, to as many ranks as get a batch that is no smaller than the last one of the
+    loader in a single process: batch norms and some losses fail on a batch that is too small, above all on one of a
+    single sample. Nobody gets a made-up item, some ranks may get none. Where that would leave all the work to one rank,
+    because the epoch is a single batch, and with `is_padded`, two items are enough. With `is_padded` the first items of
+    the epoch fill the last global batch up, so that all ranks get as many.
 
     `order` gives the items of an epoch: samples, or whole batches where `batch_size` is None.
     """
@@ -95,13 +103,15 @@ class Share:
         self._is_padded = is_padded
         self._rank = rank
         self._world_size = world_size
+        self.batch_size, self.drop_last = batch_size, drop_last
         self.group_size = world_size * (batch_size or 1)
         """Items of a global batch."""
         self.num_items = num_items
         self.num_drawn = 0
         """Batches that have been asked for since the last `start`; a loader may have fetched more than it has given."""
-        self._epoch = self._num_dealt = self._num_replayed = 0
+        self._num_dealt = self._num_replayed = 0
         self._weights: deque[float] = deque(maxlen=0)
+        self._drawing = _Drawing(lambda: order(0), num_compared=0)
         self.num_batches: float = self.num_batches_after(0)
 
     def num_batches_after(self, num_dealt: int) -> float:
@@ -116,8 +126,21 @@ class Share:
         receives the weight of each batch before it is yielded, and a last 0.0 if this rank has none of the last global
         batch. The first `num_replayed` have no weight: a loader that goes on from a state of its own passes over them
         by itself."""
-        self._epoch, self._num_dealt, self._weights, self._num_replayed = epoch, num_dealt, weights, num_replayed
+        self._num_dealt, self._weights, self._num_replayed = num_dealt, weights, num_replayed
+        self._drawing = _Drawing(partial(self._order, epoch), num_compared=self._num_compared)
         self.num_drawn = 0
+
+    def order_fingerprint(self) -> int:
+        """Of the order since the last `start`, which is drawn now unless the loader has begun: call it once the loader
+        is being iterated over. Alike on all ranks that draw the same order."""
+        return self._drawing.fingerprint()
+
+    @property
+    def _num_compared(self) -> int:
+        """Items of an order that make its fingerprint; a sampler without a length is not asked for many."""
+        if self._world_size == 1:
+            return 0
+        return self.group_size if math.isinf(self.num_items) else int(min(self.num_items, _MAX_COMPARED))
 
     def __len__(self) -> int:
         if math.isinf(self.num_batches):
@@ -127,21 +150,24 @@ class Share:
     def __iter__(self) -> Iterator[Any]:
         # Bound now: the generator runs later, perhaps ahead of the batches. DataLoaders with worker processes call
         # `iter` twice and use the second, so nothing may happen before the first item is asked for.
-        return self._batches(self._epoch, self._num_dealt, self._weights, self._num_replayed)
+        return self._batches(self._drawing, self._num_dealt, self._weights, self._num_replayed)
 
-    def _batches(self, epoch: int, num_dealt: int, weights: deque[float], num_replayed: int) -> Iterator[Any]:
+    def _batches(self, drawing: "_Drawing", num_dealt: int, weights: deque[float], num_replayed: int) -> Iterator[Any]:
         group_size, world_size, rank = self.group_size, self._world_size, self._rank
-        items, first = self._order(epoch), []
+        items, first = drawing.items(), []
         if self._is_padded:
-            first = list(islice(items, world_size))
+            first = list(islice(items, group_size))
             items = chain(first, items)
         items = islice(items, num_dealt, None)
         while group := list(islice(items, group_size)):
             if self._drop_last and len(group) < group_size:
                 return
+            smallest = self._smallest_share(len(group))
             if self._is_padded:
-                group += islice(cycle(first), -len(group) % world_size)
-            share = group[rank::world_size]
+                num_missing = max(-len(group) % world_size, smallest * world_size - len(group))
+                group += islice(cycle(first), num_missing)
+            num_sharing = min(world_size, len(group) // smallest) if not self._is_padded else world_size
+            share = group[rank::num_sharing] if rank < num_sharing else []
             if num_replayed > 0:
                 num_replayed -= 1
             else:
@@ -150,6 +176,41 @@ class Share:
             if share:
                 self.num_drawn += 1
                 yield share[0] if self._batch_size is None else share
+
+    def _smallest_share(self, num_items: int) -> int:
+        """That may be made of a global batch of so many items."""
+        if self._batch_size is None:
+            return 1
+        # A single process cuts what comes before into full batches, so this is the size of its last one.
+        smallest = num_items % self._batch_size or self._batch_size
+        return min(smallest, 2) if self._is_padded or self.num_items <= self._batch_size else smallest
+
+
+class _Drawing:
+    """An order of items that is drawn when it is first asked for."""
+
+    def __init__(self, draw: Callable[[], Iterator[Any]], *, num_compared: int) -> None:
+        self._draw = draw
+        self._num_compared = num_compared
+        self._fingerprint: int | None = None
+        self._items: Iterator[Any] | None = None
+
+    def fingerprint(self) -> int:
+        if self._fingerprint is None:
+            self._items = self._drawn()
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    def items(self) -> Iterator[Any]:
+        """Once what `fingerprint` has drawn, then anew."""
+        items, self._items = self._items, None
+        return self._drawn() if items is None else items
+
+    def _drawn(self) -> Iterator[Any]:
+        items = self._draw()
+        head = list(islice(items, self._num_compared))
+        self._fingerprint = fingerprint_of_indices(head)
+        return chain(head, items)
 
 
 class SamplerGenerators:

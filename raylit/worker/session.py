@@ -17,6 +17,7 @@ from raylit.module import LightningModule
 from raylit.plan import Plan
 from raylit.precision import build_precision
 from raylit.profilers.base import timed
+from raylit.seed import diverge_random_state
 from raylit.state import Stage
 from raylit.strategies import build_strategy
 from raylit.worker.brake import Brake
@@ -24,6 +25,7 @@ from raylit.worker.compiling import CompilationWatch, compile_parts, name_scopes
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks, is_overridden
 from raylit.worker.peers import Peers
+from raylit.worker.sampling import RandomState
 from raylit.worker.transfer import Mover, build_mover
 from raylit.worker.uneven import UnevenSteps
 from raylit.worker.view import TrainerView
@@ -91,6 +93,7 @@ class Session:
             if owner is not None and self._is_preparing(owner):
                 self.timed(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
         self.peers.barrier(timeout_s=_PREPARE_TIMEOUT_S)
+        self._take_random_state_of_first_rank()
         self.hooks.set_up(self.stage, job.datamodule)
         with self.strategy.building():
             self.module.configure_model()
@@ -109,6 +112,13 @@ class Session:
             self._attached += self.profiler.attach(self.module)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
+
+    def _take_random_state_of_first_rank(self) -> None:
+        """Only some ranks have prepared the data, and may have drawn random numbers for it. `setup` and what else comes
+        before `seed_rank` draws the same on all ranks: they split data sets with it."""
+        if self.peers.world_size > 1:
+            state: RandomState = self.peers.gather_objects(RandomState.take() if self.context.rank == 0 else None)[0]
+            state.restore()
 
     def _compile(self) -> None:
         """As the user has it, and what the Trainer is asked for besides."""
@@ -137,10 +147,13 @@ class Session:
             self._attached.append(optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
 
     def seed_rank(self) -> None:
-        """Give every rank but the first random numbers of its own: the same dropout masks everywhere would waste
-        samples. Rank 0 goes on with the driver's, as a single process would."""
+        """Give every rank but the first random numbers of its own, of torch, NumPy and Python: the same dropout masks
+        and augmentations everywhere would waste samples. Rank 0 goes on with the driver's, as a single process would.
+
+        The processes of a DataLoader follow: torch seeds them from this process's generator.
+        """
         if self.context.rank > 0:
-            torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * self.context.rank) % 2**63)
+            diverge_random_state(self.context.rank)
 
     def continue_random_state_at_next_batch(self, state: dict[str, Any]) -> None:
         self._pending_random_state = state

@@ -1,8 +1,8 @@
 """Streams of batches that every rank runs through, keeping its own, from their start to where a run was. Worker."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 from raylit.checkpoint import format
@@ -48,19 +48,21 @@ def every_nth(
     world_size: int,
     own_random: IsolatedRandom,
     opening: Opening,
+    compare: Callable[[list[Any]], None] | None = None,
 ) -> tuple[Iterator[Any], Any]:
     """Batches `rank`, `rank + world_size`, ... after those of a stream that a run has had, and the last of these that
     was this rank's. Worker processes start here and now, as with `iter` of the stream.
 
     The others' part of a global batch is fetched too before one's own is handed out, so that a stream with a state of
-    its own stands at the same place on all ranks.
+    its own stands at the same place on all ranks. `compare` gets the first global batch: collective, it raises where
+    that is not alike on all ranks.
     """
     with own_random:
         opening.begin()
         batches = iter(stream)
         passed = deque(islice(batches, opening.num_passed), maxlen=world_size)
     last = passed[rank] if len(passed) == world_size else None
-    own_batches = _own(batches, rank=rank, world_size=world_size)
+    own_batches = _own(batches, rank=rank, world_size=world_size, compare=compare)
     # Worker processes have random numbers of their own, seeded by `iter`.
     return own_batches if getattr(stream, "num_workers", 0) > 0 else _under(own_random, own_batches), last
 
@@ -71,7 +73,14 @@ def advance(batches: Iterator[Any], num_batches: int) -> Any:
     return passed[0] if passed else None
 
 
-def _own(batches: Iterator[Any], *, rank: int, world_size: int) -> Iterator[Any]:
+def _own(
+    batches: Iterator[Any], *, rank: int, world_size: int, compare: Callable[[list[Any]], None] | None
+) -> Iterator[Any]:
+    if compare is not None:
+        first = list(islice(batches, world_size))
+        compare(first)
+        batches = chain(first, batches)
+        del first
     while True:
         own: Any = _END
         for index, batch in enumerate(islice(batches, world_size)):

@@ -14,6 +14,7 @@ from raylit.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Ste
 from raylit.plan import BatchLimit, Limits
 from raylit.profilers.base import NEXT_BATCH
 from raylit.worker import metric_objects
+from raylit.worker.data_agreement import check_epoch
 from raylit.worker.feed import Feed, PeekableFeed, TrainSource
 from raylit.worker.forward_epoch import run_forward
 from raylit.worker.metric_entry import added_up
@@ -266,6 +267,12 @@ class TrainLoop:
             self._session.uneven.start()
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
             batches = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
+            check_epoch(
+                self._session.peers,
+                name="training",
+                order=self._data.order_fingerprint(),
+                num_batches=self.num_batches_in_epoch,
+            )
             profiler = self._session.profiler
             feed = batches if profiler is None else TimedFeed(batches, profiler, NEXT_BATCH["fit"])
             mover = self._session.mover

@@ -1,11 +1,11 @@
 """Worker: carries out the driver's commands on one rank, in an actor or in the driver's process. Worker."""
 
-import functools
 import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from raylit.worker import handback
 from raylit.worker.brake import Brake
 from raylit.worker.combined import build_train_source
 from raylit.worker.context import Job, WorkerContext
+from raylit.worker.data_agreement import Description, check_first_batches, check_ranks_agree
 from raylit.worker.eval_loop import EvalLoop, PredictLoop
 from raylit.worker.feed import TrainSource
 from raylit.worker.forwarding import logger_views
@@ -168,7 +169,7 @@ class Worker:
         view.move_to(command.progress)
         view.loggers = logger_views(self._job.loggers, forward=self._forward, step=lambda: view.global_step)
         # Made by whoever asks first how long the training is: `setup` or `configure_optimizers`, else the loop.
-        train_source = functools.cache(lambda: self._train_source(session))
+        train_source = cache(lambda: self._train_source(session))
         if command.stage == "fit":
             view.count_training_batches = lambda: batches_of_epoch(train_source(), self._plan.limits)
         session.set_up()
@@ -177,6 +178,7 @@ class Worker:
             yield from self._start_fit(session, command, train_source)
             return
         loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
+        check_ranks_agree(self._peers, {loop.data_name: loop.descriptions})
         self._handlers[Predict if isinstance(loop, PredictLoop) else Evaluate] = loop.run
         self._saving = session.view.saving = Saving(session, optimizers=[], schedules=[], loop=None)
         if command.checkpoint is not None:
@@ -206,6 +208,7 @@ class Worker:
             self._validation_loop = EvalLoop(session, stage="validate", training_metrics=metrics)
             self._handlers[Evaluate] = self._validation_loop.run
         session.view.num_val_batches = list(self._num_val_batches)
+        self._check_ranks_agree(data)
         session.seed_rank()
         session.view.fit_loop = loop
         session.view.count_training_batches = lambda: loop.num_batches
@@ -239,15 +242,27 @@ class Worker:
         assert loop is not None
         view = session.view
         view.move_to(view.progress.at_next_batch())
+        source: TrainSource | None = None
         # Where a hook draws random numbers, to split a data set, all ranks are to draw the same.
         with nullcontext() if self._peers.world_size == 1 else IsolatedRandom(self._plan.seed + view.current_epoch):
             if is_from_hook(self._job, "train"):
-                loop.load(self._train_source(session))
+                source = self._train_source(session)
+                loop.load(source)
             is_overfitting = self._plan.limits.overfit_batches > 0
             if validation is not None and (is_overfitting or is_from_hook(self._job, "validate")):
                 validation.load()
+        self._check_ranks_agree(source)
         view.num_val_batches = list(self._num_val_batches)
         yield Reloaded(num_training_batches=loop.num_batches, num_eval_batches=self._num_val_batches)
+
+    def _check_ranks_agree(self, source: TrainSource | None) -> None:
+        """About the loaders of a fit. Collective."""
+        described: dict[str, Callable[[], list[Description]]] = {}
+        if source is not None:
+            described["training"] = source.descriptions
+        if self._validation_loop is not None:
+            described[self._validation_loop.data_name] = self._validation_loop.descriptions
+        check_ranks_agree(self._peers, described)
 
     @property
     def _num_val_batches(self) -> tuple[float, ...]:
@@ -267,6 +282,7 @@ class Worker:
             seed=self._plan.seed,
             shard=self._plan.use_distributed_sampler,
             agree=self._peers.gather_counts,
+            compare=partial(check_first_batches, self._peers, name="training"),
         )
         return SameEpoch(source) if is_overfitting else source
 
