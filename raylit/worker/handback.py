@@ -25,6 +25,8 @@ class Attributes:
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     """Those that are not part of the module's state dict."""
+    frozen: frozenset[str] = frozenset()
+    """Names of the parameters that require no gradient."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Attributes that cannot be pickled."""
@@ -42,6 +44,7 @@ def pack(
     attributes = Attributes(
         modules={name: _without(shared, _own_attributes(child)) for name, child in module.named_modules()},
         buffers=_transient_buffers(module),
+        frozen=frozenset(name for name, parameter in module.named_parameters() if not parameter.requires_grad),
         callbacks=[_without(shared, _state(callback)) for callback in callbacks],
         grown_module=module if set(module.state_dict()) != state_keys else None,
     )
@@ -63,6 +66,9 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
         module.__dict__.update(grown)
     for name, child in module.named_modules():
         child.__dict__.update(attributes.modules.get(name, {}))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad == (name in attributes.frozen):
+            parameter.requires_grad_(name not in attributes.frozen)
     for name, buffer in attributes.buffers.items():
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner)._buffers[leaf] = buffer

@@ -334,6 +334,15 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
         pl.StochasticWeightAveraging(**arguments)
 
 
+def test_the_weights_stay_as_they_are_where_a_stochastic_average_does_not_begin():
+    torch.manual_seed(1)
+    model = Normed()
+    expected = deepcopy(model)
+    fit(expected)
+    fit(model, callbacks=pl.StochasticWeightAveraging(0.01, swa_epoch_start=100))
+    assert_same_weights(weights_of(model), weights_of(expected))
+
+
 def test_an_own_function_averages():
     model = Regression()
     seen = []

@@ -191,6 +191,14 @@ def test_a_resumed_run_trains_the_single_parameters_that_were_trained(num_worker
     assert_same_weights(weights_of(resumed), weights_of(model))
 
 
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_after_a_fit_the_module_knows_which_parameters_were_trained(num_workers):
+    model = Wide()
+    fit(model, num_workers=num_workers, callbacks=PartByPart())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["backbone.0.bias", "backbone.1.bias", "backbone.4.bias", "head.bias"]
+
+
 class InMidEpoch(BaseFinetuning):
     def freeze_before_training(self, pl_module):
         self.freeze(pl_module.backbone)
