@@ -424,3 +424,8 @@ def test_after_an_exception_the_trainer_tells_where_it_stood(num_workers, ranks,
     with pytest.raises(ValueError, match="no more"):
         trainer.fit(Raises(tmp_path, ValueError("no more"), ranks), loader(num_workers))
     assert (trainer.global_step, trainer.current_epoch) == (5, 1)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    checkpoint = torch.load(tmp_path / "mine.ckpt", weights_only=True)
+    # With workers the driver's model has the weights of the start.
+    assert checkpoint["global_step"] == (0 if num_workers else 5)
+    assert torch.equal(checkpoint["state_dict"]["net.weight"], torch.full((1, 1), 0.5)) == bool(num_workers)
