@@ -22,7 +22,7 @@ from raylit.module import LightningModule
 from raylit.plan import Plan
 from raylit.precision import build_precision
 from raylit.profilers import PassThroughProfiler, Profiler
-from raylit.state import RunState, RunStatus, TrainerState
+from raylit.state import Progress, RunState, RunStatus, TrainerState
 from raylit.weights import write_weights
 
 
@@ -35,6 +35,9 @@ class Outcome(Asked):
     _plan: Plan
     _state: RunState
     _status: RunStatus
+    _progress_of_weights: Progress
+    """Where the last fit stood with the weights that the model here has: at its start, where an error has kept the
+    workers from handing theirs back."""
     _callbacks: list[Callback]
     _driver_callbacks: list[DriverCallback]
     _profiler: Profiler | None
@@ -205,7 +208,7 @@ class Outcome(Asked):
         if self._model is None:
             raise ConfigError("save_checkpoint needs a model: call fit on this Trainer before")
         newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
-        owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._state.progress}
+        owners: Any = {"module": self._model, "datamodule": self._datamodule, "progress": self._progress_of_weights}
         write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
 
     def save_weights(self, filepath: str | os.PathLike[str]) -> None:

@@ -43,7 +43,7 @@ from raylit.outcome import Outcome
 from raylit.plan import BatchLimit, CombinationName, MatmulPrecisionName
 from raylit.profilers import Profiler, chosen_profiler
 from raylit.requirements import check_module, require, require_automatic, require_shardable, require_weights
-from raylit.state import RunState, RunStatus, Stage
+from raylit.state import Progress, RunState, RunStatus, Stage
 from raylit.strategy_options import StrategyOptions
 from raylit.tune.tuner import Tuner
 from raylit.worker import handback
@@ -138,6 +138,7 @@ class Trainer(Outcome):
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
+        self._progress_of_weights = Progress()
         self.ckpt_path: str | None = None
         self._searches = given.to(parse_searches)
         self.tuner = Tuner(self)
@@ -352,7 +353,9 @@ class Trainer(Outcome):
             loggers=self.loggers,
             stage=stage,
         )
-        if stage != "fit":
+        if stage == "fit":
+            self._progress_of_weights = Progress()
+        else:
             coordinator.state.progress = self._state.progress
             coordinator.state.is_epoch_cut_short = self._state.is_epoch_cut_short
             coordinator.state.num_training_batches = self._state.num_training_batches
@@ -364,6 +367,8 @@ class Trainer(Outcome):
         finally:
             if coordinator.finished is not None:
                 self._take_back(job, coordinator.finished)
+            if stage == "fit" and (coordinator.finished is not None or self.num_workers == 0):
+                self._progress_of_weights = coordinator.state.progress
 
     def _evaluate(
         self,

@@ -107,13 +107,13 @@ def test_a_run_that_max_steps_ends_inside_an_epoch_goes_on_with_the_next_batch(n
 
 
 class EndsAt(pl.Callback):
-    """After the sixth step, that is the second of the second epoch."""
+    """After a step; the sixth one is the second of the second epoch."""
 
-    def __init__(self, how):
-        self.how = how
+    def __init__(self, how, step=6):
+        self.how, self.step = how, step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 6:
+        if trainer.global_step == self.step:
             if self.how == "stop":
                 trainer.should_stop = True
             else:
@@ -252,6 +252,26 @@ def test_a_stream_with_a_state_is_not_one_batch_ahead_in_the_checkpoint(tmp_path
     _, resumed = run(tmp_path, data=Counting(), max_steps=12, resume="auto")
     assert rows(tmp_path) == rows(expected)
     assert_same_weights(weights_of(resumed), weights_of(model))
+
+
+@pytest.mark.parametrize("kind", ["data set", "stream", "stream with a state"])
+def test_ctrl_c_after_an_epochs_last_batch_leaves_the_rest_of_its_end_to_the_next_run(kind, tmp_path):
+    """A stream with a state of its own stands at its start again then."""
+    make = {
+        "data set": loader,
+        "stream": lambda: DataLoader(Stream(), batch_size=None),
+        "stream with a state": Counting,
+    }
+    expected = tmp_path / "at once"
+    expected.mkdir()
+    _, model = run(expected, data=make[kind](), max_epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=make[kind](), max_epochs=2, callbacks=EndsAt("SIGINT", step=4))
+    assert len(rows(tmp_path)) == 4
+    trainer, resumed = run(tmp_path, data=make[kind](), max_epochs=2, resume="auto")
+    assert rows(tmp_path) == rows(expected)
+    assert_same_weights(weights_of(resumed), weights_of(model))
+    assert (trainer.current_epoch, trainer.global_step) == (2, 8)
 
 
 class Hooks(pl.Callback):
@@ -404,3 +424,8 @@ def test_after_an_exception_the_trainer_tells_where_it_stood(num_workers, ranks,
     with pytest.raises(ValueError, match="no more"):
         trainer.fit(Raises(tmp_path, ValueError("no more"), ranks), loader(num_workers))
     assert (trainer.global_step, trainer.current_epoch) == (5, 1)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    checkpoint = torch.load(tmp_path / "mine.ckpt", weights_only=True)
+    # With workers the driver's model has the weights of the start.
+    assert checkpoint["global_step"] == (0 if num_workers else 5)
+    assert torch.equal(checkpoint["state_dict"]["net.weight"], torch.full((1, 1), 0.5)) == bool(num_workers)

@@ -70,9 +70,13 @@ class EarlyStopping(DriverCallback):
         self.divergence_threshold = divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
         self._check_on_train_epoch_end = check_on_train_epoch_end
+        self._patience_before: int | None = None
+        """The user's, where a checkpoint's has taken its place."""
         self.reset_state()
 
     def reset_state(self) -> None:
+        if self._patience_before is not None:
+            self.patience, self._patience_before = self._patience_before, None
         self.wait_count = 0
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
@@ -110,7 +114,7 @@ class EarlyStopping(DriverCallback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self._best_score = float(state_dict["best_score"])
-        self.patience = state_dict["patience"]
+        self._patience_before, self.patience = self.patience, state_dict["patience"]
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
 

@@ -51,6 +51,8 @@ class TrainLoop:
         self._feed: Feed | TimedFeed | MovedFeed | PeekableFeed | None = None
         self._peekable: PeekableFeed | None = None
         """The feed, where it is one whose end may come unforeseen."""
+        self._is_exhausted = False
+        """The epoch under way has no further batch, as its feed or a hook has said; not where its length says so."""
         self._cut_sums: dict[str, Any] | None = None
         """Of an epoch that the run has ended in: its sums before the hooks at the epoch's end, for its checkpoints."""
         self._has_started = False
@@ -136,6 +138,7 @@ class TrainLoop:
                 next_tick = monotonic() + period_s
 
         # A hook has ended the epoch inside a window, or a resumed run has fewer batches left than it was saved with.
+        self._is_exhausted = is_exhausted
         if is_exhausted and optimization.finish_window():
             self._count_step()
             if view.num_windows % log_every == 0:
@@ -181,6 +184,7 @@ class TrainLoop:
             )
             view.is_epoch_ended = True
             self._feed = self._peekable = None
+            self._is_exhausted = False
             self._set_length(self.num_batches)
         if random_state is not None:
             format.set_random_state(random_state)
@@ -205,6 +209,8 @@ class TrainLoop:
             **(self._sums() if self._cut_sums is None else self._cut_sums),
             "optimization": self._optimization.state_dict(),
             "reduced": self._view.metrics_state(),
+            # A loader with a state of its own may stand at the start of the next epoch then.
+            "is_exhausted": self._is_exhausted,
             "data": self._data.state_dict(num_done=self._view.num_batches_done) if ahead is None else ahead,
             "is_finding_unused": self._session.strategy.is_finding_unused,
         }
@@ -266,13 +272,15 @@ class TrainLoop:
             self._step_schedules = [schedule for schedule in self._schedules if schedule.interval == "step"]
             self._session.uneven.start()
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
-            batches = self._data.epoch(view.current_epoch, skip=view.num_batches_done)
-            check_epoch(
-                self._session.peers,
-                name="training",
-                order=self._data.order_fingerprint(),
-                num_batches=self.num_batches_in_epoch,
-            )
+            is_over, skip = self._is_exhausted, view.num_batches_done  # of a run that was interrupted at its last batch
+            batches = Feed(iter(())) if is_over else self._data.epoch(view.current_epoch, skip=skip)
+            if not is_over:
+                check_epoch(
+                    self._session.peers,
+                    name="training",
+                    order=self._data.order_fingerprint(),
+                    num_batches=self.num_batches_in_epoch,
+                )
             profiler = self._session.profiler
             feed = batches if profiler is None else TimedFeed(batches, profiler, NEXT_BATCH["fit"])
             mover = self._session.mover
@@ -291,7 +299,12 @@ class TrainLoop:
             # From the first step on, as in the run that goes on without an end.
             self._session.strategy.find_unused()
         self._data.load_state_dict(state["data"])
+        self._is_exhausted = state.get("is_exhausted", False)
         progress = self._view.progress
+        if progress.global_step > 0:
+            for optimizer in self._view.optimizers:
+                # An epoch may have nothing left but its schedulers' steps, which torch would take for too early.
+                optimizer._opt_called = True  # type: ignore[attr-defined]
         if progress.is_inside_epoch:
             self._set_length(self._length_of_rest(progress.epoch, progress.batch))
 
