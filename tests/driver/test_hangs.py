@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
 
-LIMIT_S = 20
+LIMIT_S = 60
 """From a death to the error, on a busy machine; gloo alone would wait for 30 minutes."""
 
 

@@ -182,7 +182,7 @@ def test_a_timeout_leaves_no_demand_behind(busy_node):
     started = time.monotonic()
     with pytest.raises(pl.ResourcesError, match=r"1 worker of .* CPU each; free now: .*start_timeout_s=1\b"):
         Placement(replace(busy_node[0], start_timeout_s=1))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert unfinished_groups() == []
 
 
@@ -191,7 +191,7 @@ def test_ctrl_c_leaves_no_demand_behind(busy_node):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         Placement(busy_node[0])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert unfinished_groups() == []
 
 

@@ -14,7 +14,7 @@ import raylit as pl
 from raylit.checkpoint import format
 from raylit.driver.interrupts import Interrupts
 
-LIMIT_S = 30
+LIMIT_S = 60
 """From the signal to the end of the run, on a busy machine."""
 
 

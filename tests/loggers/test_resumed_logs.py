@@ -113,7 +113,8 @@ def test_results_of_a_test_after_the_run_stay_when_it_is_continued(tmp_path):
     trainer, model, loggers = fit(tmp_path, saves="validation")
     trainer.test(model, RegressionData().loader_for_test(), verbose=False)
     before = contents(loggers)
-    trainer = pl.Trainer(max_epochs=4, log_every_n_steps=1, logger=loggers, enable_progress_bar=False)
+    switches = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(max_epochs=4, log_every_n_steps=1, logger=loggers, num_sanity_val_steps=0, **switches)
     trainer.fit(model, RegressionData(), ckpt_path=tmp_path / "ck" / "step=18.ckpt")
     for old, new in zip(before, contents(loggers), strict=True):
         assert new["test_loss"] == old["test_loss"]

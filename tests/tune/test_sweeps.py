@@ -216,7 +216,7 @@ def test_a_trial_larger_than_the_cluster_is_refused_before_the_sweep():
         pl.sweep(build_of(), {"lr": 0.1}, metric="val_loss", num_workers=cores + 1, **QUIET)
     with pytest.raises(pl.ResourcesError, match="1 worker of 1 CPU, 1 magic"):
         find_room(Workers(num_workers=1, resources_per_worker={"magic": 1}), title="sweep")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 def test_a_trials_own_process_holds_nothing_beside_its_workers():
