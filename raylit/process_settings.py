@@ -204,7 +204,9 @@ def is_installed(path: str) -> bool:
 
 def files_of_user_modules(modules: Mapping[str, ModuleType]) -> dict[str, str]:
     """By module name, without what is installed."""
-    files = {name: getattr(module, "__file__", None) for name, module in modules.items() if name != "__main__"}
+    # Some modules import others when they are asked for an attribute; and other threads may import meanwhile.
+    files = {name: getattr(module, "__dict__", {}).get("__file__") for name, module in [*modules.items()]}
+    files.pop("__main__", None)
     return {name: path for name, path in files.items() if isinstance(path, str) and not is_installed(path)}
 
 
@@ -227,7 +229,7 @@ def _umask() -> int | None:
 
 
 def _loggers() -> dict[str, LoggerState]:
-    known = {name: logger for name, logger in logging.root.manager.loggerDict.items() if _is_carried(name)}
+    known = {name: logger for name, logger in [*logging.root.manager.loggerDict.items()] if _is_carried(name)}
     states = {
         name: (logger.level, logger.propagate, logger.disabled)
         for name, logger in known.items()

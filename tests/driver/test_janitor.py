@@ -137,7 +137,7 @@ def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped
                     print(error, error.__cause__)
                 thread.join()
                 print(len(stopped), "left:", stopped & set(raylets()))
-                pl.shutdown()
+                cluster.shutdown()
                 print(os.listdir(directory))
         """,
         timeout_s=200.0,
