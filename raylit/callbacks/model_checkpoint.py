@@ -33,7 +33,9 @@ class ModelCheckpoint(DriverCallback):
 
     - Where: `dirpath`, else `checkpoints` in the run's log directory. `filename` fills in metrics, `epoch` and `step`
       (`{epoch}-{val_loss:.2f}`), with their names unless `auto_insert_metric_name=False`; an existing file is not
-      overwritten but a version (`-v1`) added, unless `enable_version_counter=False`.
+      overwritten but a version (`-v1`) added, unless `enable_version_counter=False`. A name that leads out of the
+      directory is an error. Of the files in it only those are removed that this run, or by the index one before it, has
+      written.
     - When: every so many epochs (the default, 1), optimizer steps, or a `train_time_interval`; one of them. Epochs are
       saved at their end where validation runs once in every epoch, or never; otherwise after validation;
       `save_on_train_epoch_end` says which. A save by steps waits for a validation that is due at the same step, and for

@@ -807,8 +807,15 @@ def hostile_checkpoint(path: Path, callback: ModelCheckpoint, **state: Any) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*is not empty")
-@pytest.mark.parametrize("monitor", [None, "val_loss"])
-@pytest.mark.parametrize("key", ["best_model_path", "last_model_path", "newest_model_path", "best_k_models"])
+@pytest.mark.parametrize(
+    ("key", "monitor"),
+    [
+        ("best_model_path", None),
+        ("last_model_path", "val_loss"),
+        ("newest_model_path", None),
+        ("best_k_models", "val_loss"),
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "is_foreign"),
     [
