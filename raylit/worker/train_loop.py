@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylit.errors import ModuleError
 from raylit.messages import EndEpoch, EpochEnded, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit, Limits
 from raylit.profilers.base import NEXT_BATCH
@@ -27,6 +28,12 @@ from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed
 
 _END = object()
+
+NO_SHARE_OF_LAST_BATCH = (
+    "with sync_batchnorm=True every worker needs a part of each batch, as batch norms wait for all workers, and the "
+    "last step of the training epoch has fewer samples (or batches, where they are dealt out whole) than there are "
+    "workers: pass drop_last=True to the DataLoader, or choose another batch_size"
+)
 
 
 class TrainLoop:
@@ -100,6 +107,8 @@ class TrainLoop:
             if feed.weight == 1.0:
                 outputs = run_batch(batch, batch_idx, is_step_due)
             else:
+                if batch is None and session.strategy.needs_batch_on_every_rank:
+                    raise ModuleError(NO_SHARE_OF_LAST_BATCH)
                 outputs = run_share(batch, batch_idx, is_step_due, feed.weight)
             view.num_batches_done = batch_idx + 1
             view.num_batches_in_all += 1
