@@ -32,6 +32,7 @@ from raylit.worker.brake import Brake
 from raylit.worker.context import WorkerContext
 from raylit.worker.output import Output
 from raylit.worker.process_state import ProcessState
+from raylit.worker.script_objects import ScriptModule
 from raylit.worker.shared_memory import SharedMemory
 from raylit.worker.worker import Worker
 
@@ -81,6 +82,7 @@ class WorkerActor:
         self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._shared: SharedMemory | None = None
+        self._script: ScriptModule | None = None
         self._brake = Brake()
         self._num_commands = 0
         self._room = threading.Semaphore(_AHEAD)
@@ -240,6 +242,7 @@ class WorkerActor:
             sys.path.extend(path for path in given if path not in sys.path)
         job, self._shared = unpickle_job(parcel)
         assignment.settings.apply_warning_filters()  # what has been imported may have added some of its own
+        self._script = ScriptModule(job.script_objects)
         self._module = weakref.ref(job.module)
         self._worker = Worker(
             plan=unpickle_plan(assignment.plan),
@@ -256,6 +259,9 @@ class WorkerActor:
             self._worker.abandon()
         self._worker = None
         shared, self._shared = self._shared, None
+        if self._script is not None:
+            self._script.restore()
+            self._script = None
         leftovers = self._process.restore(self._module)
         if shared is None:
             return leftovers

@@ -25,6 +25,7 @@ from raylit.datamodule import DataModule
 from raylit.errors import ConfigError, ModuleError
 from raylit.plan import Plan
 from raylit.worker.context import Job
+from raylit.worker.script_objects import ScriptObjects, add_script_object
 from raylit.worker.shared_memory import SharedMemory
 
 _MIN_SHARED_BYTES = 64 * 1024
@@ -59,6 +60,7 @@ def pickle_job(job: Job) -> Parcel:
             pickler.is_sharing = False
             # Refers to the above; only callbacks are new.
             pickler.dump(job)
+            pickler.dump(pickler.script_objects)
             if not pickler.shared & writable:
                 break
             # A module came after data that is its own weights: once more, now that they are known.
@@ -78,6 +80,7 @@ def unpickle_job(parcel: Parcel) -> tuple[Job, SharedMemory]:
     unpickler = pickle.Unpickler(io.BytesIO(parcel.pickled.tobytes()), buffers=views)
     unpickler.load()
     job: Job = unpickler.load()
+    job.script_objects = unpickler.load()
     job.shared_memory = memory
     return job, memory
 
@@ -104,6 +107,7 @@ class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO, writable: set[int], *, top: nn.Module) -> None:
         super().__init__(file, protocol=5, buffer_callback=self._is_in_band)
         self.is_sharing = True
+        self.script_objects: ScriptObjects = {}
         self.buffers: list[NDArray[np.uint8]] = []
         self.labels: list[str] = []
         self.shared: set[int] = set()
@@ -117,6 +121,7 @@ class _Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
+        add_script_object(self.script_objects, obj)
         if isinstance(obj, ModuleType) and kind is not ModuleType and sys.modules.get(obj.__name__) is obj:
             # Such as torch.classes: cloudpickle takes it along where a function says `self.classes`, and then fails.
             return importlib.import_module, (obj.__name__,)

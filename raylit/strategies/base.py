@@ -99,6 +99,11 @@ class Strategy(Protocol):
         """The user's own module again, in main memory; its parameters on the meta device where no rank has them all."""
         ...
 
+    @property
+    def needs_batch_on_every_rank(self) -> bool:
+        """Layers of the module wait for all ranks in their forward pass, so that none may be without a batch."""
+        ...
+
     def silence(self, *, is_silent: bool) -> None:
         """Whether this rank's forward passes count for nothing in those of the others, which only wait for them."""
         ...

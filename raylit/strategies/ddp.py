@@ -55,6 +55,10 @@ class DDP(Single):
         if self._batch_norms is not None:
             self._batch_norms.restore()
 
+    @property
+    def needs_batch_on_every_rank(self) -> bool:
+        return self._batch_norms is not None and bool(self._batch_norms.exchanged)
+
     def silence(self, *, is_silent: bool) -> None:
         if self._batch_norms is not None:
             self._batch_norms.silence(is_silent=is_silent)

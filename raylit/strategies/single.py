@@ -44,6 +44,10 @@ class Single:
     def recall(self, module: nn.Module) -> None:
         module.to("cpu")
 
+    @property
+    def needs_batch_on_every_rank(self) -> bool:
+        return False
+
     def silence(self, *, is_silent: bool) -> None: ...
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:

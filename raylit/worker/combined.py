@@ -33,10 +33,19 @@ def build_train_source(
     shard: bool,
     agree: Callable[[int], list[int]],
     compare: Callable[[list[Any]], None] | None = None,
+    is_syncing_batchnorm: bool = False,
 ) -> TrainSource:
     """Of one loader, or of several: a CombinedLoader, or a bare collection, combined by `combination`. Collective."""
     loader = joined(loader, combination)
-    make = partial(TrainData, rank=rank, world_size=world_size, shard=shard, agree=agree, compare=compare)
+    make = partial(
+        TrainData,
+        rank=rank,
+        world_size=world_size,
+        shard=shard,
+        agree=agree,
+        compare=compare,
+        is_syncing_batchnorm=is_syncing_batchnorm,
+    )
     if not isinstance(loader, CombinedLoader):
         return make(loader, seed=seed)
     return CombinedTrainData(loader, make=make, seed=seed)
@@ -123,6 +132,10 @@ class CombinedTrainData:
             # A loader that goes on from its own state cannot be run through from its start.
             left_out = {"loader"} if self._is_run_through else set()
             member.load_state_dict({key: value for key, value in of_member.items() if key not in left_out})
+
+    @property
+    def is_last_batch_short(self) -> bool:
+        return any(member.is_last_batch_short for member in self._members)
 
     def descriptions(self) -> list[Description]:
         return [

@@ -11,6 +11,7 @@ from raylit.loggers.base import Logger
 from raylit.module import LightningModule
 from raylit.profilers import Profiler
 from raylit.worker.forwarding import LoggerFacts
+from raylit.worker.script_objects import ScriptObjects
 from raylit.worker.shared_memory import SharedMemory
 
 
@@ -47,5 +48,7 @@ class Job:
     log_dir: str = "."
     loggers: Sequence[Logger | LoggerFacts] = ()
     """The driver's loggers in its own process; elsewhere what is known of them."""
+    script_objects: ScriptObjects = field(default_factory=dict)
+    """In an actor: what of the user's script has come with these objects."""
     shared_memory: SharedMemory | None = None
     """In an actor: where the data lies. It stays out of what goes back to the driver, which has it."""

@@ -16,6 +16,7 @@ from raylit.worker.batch_size import batch_size_of
 from raylit.worker.data_agreement import Description
 from raylit.worker.feed import Feed, of_uneven
 from raylit.worker.loaders import (
+    copied_loader,
     describe,
     is_map_style,
     is_users_own_split,
@@ -28,7 +29,7 @@ from raylit.worker.loaders import (
     with_indices,
 )
 from raylit.worker.position import Position
-from raylit.worker.process_random import ProcessRandom
+from raylit.worker.process_random import ProcessRandom, SeedingByRank
 from raylit.worker.sampling import (
     IndexSource,
     IsolatedRandom,
@@ -85,13 +86,16 @@ class TrainData:
         agree: Callable[[int], list[int]] | None = None,
         compare: Callable[[list[Any]], None] | None = None,
         is_padded: bool = False,
+        is_syncing_batchnorm: bool = False,
     ) -> None:
+        """`is_syncing_batchnorm`: a part of a batch may be of a single sample, and each rank needs one."""
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
         self._agree = agree
         self._compare = compare
         self._is_padded = is_padded
+        self._smallest_share = 1 if is_syncing_batchnorm else None
         self._is_split_by_sampler = shard and is_users_own_split(loader)
         self._is_divided = shard and not self._is_split_by_sampler
         self._users_loader = loader
@@ -108,6 +112,10 @@ class TrainData:
             # Weights are paired with batches by their order.
             is_order_needed = self._is_divided and world_size > 1
             self._loader = with_indices(loader, self._share, in_order=True if is_order_needed else None)
+        has_own_seeds = isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.generator is not None
+        if rank > 0 and has_own_seeds and (self._share is not None or not self._is_divided):
+            self._loader = copied_loader(self._loader)
+            self._loader.worker_init_fn = SeedingByRank(self._loader.worker_init_fn, rank=rank)
         self._must_agree = world_size > 1 and not self._is_even(loader)
         stateful = stateful_part(loader)
         self._stateful = self._loader if stateful is loader else stateful
@@ -119,7 +127,7 @@ class TrainData:
         self._has_processes = may_run_ahead(loader)
         self._processes: ProcessRandom | None = None
         if isinstance(loader, DataLoader) and self._has_processes and self._share is not None:
-            self._processes = ProcessRandom(loader)
+            self._processes = ProcessRandom(self._loader)
         self._is_seeding_again = False
         """The next iteration starts persistent processes that the uninterrupted run has had before."""
         self._difference: str | None = None
@@ -207,6 +215,10 @@ class TrainData:
         is_persistent = self._has_processes and self._loader.persistent_workers
         self._is_seeding_again = is_persistent and state.get("has_begun", False)
         self._difference = self._difference_to(state, is_alike=is_alike)
+
+    @property
+    def is_last_batch_short(self) -> bool:
+        return self._share is not None and self._is_divided and self._share.is_last_batch_short
 
     def descriptions(self) -> list[Description]:
         if not self._is_divided and not self._is_split_by_sampler:
@@ -336,6 +348,7 @@ class TrainData:
             batch_size=source.batch_size,
             drop_last=source.drop_last,
             is_padded=self._is_padded,
+            smallest_share=self._smallest_share,
             rank=rank,
             world_size=world_size,
         )

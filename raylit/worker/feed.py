@@ -148,6 +148,11 @@ class TrainSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    @property
+    def is_last_batch_short(self) -> bool:
+        """Some rank will be without a batch in the last step of an epoch; False where that is not known."""
+        ...
+
     def descriptions(self) -> list[Description]:
         """Of each loader what all ranks must have alike."""
         ...

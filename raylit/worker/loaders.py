@@ -58,12 +58,18 @@ def share_of_sequence(sequence: Sequence[Any], *, rank: int, world_size: int, is
     )
 
 
+def copied_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
+    """One with processes of its own."""
+    clone = copy.copy(loader)
+    clone.__dict__["_iterator"] = None
+    return clone
+
+
 def with_indices(loader: "DataLoader[Any]", share: Iterable[Any], *, in_order: bool | None) -> "DataLoader[Any]":
     """The same loader with other index batches. Through its `__dict__`, because a DataLoader refuses to have its
     samplers replaced, and making a new one would lose what a subclass added."""
-    clone = copy.copy(loader)
+    clone = copied_loader(loader)
     clone.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = share
-    clone.__dict__["_iterator"] = None
     if in_order is not None:
         clone.__dict__["in_order"] = in_order
     return clone

@@ -41,6 +41,10 @@ class SameEpoch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._source.load_state_dict(state)
 
+    @property
+    def is_last_batch_short(self) -> bool:
+        return self._source.is_last_batch_short
+
     def descriptions(self) -> list[Description]:
         return self._source.descriptions()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from raylit.checkpoint import format
+from raylit.seed import diverge_random_state
 
 _OTHERS_BYTES = 12 * 1024
 """Room for the states of Python's and NumPy's generators, which take 7 KB as a rule."""
@@ -109,6 +110,20 @@ class ProcessRandom:
         python, numpy = pickle.loads(bytes(others[:num_bytes].tolist()))
         state: dict[str, Any] = {"torch": of_torch.clone(), "python": python}
         return state if numpy is None else {**state, "numpy": format.plain(numpy, "numpy.random")}
+
+
+class SeedingByRank:
+    """A DataLoader's `worker_init_fn` for a loader with a `generator` of its own, which is alike on all ranks: torch
+    seeds the processes from it, and those of another rank than the first are to draw other numbers."""
+
+    def __init__(self, init: Callable[[int], None] | None, *, rank: int) -> None:
+        self._init = init
+        self._rank = rank
+
+    def __call__(self, process: int) -> None:
+        diverge_random_state(self._rank)
+        if self._init is not None:
+            self._init(process)
 
 
 class _Noting:

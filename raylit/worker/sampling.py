@@ -94,13 +94,17 @@ class Share:
         batch_size: int | None = None,
         drop_last: bool = False,
         is_padded: bool = False,
+        smallest_share: int | None = None,
         rank: int,
         world_size: int,
     ) -> None:
+        """`smallest_share`: items that a rank needs of an incomplete last global batch, where that is not the size of
+        the last batch in a single process."""
         self._order = order
         self._batch_size = batch_size
         self._drop_last = drop_last
         self._is_padded = is_padded
+        self._given_smallest_share = smallest_share
         self._rank = rank
         self._world_size = world_size
         self.batch_size, self.drop_last = batch_size, drop_last
@@ -120,6 +124,13 @@ class Share:
         if math.isinf(num_groups):
             return num_groups
         return math.floor(num_groups) if self._drop_last else math.ceil(num_groups)
+
+    @property
+    def is_last_batch_short(self) -> bool:
+        """The last batch of an epoch has fewer items than there are ranks."""
+        if self._is_padded or self._drop_last or math.isinf(self.num_items):
+            return False
+        return 0 < self.num_items % self.group_size < self._world_size
 
     def start(self, epoch: int, *, num_dealt: int, weights: deque[float], num_replayed: int = 0) -> None:
         """What the iterations from now on yield: what the epoch has after its first `num_dealt` items. `weights`
@@ -181,6 +192,8 @@ class Share:
         """That may be made of a global batch of so many items."""
         if self._batch_size is None:
             return 1
+        if self._given_smallest_share is not None:
+            return self._given_smallest_share
         # A single process cuts what comes before into full batches, so this is the size of its last one.
         smallest = num_items % self._batch_size or self._batch_size
         return min(smallest, 2) if self._is_padded or self.num_items <= self._batch_size else smallest

@@ -7,6 +7,7 @@ from raylit.datamodule import DataModule
 from raylit.module import LightningModule
 from raylit.worker.context import Job
 from raylit.worker.hooks import is_overridden
+from raylit.worker.script_objects import send_script_objects
 
 HOOKS = {
     "train": "train_dataloader",
@@ -31,6 +32,14 @@ def is_from_hook(job: Job, name: str) -> bool:
 
 def loader_of(job: Job, name: str) -> Any:
     """The loader, or what the hook returns; None where nothing offers one."""
+    loader = _given_or_made(job, name)
+    if job.shared_memory is not None:
+        for leaf in CombinedLoader(loader).flattened:
+            send_script_objects(leaf)
+    return loader
+
+
+def _given_or_made(job: Job, name: str) -> Any:
     given = job.loaders.get(name)
     if given is not None:
         return given

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raylit.checkpoint import format
+from raylit.errors import ModuleError
 from raylit.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit, Limits
 from raylit.profilers.base import NEXT_BATCH
@@ -28,6 +29,12 @@ from raylit.worker.session import Session
 from raylit.worker.transfer import MovedFeed
 
 _END = object()
+
+NO_SHARE_OF_LAST_BATCH = (
+    "with sync_batchnorm=True every worker needs a part of each batch, as batch norms wait for all workers, and the "
+    "last step of the training epoch has fewer samples (or batches, where they are dealt out whole) than there are "
+    "workers: pass drop_last=True to the DataLoader, or choose another batch_size"
+)
 
 
 class TrainLoop:
@@ -119,6 +126,8 @@ class TrainLoop:
                 is_exhausted = True
                 break
             if is_uneven:
+                if batch is None and session.strategy.needs_batch_on_every_rank:
+                    raise ModuleError(NO_SHARE_OF_LAST_BATCH)
                 outputs = run_share(batch, batch_idx, is_step_due, weight)
             else:
                 outputs = run_batch(batch, batch_idx, is_step_due)

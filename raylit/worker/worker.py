@@ -59,7 +59,7 @@ from raylit.worker.sampling import IsolatedRandom
 from raylit.worker.saving import Saving
 from raylit.worker.session import Session
 from raylit.worker.sources import has_loader, is_from_hook, loader_of
-from raylit.worker.train_loop import TrainLoop, batches_of_epoch
+from raylit.worker.train_loop import NO_SHARE_OF_LAST_BATCH, TrainLoop, batches_of_epoch
 
 
 class Worker:
@@ -127,6 +127,7 @@ class Worker:
         except GeneratorExit:
             raise
         except BaseException as error:
+            _advise(error)
             view = None if self._session is None else self._session.view
             self._fail(error)
             if view is not None and view.state.fn == "fit":
@@ -209,6 +210,9 @@ class Worker:
             self._handlers[Evaluate] = self._validation_loop.run
         session.view.num_val_batches = list(self._num_val_batches)
         self._check_ranks_agree(data)
+        is_whole_epoch = loop.num_batches >= data.num_batches
+        if session.strategy.needs_batch_on_every_rank and data.is_last_batch_short and is_whole_epoch:
+            raise ModuleError(NO_SHARE_OF_LAST_BATCH)
         session.seed_rank()
         session.view.fit_loop = loop
         session.view.count_training_batches = lambda: loop.num_batches
@@ -283,6 +287,7 @@ class Worker:
             shard=self._plan.use_distributed_sampler,
             agree=self._peers.gather_counts,
             compare=partial(check_first_batches, self._peers, name="training"),
+            is_syncing_batchnorm=self._plan.is_syncing_batchnorm,
         )
         return SameEpoch(source) if is_overfitting else source
 
@@ -354,6 +359,15 @@ class Worker:
             # The fastest kernel of a benchmark may be another one in each run.
             torch.backends.cudnn.benchmark = bool(self._plan.benchmark)
         self._accelerator.set_up(num_threads=self._context.num_threads)
+
+
+def _advise(error: BaseException) -> None:
+    """What torch says of a batch norm without more than one value leaves open where such a batch comes from."""
+    if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
+        error.args = (
+            f"{error}. The batch has one sample, of which a batch norm can take no variance; mostly it is what is left "
+            "for the last batch of an epoch: pass drop_last=True to the DataLoader, or choose another batch_size",
+        )
 
 
 def _tell(session: Session, error: BaseException) -> None:
