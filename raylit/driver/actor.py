@@ -154,11 +154,11 @@ class WorkerActor:
         await asyncio.to_thread(self._held(what).write, url)
         return True
 
-    async def lay_out_held(self, what: Held) -> int:
-        return await asyncio.to_thread(self._held(what).num_pieces)
+    async def begin_pieces(self, what: Held) -> None:
+        await asyncio.to_thread(self._held(what).begin_pieces)
 
-    async def piece_of_held(self, what: Held, index: int) -> NDArray[np.uint8]:
-        return await asyncio.to_thread(self._held(what).piece, index)
+    async def next_piece(self, what: Held) -> NDArray[np.uint8]:
+        return await asyncio.to_thread(self._held(what).next_piece)
 
     async def describe_part(self) -> Part:
         """See HeldPart.described."""
