@@ -242,16 +242,11 @@ class WorkerActor:
         self._worker = None
         shared, self._shared = self._shared, None
         leftovers = self._process.restore(self._module)
-        if shared is None:
-            return leftovers
-        shared.check()  # the worker processes of loaders have ended
-        return (*leftovers, *shared.release())
+        return leftovers if shared is None else (*leftovers, *shared.release())
 
     def _carry_out(self, command: Command) -> None:
-        assert self._worker is not None and self._shared is not None
+        assert self._worker is not None
         for report in self._worker.run(unpacked(command, is_copying=True)):
-            self._shared.check(is_due=False)
             if isinstance(report, Weights):
                 self._room.acquire()
             self._outbox.put(report)
-        self._shared.check()
