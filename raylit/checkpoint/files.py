@@ -47,8 +47,9 @@ def write_with(save_to: Callable[[IO[bytes]], None], path: str | os.PathLike[str
 
 
 def fill(save_to: Callable[[IO[bytes]], None], path: str | os.PathLike[str]) -> None:
-    """Have `save_to` write to an existing, empty file, and flush it to the disk."""
-    with open(path, "wb") as file:
+    """Have `save_to` write to an existing, empty file, and flush it to the disk. OSError: somebody has put a symbolic
+    link in its place, among other reasons."""
+    with open(os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "wb") as file:
         save_to(file)
         file.flush()
         os.fsync(file.fileno())

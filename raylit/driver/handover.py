@@ -1,10 +1,9 @@
 """A checkpoint's way from the actors that hold it to its files. Driver; any thread."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -83,14 +82,14 @@ class Handover:
     def _pull(self, path: str) -> None:
         with remote.collected(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
             self._answer(self._actor.begin_pieces.remote(self._what))
-            with open(draft, "wb") as file:
-                # One piece is on its way while the one before it is written.
-                under_way = self._actor.next_piece.remote(self._what)
-                while len(piece := self._answer(under_way)) > 0:
-                    under_way = self._actor.next_piece.remote(self._what)
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
+            files.fill(self._write_pieces, draft)
+
+    def _write_pieces(self, file: IO[bytes]) -> None:
+        # One piece is on its way while the one before it is written.
+        under_way = self._actor.next_piece.remote(self._what)
+        while len(piece := self._answer(under_way)) > 0:
+            under_way = self._actor.next_piece.remote(self._what)
+            file.write(piece)
 
     @contextlib.contextmanager
     def _errors_of(self, what: str) -> Iterator[None]:
