@@ -7,20 +7,19 @@ import os
 import pickle
 import shutil
 import socket
+import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import torch
 
 from raylit.checkpoint import directory, format, remote
 from raylit.checkpoint.format import FORMAT
-from raylit.checkpoint.image import Image
-from raylit.checkpoint.layout import Layout
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.places import file_system, is_url, joined
 
@@ -35,20 +34,40 @@ def write(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Directories are made as needed. A symbolic link at `path` is replaced, not followed. At a URL the object appears
     with its upload's end. CheckpointError: what stood at `path` stands there still.
     """
+    write_with(lambda file: save(dict(checkpoint), file), path)
+
+
+def write_with(save_to: Callable[[IO[bytes]], None], path: str | os.PathLike[str]) -> None:
+    """Write, in the same way as `write`, what `save_to` writes to the file that it is given. At a URL it is whole in a
+    temporary directory before its upload begins."""
     try:
-        image = Image(checkpoint)
-    except (RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
+        with remote.collected(os.fspath(path)) if is_url(path) else drafted(path) as draft:
+            fill(save_to, draft)
+    except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
         raise CheckpointError(f"cannot write the checkpoint {os.fspath(path)}: {error}") from error
-    write_image(image, path)
 
 
-def write_image(image: Layout, path: str | os.PathLike[str]) -> None:
-    """`write`, of a checkpoint that is laid out already."""
-    if is_url(path):
-        remote.upload(image, os.fspath(path))
-        return
-    with drafted(path) as draft:
-        image.write_to(draft)
+def fill(save_to: Callable[[IO[bytes]], None], path: str | os.PathLike[str]) -> None:
+    """Have `save_to` write to an existing, empty file, and flush it to the disk. OSError: somebody has put a symbolic
+    link in its place, among other reasons."""
+    with open(os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "wb") as file:
+        save_to(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save(value: Any, file: IO[bytes]) -> None:
+    """Write a value in torch's format, with its checksums even where torch is set to leave them out."""
+    has_checksums, handled = torch.serialization.get_crc32_options(), sys.exc_info()[1]
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        # After an error of the file torch still tries to write the archive's end, and then complains about that.
+        first = error.__context__
+        raise (error if first is None or first is handled else first) from None
+    finally:
+        torch.serialization.set_crc32_options(has_checksums)
 
 
 class DirectoryDraft:

@@ -5,73 +5,73 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from queue import SimpleQueue
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raylit.checkpoint import files, format
 from raylit.checkpoint.checksums import METADATA, name_of_part
-from raylit.checkpoint.image import Image, Known
-from raylit.checkpoint.layout import Layout
 from raylit.messages import Part
 
-_Layout = TypeVar("_Layout", bound=Layout)
+PIECE_BYTES = 16 * 2**20
+"""How much of a file travels at once."""
 
 
-class Held(ABC, Generic[_Layout]):
+class Held(ABC):
     """Called in other threads than the training's; each way out may be tried again, or after another."""
 
     def __init__(self, *, on_release: Callable[[], None]) -> None:
         """`on_release`: its memory is free again."""
-        self._image: _Layout | None = None
+        self._pieces: _Pieces | None = None
         self._on_release = on_release
-        self._lock = threading.Lock()
 
     def write(self, path: str) -> None:
-        """To a path or a URL, whole or not at all. CheckpointError: that did not work."""
-        files.write_image(self._laid_out(), path)
+        """Write to a path or a URL, whole or not at all. CheckpointError: that did not work."""
+        files.write_with(self._save, path)
 
     def fill(self, draft: str) -> bool:
         """Write into a file that the driver has made. False: it is not to be found, or not to be written to, here."""
         if not os.access(draft, os.W_OK):
             return False
-        self._laid_out().write_to(draft)
+        files.fill(self._save, draft)
         return True
 
-    def num_pieces(self) -> int:
-        return self._laid_out().num_pieces
+    def begin_pieces(self) -> None:
+        """Start to hand out the file in pieces, from its first byte."""
+        self._end_pieces()
+        self._pieces = _Pieces(self._save)
 
-    def piece(self, index: int) -> NDArray[np.uint8]:
-        return self._laid_out().piece(index)
+    def next_piece(self) -> NDArray[np.uint8]:
+        """Return the next PIECE_BYTES of the file; the last piece is shorter, and an empty one follows it."""
+        assert self._pieces is not None
+        return self._pieces.next()
 
     def release(self) -> None:
-        self._image = None
+        self._end_pieces()
         self._on_release()
 
+    def _end_pieces(self) -> None:
+        if self._pieces is not None:
+            self._pieces.close()
+            self._pieces = None
+
     @abstractmethod
-    def _lay_out(self) -> _Layout: ...
-
-    def _laid_out(self) -> _Layout:
-        with self._lock:
-            if self._image is None:
-                self._image = self._lay_out()
-            return self._image
+    def _save(self, file: IO[bytes]) -> None:
+        """Write the file's content."""
 
 
-class HeldCheckpoint(Held[Image]):
+class HeldCheckpoint(Held):
     def __init__(self, checkpoint: dict[str, Any], *, on_release: Callable[[], None]) -> None:
         """`checkpoint`: merged, with what rank 0 has alone."""
         super().__init__(on_release=on_release)
         self._checkpoint = checkpoint
-        self._known: Known = {}
 
     def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         """Before the ways out, and again for another file of the same state: `others` is what each rank but the first
         has alone, `callbacks` the states of the driver's."""
-        with self._lock:
-            format.complete(self._checkpoint, others, callbacks)
-            self._image = None
+        format.complete(self._checkpoint, others, callbacks)
 
     def add_parts(self, parts: Sequence[Part], *, subdirectory: str) -> bytes:
         """Before the ways out, where each rank has written a part into that subdirectory, or anew into another one.
@@ -83,14 +83,70 @@ class HeldCheckpoint(Held[Image]):
         checksums = {METADATA: [len(metadata), zlib.crc32(metadata)]}
         checksums.update({name_of_part(part.rank): [part.num_bytes, part.crc] for part in parts})
         prefix = f"{subdirectory}/" if subdirectory else ""
-        with self._lock:
-            self._checkpoint["raylit"]["parts"] = {prefix + name: checksum for name, checksum in checksums.items()}
-            self._image = None
+        self._checkpoint["raylit"]["parts"] = {prefix + name: checksum for name, checksum in checksums.items()}
         return metadata
 
     def release(self) -> None:
         self._checkpoint = {}
         super().release()
 
-    def _lay_out(self) -> Image:
-        return Image(self._checkpoint, known=self._known)
+    def _save(self, file: IO[bytes]) -> None:
+        files.save(self._checkpoint, file)
+
+
+class _Pieces:
+    """What a thread of its own writes to as to a file, handed out in pieces, so that the file is not in memory as a
+    whole.
+
+    Not a pipe: what a DataLoader forks meanwhile would have both its ends open, too, and nobody see an end.
+    """
+
+    def __init__(self, save: Callable[[IO[bytes]], None]) -> None:
+        self._pieces: SimpleQueue[NDArray[np.uint8] | BaseException] = SimpleQueue()
+        self._room = threading.Semaphore(1)
+        self._rest = bytearray()
+        self._is_closed = False
+        threading.Thread(target=self._run, args=(save,), daemon=True).start()
+
+    def next(self) -> NDArray[np.uint8]:
+        """Raises what has gone wrong in `save` instead of returning the empty piece at the end."""
+        piece = self._pieces.get()
+        self._room.release()
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+    def close(self) -> None:
+        """End the thread."""
+        self._is_closed = True
+        self._room.release()
+
+    def write(self, data: bytes | memoryview) -> int:
+        start = 0
+        while start < len(data):
+            end = start + PIECE_BYTES - len(self._rest)
+            self._rest += data[start:end]
+            start = end
+            if len(self._rest) == PIECE_BYTES:
+                self._hand_out()
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: the piece goes when it is full."""
+
+    def _run(self, save: Callable[[Any], None]) -> None:
+        try:
+            save(self)
+            if self._rest:
+                self._hand_out()
+            self._pieces.put(np.empty(0, np.uint8))
+        except BaseException as error:  # raised where the pieces are asked for
+            self._pieces.put(error)
+
+    def _hand_out(self) -> None:
+        if not self._is_closed:
+            self._room.acquire()
+        if self._is_closed:
+            raise BrokenPipeError("nobody asks for the pieces any more")
+        self._pieces.put(np.frombuffer(self._rest, dtype=np.uint8))
+        self._rest = bytearray()

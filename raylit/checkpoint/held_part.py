@@ -1,14 +1,15 @@
 """HeldPart: a rank's part of a checkpoint that waits in its process to be written, and its ways out. Worker."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from raylit.checkpoint import files
 from raylit.checkpoint.held import Held
-from raylit.checkpoint.part_image import PartImage
 from raylit.messages import Chunk, Part
 
 
@@ -23,7 +24,9 @@ class _Shard:
     sizes: tuple[int, ...]
 
 
-class HeldPart(Held[PartImage]):
+class HeldPart(Held):
+    """A file with each tensor in torch's format, one after the other, as torch.distributed.checkpoint has it."""
+
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
@@ -41,31 +44,49 @@ class HeldPart(Held[PartImage]):
         self._part: Part | None = None
 
     def described(self) -> Part:
-        """What the file is to be; found out once."""
-        image = self._laid_out()
-        with self._lock:
-            if self._part is None:
-                chunks = [
-                    Chunk(
-                        name=shard.name,
-                        shape=shard.shape,
-                        dtype=shard.dtype,
-                        offsets=shard.offsets,
-                        sizes=shard.sizes,
-                        start=start,
-                        num_bytes=num_bytes,
-                    )
-                    for shard, (start, num_bytes) in zip(self._shards, image.places, strict=True)
-                ]
-                self._part = Part(rank=self._rank, num_bytes=image.num_bytes, crc=image.crc, chunks=tuple(chunks))
-            return self._part
+        """Describe the file that was written last."""
+        assert self._part is not None
+        return self._part
 
     def release(self) -> None:
         self._part, self._own = None, []
         super().release()
 
-    def _lay_out(self) -> PartImage:
-        return PartImage(self._own)
+    def _save(self, file: IO[bytes]) -> None:
+        output: Any = _Checksummed(file)
+        chunks = []
+        for shard, tensor in zip(self._shards, self._own, strict=True):
+            start = output.num_bytes
+            files.save(tensor, output)
+            chunks.append(
+                Chunk(
+                    name=shard.name,
+                    shape=shard.shape,
+                    dtype=shard.dtype,
+                    offsets=shard.offsets,
+                    sizes=shard.sizes,
+                    start=start,
+                    num_bytes=output.num_bytes - start,
+                )
+            )
+        self._part = Part(rank=self._rank, num_bytes=output.num_bytes, crc=output.crc, chunks=tuple(chunks))
+
+
+class _Checksummed:
+    """Passes on what is written to a file, and keeps its size and CRC-32."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.crc = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _shards_of(tensors: Mapping[str, Tensor], *, is_first: bool) -> tuple[list[_Shard], list[Tensor]]:

@@ -12,10 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raylit.checkpoint.disk import BLOCK_BYTES, MIN_DIRECT_BYTES
-
 _ALIGNMENT = 64
-"""Of what is small."""
 _STRETCH_BYTES = 4 * 2**20
 """Threads take turns in what is to be copied."""
 _MIN_BYTES_OF_THREAD = 32 * 2**20
@@ -42,9 +39,7 @@ class HostCopy:
         _map_tensors(checkpoint, lambda tensor: _note(tensor, storages))
         starts, num_bytes = {}, 0
         for key, storage in storages.items():
-            # What is large lies so that the disk can take it from here.
-            alignment = BLOCK_BYTES if storage.nbytes() >= MIN_DIRECT_BYTES else _ALIGNMENT
-            starts[key] = -(-num_bytes // alignment) * alignment
+            starts[key] = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
             num_bytes = starts[key] + storage.nbytes()
         is_on_device = any(storage.device.type != "cpu" for storage in storages.values())
         memory = self._prepared(num_bytes, is_pinned=is_on_device)

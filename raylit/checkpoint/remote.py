@@ -9,7 +9,6 @@ from typing import Literal
 from uuid import uuid4
 
 from raylit.checkpoint.directory import INDEX, PARTS, is_own, is_replaceable
-from raylit.checkpoint.layout import Layout
 from raylit.errors import CheckpointError
 from raylit.places import entries, file_system, is_object_store, joined, make_directory, modified_at
 
@@ -56,15 +55,6 @@ def written_at(url: str) -> float:
     """When the checkpoint there was, in seconds since 1970; 0.0 where there is none."""
     kind = kind_of(url)
     return modified_at(joined(url, INDEX) if kind == "directory" else url) if kind else 0.0
-
-
-def upload(image: Layout, url: str) -> None:
-    """By a file in a temporary directory, which is whole before the upload begins."""
-    try:
-        with collected(url) as copy:
-            image.write_to(copy)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {url}: {error}") from error
 
 
 def upload_file(copy: Path, url: str) -> None:

@@ -164,11 +164,11 @@ class WorkerActor:
         await asyncio.to_thread(self._held(what).write, url)
         return True
 
-    async def lay_out_held(self, what: Held) -> int:
-        return await asyncio.to_thread(self._held(what).num_pieces)
+    async def begin_pieces(self, what: Held) -> None:
+        await asyncio.to_thread(self._held(what).begin_pieces)
 
-    async def piece_of_held(self, what: Held, index: int) -> NDArray[np.uint8]:
-        return await asyncio.to_thread(self._held(what).piece, index)
+    async def next_piece(self, what: Held) -> NDArray[np.uint8]:
+        return await asyncio.to_thread(self._held(what).next_piece)
 
     async def describe_part(self) -> Part:
         """See HeldPart.described."""
@@ -263,16 +263,11 @@ class WorkerActor:
             self._script.restore()
             self._script = None
         leftovers = self._process.restore(self._module)
-        if shared is None:
-            return leftovers
-        shared.check()  # the worker processes of loaders have ended
-        return (*leftovers, *shared.release())
+        return leftovers if shared is None else (*leftovers, *shared.release())
 
     def _carry_out(self, command: Command) -> None:
-        assert self._worker is not None and self._shared is not None
+        assert self._worker is not None
         for report in self._worker.run(unpacked(command, is_copying=True)):
-            self._shared.check(is_due=False)
             if isinstance(report, Weights):
                 self._room.acquire()
             self._outbox.put(report)
-        self._shared.check()

@@ -1,11 +1,9 @@
 """A checkpoint's way from the actors that hold it to its files. Driver; any thread."""
 
-import collections
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -20,8 +18,6 @@ from raylit.errors import CheckpointError
 from raylit.messages import Part
 from raylit.places import file_system, is_object_store, is_url, joined
 
-_AHEAD = 2
-"""Pieces on their way while one is written: what the driver needs of memory and of the object store."""
 _WAKE_S = 0.5
 _RELEASE_S = 5.0
 
@@ -47,14 +43,10 @@ class Handover:
             metadata: bytes = self._answer(self._actor.add_parts.remote(list(parts), subdirectory))
             return metadata
 
-    def ask(self) -> Any:
-        """For a description of a part; for `described`."""
-        return self._actor.describe_part.remote()
-
-    def described(self, asked: Any) -> Part:
+    def described(self) -> Part:
         """See HeldPart."""
         with self._errors_of("the checkpoint"):
-            part: Part = self._answer(asked)
+            part: Part = self._answer(self._actor.describe_part.remote())
             return part
 
     def write(self, path: str) -> None:
@@ -89,16 +81,15 @@ class Handover:
 
     def _pull(self, path: str) -> None:
         with remote.collected(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
-            num_pieces = self._answer(self._actor.lay_out_held.remote(self._what))
-            under_way: collections.deque[Any] = collections.deque()
-            with open(draft, "r+b") as file:
-                for index in range(num_pieces + _AHEAD):
-                    if index < num_pieces:
-                        under_way.append(self._actor.piece_of_held.remote(self._what, index))
-                    if index >= _AHEAD:
-                        file.write(self._answer(under_way.popleft()))
-                file.flush()
-                os.fsync(file.fileno())
+            self._answer(self._actor.begin_pieces.remote(self._what))
+            files.fill(self._write_pieces, draft)
+
+    def _write_pieces(self, file: IO[bytes]) -> None:
+        # One piece is on its way while the one before it is written.
+        under_way = self._actor.next_piece.remote(self._what)
+        while len(piece := self._answer(under_way)) > 0:
+            under_way = self._actor.next_piece.remote(self._what)
+            file.write(piece)
 
     @contextlib.contextmanager
     def _errors_of(self, what: str) -> Iterator[None]:
@@ -153,10 +144,9 @@ class PartsHandover:
             for path in paths:
                 Path(path).touch()  # an actor that sees it is at the same file system
         begun = [handover.begin(path) for handover, path in zip(self._parts, paths, strict=True)]
-        asked = [handover.ask() for handover in self._parts]
         for handover, path, call in zip(self._parts, paths, begun, strict=True):
             handover.end(path, call)
-        return [handover.described(call) for handover, call in zip(self._parts, asked, strict=True)]
+        return [handover.described() for handover in self._parts]
 
 
 def _wait_briefly(calls: list[Any]) -> None:

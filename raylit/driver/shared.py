@@ -39,8 +39,6 @@ class Parcel:
 
     pickled: NDArray[np.uint8]
     buffers: list[NDArray[np.uint8]]
-    labels: list[str]
-    """What each buffer is, for messages."""
     places: NDArray[np.int64]
     """For each pickled array its buffer, and where in it the array starts and ends: small ones share a buffer."""
 
@@ -75,7 +73,7 @@ def pickle_job(job: Job) -> Parcel:
 
 def unpickle_job(parcel: Parcel) -> tuple[Job, SharedMemory]:
     """The Job, with its data in the shared memory."""
-    memory = SharedMemory(parcel.buffers, labels=parcel.labels)
+    memory = SharedMemory(parcel.buffers)
     views = (memory.views[index][start:stop] for index, start, stop in parcel.places.tolist())
     unpickler = pickle.Unpickler(io.BytesIO(parcel.pickled.tobytes()), buffers=views)
     unpickler.load()
@@ -109,7 +107,6 @@ class _Pickler(cloudpickle.Pickler):
         self.is_sharing = True
         self.script_objects: ScriptObjects = {}
         self.buffers: list[NDArray[np.uint8]] = []
-        self.labels: list[str] = []
         self.shared: set[int] = set()
         """Storages that travel as shared ones."""
         self._top = top
@@ -141,8 +138,7 @@ class _Pickler(cloudpickle.Pickler):
         key = _key(tensor)
         if key not in self._storages:
             data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
-            label = f"a tensor of shape {tuple(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}"
-            self._storages[key] = _Storage(key, data, label)
+            self._storages[key] = _Storage(key, data)
             if key not in self._writable:
                 self.shared.add(key)
         return self._storages[key]
@@ -158,31 +154,25 @@ class _Pickler(cloudpickle.Pickler):
         if not self.is_sharing or is_small or is_weights:
             return True
         self.buffers.append(data)
-        self.labels.append(f"a NumPy array of {data.nbytes} bytes" if storage is None else storage.label)
         return False
 
 
 def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> Parcel:
     buffers: list[NDArray[np.uint8]] = []
-    labels: list[str] = []
     places: list[tuple[int, int, int]] = []
     small: list[NDArray[np.uint8]] = []
     size = 0
-    for data, label in zip(pickler.buffers, pickler.labels, strict=True):
+    for data in pickler.buffers:
         if data.nbytes >= _MIN_SHARED_BYTES:
             places.append((len(buffers), 0, data.nbytes))
             buffers.append(data)
-            labels.append(label)
         else:
             places.append((-1, size, size + data.nbytes))  # the last buffer
             small += [data, np.zeros(-data.nbytes % _ALIGNMENT, dtype=np.uint8)]
             size += data.nbytes + small[-1].nbytes
     if small:
         buffers.append(np.concatenate(small))
-        labels.append("an array in a list, tuple or dict")
-    return Parcel(
-        pickled=pickled, buffers=buffers, labels=labels, places=np.array(places, dtype=np.int64).reshape(-1, 3)
-    )
+    return Parcel(pickled=pickled, buffers=buffers, places=np.array(places, dtype=np.int64).reshape(-1, 3))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -191,7 +181,6 @@ class _Storage:
 
     key: int
     data: NDArray[np.uint8]
-    label: str
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -263,7 +252,7 @@ def _tensor(
 
 def _shared(data: Any) -> torch.UntypedStorage:
     with warnings.catch_warnings():
-        # torch cannot mark it as read-only; SharedMemory sees to that.
+        # torch cannot mark it as read-only; a write changes this process's copy alone (see SharedMemory).
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
 

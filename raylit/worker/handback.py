@@ -39,7 +39,8 @@ def pack(
 ) -> bytes:
     """Pickle the attributes as one, so that what they share stays shared; what cannot travel is left out and named.
 
-    `state_keys`: those of the module's state as it came from the driver, which also has what is in the `shared` memory.
+    `state_keys`: those of the module's state as it came from the driver, which also has what is as it was in the
+    `shared` memory.
     """
     attributes = Attributes(
         modules={name: _without(shared, _own_attributes(child)) for name, child in module.named_modules()},
@@ -143,7 +144,7 @@ def _transient_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _without(shared: SharedMemory | None, attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if shared is None or not shared.contains(value)}
+    return {name: value for name, value in attributes.items() if shared is None or not shared.has_as_given(value)}
 
 
 def _state(owner: Any) -> dict[str, Any]:

@@ -149,10 +149,16 @@ def test_a_copied_part_is_the_same_file_and_stays_as_it_was(mesh: DeviceMesh) ->
     copied = HeldPart(tensors, rank=0, copied=HostCopy().taken)
     for tensor in tensors.values():
         tensor.to_local().zero_()
-    assert copied.described() == by_reference.described()
-    assert copied.described().num_bytes < 1.1 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**14
-    pieces = [part.piece(0).tobytes() for part in (copied, by_reference)]
+    pieces = []
+    for part in (copied, by_reference):
+        part.begin_pieces()
+        pieces.append(part.next_piece().tobytes())
+        assert len(part.next_piece()) == 0
     assert pieces[0] == pieces[1]
+    assert copied.described() == by_reference.described()
+    assert copied.described().num_bytes == len(pieces[0])
+    assert copied.described().crc == zlib.crc32(pieces[0])
+    assert copied.described().num_bytes < 1.1 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**14
 
 
 def test_a_directory_at_a_url_gives_way_to_one_file_and_back(mesh: DeviceMesh) -> None:

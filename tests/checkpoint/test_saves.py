@@ -1,9 +1,12 @@
 """Saves beside the training: what they hold, and what becomes of a run whose saves fail."""
 
+import io
 import os
 import pathlib
 import resource
 import shutil
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -13,9 +16,8 @@ from torch import Tensor
 
 import raylit as pl
 from raylit.checkpoint import files, index
+from raylit.checkpoint.held import PIECE_BYTES, HeldCheckpoint
 from raylit.checkpoint.host_copy import HostCopy
-from raylit.checkpoint.image import Image
-from raylit.checkpoint.layout import PIECE_BYTES
 from raylit.driver import saves
 
 
@@ -232,16 +234,42 @@ def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
 
 def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
     state = {"large": torch.randn(PIECE_BYTES // 3), "small": torch.arange(3), "empty": torch.empty(0)}
-    image = Image({**state, "again": state["large"][5:9]})
-    whole = b"".join(bytes(image.piece(number)) for number in range(image.num_pieces))
+    held = HeldCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
+    pieces = pieces_of(held)
     path = tmp_path / "a"
     path.touch()
-    image.write_to(path)
-    assert image.num_pieces == 2
-    assert path.read_bytes() == whole
+    assert held.fill(str(path))
+    assert [len(piece) for piece in pieces] == [PIECE_BYTES, path.stat().st_size - PIECE_BYTES]
+    assert path.read_bytes() == b"".join(pieces)
     read = torch.load(path, weights_only=True)
     assert all(torch.equal(read[name], value) for name, value in state.items())
     assert torch.equal(read["again"], state["large"][5:9])
+
+
+def pieces_of(held: HeldCheckpoint) -> list[bytes]:
+    held.begin_pieces()
+    return list(iter(lambda: held.next_piece().tobytes(), b""))
+
+
+def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
+    before = threading.active_count()
+    held = HeldCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
+    whole = pieces_of(held)
+    held.begin_pieces()
+    assert held.next_piece().tobytes() == whole[0]
+    assert pieces_of(held) == whole
+    held.begin_pieces()
+    held.release()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_an_error_of_what_is_saved_is_raised_with_the_pieces() -> None:
+    held = HeldCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pieces_of(held)
 
 
 @pytest.mark.parametrize("num_large", [0, 3])
@@ -256,14 +284,19 @@ def test_a_copy_makes_the_same_file_and_shows_no_later_change(num_large: int) ->
         "plain": {"a": (1, 2.0, "x"), "b": bytearray(b"abc")},
     }
     memory = HostCopy()
-    before = [bytes(Image(state).piece(number)) for number in range(Image(state).num_pieces)]
+    before = file_of(state)
     for _ in range(2):
         copy = memory.taken(state)
         shared.add_(1)
         state["plain"]["b"][0] += 1
-        image = Image(copy)
-        assert [bytes(image.piece(number)) for number in range(image.num_pieces)] == before
+        assert file_of(copy) == before
         shared.sub_(1)
         state["plain"]["b"][0] -= 1
         memory.lend()
-        before = [bytes(Image(state).piece(number)) for number in range(Image(state).num_pieces)]
+        before = file_of(state)
+
+
+def file_of(state: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    files.save(state, file)
+    return file.getvalue()
