@@ -70,7 +70,9 @@ class _Pickler(cloudpickle.Pickler):
     """By value what is of the script; tensors, queues and locks as `multiprocessing` sends them."""
 
     # Of the class: the pickler has read it before `__init__` could set another.
-    dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler(io.BytesIO()).dispatch_table, cloudpickle.Pickler.dispatch_table)
+    dispatch_table: ClassVar[Any] = ChainMap(
+        ForkingPickler(io.BytesIO()).dispatch_table, cloudpickle.Pickler.dispatch_table
+    )
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
