@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -64,11 +63,11 @@ class _CPUSyncBatchNorm(_BatchNorm):
         given, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
         count = torch.tensor([input.numel() / input.shape[1]], dtype=input.dtype)
         share = 0.0 if self.is_silent else 1.0
-        sums: Any = all_reduce(torch.cat([input.sum(dims), count]) * share)
+        sums: Any = _SumOverRanks.apply(torch.cat([input.sum(dims), count]) * share)
         num_all = sums[-1].detach()
         mean = sums[:-1] / num_all
         centered = input - mean.view(shape)
-        variance: Tensor = all_reduce((centered * centered).sum(dims) * share) / num_all
+        variance: Tensor = _SumOverRanks.apply((centered * centered).sum(dims) * share) / num_all
         self._count(mean.detach(), variance.detach(), num_all)
         normal = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
@@ -86,6 +85,25 @@ class _CPUSyncBatchNorm(_BatchNorm):
         assert factor is not None
         self.running_mean.lerp_(mean, factor)
         self.running_var.lerp_(variance * num_all / (num_all - 1), factor)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Add a tensor up over all ranks; its gradient is the sum of the gradients that all ranks have. Collective.
+
+    `torch.distributed.nn.functional.all_reduce` does the same and is deprecated in favour of private functions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 def _synced(norm: Any, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging, compared with loops written by hand."""
 
-from contextlib import nullcontext
+import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,15 @@ from torch.optim.swa_utils import SWALR
 from torch.utils.data import DataLoader
 
 import raylit as pl
+
+
+@contextmanager
+def printed_by_workers():
+    """Workers warn in their own processes, under the filters of this one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
+
 
 WORKERS = [0, 2]
 
@@ -159,7 +169,7 @@ def test_until_an_average_begins_the_current_weights_are_validated_saved_and_lef
         **settings,
     )
     message = "EMAWeightAveraging has averaged nothing in the 12 steps and 2 epochs"
-    with nullcontext() if num_workers else pytest.warns(UserWarning, match=message):
+    with printed_by_workers() if num_workers else pytest.warns(UserWarning, match=message):
         trainer.fit(model, data, DataLoader(make_data(20), batch_size=10))
     assert_same_weights(weights_of(model), weights_of(expected))
     assert_same_weights(dict(torch.load(saved.best_model_path, weights_only=True)["state_dict"]), weights_of(expected))
