@@ -27,6 +27,11 @@ class SyncedBatchNorms:
         """The module's own, and what each has become."""
         return {own: getattr(parent, name) for parent, name, own in self._exchanged}
 
+    @property
+    def needs_batch_on_every_rank(self) -> bool:
+        """Some are torch's own, which count the samples of a rank that follows with another's batch."""
+        return any(not isinstance(synced, _CPUSyncBatchNorm) for synced in self.exchanged.values())
+
     def silence(self, *, is_silent: bool) -> None:
         """This rank's batches count for nothing; on the CPU only, torch's own count every batch that is not empty."""
         for parent, name, _ in self._exchanged:
@@ -65,6 +70,8 @@ class _CPUSyncBatchNorm(_BatchNorm):
         share = 0.0 if self.is_silent else 1.0
         sums: Any = _SumOverRanks.apply(torch.cat([input.sum(dims), count]) * share)
         num_all = sums[-1].detach()
+        if num_all <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         mean = sums[:-1] / num_all
         centered = input - mean.view(shape)
         variance: Tensor = _SumOverRanks.apply((centered * centered).sum(dims) * share) / num_all

@@ -152,7 +152,7 @@ class FSDP(Single):
 
     @property
     def needs_batch_on_every_rank(self) -> bool:
-        return self._batch_norms is not None and bool(self._batch_norms.exchanged)
+        return self._batch_norms is not None and self._batch_norms.needs_batch_on_every_rank
 
     def silence(self, *, is_silent: bool) -> None:
         if self._batch_norms is not None:

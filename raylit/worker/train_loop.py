@@ -31,9 +31,9 @@ from raylit.worker.transfer import MovedFeed
 _END = object()
 
 NO_SHARE_OF_LAST_BATCH = (
-    "with sync_batchnorm=True every worker needs a part of each batch, as batch norms wait for all workers, and the "
-    "last step of the training epoch has fewer samples (or batches, where they are dealt out whole) than there are "
-    "workers: pass drop_last=True to the DataLoader, or choose another batch_size"
+    "with sync_batchnorm=True on GPUs every worker needs a part of each batch, as batch norms wait for all of them, "
+    "and the last step of the training epoch has fewer samples (or batches, where they are dealt out whole) than there "
+    "are workers: pass drop_last=True to the DataLoader, or choose another batch_size"
 )
 
 

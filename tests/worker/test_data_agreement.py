@@ -254,6 +254,29 @@ def test_synced_batch_norm_has_the_statistics_of_the_global_batches(quiet):
     torch.testing.assert_close(norm.running_mean, by_hand.running_mean)
 
 
+class NormedSignal(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.layer = torch.nn.Linear(24, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(self.norm(batch[0]).flatten(1)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_synced_batch_norm_goes_on_where_a_rank_has_no_sample_of_the_last_batch(quiet):
+    data = TensorDataset(torch.linspace(-1, 2, 9 * 24).reshape(9, 3, 8) ** 3)
+    alone, shared = NormedSignal(), NormedSignal()
+    pl.fit(alone, DataLoader(data, batch_size=4), max_epochs=2, num_workers=0, **quiet)
+    pl.fit(shared, DataLoader(data, batch_size=2), max_epochs=2, num_workers=2, sync_batchnorm=True, **quiet)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value, msg=name)
+
+
 @pytest.mark.parametrize(("num_workers", "is_synced"), [(0, False), (2, False), (2, True)])
 def test_a_last_batch_of_one_sample_names_drop_last(num_workers, is_synced, quiet):
     with pytest.raises((ValueError, pl.ModuleError), match="drop_last=True"):
