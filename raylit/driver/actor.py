@@ -1,6 +1,7 @@
 """WorkerActor: the Ray actor around a Worker; control calls are answered while a step runs. Worker process."""
 
 import asyncio
+import faulthandler
 import os
 import queue
 import socket
@@ -52,6 +53,8 @@ class Whereabouts:
     gpu_ids: tuple[str, ...]
     pid: int
     num_cores: int
+    log_path: str = ""
+    """Where the process's stderr goes, on its host; what comes from C is there only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,13 @@ class Assignment:
     """Pickled, for the user's modules that it may refer to are found only by the import path."""
     import_path: tuple[str, ...]
     """The driver's sys.path: the user's modules are found where the worker's host has them, too."""
+
+
+def _log_path() -> str:
+    try:
+        return os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""
 
 
 class WorkerActor:
@@ -77,6 +87,7 @@ class WorkerActor:
         self._num_commands = 0
         self._room = threading.Semaphore(_AHEAD)
         self._context = WorkerContext()
+        faulthandler.enable(all_threads=True)  # a library ends the process in a thread of its own
         self._output = Output(on_lines=self._outbox.announce)
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
@@ -90,6 +101,7 @@ class WorkerActor:
             host=socket.gethostname(),
             gpu_ids=tuple(str(gpu) for gpu in runtime.get_accelerator_ids().get("GPU", [])),
             pid=os.getpid(),
+            log_path=_log_path(),
             num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         )
 
