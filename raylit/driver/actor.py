@@ -1,6 +1,7 @@
 """WorkerActor: the Ray actor around a Worker; control calls are answered while a step runs. Worker process."""
 
 import asyncio
+import faulthandler
 import os
 import queue
 import socket
@@ -54,6 +55,8 @@ class Whereabouts:
     gpu_ids: tuple[str, ...]
     pid: int
     num_cores: int
+    log_path: str = ""
+    """Where the process's stderr goes, on its host; what comes from C is there only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,13 @@ class Assignment:
     """Of the environment; None for those that are to be removed."""
 
 
+def _log_path() -> str:
+    try:
+        return os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""
+
+
 class WorkerActor:
     """Carries out what it is asked for in one thread of its own, and streams to the driver what that thread reports;
     a CommandDone or Failed ends each request."""
@@ -87,6 +97,7 @@ class WorkerActor:
         self._num_commands = 0
         self._room = threading.Semaphore(_AHEAD)
         self._context = WorkerContext()
+        faulthandler.enable(all_threads=True)  # a library ends the process in a thread of its own
         self._output = Output(on_lines=self._outbox.announce)
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
@@ -100,6 +111,7 @@ class WorkerActor:
             host=socket.gethostname(),
             gpu_ids=tuple(str(gpu) for gpu in runtime.get_accelerator_ids().get("GPU", [])),
             pid=os.getpid(),
+            log_path=_log_path(),
             num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         )
 

@@ -14,7 +14,7 @@ from raylit.accelerators import build_accelerator
 from raylit.driver import cluster, ray_private
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
-from raylit.driver.failures import DEATHS, is_at_one_line, raise_failures, reason_of_death
+from raylit.driver.failures import DEATHS, call_in, is_at_one_line, last_words, raise_failures, reason_of_death
 from raylit.driver.handover import Handover, PartsHandover
 from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
@@ -55,6 +55,7 @@ _STARTING_S = 30.0
 _LOOPS = (Train, Evaluate, Predict)
 _TOGETHER_S = 0.5
 """Ranks that fail on the same line do so within this time and are one error."""
+_OUTSIDE = "no line of the user's own, as when gradients are reduced"
 _BLAME_S = 5.0
 """For the cause to arrive, when the first to fail is a collective whose peer has gone."""
 _EXIT_S = 1.0
@@ -231,6 +232,7 @@ class ActorGroup:
         ray_private.hide_deaths([place.worker_id for place in places])
         own = ray.get_runtime_context().get_node_id()
         self._is_on_own_host = all(place.node_id == own for place in places)
+        self._log_paths = [places[index].log_path if places[index].node_id == own else "" for index in order]
         self._exits = [
             ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
         ]
@@ -364,7 +366,28 @@ class ActorGroup:
         exit_status, words = self._exits[rank], None
         while exit_status is not None and (words := exit_status.in_words()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason_of_death(error, words))
+        reason = reason_of_death(error, words)
+        if said := last_words(self._log_paths[rank]):
+            reason += said + self._calls_of_others(rank)
+        return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason)
+
+    def _calls_of_others(self, dead_rank: int) -> str:
+        """Where the ranks stand that waited for one which gloo has ended."""
+        streams = {stream: rank for rank, stream in enumerate(self._streams) if rank != dead_rank}
+        calls: dict[int, str] = {}
+        deadline = time.monotonic() + _BLAME_S
+        while streams and (left_s := deadline - time.monotonic()) > 0:
+            ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=left_s, fetch_local=False)[0]
+            for stream in ready:
+                try:
+                    reports = [unpacked(report) for report in ray.get(next(stream)) if not isinstance(report, Printed)]
+                except (*DEATHS, StopIteration):
+                    del streams[stream]
+                    continue
+                for failed in [report for report in reports if isinstance(report, Failed)]:
+                    calls[failed.rank] = call_in(failed.traceback, is_last_innermost=True) or _OUTSIDE
+                    streams.pop(stream, None)
+        return "".join(f"; rank {rank} at {call}" for rank, call in sorted(calls.items()))
 
     def _fail(self, first: Failed, *, was_usable: bool) -> Iterator[tuple[int, Report]]:
         """Raise the user's exception, with those of other ranks that fail at the same time; or WorkerDied, where the

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -123,6 +124,43 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
     return text.partition("The actor is dead because ")[2] or text
 
 
+def last_words(log_path: str) -> str:
+    """What gloo has said as it ended the process, and where the process's Python code was, to be put behind the reason;
+    "" where it was not gloo, or on another host."""
+    try:
+        with open(log_path, "rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - _LAST_BYTES))
+            text = log.read().decode(errors="replace")
+    except OSError:
+        return ""
+    said = re.findall(r"what\(\): (.*)", text)
+    if not said or "gloo" not in text:
+        return ""
+    where = call_in(text.rpartition("Fatal Python error")[2])
+    words = _ADDRESS.split(said[-1])[0].strip()
+    return (
+        f". gloo's last words: {words} A rank was in another collective than one that it spoke to, or had a tensor of "
+        "another shape: every rank has to call the same collectives in the same order"
+        + (f". This rank was at {where}" if where else "")
+    )
+
+
+def call_in(traceback_text: str, *, is_last_innermost: bool = False) -> str:
+    """The innermost line of the user's in a traceback; "" where there is none. faulthandler's begin with it."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)(?:,)? in (\S+)', traceback_text)
+    own = [
+        f"{file}:{line} in {function}"
+        for file, line, function in (reversed(frames) if is_last_innermost else frames)
+        if not file.startswith((_TORCH, _PYTHON)) and not is_frame_hidden(file)
+    ]
+    return own[0] if own else ""
+
+
+_PYTHON = os.path.dirname(threading.__file__) + os.sep
+_LAST_BYTES = 2**16
+_ADDRESS = re.compile(r"/\S+\(\S*\+0x|$")
+"""Ray's list of frames of C begins on the same line."""
 _EXIT_S = 0.5
 """For the kernel to have the exit status of a dying process."""
 _TORCH = os.path.dirname(torch.__file__) + os.sep

@@ -1,5 +1,7 @@
 """Peers: what the ranks tell each other outside gradient sync. Worker."""
 
+import sys
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -7,6 +9,12 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from raylit.errors import ModuleError
+
+_NOTICE_S = 10.0
+_MEETING_S = 300.0
+"""Rank 0 may have been busy with something of its own, which the others wait for."""
 
 
 class Peers:
@@ -44,6 +52,35 @@ class Peers:
         pickles: list[Any] = [None] * self.world_size
         dist.all_gather_object(pickles, cloudpickle.dumps(value))
         return [cloudpickle.loads(pickle) for pickle in pickles]
+
+    def meet(self, what: str, *, notice_s: float = _NOTICE_S, timeout_s: float = _MEETING_S) -> None:
+        """Before something that the user's code calls on every rank. A rank that waits longer than `notice_s` says so,
+        as one that is alone in it would wait for ever.
+
+        ModuleError: the others have not come within `timeout_s`.
+        """
+        if self.world_size == 1:
+            return
+        advice = (
+            f"rank {self.rank} waits in {what} for the other ranks. It is collective: every rank calls it, at the same "
+            "place, and rank 0 alone does what is done once. Call it without `if trainer.is_global_zero` and the like, "
+            "also outside of rank_zero_only"
+        )
+        notice = threading.Timer(notice_s, lambda: print(advice, file=sys.stderr, flush=True))
+        notice.daemon = True
+        notice.start()
+        try:
+            # Its messages do not mix with those of another collective that a rank may be in, as a barrier's would.
+            if dist.get_backend() == "gloo":
+                dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+            else:
+                self.gather_counts(0)
+        except RuntimeError as error:
+            if "monitoredBarrier" not in str(error) or "onnection" in str(error):
+                raise  # a rank has died
+            raise ModuleError(f"{advice}. The others have not come within {timeout_s:g} s") from error
+        finally:
+            notice.cancel()
 
     def barrier(self, *, timeout_s: float) -> None:
         """Every rank waits for the slowest one, up to `timeout_s` beyond the fastest."""

@@ -73,6 +73,10 @@ class Saving:
         self.held = HeldCheckpoint(checkpoint, on_release=self._host_copy.lend)
         return Saved(rank=0, checkpoint={}, of_rank={})
 
+    def meet(self) -> None:
+        """Before `write`, where the user's code calls it."""
+        self._session.peers.meet("trainer.save_checkpoint")
+
     def write(self, path: Any, *, is_weights_only: bool) -> None:
         """A checkpoint of this moment, written by rank 0; of sharded state each rank's part by itself. Collective.
 

@@ -158,6 +158,7 @@ class TrainerView(Asked):
 
         What callbacks in the driver keep is as it was when the workers last stood still.
         """
+        self.saving.meet()
         self.saving.write(filepath, is_weights_only=bool(weights_only))
 
     def save_own_checkpoint(self, filepath: Any) -> None:

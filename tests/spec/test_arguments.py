@@ -252,7 +252,8 @@ def test_strategies_of_lightning_say_how_ddp_is_to_run():
     plan = plan_of(num_workers=2, strategy="ddp_find_unused_parameters_true", sync_batchnorm=True)
     assert plan.strategy == pl.DDPStrategy(find_unused_parameters=True)
     assert plan.is_syncing_batchnorm
-    for name in ("auto", "ddp_spawn", "ddp_spawn_find_unused_parameters_false"):
+    assert plan_of(num_workers=2, strategy="auto").strategy == pl.DDPStrategy(find_unused_parameters="auto")
+    for name in ("ddp_spawn", "ddp_spawn_find_unused_parameters_false"):
         assert plan_of(num_workers=2, strategy=name).strategy == pl.DDPStrategy()
 
 

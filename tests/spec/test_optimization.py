@@ -833,7 +833,7 @@ class WithUnused(Regression):
 @pytest.mark.parametrize("only_rank", [None, 0, 1])
 def test_a_parameter_that_the_loss_does_not_depend_on_is_named_with_the_switch(only_rank):
     with pytest.raises(pl.ModuleError, match=r"spare\.weight, spare\.bias.*ddp_find_unused_parameters_true"):
-        fit(WithUnused(only_rank), num_workers=2, max_epochs=1)
+        fit(WithUnused(only_rank), num_workers=2, max_epochs=1, strategy="ddp")
 
 
 @pytest.mark.parametrize("result", ["tensor", "dict", "TrainResult"])

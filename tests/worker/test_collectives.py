@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylit as pl
+from raylit.worker.peers import Peers
 
 
 class Gathering(pl.LightningModule):
@@ -228,3 +229,35 @@ def test_all_gather_at_the_end_of_an_epoch_fills_up_what_is_short(quiet):
     loader = DataLoader(TensorDataset(x, x), batch_size=2)
     metrics = pl.Trainer(num_workers=2, **quiet).validate(Kept("nowhere"), loader, verbose=False)[0]
     assert metrics == {"sum": 36.0, "again": 2.0}  # rank 1 has 2, 3, 6, 7, and begins anew
+
+
+class Alone(Gathering):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.global_rank == 0:
+            dist.all_reduce(torch.ones(3))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.cluster
+def test_a_collective_of_one_rank_alone_is_named_with_what_gloo_said(quiet):
+    # Data of several times the size that the other rank waits for: gloo ends the process that gets it.
+    model = Alone("nowhere")
+    with pytest.raises(pl.WorkerDied, match=r"gloo's last words: .*op\.preamble\.length.* in training_step; rank 1 at"):
+        pl.Trainer(num_workers=2, max_epochs=1, **quiet).fit(model, DataLoader(make_data(16), batch_size=2))
+
+
+def meet(rank, directory):
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    peers = Peers(rank=rank, world_size=2)
+    peers.meet("trainer.save_checkpoint", notice_s=30, timeout_s=60)
+    if rank == 0:
+        with pytest.raises(pl.ModuleError, match=r"rank 0 waits in trainer\.save_checkpoint.* collective.* within 2 s"):
+            peers.meet("trainer.save_checkpoint", notice_s=0.1, timeout_s=2)
+    else:
+        with pytest.raises(RuntimeError):  # rank 0 has left
+            dist.all_reduce(torch.ones(100))
+
+
+def test_a_rank_that_is_alone_in_save_checkpoint_says_that_it_is_collective(tmp_path, capfd):
+    torch.multiprocessing.spawn(meet, (str(tmp_path),), nprocs=2)
+    assert "rank 0 waits in trainer.save_checkpoint" in capfd.readouterr().err
