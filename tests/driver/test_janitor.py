@@ -79,7 +79,7 @@ def test_a_driver_that_is_killed_needs_not_say_so_even_if_a_fork_of_it_lives_on(
 
 
 def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path):
-    directories = [tmp_path / name for name in ("killed", "living", "young", "foreign", "own")]
+    directories = [tmp_path / f"rl-{name}" for name in ("killed", "living", "young", "foreign", "own")]
     for directory in directories:
         directory.mkdir()
     killed, living, young, _, own = directories
@@ -96,3 +96,34 @@ def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path
     assert [directory.exists() for directory in directories] == [False, True, True, True, False]
     janitors[1].finish()
     assert not living.exists()
+
+
+def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are_removed(tmp_path):
+    names = ("project", "rl-link", "rl-stranger", "rl-linked-lock", "rl-abandoned", "rl-own")
+    project, link, stranger, linked, abandoned, own = (tmp_path / name for name in names)
+    for directory in (project, stranger, linked, abandoned, own):
+        directory.mkdir()
+    for directory in (project, stranger, abandoned):
+        (directory / "raylit.lock").touch()
+        os.utime(directory / "raylit.lock", (0, 0))
+    link.symlink_to(project)
+    (linked / "raylit.lock").symlink_to(project / "raylit.lock")
+    others = [project, link, linked]
+    if os.geteuid() == 0:
+        os.chown(stranger, 65534, 65534)
+        others.append(stranger)
+    janitor = Janitor(str(own))
+    assert is_gone(abandoned)
+    janitor.finish()
+    assert [path.exists() for path in others] == [True] * len(others)
+    assert (project / "raylit.lock").exists()
+
+
+def test_what_lives_on_in_a_session_of_the_node_s_ends_with_it(tmp_path, start):
+    directory = tmp_path / "own"
+    directory.mkdir()
+    # As a node's process that has gone, and what it has started: marked, but not Ray's.
+    process = start(directory, start_new_session=True)
+    (directory / "raylit.sessions").write_text(f"{process.pid}\n")
+    Janitor(str(directory)).finish()
+    assert process.wait(timeout=10) == -signal.SIGKILL
