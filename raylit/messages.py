@@ -100,7 +100,7 @@ class Save:
 class Finish(HookedCommand):
     """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
 
-    interruption: Literal["SIGINT", "SIGTERM"] | None = None
+    interruption: Literal["SIGINT", "SIGTERM", "SIGHUP"] | None = None
     """The signal to the driver that ends the run before its time."""
 
 

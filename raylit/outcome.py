@@ -90,7 +90,7 @@ class Outcome(Asked):
 
     @property
     def interrupted(self) -> bool:
-        """The last run ended by Ctrl-C or SIGTERM."""
+        """The last run ended by Ctrl-C, SIGTERM or SIGHUP."""
         return self._state.is_interrupted
 
     @property

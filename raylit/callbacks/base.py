@@ -178,7 +178,7 @@ class DriverCallback:
         """The stage is over, well or not: release what is held. Called exactly once after `on_start`."""
 
     def on_interrupt(self, run: Run) -> None:
-        """Ctrl-C or SIGTERM ends a fit that stands at a batch border: the last time to save. `on_exception` follows."""
+        """A signal ends a fit that stands at a batch border: the last time to save. `on_exception` follows."""
 
     def on_exception(self, run: Run, error: BaseException) -> None: ...
 

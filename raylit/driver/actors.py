@@ -261,7 +261,9 @@ class ActorGroup:
         """Give every actor its rank and let them form the process group."""
         meeting = None
         if len(self._actors) > 1:
-            self._rendezvous = Rendezvous(host=ray.util.get_node_ip_address())
+            self._rendezvous = Rendezvous(
+                driver_ip=ray.util.get_node_ip_address(), worker_ips=[context.host_ip for context in self._contexts]
+            )
             meeting = self._rendezvous.next_meeting()
         self._streams = [actor.reports.options(num_returns="streaming").remote() for actor in self._actors]
         backend = build_accelerator(self.workers.accelerator).collective_backend

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,9 @@ import ray
 from ray.exceptions import RayError
 from ray.runtime_context import get_runtime_context
 
-from raylit.driver.janitor import MARK, Janitor
-from raylit.driver.ray_private import reload_authentication, shut_down_at_once
-from raylit.errors import ResourcesError
+from raylit.driver.janitor import MARK, PREFIX, SESSIONS, Janitor
+from raylit.driver.ray_private import listening_on_loopback, reload_settings, shut_down_at_once
+from raylit.errors import ConfigError, ResourcesError
 from raylit.process_settings import ProcessSettings, initial_environment
 
 
@@ -29,35 +30,46 @@ class _EmbeddedNode:
         self._variables: dict[str, str | None] = {}
         self.environment: dict[str, str] = {}
         """What its processes begin with."""
+        self._starting_thread: int | None = None
+        """The thread that starts the node's processes now."""
+        self._sessions_path = ""
+        if sys.platform == "linux":
+            os.register_at_fork(after_in_child=self._begin_session)
 
     def start(self) -> None:
         self.stop()  # of an earlier one, which a ray.shutdown of the user's has ended, some may be left
+        parent = _parent_directory()
         # Ray's ports are open to the network. Its own start would write a token file, which makes a later `ray start`
         # demand tokens; a token in the environment protects this node as well and leaves nothing behind.
         # A user's choice is kept.
         if "RAY_AUTH_MODE" not in os.environ:
             self._set("RAY_AUTH_MODE", "token")
             self._set("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            reload_authentication()
         for name, value in _DEFAULTS.items():
             if name not in os.environ:
                 self._set(name, value)
+        reload_settings()
         # Of its own, so that nothing in it can be somebody else's.
-        directory = tempfile.mkdtemp(prefix="rl-", dir=_parent_directory())
+        directory = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
         mark = os.environ.get(MARK)
         os.environ[MARK] = directory
         self._pid = os.getpid()
+        self._sessions_path = os.path.join(directory, SESSIONS)
         try:
             if sys.platform == "linux":
                 self._janitor = Janitor(directory)
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                _temp_dir=directory,
-            )
+            self._starting_thread = threading.get_ident()
+            with listening_on_loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                    # Ray opens its directory to all users (mode 0777). The one above it has mode 0700.
+                    _temp_dir=os.path.join(directory, _RAY_DIRECTORY),
+                )
         finally:
+            self._starting_thread = None
             # The node's processes have it now; others that this process may start are not of the node.
             _restore(MARK, mark)
         self._address = _address()
@@ -86,8 +98,20 @@ class _EmbeddedNode:
         for name, before in self._variables.items():
             _restore(name, before)
         self._variables.clear()
-        reload_authentication()
+        reload_settings()
         atexit.unregister(self.stop)
+
+    def _begin_session(self) -> None:
+        """Called in every fork of this process: put the node's processes into sessions of their own.
+
+        A signal to the driver's process group (`timeout`, a scheduler, a terminal's Ctrl-C or hang-up) would otherwise
+        end Ray's head before the driver has saved. The thread that calls `ray.init` forks the node's processes.
+        """
+        if self._starting_thread == threading.get_ident():
+            os.setsid()
+            sessions = os.open(self._sessions_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            os.write(sessions, b"%d\n" % os.getpid())
+            os.close(sessions)
 
     def _set(self, name: str, value: str) -> None:
         self._variables[name] = os.environ.get(name)
@@ -103,9 +127,15 @@ _DEFAULTS = {
     # The interpreter draws a hash seed at its start, and a set of strings has the order of its hashes: a split made of
     # one would be another on each worker, and in a resumed run.
     "PYTHONHASHSEED": "0",
+    # Ray's head keeps a record of every actor call, for `ray list tasks` and the timeline: 3.5 KB each, so that the
+    # pings of a long run alone add up to 25 MB an hour.
+    "RAY_task_events_report_interval_ms": "0",
 }
 
-_MAX_PARENT_CHARS = 107 - len("/rl-01234567/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store")
+_RAY_DIRECTORY = "r"
+_MAX_PARENT_CHARS = 107 - len(
+    f"/{PREFIX}01234567/{_RAY_DIRECTORY}/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"
+)
 
 _node = _EmbeddedNode()
 
@@ -211,7 +241,22 @@ def _restore(variable: str, value: str | None) -> None:
 
 
 def _parent_directory() -> str:
-    """Where the node's directory comes to stand. Its sockets' paths may have 107 characters in all, so that some places
-    for temporary files do not do."""
+    """The directory below which the node gets one of its own: RAY_TMPDIR, else that for temporary files.
+
+    The paths of the node's sockets may have 107 characters in all. ConfigError: RAY_TMPDIR is too long for that, or
+    cannot be made.
+    """
     given = os.environ.get("RAY_TMPDIR")
-    return given or (tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_PARENT_CHARS else "/tmp")
+    if not given:
+        return tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_PARENT_CHARS else "/tmp"
+    given = os.path.abspath(given)
+    if len(os.fsencode(given)) > _MAX_PARENT_CHARS:
+        raise ConfigError(
+            f"RAY_TMPDIR={given}: the path has {len(os.fsencode(given))} characters, of which {_MAX_PARENT_CHARS} are "
+            "possible, as Ray's sockets lie below it and their paths may have 107 in all: use a shorter one"
+        )
+    try:
+        os.makedirs(given, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"RAY_TMPDIR={given}: Ray's files cannot be put there: {error}") from error
+    return given

@@ -1,8 +1,9 @@
-"""Interrupts: Ctrl-C and SIGTERM during a run: the first asks for an orderly end, more of them end at once. Driver."""
+"""Interrupts: Ctrl-C, SIGTERM and SIGHUP in a run: the first asks for an orderly end, more end it at once. Driver."""
 
 import atexit
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -10,25 +11,28 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-SignalName = Literal["SIGINT", "SIGTERM"]
+SignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
 
-_NAMES: dict[signal.Signals, SignalName] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+_NAMES: dict[int, SignalName] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _NAMES[signal.SIGHUP] = "SIGHUP"
 _REPEAT_S = 0.3
 """Whoever passes a signal on to a process and to its group (timeout, job managers) sends it twice; nobody types so."""
-_NOTICE = {
-    signal.SIGINT: b"\nraylit: Ctrl-C: the run ends after this step and is saved; once more ends it at once\n",
-    signal.SIGTERM: b"\nraylit: SIGTERM: the run ends after this step and is saved\n",
+_NOTICE: dict[SignalName, bytes] = {
+    "SIGINT": b"\nraylit: Ctrl-C: the run ends after this step and is saved; once more ends it at once\n",
+    "SIGTERM": b"\nraylit: SIGTERM: the run ends after this step and is saved\n",
+    "SIGHUP": b"\nraylit: SIGHUP: the run ends after this step and is saved\n",
 }
 _NOTICE_STARTING = b"\nraylit: the run ends as soon as Ray has started; Ctrl-C once more ends it at once\n"
 
 
 class Interrupts:
-    """Takes the two signals for the time of a run, in the main thread and where they have their default effect: a
+    """Takes these signals for the time of a run, in the main thread and where they have their default effect: a
     handler of the user's own stays.
 
     While `is_deferring`, the first signal is only noted and `on_first` called, in the handler. Otherwise, and for a
     second Ctrl-C, the exception is raised where the main thread is: KeyboardInterrupt, or SystemExit with the exit code
-    that a SIGTERM's victim has in a shell, so that `finally` and `atexit` still run.
+    that the signal's victim has in a shell, so that `finally` and `atexit` still run.
     """
 
     def __init__(self, *, on_first: Callable[[], None]) -> None:
@@ -41,6 +45,7 @@ class Interrupts:
         self._first: signal.Signals | None = None
         self._first_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
 
     @property
     def pending(self) -> SignalName | None:
@@ -51,7 +56,7 @@ class Interrupts:
         """May be called again: connecting to Ray puts a handler of Ray's in this one's place."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _NOTICE:
+        for number in map(signal.Signals, _NAMES):
             current = signal.getsignal(number)
             if current != self._receive and _is_default(current):
                 self._before.setdefault(number, current)
@@ -72,13 +77,13 @@ class Interrupts:
         return "success" if isinstance(error, SystemExit) and not error.code else "failed"
 
     def _correct(self, error: BaseException) -> None:
-        """Give a SystemExit by SIGTERM its exit code back. Ray's calls lose the code of one that is raised in them, and
-        Ray's own handler, in place while it connects, exits with 15."""
+        """Give a SystemExit by a signal its exit code back. Ray's calls lose the code of one that is raised in them,
+        and Ray's own handler, in place while it connects, exits with 15."""
         is_ray_s = self.is_connecting and isinstance(error, SystemExit) and error.code == signal.SIGTERM
         if is_ray_s:
             self._first = signal.SIGTERM
-        if isinstance(error, SystemExit) and self._first == signal.SIGTERM and not self.is_deferring:
-            error.code = 128 + signal.SIGTERM
+        if isinstance(error, SystemExit) and self._first not in (None, signal.SIGINT) and not self.is_deferring:
+            error.code = 128 + self._first
 
     def check(self) -> None:
         """Raise for a signal that was only noted."""
@@ -86,13 +91,16 @@ class Interrupts:
             raise _exception(self._first)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            self._receive_in_fork(number, frame)
+            return
         if self._first is None:
             self._first, self._first_at = signal.Signals(number), time.monotonic()
             if self.is_connecting:
-                os.write(2, _NOTICE_STARTING)
+                _write(_NOTICE_STARTING)
                 return
             if self.is_deferring:
-                os.write(2, _NOTICE[self._first])  # print may be what the signal has interrupted
+                _write(_NOTICE[_NAMES[self._first]])
                 self._on_first()
                 return
         elif number != signal.SIGINT or time.monotonic() - self._first_at < _REPEAT_S:
@@ -100,6 +108,29 @@ class Interrupts:
         else:
             self.is_ending_at_once = True
         raise _exception(signal.Signals(number))
+
+    def _receive_in_fork(self, number: int, frame: FrameType | None) -> None:
+        """A process that a loader or the user has forked has this handler too, but no run to end: do what the process
+        would have done without it."""
+        before = self._before.get(signal.Signals(number), signal.SIG_DFL)
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            os.kill(os.getpid(), number)
+
+
+def _write(notice: bytes) -> None:
+    """To stderr, directly: print may be what the signal has interrupted. Where the terminal is gone, what the run has
+    to say goes nowhere, rather than ending it."""
+    try:
+        os.write(2, notice)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+        os.close(nowhere)
 
 
 def _is_default(handler: Any) -> bool:

@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +18,11 @@ from collections.abc import Iterator
 
 MARK = "RAYLIT_EMBEDDED_NODE"
 """In the environment of the embedded node's processes, with the node's own directory as its value."""
+
+PREFIX = "rl-"
+"""How the name of a node's directory begins."""
+SESSIONS = "raylit.sessions"
+"""In the node's directory: the sessions of the node's processes, a number in each line."""
 
 _LOCK = "raylit.lock"
 """In the node's directory, held by the janitor for as long as it lives."""
@@ -62,7 +68,7 @@ def _main(driver: int, directory: str) -> None:
     _wait_for_end_of(driver)
     started_s = time.monotonic()
     while (waited_s := time.monotonic() - started_s) < _ALL_ENDED_S:
-        found = list(_processes(directory, session))
+        found = list(_processes(directory, {session, *_recorded_sessions(directory)}))
         for pid, is_ray in found:
             if is_ray or waited_s > _BY_THEMSELVES_S:
                 with contextlib.suppress(ProcessLookupError):
@@ -73,13 +79,34 @@ def _main(driver: int, directory: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def _recorded_sessions(directory: str) -> list[int]:
+    try:
+        with open(os.path.join(directory, SESSIONS)) as lines:
+            return [int(line) for line in lines]
+    except OSError:  # the node has not come that far
+        return []
+
+
 def _remove_abandoned(parent: str) -> None:
-    """Directories of nodes that were killed together with their janitors, as job managers and containers do it."""
-    for path in glob.glob(os.path.join(glob.escape(parent), "*", _LOCK)):
-        with contextlib.suppress(OSError), open(path, "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.stat(path).st_mtime > _ABANDONED_S:
-                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+    """Directories of nodes that were killed together with their janitors, as job managers and containers do it.
+
+    The directory for temporary files is everybody's: only what is named as a node's directory is, and belongs to this
+    user, is looked at.
+    """
+    for path in glob.glob(os.path.join(glob.escape(parent), f"{PREFIX}*", _LOCK)):
+        with contextlib.suppress(OSError):
+            if not _is_own(os.path.dirname(path), stat.S_IFDIR) or not _is_own(path, stat.S_IFREG):
+                continue
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(lock.fileno()).st_mtime > _ABANDONED_S:
+                    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
+
+def _is_own(path: str, kind: int) -> bool:
+    """This user's, and a directory or file itself, not a link to one."""
+    found = os.lstat(path)
+    return stat.S_IFMT(found.st_mode) == kind and found.st_uid == os.geteuid()
 
 
 def _wait_for_end_of(driver: int) -> None:
@@ -94,9 +121,9 @@ def _wait_for_end_of(driver: int) -> None:
             return
 
 
-def _processes(directory: str, session: int) -> Iterator[tuple[int, bool]]:
+def _processes(directory: str, sessions: set[int]) -> Iterator[tuple[int, bool]]:
     """Living processes of the node, and whether they are Ray's. Daemons that somebody has started there, with sessions
-    of their own, are left to themselves."""
+    other than the node's, are left to themselves."""
     mark = f"{MARK}={directory}\0".encode()
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
@@ -107,7 +134,7 @@ def _processes(directory: str, session: int) -> Iterator[tuple[int, bool]]:
             is_ray = command.startswith(b"ray::") or directory.encode() in command
             # Ray's agents write their titles over their environment, but have their logs open.
             is_of_node = is_marked or (is_ray and _has_open(name, directory))
-            if is_of_node and command and (is_ray or os.getsid(int(name)) == session):
+            if is_of_node and command and (is_ray or os.getsid(int(name)) in sessions):
                 yield int(name), is_ray
         except OSError:  # it has just ended, or is another user's
             continue

@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.state import available_resources_per_node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
@@ -16,10 +18,26 @@ _TIMEOUT_S = 5.0
 """For an answer of Ray's head."""
 
 
-def reload_authentication() -> None:
-    """Have this process follow RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are now: Ray reads them once, on import."""
+def reload_settings() -> None:
+    """Have this process follow RAY_AUTH_MODE, RAY_AUTH_TOKEN and Ray's other settings in the environment as they are
+    now: Ray reads them once, on import."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def listening_on_loopback() -> Iterator[None]:
+    """Let a node that is started meanwhile have the address 127.0.0.1, so that its ports are open to this host alone.
+
+    Ray replaces that address by the host's own where it is asked for it, and listens on all interfaces; except under
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which it reads once, on import.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def shut_down_at_once() -> None:

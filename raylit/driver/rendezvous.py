@@ -1,13 +1,18 @@
 """Rendezvous: the store in the driver where the ranks find each other, a prefix for each generation of the group."""
 
+import errno
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 _GROUP_TIMEOUT = timedelta(minutes=30)
+_LOOPBACK = "127.0.0.1"
+_BACKLOG = 4096
+"""For all ranks that connect at once; the kernel lowers it to its own limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +25,7 @@ class Meeting:
 
     def join(self, *, rank: int, world_size: int, backend: str, own_ip: str) -> None:
         """Form the default process group. Collective; called in the worker."""
-        interface = _interface_of(own_ip)
+        interface = _interface_of(_LOOPBACK if self.host == _LOOPBACK else own_ip)
         if interface is not None:
             # gloo takes the interface that the host's name resolves to, which fails where that is a loopback address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -36,16 +41,36 @@ class Meeting:
 
 
 class Rendezvous:
-    """The store, on a free port of the driver's host: it does not matter then which worker dies."""
+    """The store, on a free port of the driver's host: it does not matter then which worker dies.
 
-    def __init__(self, *, host: str) -> None:
-        self._host = host
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    Neither the store nor gloo asks who connects, and what ranks send each other as objects is unpickled. So both listen
+    on the loopback interface alone where all workers are on the driver's host, else at the nodes' addresses.
+    """
+
+    def __init__(self, *, driver_ip: str, worker_ips: Iterable[str]) -> None:
+        self._host = _LOOPBACK if set(worker_ips) == {driver_ip} else driver_ip
+        with _listen(self._host) as listener:
+            port = listener.getsockname()[1]
+            self._store = dist.TCPStore(
+                self._host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
         self._generation = 0
 
     def next_meeting(self) -> Meeting:
         self._generation += 1
         return Meeting(host=self._host, port=self._store.port, generation=self._generation)
+
+
+def _listen(host: str) -> socket.socket:
+    """A socket on a free port of this address alone: torch's own would be on all interfaces."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        # The node is known by an address that is translated on the way to it, as of a container.
+        return socket.create_server(("", 0), family=family, backlog=_BACKLOG)
 
 
 def _interface_of(ip: str) -> str | None:

@@ -1,7 +1,9 @@
 """What a user's loader is made of, and the same loader over other indices. Worker."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -93,4 +95,42 @@ def describe(loader: Any, *, share: Share | None) -> Description:
 
 def iterated(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
     """The loader's batches of this share; a DataLoader has it as its batch sampler."""
-    return map(loader.__getitem__, share) if share is not None and isinstance(loader, Sequence) else iter(loader)
+    if share is not None and isinstance(loader, Sequence):
+        return map(loader.__getitem__, share)
+    return begin_iteration(loader)
+
+
+def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
+    """As `iter`. Where this process puts off the end that a SIGTERM or Ctrl-C asks for, a DataLoader's processes get
+    process groups of their own: such a signal to the group would end them under the step that is still to be finished.
+    """
+    is_starting = isinstance(loader, DataLoader) and loader.num_workers > 0
+    if not is_starting or not _is_deferring_signals():
+        return iter(loader)
+    attributes: dict[str, Any] = loader.__dict__
+    before = attributes["worker_init_fn"]
+    attributes["worker_init_fn"] = _OwnGroup(before)
+    try:
+        return iter(loader)
+    finally:
+        attributes["worker_init_fn"] = before
+
+
+class _OwnGroup:
+    """A DataLoader's `worker_init_fn`: a process group for the process alone, then the user's."""
+
+    def __init__(self, init: Callable[[int], None] | None) -> None:
+        self._init = init
+
+    def __call__(self, process: int) -> None:
+        os.setpgid(0, 0)
+        if self._init is not None:
+            self._init(process)
+
+
+def _is_deferring_signals() -> bool:
+    """The driver's handlers are in place, which are raylit's: the run's only worker is in this process."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return hasattr(os, "setpgid") and any(
+        str(getattr(handler, "__module__", "")).startswith("raylit.") for handler in handlers
+    )

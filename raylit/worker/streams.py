@@ -6,6 +6,7 @@ from itertools import chain, islice
 from typing import Any
 
 from raylit.checkpoint import format
+from raylit.worker.loaders import begin_iteration
 from raylit.worker.sampling import IsolatedRandom, RandomState
 
 _END = object()
@@ -32,10 +33,10 @@ def opened(stream: Iterable[Any], *, opening: Opening) -> tuple[Iterator[Any], A
     go on undisturbed by what is passed over."""
     if opening.num_passed == 0:
         opening.begin()
-        return iter(stream), None
+        return begin_iteration(stream), None
     outside = RandomState.take()
     opening.begin()
-    items = iter(stream)
+    items = begin_iteration(stream)
     last = advance(items, opening.num_passed)
     outside.restore()
     return items, last

@@ -79,7 +79,7 @@ def test_a_driver_that_is_killed_needs_not_say_so_even_if_a_fork_of_it_lives_on(
 
 
 def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path):
-    directories = [tmp_path / name for name in ("killed", "living", "young", "foreign", "own")]
+    directories = [tmp_path / f"rl-{name}" for name in ("killed", "living", "young", "foreign", "own")]
     for directory in directories:
         directory.mkdir()
     killed, living, young, _, own = directories
@@ -145,3 +145,34 @@ def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped
     first, *rest = output.splitlines()
     assert first == "started" if num_stopped == 1 else "did not start, twice" in first
     assert rest == [f"{num_stopped} left: set()", "[]"]
+
+
+def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are_removed(tmp_path):
+    names = ("project", "rl-link", "rl-stranger", "rl-linked-lock", "rl-abandoned", "rl-own")
+    project, link, stranger, linked, abandoned, own = (tmp_path / name for name in names)
+    for directory in (project, stranger, linked, abandoned, own):
+        directory.mkdir()
+    for directory in (project, stranger, abandoned):
+        (directory / "raylit.lock").touch()
+        os.utime(directory / "raylit.lock", (0, 0))
+    link.symlink_to(project)
+    (linked / "raylit.lock").symlink_to(project / "raylit.lock")
+    others = [project, link, linked]
+    if os.geteuid() == 0:
+        os.chown(stranger, 65534, 65534)
+        others.append(stranger)
+    janitor = Janitor(str(own))
+    assert is_gone(abandoned)
+    janitor.finish()
+    assert [path.exists() for path in others] == [True] * len(others)
+    assert (project / "raylit.lock").exists()
+
+
+def test_what_lives_on_in_a_session_of_the_node_s_ends_with_it(tmp_path, start):
+    directory = tmp_path / "own"
+    directory.mkdir()
+    # As a node's process that has gone, and what it has started: marked, but not Ray's.
+    process = start(directory, start_new_session=True)
+    (directory / "raylit.sessions").write_text(f"{process.pid}\n")
+    Janitor(str(directory)).finish()
+    assert process.wait(timeout=10) == -signal.SIGKILL

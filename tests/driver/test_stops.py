@@ -1,7 +1,11 @@
-"""Ctrl-C and SIGTERM during a run, and workers that fall silent. The signals are real ones, to this very process."""
+"""Ctrl-C and SIGTERM during a run, and workers that fall silent. The signals are real ones, to this very process or to
+the process group of a script."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -217,6 +221,91 @@ def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
     of_the_user_s = SystemExit(4)
     assert Interrupts(on_first=lambda: None).status_after(of_the_user_s) == "failed"
     assert of_the_user_s.code == 4
+
+
+class StopsAChild(Regression):
+    """Forks a process in a step, as a pool of the user's would, and ends it by a signal."""
+
+    def training_step(self, batch, batch_idx):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(20)
+        self.exit_code = child.exitcode
+        child.kill()
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_process_that_a_hook_has_forked_heeds_a_sigterm_itself(quiet):
+    model = StopsAChild()
+    trainer = pl.Trainer(num_workers=0, max_steps=1, **quiet)
+    trainer.fit(model, RegressionData())
+    assert model.exit_code == -signal.SIGTERM
+    assert not trainer.interrupted
+
+
+IN_A_GROUP = """
+import pathlib, sys, time
+import torch
+import raylit as pl
+from models import Regression, RegressionData
+
+num_workers, num_processes = int(sys.argv[1]), int(sys.argv[2])
+
+class Slow(Regression):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 3 and self.global_rank == 0:
+            pathlib.Path("ready").touch()
+        time.sleep(0.05)
+        return super().training_step(batch, batch_idx)
+
+class Data(RegressionData):
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        return torch.utils.data.DataLoader(loader.dataset, batch_size=8, num_workers=num_processes)
+
+if __name__ == "__main__":
+    trainer = pl.Trainer(
+        num_workers=num_workers, max_epochs=500, logger=False, enable_progress_bar=False, num_sanity_val_steps=0
+    )
+    trainer.fit(Slow(), Data(num_train=960))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("number", "num_workers", "num_processes"),
+    [(signal.SIGTERM, 2, 1), (signal.SIGHUP, 2, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 0, 2)],
+)
+def test_a_signal_to_the_whole_process_group_ends_the_run_in_good_order(number, num_workers, num_processes, tmp_path):
+    (tmp_path / "script.py").write_text(IN_A_GROUP)
+    with open(tmp_path / "printed", "w") as printed:
+        script = subprocess.Popen(
+            [sys.executable, "script.py", str(num_workers), str(num_processes)],
+            cwd=tmp_path,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "ready").exists() and script.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(script.pid, number)
+        code = script.wait(timeout=LIMIT_S)
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
+            script.wait()
+    text = (tmp_path / "printed").read_text()
+    # Python ends by SIGINT itself.
+    assert code == (-number if number == signal.SIGINT else 128 + number), text
+    assert text.count("the run ends after this step and is saved") == 1, text
+    assert "rpc_client" not in text
+    assert "DataLoader worker" not in text
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] >= 3
 
 
 class Freezes(Regression):
