@@ -42,8 +42,7 @@ class ModelCheckpoint(DriverCallback):
       the first one where the monitored metric is not there yet.
     - What stays: the `save_top_k` best by `monitor` (-1: all, 0: none); without one the latest. `save_last` keeps
       `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
-    - On Ctrl-C, SIGTERM and SIGHUP the run is saved where it stands, in `last.ckpt` if there is one, else under the usual
-      name.
+    - On Ctrl-C, SIGTERM and SIGHUP the run is saved where it stands, in `last.ckpt` or else under the usual name.
       `save_on_exception`: at an error, too; workers write what one of a hook or step left, on their own hosts.
     - A further fit of the same Trainer is a new run, whose best, last and newest files are its own; those of the run
       before stay on the disk. Where the run ends inside an epoch, a metric of earlier weights gives no rank.
