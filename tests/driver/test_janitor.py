@@ -136,7 +136,8 @@ def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped
                 except pl.ResourcesError as error:
                     print(error, error.__cause__)
                 thread.join()
-                print(len(stopped), "left:", stopped & set(raylets()))
+                # A process that a raylet has just forked looks like one, and may have been stopped with it.
+                print(len(stopped) >= {num_stopped}, "left:", stopped & set(raylets()))
                 cluster.shutdown()
                 print(os.listdir(directory))
         """,
@@ -144,7 +145,7 @@ def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped
     )
     first, *rest = output.splitlines()
     assert first == "started" if num_stopped == 1 else "did not start, twice" in first
-    assert rest == [f"{num_stopped} left: set()", "[]"]
+    assert rest == ["True left: set()", "[]"]
 
 
 def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are_removed(tmp_path):
