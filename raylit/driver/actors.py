@@ -96,6 +96,8 @@ class ActorGroup:
         self.is_at_rest = True
         """Every worker is alive and at the end of its last command."""
         self._num_commands = 0
+        self._failures: dict[int, Failed] = {}
+        """By rank, of the command that fails."""
         self._is_braking = False
         try:
             self._spawn()
@@ -293,6 +295,7 @@ class ActorGroup:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
         self._leftovers = []
+        self._failures = {}
         is_usable, self.is_usable = self.is_usable, False
         self.is_at_rest = False
         while waiting:
@@ -375,8 +378,9 @@ class ActorGroup:
 
     def _calls_of_others(self, dead_rank: int) -> str:
         """Where the ranks stand that waited for one which gloo has ended."""
-        streams = {stream: rank for rank, stream in enumerate(self._streams) if rank != dead_rank}
-        calls: dict[int, str] = {}
+        known = {dead_rank, *self._failures}
+        streams = {stream: rank for rank, stream in enumerate(self._streams) if rank not in known}
+        failures = list(self._failures.values())
         deadline = time.monotonic() + _BLAME_S
         while streams and (left_s := deadline - time.monotonic()) > 0:
             ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=left_s, fetch_local=False)[0]
@@ -387,14 +391,16 @@ class ActorGroup:
                     del streams[stream]
                     continue
                 for failed in [report for report in reports if isinstance(report, Failed)]:
-                    calls[failed.rank] = call_in(failed.traceback, is_last_innermost=True) or _OUTSIDE
+                    failures.append(failed)
                     streams.pop(stream, None)
-        return "".join(f"; rank {rank} at {call}" for rank, call in sorted(calls.items()))
+        failures.sort(key=lambda failed: failed.rank)
+        calls = [call_in(failed.traceback, is_last_innermost=True) or _OUTSIDE for failed in failures]
+        return "".join(f"; rank {failed.rank} at {call}" for failed, call in zip(failures, calls, strict=True))
 
     def _fail(self, first: Failed, *, was_usable: bool) -> Iterator[tuple[int, Report]]:
         """Raise the user's exception, with those of other ranks that fail at the same time; or WorkerDied, where the
         exceptions only follow from that. Yields what hooks have logged until then."""
-        failures = {first.rank: first}
+        failures = self._failures = {first.rank: first}
         death: WorkerDied | None = None
         started = time.monotonic()
         try:

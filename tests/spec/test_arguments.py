@@ -92,7 +92,7 @@ def test_the_arguments_of_the_pages_era_are_accepted_with_their_defaults():
         ({"reload_dataloaders_every_epoch": True}, {"reload_dataloaders_every_n_epochs": 1}),
         ({"replace_sampler_ddp": False}, {"use_distributed_sampler": False}),
         ({"distributed_backend": "ddp", "num_processes": 2}, {"strategy": "ddp", "num_workers": 2}),
-        ({"distributed_backend": "ddp_cpu", "num_processes": 2}, {"num_workers": 2}),
+        ({"distributed_backend": "ddp_cpu", "num_processes": 2}, {"strategy": "ddp", "num_workers": 2}),
         ({"weights_summary": None}, {"enable_model_summary": False}),
     ],
 )

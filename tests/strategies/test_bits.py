@@ -27,7 +27,11 @@ def trained(directory, *, max_epochs, num_workers, strategy, resume=None, **argu
 
 @pytest.mark.parametrize(
     ("num_workers", "strategy"),
-    [(3, "auto"), (4, pl.DDPStrategy(bucket_cap_mb=0.001)), (3, pl.DDPStrategy(static_graph=True))],
+    [
+        (3, "auto"),
+        pytest.param(4, pl.DDPStrategy(bucket_cap_mb=0.001), marks=pytest.mark.slow),
+        pytest.param(3, pl.DDPStrategy(static_graph=True), marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_of_several_workers_has_the_bits_of_one_that_went_through(num_workers, strategy, tmp_path):
     whole = trained(tmp_path / "whole", max_epochs=2, num_workers=num_workers, strategy=strategy)
