@@ -938,9 +938,3 @@ def test_synced_batch_norm_equals_one_process_with_the_whole_batch(num_samples):
     fit(model, num_workers=2, num_samples=num_samples, sync_batchnorm=True)
     assert_same_weights(weights_of(model), weights_of(by_hand), rtol=1e-3, atol=1e-5)
     assert type(model.net[1]) is nn.BatchNorm1d
-
-
-def test_synced_batch_norm_waits_for_no_worker_without_a_batch():
-    model = Normed()
-    trainer = fit(model, num_workers=2, num_samples=49, sync_batchnorm=True)
-    assert trainer.global_step == 14

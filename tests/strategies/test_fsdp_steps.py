@@ -353,6 +353,7 @@ def test_an_average_of_the_weights_is_kept_saved_and_resumed_in_shards(tmp_path)
     assert_same_weights(weights_of(Net.load_from_checkpoint(path)), weights_of(average), **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:EMAWeightAveraging has averaged nothing")
 def test_shards_of_an_average_that_has_not_begun_are_not_used(tmp_path):
     expected, model, resumed = Net(), Net(), Net()
     fit(expected)

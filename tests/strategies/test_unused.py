@@ -152,6 +152,7 @@ def test_ranks_that_leave_out_different_parameters(bucket_cap_mb):
     assert_same_weights(weights_of(model), weights_of(single), **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("default:the loss does not depend on")
 def test_unused_parameters_are_named_once(capfd):
     torch.manual_seed(0)
     fit(Heads(first_only))
