@@ -37,9 +37,10 @@ def own_ray(monkeypatch):
     """Scripts get a Ray of their own, which finds the tests' modules."""
     directory = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
     monkeypatch.setenv("RAY_TMPDIR", directory)
-    monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{SHARED / 'autoscaling'}")
+    # The checkout first: another one may be installed.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS.parent, TESTS, SHARED / "autoscaling"))))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    yield
+    yield monkeypatch
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -202,3 +203,46 @@ ray.shutdown()
 @pytest.mark.cluster
 def test_a_trial_of_tune_trains_in_the_room_of_the_trial(own_ray, run_script):
     assert "through" in run_script(TUNED)
+
+
+CALLED_OFTEN = """
+import os, time
+from pathlib import Path
+import ray
+from raylit.driver import cluster
+
+@ray.remote
+class Actor:
+    def call(self): ...
+
+def parent(pid):
+    return int(Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[1])
+
+def kilobytes(pid):
+    return next(int(line.split()[1]) for line in Path("/proc", pid, "status").open() if line.startswith("VmRSS"))
+
+cluster.connect()
+actor = Actor.remote()
+ray.get(actor.call.remote())
+heads = [path.parent.name for path in Path("/proc").glob("[0-9]*/comm") if path.read_text() == "gcs_server\\n"]
+(head,) = [pid for pid in heads if parent(pid) == os.getpid()]
+before = kilobytes(head)
+for _ in range(4):
+    ray.get([actor.call.remote() for _ in range(1000)])
+time.sleep(3)  # for what is reported once a second
+print(kilobytes(head) - before)
+cluster.shutdown()
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("own_setting", [None, "500"])
+def test_the_embedded_node_s_head_keeps_no_record_of_calls_unless_the_user_wants_it(own_setting, own_ray, run_script):
+    if not pathlib.Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    own_ray.delenv("RAY_AUTH_MODE")
+    if own_setting is not None:
+        own_ray.setenv("RAY_task_events_report_interval_ms", own_setting)
+    growth_kb = int(run_script(CALLED_OFTEN).splitlines()[-1])
+    # 3.5 KB for each of 4000 calls.
+    assert (growth_kb > 8000) == (own_setting is not None), growth_kb
