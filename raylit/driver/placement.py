@@ -130,8 +130,8 @@ def placed(demand: Demand, *, make_room: Callable[[], bool] = lambda: False) -> 
     waiting = Waiting(timeout_s=timeout_s)
     hopeless_since_s: float | None = None
     try:
-        # In slices, as a wait of Ray's does not notice Ctrl-C.
-        while not group.wait(waiting.slice_s):
+        # In slices, as a wait of Ray's does not notice Ctrl-C; of a second, as Ray cuts off fractions (2.60).
+        while not group.wait(1):
             if make_room():
                 continue
             is_line_due = waiting.is_line_due
