@@ -46,14 +46,20 @@ class ResourcesError(RaylitError):
 class WorkerDied(RaylitError):
     """A worker process ended without being asked to: killed, crashed, or its host was lost."""
 
-    def __init__(self, *, rank: int, host: str, reason: str) -> None:
-        super().__init__(f"worker of rank {rank} on host {host} died: {reason}")
+    def __init__(self, *, rank: int, host: str, reason: str, advice: str = "") -> None:
+        """`advice`: how far the run had come and how to continue it."""
+        super().__init__(f"worker of rank {rank} on host {host} died: {reason}" + (f"\n{advice}" if advice else ""))
         self.rank = rank
         self.host = host
         self.reason = reason
+        self.advice = advice
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _worker_died, (self.rank, self.host, self.reason)
+        return _worker_died, (self.rank, self.host, self.reason, self.advice)
+
+    def advise(self, advice: str) -> None:
+        """Add how far the run had come and how to continue it."""
+        self.__init__(rank=self.rank, host=self.host, reason=self.reason, advice=advice)  # type: ignore[misc]
 
 
 class LoggingError(RaylitError):
@@ -76,8 +82,8 @@ class RemoteTraceback(Exception):
         return f"\n{self.text}"
 
 
-def _worker_died(rank: int, host: str, reason: str) -> WorkerDied:
-    return WorkerDied(rank=rank, host=host, reason=reason)
+def _worker_died(rank: int, host: str, reason: str, advice: str = "") -> WorkerDied:
+    return WorkerDied(rank=rank, host=host, reason=reason, advice=advice)
 
 
 _HIDDEN = tuple(

@@ -1,9 +1,11 @@
 """Where files go: local paths and URLs that fsspec knows, by one set of functions. Driver."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from raylit.errors import ConfigError
 
@@ -124,10 +126,22 @@ def write_text(text: str, path: str) -> None:
         write_bytes(text.encode(), path)
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    replace_file(text.encode(), path)
+
+
+def replace_file(content: bytes, path: str) -> None:
+    """Write a small local file whole or not at all, in a directory that is there."""
+    directory, name = os.path.split(path)
+    # Nobody can put a link of this name there beforehand, and "x" follows none.
+    temporary = os.path.join(directory, f".{name}.{uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def write_bytes(content: bytes, url: str) -> None:

@@ -95,7 +95,8 @@ def _written(path: str) -> Iterator[Path]:
                 store.makedirs(store._parent(place), exist_ok=True)
             store.put_file(os.fspath(Path(directory) / "weights"), place)
     except Exception as error:  # of whatever kind the store's own library raises
-        raise CheckpointError(f"cannot write the weights to {path}: {type(error).__name__}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"cannot write the weights to {path}: {type(error).__name__}: {reason}") from error
 
 
 def _read(path: str) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Weights as safetensors: what any library reads, tied ones once, whole or not there at all; and their way back."""
 
+import os
+import re
 import sys
 
 import fsspec
@@ -11,6 +13,9 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import raylit as pl
+from raylit.checkpoint import files
+from raylit.errors import CheckpointError
+from raylit.weights import write_weights
 
 
 class Tied(pl.LightningModule):
@@ -118,3 +123,14 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
 def test_without_a_run_there_are_no_weights():
     with pytest.raises(pl.ConfigError, match="save_weights needs a model"):
         pl.Trainer(logger=False).save_weights("w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "c.ckpt"])
+def test_an_error_of_a_save_names_the_path_that_was_asked_for_and_no_hidden_draft(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir()
+    save = files.write if name == "c.ckpt" else write_weights
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
+        save({"state_dict": {}} if name == "c.ckpt" else nn.Linear(2, 2), path)
+    assert ".tmp" not in str(caught.value)
+    assert os.listdir(tmp_path) == [name]

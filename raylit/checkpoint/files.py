@@ -92,7 +92,7 @@ class DirectoryDraft:
         try:
             directory.put(Path(self.place), self._target)
         except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint {self._target}: {error}") from error
+            raise CheckpointError(f"cannot write the checkpoint {self._target}: {_reason(error)}") from error
 
     def discard(self) -> None:
         """What is left of it, and what it has taken the place of."""
@@ -139,8 +139,21 @@ def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
                 draft.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {target}: {error}") from error
+        raise CheckpointError(f"cannot write the checkpoint {target}: {_reason(error)}") from error
+    except CheckpointError as error:
+        name_target(error, draft=draft, target=target)
+        raise
     _sync_directory(target.parent)
+
+
+def name_target(error: CheckpointError, *, draft: str | Path, target: str | os.PathLike[str]) -> None:
+    """Have an error name the path that was asked for in place of the draft that was written to."""
+    error.args = (str(error).replace(str(draft), os.fspath(target)),)
+
+
+def _reason(error: OSError) -> str:
+    """Without the paths, which may be those of a draft."""
+    return f"[Errno {error.errno}] {error.strerror}" if error.errno is not None and error.strerror else str(error)
 
 
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: bool = True) -> dict[str, Any]:

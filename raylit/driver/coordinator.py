@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.progress_bar import start_is_shown
 from raylit.checkpoint import directory, format
 from raylit.checkpoint.publication import Publication
@@ -18,7 +19,7 @@ from raylit.driver.interrupts import Interrupts
 from raylit.driver.log_writer import LogWriter
 from raylit.driver.saves import LoggedBefore, Order, Saves
 from raylit.driver.schedule import Schedule
-from raylit.errors import RaylitError
+from raylit.errors import RaylitError, WorkerDied
 from raylit.loggers.base import Logger
 from raylit.messages import (
     Command,
@@ -75,6 +76,7 @@ class Coordinator:
         self.log_dir = job.log_dir
         self._job = job
         self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
+        self._savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
         self._states = CallbackStates(callbacks if stage == "fit" else ())
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
@@ -289,6 +291,8 @@ class Coordinator:
             finally:
                 for callback in started:
                     callback.on_exception(self, error)
+            if isinstance(error, WorkerDied) and self.state.stage == "fit":
+                error.advise(self._how_to_continue())
             raise
         finally:
             try:
@@ -301,6 +305,20 @@ class Coordinator:
                         self._group.release(is_kept=not self.state.is_interrupted)
                 self._interrupts.restore()
                 self._describe_profiles()
+
+    def _how_to_continue(self) -> str:
+        """Say how far a broken run had come, and what the next one can start from."""
+        progress = self.state.progress
+        text = f"The last step that it reported is {progress.global_step}, in epoch {progress.epoch}. "
+        newest = next((saver.newest_model_path for saver in self._savers if saver.newest_model_path), "")
+        if newest:
+            return text + f'The newest checkpoint is {newest}: Trainer(resume="auto") continues from it'
+        if self._savers:
+            return text + (
+                "No checkpoint has been saved yet: ModelCheckpoint(every_n_train_steps=N) saves inside an epoch, too, "
+                'and Trainer(resume="auto") continues from the newest checkpoint'
+            )
+        return text + 'The run keeps no checkpoints: with some, Trainer(resume="auto") would continue from the newest'
 
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None

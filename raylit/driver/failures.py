@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import sys
 import threading
 import time
 import traceback
@@ -95,7 +96,12 @@ def raise_failures(failures: Sequence[Failed], *, num_workers: int) -> None:
     cause = RemoteTraceback(text)
     if first.error is None:
         raise WorkerFailed(f"an exception that cannot be pickled ended {where}: {first.summary}") from cause
-    raise cloudpickle.loads(first.error) from cause
+    error = cloudpickle.loads(first.error)
+    if isinstance(error, SystemExit):
+        # Python ends without a word on it, in whichever process it was called.
+        line = call_in(first.traceback, is_last_innermost=True)
+        sys.stderr.write(f"raylit: sys.exit({error.code!r}) in {where}{f' ({line})' if line else ''} ends the run\n")
+    raise error from cause
 
 
 def reason_of_death(error: BaseException, exit_words: str | None) -> str:
@@ -109,6 +115,8 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
         return f"killed by Ray's memory monitor, as its host ran out of memory ({in_use})"
     if not isinstance(error, ActorDiedError):
         return exit_words or f"its stream of reports ended ({error or type(error).__name__})"
+    if error.preempted:
+        return "its host was preempted: the cluster has drained it"
     if exit_words is not None:
         return exit_words
     if (lost := _HOST_LOST.search(text)) is not None:

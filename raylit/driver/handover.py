@@ -132,6 +132,9 @@ class PartsHandover:
             files.write_bytes(metadata, joined(draft.place, METADATA))
             self._whole.write(draft.index)
             draft.publish()
+        except CheckpointError as error:
+            files.name_target(error, draft=draft.place, target=path)
+            raise
         finally:
             draft.discard()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raylit.loggers.file import is_past
-from raylit.places import file_system, is_url, joined, write_bytes
+from raylit.places import file_system, is_url, joined, replace_file, write_bytes
 
 _MARK = "events.out.tfevents"
 _LENGTH = struct.Struct("<Q")
@@ -101,7 +101,4 @@ def _replace(path: str, content: bytes) -> None:
     if is_url(path):
         write_bytes(content, path)
         return
-    draft = f"{path}.{os.getpid()}.tmp"
-    with open(draft, "wb") as file:
-        file.write(content)
-    os.replace(draft, path)
+    replace_file(content, path)

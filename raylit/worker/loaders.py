@@ -1,9 +1,17 @@
 """What a user's loader is made of, and the same loader over other indices. Worker."""
 
+import contextlib
 import copy
+import multiprocessing
 import os
+import re
+import shutil
 import signal
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -104,16 +112,56 @@ def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
     """As `iter`. Where this process puts off the end that a SIGTERM or Ctrl-C asks for, a DataLoader's processes get
     process groups of their own: such a signal to the group would end them under the step that is still to be finished.
     """
-    is_starting = isinstance(loader, DataLoader) and loader.num_workers > 0
-    if not is_starting or not _is_deferring_signals():
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return iter(loader)
     attributes: dict[str, Any] = loader.__dict__
     before = attributes["worker_init_fn"]
-    attributes["worker_init_fn"] = _OwnGroup(before)
+    if _is_deferring_signals():
+        attributes["worker_init_fn"] = _OwnGroup(before)
     try:
         return iter(loader)
     finally:
         attributes["worker_init_fn"] = before
+        _children.update(multiprocessing.active_children())
+
+
+def explain_dead_process(error: BaseException) -> None:
+    """Say in torch's error about a DataLoader's process how that has ended, and remove what it has left on the disk."""
+    found = _DEAD_PROCESS.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return
+    pids = [int(pid) for pid in found[1].split(",")]
+    codes = {child.pid: child.exitcode for child in _children}
+    ends = [f"process {pid} {_describe_exit(codes[pid])}" for pid in pids if codes.get(pid) is not None]
+    advice = (
+        "The kernel kills by SIGKILL where memory is short, and a full /dev/shm shows as SIGBUS: use fewer processes "
+        "(num_workers of the DataLoader) or smaller batches, or give the container more shared memory; num_workers=0 "
+        "shows what crashes in the data set"
+    )
+    how = ", ".join(ends) or "how it ended is not known"
+    error.args = (f"{str(error).strip().rstrip('.')} ({how}). {advice}",)
+    for pid in pids:
+        _remove_sockets(pid)
+
+
+_children: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+"""The processes of this process's DataLoaders, which torch's errors name by their ids only."""
+_DEAD_PROCESS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+
+
+def _describe_exit(code: int | None) -> str:
+    assert code is not None
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _remove_sockets(pid: int) -> None:
+    """A killed process leaves the directory of the sockets by which it has sent tensors; they have its id in their
+    names."""
+    for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
+        with contextlib.suppress(OSError):
+            names = os.listdir(directory)
+            if names and all(name.startswith(f"listener-{pid}-") for name in names):
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 class _OwnGroup:

@@ -53,7 +53,10 @@ def write_in_parts(
         if draft is not None:
             draft.discard()
     if errors:
-        raise CheckpointError(errors[0])
+        failure = CheckpointError(errors[0])
+        if place:  # else there was no draft
+            files.name_target(failure, draft=place, target=path)
+        raise failure
 
 
 def _written(place: str, tensors: Mapping[str, Tensor], *, context: WorkerContext) -> Part:

@@ -49,6 +49,7 @@ from raylit.worker.eval_loop import EvalLoop, PredictLoop
 from raylit.worker.feed import TrainSource
 from raylit.worker.forwarding import logger_views
 from raylit.worker.hooks import is_overridden
+from raylit.worker.loaders import explain_dead_process
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
 from raylit.worker.optimization.uncompiled import without_compiler
@@ -362,6 +363,12 @@ class Worker:
 
 
 def _advise(error: BaseException) -> None:
+    """Add to errors of torch's what the user can do."""
+    explain_dead_process(error)
+    _advise_on_batch_norm(error)
+
+
+def _advise_on_batch_norm(error: BaseException) -> None:
     """What torch says of a batch norm without more than one value leaves open where such a batch comes from."""
     if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
         error.args = (

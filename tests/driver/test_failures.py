@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pickle
 import re
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from models import Regression, RegressionData
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
 
 import raylit as pl
@@ -95,6 +97,47 @@ KILLED_BY_RAY = """
         except pl.WorkerDied as error:
             print("DIED", error)
 """
+
+
+class EndsAtStep3(Regression):
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 3 and self.global_rank == 1:
+            self.end()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("saving", "words"),
+    [
+        (True, r'checkpoint is \S+step=2\.ckpt: Trainer\(resume="auto"\) continues from it'),
+        (False, "The run keeps no checkpoints"),
+    ],
+)
+def test_a_death_says_how_far_the_run_had_come_and_how_to_continue(saving, words, tmp_path):
+    callbacks = [pl.ModelCheckpoint(tmp_path, every_n_train_steps=2)] if saving else []
+    trainer = pl.Trainer(
+        num_workers=2, max_epochs=2, logger=False, enable_progress_bar=False, log_every_n_steps=1,
+        enable_checkpointing=saving, callbacks=callbacks,
+    )  # fmt: skip
+    with pytest.raises(pl.WorkerDied, match=r"killed by SIGKILL|ended without a word") as caught:
+        trainer.fit(EndsAtStep3(lambda: os.kill(os.getpid(), signal.SIGKILL)), RegressionData(batch_size=4))
+    told = str(caught.value)
+    # A save brings all reports before it to the driver; others may be lost with the group.
+    least = 2 if saving else 0
+    assert re.search(rf"The last step that it reported is [{least}-3], in epoch 0\.", told)
+    assert re.search(words, told)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == told
+
+
+def test_a_sys_exit_of_one_rank_is_said(quiet, capfd):
+    with pytest.raises(SystemExit) as caught:
+        pl.fit(EndsAtStep3(lambda: sys.exit(0)), RegressionData(batch_size=4), num_workers=2, max_epochs=1, **quiet)
+    assert caught.value.code == 0
+    assert "raylit: sys.exit(0) in rank 1 of 2 on host" in capfd.readouterr().err
 
 
 @pytest.mark.cluster
@@ -255,3 +298,9 @@ def died(text):
 def test_a_death_that_only_ray_knows_of_is_told_in_words(text, words):
     assert words in reason_of_death(died(text), None)
     assert "class_name" not in reason_of_death(died(text), None)
+
+
+def test_a_worker_of_a_drained_host_is_said_to_be_preempted():
+    drained = NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED, reason_message="spot")
+    error = ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16), error_message="died", node_death_info=drained))
+    assert reason_of_death(error, None) == "its host was preempted: the cluster has drained it"

@@ -1,7 +1,9 @@
 """A worker that ends where others wait for it: the driver says who and why within seconds, wherever that is."""
 
+import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,4 +78,31 @@ def test_the_death_of_a_loader_s_process_is_an_error_of_its_rank(quiet):
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)") as caught:
         pl.fit(Regression(), loader, num_workers=2, max_epochs=1, **quiet)
     assert time.monotonic() - started < 60
+    assert "was ended by SIGKILL" in str(caught.value)
     assert "In rank 0 of 2" in str(caught.value.__cause__)
+
+
+class KillsItsLoader(Regression):
+    """Leaves what a loader's process has in the temporary directory while it sends tensors."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = directory
+
+    def training_step(self, batch, batch_idx):
+        [process] = multiprocessing.active_children()
+        for name, pid in (("pymp-own", process.pid), ("pymp-other", process.pid + 1)):
+            (self.directory / name).mkdir(exist_ok=True)
+            (self.directory / name / f"listener-{pid}-0-abc").touch()
+        os.kill(process.pid, signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*validation is skipped")
+def test_what_a_killed_loader_s_process_leaves_in_the_temporary_directory_is_removed(quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    loader = DataLoader(TensorDataset(torch.randn(480, 8), torch.randn(480, 3)), batch_size=4, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"process \d+ was ended by SIGKILL\)\. The kernel kills by SIGKILL where"):
+        pl.fit(KillsItsLoader(tmp_path), loader, num_workers=0, max_epochs=1, **quiet)
+    assert not (tmp_path / "pymp-own").exists()
+    assert (tmp_path / "pymp-other").exists()
