@@ -48,7 +48,7 @@ class WorkerDied(RaylitError):
 
     def __init__(self, *, rank: int, host: str, reason: str, advice: str = "") -> None:
         """`advice`: how far the run had come and how to continue it."""
-        super().__init__(f"worker of rank {rank} on host {host} died: {reason}" + (f"\n{advice}" if advice else ""))
+        super().__init__(f"worker of rank {rank} on host {host} died: {reason}" + (f". {advice}" if advice else ""))
         self.rank = rank
         self.host = host
         self.reason = reason
