@@ -1,5 +1,6 @@
 """Warm workers: groups that outlive a run, for the next one that asks for the same. Driver."""
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -100,6 +101,10 @@ class _Idle:
         return self.ends_at_s <= time.monotonic() or not self.group.is_of_this_session
 
 
+_STOP_WATCHING_S = 5.0
+"""For a look at the cluster that is under way."""
+
+
 class _Pool:
     """The idle groups of this process. A thread ends them when their time is over, or somebody wants their room."""
 
@@ -109,6 +114,7 @@ class _Pool:
         self._lock = threading.Lock()
         self._has_changed = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._is_ending = False
         self._variable_names: set[str] = set()
         """Of the environment of this process at all its runs: what has gone since then, a worker may still have."""
 
@@ -157,26 +163,40 @@ class _Pool:
             while len(self._idle) > 1 and self._num_workers() > _MAX_IDLE_WORKERS:
                 surplus.append(self._idle.pop(0))
             if self._watcher is None or not self._watcher.is_alive():
+                self._is_ending = False
                 self._watcher = threading.Thread(target=self._watch, name="raylit-idle-workers", daemon=True)
                 self._watcher.start()
+                # Registered later than what ends Ray at exit, so it comes first.
+                atexit.unregister(self.stop_watching)
+                atexit.register(self.stop_watching)
         self._has_changed.set()
         self._end(surplus)
 
     def clear(self) -> None:
         self._end(self._taken(lambda _: True))
 
+    def stop_watching(self) -> None:
+        """End the thread before Ray is shut down: a call into Ray after that ends the whole process."""
+        with self._lock:
+            watcher, self._is_ending = self._watcher, True
+        self._has_changed.set()
+        if watcher is not None and watcher is not threading.current_thread():
+            watcher.join(timeout=_STOP_WATCHING_S)
+
     def _watch(self) -> None:
         """Until no group is left."""
         was_wanted = False
         while True:
             with self._lock:
-                if not self._idle:
+                if not self._idle or self._is_ending:
                     self._watcher = None
                     return
                 left_s = min(idle.ends_at_s for idle in self._idle) - time.monotonic()
             self._has_changed.wait(timeout=max(0.0, min(left_s, _LOOK_S)))
             is_new = self._has_changed.is_set()
             self._has_changed.clear()
+            if self._is_ending:
+                continue
             # The user may end or change the Ray session at any moment: whatever that breaks here has ended the workers.
             with contextlib.suppress(Exception):
                 self._end(self._taken(_Idle.is_over))
@@ -223,5 +243,6 @@ def clear() -> None:
 
 def shutdown() -> None:
     """End the idle workers and the embedded node; a cluster of the user's is left alone."""
+    _pool.stop_watching()
     _pool.clear()
     cluster.shutdown()
