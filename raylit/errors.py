@@ -59,7 +59,8 @@ class WorkerDied(RaylitError):
 
     def advise(self, advice: str) -> None:
         """Add how far the run had come and how to continue it."""
-        self.__init__(rank=self.rank, host=self.host, reason=self.reason, advice=advice)  # type: ignore[misc]
+        self.advice = advice
+        self.args = (f"{self}. {advice}",)
 
 
 class LoggingError(RaylitError):

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -109,8 +110,10 @@ def iterated(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
 
 
 def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
-    """As `iter`. Where this process puts off the end that a SIGTERM or Ctrl-C asks for, a DataLoader's processes get
-    process groups of their own: such a signal to the group would end them under the step that is still to be finished.
+    """Iterate over a loader; remember its processes for `explain_dead_process`.
+
+    Where this process finishes its step after a SIGTERM or Ctrl-C, a DataLoader's processes get process groups of their
+    own: a signal to the whole group would end them during that step.
     """
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return iter(loader)
@@ -127,10 +130,13 @@ def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
 
 def explain_dead_process(error: BaseException) -> None:
     """Say in torch's error about a DataLoader's process how that has ended, and remove what it has left on the disk."""
-    found = _DEAD_PROCESS.search(str(error)) if isinstance(error, RuntimeError) else None
-    if found is None:
+    if isinstance(error, (ConnectionError, EOFError)):  # it died while a batch of its was on the way
+        pids = _wait_for_dead_children()
+    else:
+        found = _DEAD_PROCESS.search(str(error)) if isinstance(error, RuntimeError) else None
+        pids = [] if found is None else [int(pid) for pid in found[1].split(",")]
+    if not pids:
         return
-    pids = [int(pid) for pid in found[1].split(",")]
     codes = {child.pid: child.exitcode for child in _children}
     ends = [f"process {pid} {_describe_exit(codes[pid])}" for pid in pids if codes.get(pid) is not None]
     advice = (
@@ -147,6 +153,19 @@ def explain_dead_process(error: BaseException) -> None:
 _children: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
 """The processes of this process's DataLoaders, which torch's errors name by their ids only."""
 _DEAD_PROCESS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+
+
+def _wait_for_dead_children() -> list[int]:
+    """The kernel may take a moment to tell how a process has ended."""
+    deadline = time.monotonic() + _EXIT_S
+    while True:
+        dead = [child.pid for child in _children if child.pid is not None and child.exitcode]
+        if dead or not _children or time.monotonic() > deadline:
+            return dead
+        time.sleep(0.02)
+
+
+_EXIT_S = 0.5
 
 
 def _describe_exit(code: int | None) -> str:

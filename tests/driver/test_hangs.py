@@ -102,7 +102,11 @@ class KillsItsLoader(Regression):
 def test_what_a_killed_loader_s_process_leaves_in_the_temporary_directory_is_removed(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     loader = DataLoader(TensorDataset(torch.randn(480, 8), torch.randn(480, 3)), batch_size=4, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"process \d+ was ended by SIGKILL\)\. The kernel kills by SIGKILL where"):
+    # torch notices the death, or that the batch under way does not come.
+    with pytest.raises(
+        (RuntimeError, ConnectionError, EOFError),
+        match=r"process \d+ was ended by SIGKILL\)\. The kernel kills by SIGKILL where",
+    ):
         pl.fit(KillsItsLoader(tmp_path), loader, num_workers=0, max_epochs=1, **quiet)
     assert not (tmp_path / "pymp-own").exists()
     assert (tmp_path / "pymp-other").exists()
