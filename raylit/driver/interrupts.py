@@ -1,6 +1,7 @@
 """Interrupts: Ctrl-C, SIGTERM and SIGHUP in a run: the first asks for an orderly end, more end it at once. Driver."""
 
 import atexit
+import functools
 import os
 import signal
 import stat
@@ -45,7 +46,6 @@ class Interrupts:
         self._first: signal.Signals | None = None
         self._first_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
-        self._pid = os.getpid()
 
     @property
     def pending(self) -> SignalName | None:
@@ -56,6 +56,7 @@ class Interrupts:
         """May be called again: connecting to Ray puts a handler of Ray's in this one's place."""
         if threading.current_thread() is not threading.main_thread():
             return
+        _register_fork_hooks()
         for number in map(signal.Signals, _NAMES):
             current = signal.getsignal(number)
             if current != self._receive and _is_default(current):
@@ -91,9 +92,6 @@ class Interrupts:
             raise _exception(self._first)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            self._receive_in_fork(number, frame)
-            return
         if self._first is None:
             self._first, self._first_at = signal.Signals(number), time.monotonic()
             if self.is_connecting:
@@ -109,15 +107,37 @@ class Interrupts:
             self.is_ending_at_once = True
         raise _exception(signal.Signals(number))
 
-    def _receive_in_fork(self, number: int, frame: FrameType | None) -> None:
-        """A process that a loader or the user has forked has this handler too, but no run to end: do what the process
-        would have done without it."""
-        before = self._before.get(signal.Signals(number), signal.SIG_DFL)
-        if callable(before):
-            before(number, frame)
-        else:
-            signal.signal(number, before)
-            os.kill(os.getpid(), number)
+
+class _ForkHooks(threading.local):
+    """Give a process that a loader or the user has forked the handlers from before the run: it has no run to end.
+
+    Python forgets signals for its own handlers that reach the new process before its hooks run, so that a SIGTERM from
+    a parent that ends it at once would be lost. They stay blocked for so long; not Ctrl-C, which Python handles, and so
+    forgets, without us as well.
+    """
+
+    def block_signals(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NAMES.keys() - {signal.SIGINT})
+
+    def unblock_signals(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def restore_handlers(self) -> None:
+        for handler in map(signal.getsignal, _NAMES):
+            if isinstance(interrupts := getattr(handler, "__self__", None), Interrupts):
+                interrupts.restore()
+        self.unblock_signals()
+
+
+@functools.cache
+def _register_fork_hooks() -> None:
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        hooks = _ForkHooks()
+        os.register_at_fork(
+            before=hooks.block_signals,
+            after_in_parent=hooks.unblock_signals,
+            after_in_child=hooks.restore_handlers,
+        )
 
 
 def _write(notice: bytes) -> None:

@@ -224,15 +224,17 @@ def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
 
 
 class StopsAChild(Regression):
-    """Forks a process in a step, as a pool of the user's would, and ends it by a signal."""
+    """Forks processes in a step, as a pool of the user's would, and ends each by a signal before it has begun."""
 
     def training_step(self, batch, batch_idx):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-        child.terminate()
-        child.join(20)
-        self.exit_code = child.exitcode
-        child.kill()
+        self.exit_codes = []
+        for _ in range(5):
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            child.terminate()
+            child.join(20)
+            self.exit_codes.append(child.exitcode)
+            child.kill()
         return super().training_step(batch, batch_idx)
 
 
@@ -240,7 +242,7 @@ def test_a_process_that_a_hook_has_forked_heeds_a_sigterm_itself(quiet):
     model = StopsAChild()
     trainer = pl.Trainer(num_workers=0, max_steps=1, **quiet)
     trainer.fit(model, RegressionData())
-    assert model.exit_code == -signal.SIGTERM
+    assert model.exit_codes == [-signal.SIGTERM] * 5
     assert not trainer.interrupted
 
 
