@@ -365,9 +365,11 @@ class Trainer(Outcome):
             yield coordinator
             self._status = "finished"
         finally:
-            if coordinator.finished is not None:
-                self._take_back(job, coordinator.finished)
-            if stage == "fit" and (coordinator.finished is not None or self.num_workers == 0):
+            # What the coordinator holds of Ray's store stays until Python collects it, as it is in reference cycles.
+            finished, coordinator.finished = coordinator.finished, None
+            if finished is not None:
+                self._take_back(job, finished)
+            if stage == "fit" and (finished is not None or self.num_workers == 0):
                 self._progress_of_weights = coordinator.state.progress
 
     def _evaluate(

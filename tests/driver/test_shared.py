@@ -1,5 +1,6 @@
 """An in-memory data set is one copy per host, and a write to it stays in the process that writes."""
 
+import gc
 import re
 import time
 from pathlib import Path
@@ -260,9 +261,20 @@ def stored_bytes():
     return get_memory_info_reply(state).store_stats.object_store_bytes_used
 
 
+@pytest.fixture
+def uncollected():
+    """Python does not look for garbage during the test: what is in reference cycles stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
 def test_the_store_is_empty_after_the_run(quiet):
     data = Arrays(num_samples=64, width=100_000)  # 25 MB each
     module = Regression()
+    module.register_buffer("memory", torch.zeros(1_000_000))
     fit(module, DataLoader(data, batch_size=8), quiet, num_workers=2)
     assert fit(module, DataLoader(data, batch_size=8), quiet, num_workers=2) is not None
     deadline = time.monotonic() + 10
