@@ -159,7 +159,8 @@ KILLED_BY_RAY = """
         os.environ["RAY_memory_monitor_refresh_ms"] = "100"
         trainer = pl.Trainer(num_workers=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
         size = trainer.tuner.scale_batch_size(Eats(), init_val=8, steps_per_trial=1)
-        print("SIZE", size, trainer.tuner.batch_sizes.results)
+        results = trainer.tuner.batch_sizes.results
+        print("SIZE", size, results["status"], "ERROR", results["error"][-1])
 """
 
 
@@ -171,7 +172,7 @@ def test_a_trial_that_rays_memory_monitor_kills_is_too_large(run_script):
     if available < 10_000_000:
         pytest.skip("needs 10 GB of free memory")
     shown = run_script(KILLED_BY_RAY, timeout_s=170.0)
-    found = re.search(r"SIZE (\d+) .*'too large'\].*killed by Ray's memory monitor", shown)
+    found = re.search(r"SIZE (\d+) .*'too large'\] ERROR .*killed by Ray's memory monitor", shown)
     assert found is not None, shown
     assert 8 <= int(found[1]) < 512  # of 100 MB each
 
