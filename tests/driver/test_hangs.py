@@ -75,7 +75,9 @@ class Fragile(TensorDataset):
 def test_the_death_of_a_loader_s_process_is_an_error_of_its_rank(quiet):
     loader = DataLoader(Fragile(torch.randn(48, 8), torch.randn(48, 3)), batch_size=4, num_workers=1)
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)") as caught:
+    # The batch before may still be on its way from the process: see the next test.
+    told = r"DataLoader worker .* (killed by signal|exited unexpectedly)|Connection reset by peer"
+    with pytest.raises((RuntimeError, ConnectionResetError), match=told) as caught:
         pl.fit(Regression(), loader, num_workers=2, max_epochs=1, **quiet)
     assert time.monotonic() - started < 60
     assert "was ended by SIGKILL" in str(caught.value)
