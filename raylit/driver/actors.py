@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.accelerators import build_accelerator
-from raylit.driver import cluster, ray_private
+from raylit.compat import ray_core
+from raylit.driver import cluster
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
 from raylit.driver.exit_status import ExitStatus
 from raylit.driver.failures import DEATHS, call_in, is_at_one_line, last_words, raise_failures, reason_of_death
@@ -231,7 +232,7 @@ class ActorGroup:
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
         self._contexts = _contexts([places[index] for index in order])
-        ray_private.hide_deaths([place.worker_id for place in places])
+        ray_core.hide_worker_deaths([place.worker_id for place in places])
         own = ray.get_runtime_context().get_node_id()
         self._is_on_own_host = all(place.node_id == own for place in places)
         self._log_paths = [places[index].log_path if places[index].node_id == own else "" for index in order]
