@@ -21,6 +21,7 @@ from ray.exceptions import (
 )
 
 from raylit.compat import ray_core
+from raylit.compat.torch_data import find_loader_death
 from raylit.driver.exit_status import memory_in_use
 from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed
@@ -185,9 +186,7 @@ def _with_reason(error: BaseException) -> BaseException:
     """Where a DataLoader's process dies while a batch of its is on the way, torch may only see a connection end."""
     deadline = time.monotonic() + _EXIT_S
     while isinstance(error, (ConnectionError, EOFError)) and time.monotonic() < deadline:
-        try:
-            torch._C._error_if_any_worker_fails()
-        except RuntimeError as death:  # says how it died
+        if (death := find_loader_death()) is not None:
             death.__cause__ = error
             return death
         time.sleep(0.02)
