@@ -1,11 +1,9 @@
 """LightningModule: the hooks a user writes, on a plain nn.Module. User's class, used on both sides."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,26 +13,24 @@ from typing_extensions import Self
 from raylit import export
 from raylit.accelerators.transfer import to_device
 from raylit.errors import ConfigError
-from raylit.hparams import AttributeDict, copied, init_arguments, select_hyperparameters
+from raylit.hparams import HyperparametersMixin
 from raylit.loop_hooks import LoopHooks
 from raylit.rebuild import load_weights, read_for_rebuild, rebuilt
 from raylit.sequences import split_along_time
 from raylit.summary import Summary, summarized
 from raylit.weights import read_weights, write_weights
 
-_OF_THE_RUN = ("_view", "_metrics")
+_OF_THE_RUN = ("run_view", "run_metrics")
 """Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
 
 
-class LightningModule(LoopHooks):
+class LightningModule(HyperparametersMixin, LoopHooks):
     """Organized PyTorch: training, validation, test and prediction steps and their hooks on one nn.Module."""
 
-    _view: Any = None
-    _metrics: Any = None
-    # Of no narrower type, which torch.jit.script would try to compile.
-    _hparams: Any = None
-    _hparams_initial: Any = None
-    _hparams_name: str = "kwargs"
+    run_view: Any = None
+    """Raylit's own, see `trainer`: the worker's view of the run under way; None outside of runs."""
+    run_metrics: Any = None
+    """Raylit's own: what `log` writes to; None where nothing is collected."""
     example_input_array: Any = None
     automatic_optimization: bool = True
     """False: `training_step` runs backward passes and optimizers itself (`optimizers`, `manual_backward`)."""
@@ -126,12 +122,14 @@ class LightningModule(LoopHooks):
         the value counts for nothing, and a mean of nothing else is nan).
         `sync_dist` is therefore always on; it is accepted, like `sync_dist_group`, for Lightning's sake.
         """
-        if self._metrics is None:
+        if self.run_metrics is None:
             self._miss_run(name)
             return
-        if rank_zero_only and self._view.global_rank != 0:
+        if rank_zero_only and self.run_view.global_rank != 0:
             return
-        self._metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx)
+        self.run_metrics.log(
+            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx
+        )
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
         """`log` for each entry, of a dict or a torchmetrics.MetricCollection; keywords as there."""
@@ -144,7 +142,7 @@ class LightningModule(LoopHooks):
             self.log(name, value, **kwargs)
 
     def _miss_run(self, name: str) -> None:
-        if self._view is not None:
+        if self.run_view is not None:
             raise ConfigError(
                 f"self.log({name!r}) is called where nothing is collected: log in the hooks of batches and epochs of "
                 "training, validation and test, not before or after the training, nor at the end of a whole "
@@ -163,34 +161,34 @@ class LightningModule(LoopHooks):
     @property
     def trainer(self) -> Any:
         """The worker's view of the run; only inside a run."""
-        if self._view is None:
+        if self.run_view is None:
             raise RuntimeError(f"{type(self).__name__} is not inside a run: `trainer` is there in hooks only")
-        return self._view
+        return self.run_view
 
     @property
     def current_epoch(self) -> int:
-        return self._view.current_epoch if self._view is not None else 0
+        return self.run_view.current_epoch if self.run_view is not None else 0
 
     @property
     def global_step(self) -> int:
         """Optimizer steps so far."""
-        return self._view.global_step if self._view is not None else 0
+        return self.run_view.global_step if self.run_view is not None else 0
 
     @property
     def global_rank(self) -> int:
-        return self._view.global_rank if self._view is not None else 0
+        return self.run_view.global_rank if self.run_view is not None else 0
 
     @property
     def local_rank(self) -> int:
-        return self._view.local_rank if self._view is not None else 0
+        return self.run_view.local_rank if self.run_view is not None else 0
 
     @property
     def logger(self) -> Any:
-        return self._view.logger if self._view is not None else None
+        return self.run_view.logger if self.run_view is not None else None
 
     @property
     def loggers(self) -> list[Any]:
-        return self._view.loggers if self._view is not None else []
+        return self.run_view.loggers if self.run_view is not None else []
 
     @property
     def device(self) -> torch.device:
@@ -211,11 +209,11 @@ class LightningModule(LoopHooks):
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Tensors (and numbers, in dicts and lists too) of every rank, stacked in a new first dimension; as they are
         where there is one rank. `sync_grads`: gradients flow back to each rank. Collective."""
-        return data if self._view is None else self._view.all_gather(data, group=group, sync_grads=sync_grads)
+        return data if self.run_view is None else self.run_view.all_gather(data, group=group, sync_grads=sync_grads)
 
     def get_progress_bar_dict(self) -> dict[str, Any]:
         """What rank 0 sends to the progress bar while it trains: numbers and texts. Override it to add some."""
-        return {} if self._metrics is None else dict(self._metrics.latest(only_prog_bar=True))
+        return {} if self.run_metrics is None else dict(self.run_metrics.latest(only_prog_bar=True))
 
     # Optimization: what may be overridden
 
@@ -293,39 +291,6 @@ class LightningModule(LoopHooks):
 
     # Hyper-parameters, weights
 
-    def save_hyperparameters(
-        self,
-        *names: Any,
-        ignore: str | Iterable[str] | None = None,
-        frame: FrameType | None = None,
-        logger: bool = True,
-    ) -> None:
-        """Keep the constructor's arguments (all, the named ones, or a dict, Namespace or dataclass) in `hparams`, in
-        checkpoints and, with `logger`, in the loggers. `frame`: the constructor's, where this is called elsewhere."""
-        current = inspect.currentframe()
-        frame = frame or (current.f_back if current is not None else None)
-        assert frame is not None
-        ignored = [ignore] if isinstance(ignore, str) else ignore or ()
-        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
-        self.hparams.update(values)
-        self._hparams_initial = copied(self.hparams)
-        self._is_logging_hparams = logger
-
-    _is_logging_hparams: bool = True
-
-    @property
-    def hparams(self) -> AttributeDict:
-        """Theirs to change: checkpoints keep them as they are then."""
-        if self._hparams is None:
-            self._hparams = AttributeDict()
-        hparams: AttributeDict = self._hparams
-        return hparams
-
-    @property
-    def hparams_initial(self) -> AttributeDict:
-        """A copy of `hparams` as they were saved."""
-        return copied(self._hparams_initial or {})
-
     @classmethod
     def load_from_checkpoint(
         cls,
@@ -396,6 +361,9 @@ class LightningModule(LoopHooks):
 
 
 LightningModule.__jit_unused_properties__ = [
-    name for name, value in vars(LightningModule).items() if isinstance(value, property)
+    name
+    for kind in (HyperparametersMixin, LightningModule)
+    for name, value in vars(kind).items()
+    if isinstance(value, property)
 ]
 """Scripting leaves them out: they belong to the run, or are nothing that TorchScript has a type for."""
