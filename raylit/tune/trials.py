@@ -19,7 +19,6 @@ from ray.tune.schedulers import PopulationBasedTraining
 from raylit.checkpoint import format
 from raylit.compat.ray_tune import list_trials, set_trial_variables
 from raylit.driver import cluster
-from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import entries, is_url, joined, remove_directory
@@ -97,7 +96,6 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
         results = _tuner(trainable, space, room, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
-        end_uncaught_by_signal()
         raise KeyboardInterrupt
     # A resumed run has them in another order; their tags begin with their numbers.
     trials: list[TuneTrial] = sorted(list_trials(results), key=lambda trial: int(trial.experiment_tag.split("_")[0]))
