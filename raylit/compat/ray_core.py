@@ -155,7 +155,7 @@ def select_plain_resources(resources: Mapping[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if not _INTERNAL_RESOURCE.search(name)}
 
 
-# The wording of Ray's errors
+# The wording of Ray's errors and logs
 
 
 def is_memory_monitor_kill(text: str) -> bool:
@@ -202,7 +202,14 @@ def parse_host_address(text: str) -> str | None:
     return None if match is None else match[1]
 
 
+def parse_crash_signal(log: str, *, pid: int) -> str | None:
+    """Read from a worker's log which signal, such as "SIGSEGV", has crashed the process of this id. None: none has."""
+    return next((name for owner, name in reversed(_CRASH.findall(log)) if int(owner) == pid), None)
+
+
 _ADDRESS = re.compile(r"\b(?:ip|IP): ([^\s,]+)")
+_CRASH = re.compile(r"^\[[^\]]* E (\d+) \d+\] \S+ \*\*\* (SIG[A-Z]+) received at ", re.MULTILINE)
+"""What Ray's handler of such signals writes, with the process's id: its children write to the same log."""
 _EXIT_CODE = re.compile(r"exits with an exit code (-?\d+)")
 _HOST_LOST = re.compile(r"its node has died\.(?:.*?the actor's node was (.*?)[.:]?(?: The actor never ran.*)?$)?")
 _INTERNAL_RESOURCE = re.compile(":|memory|_group_")

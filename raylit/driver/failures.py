@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from raylit.compat import ray_core
 from raylit.compat.torch_data import find_loader_death
-from raylit.driver.exit_status import memory_in_use
+from raylit.driver.process_end import memory_in_use, read_log_end
 from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed
 from raylit.worker.context import WorkerContext
@@ -138,13 +138,7 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
 def last_words(log_path: str) -> str:
     """What gloo has said as it ended the process, and where the process's Python code was, to be put behind the reason;
     "" where it was not gloo, or on another host."""
-    try:
-        with open(log_path, "rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - _LAST_BYTES))
-            text = log.read().decode(errors="replace")
-    except OSError:
-        return ""
+    text = read_log_end(log_path)
     said = re.findall(r"what\(\): (.*)", text)
     if not said or "gloo" not in text:
         return ""
@@ -169,7 +163,6 @@ def call_in(traceback_text: str, *, is_last_innermost: bool = False) -> str:
 
 
 _PYTHON = os.path.dirname(threading.__file__) + os.sep
-_LAST_BYTES = 2**16
 _ADDRESS = re.compile(r"/\S+\(\S*\+0x|$")
 """Ray's list of frames of C begins on the same line."""
 _EXIT_S = 0.5

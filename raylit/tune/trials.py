@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining
 
 from raylit.checkpoint import format
+from raylit.compat.ray_exit import load_exit_imports
 from raylit.compat.ray_tune import list_trials, set_trial_variables
 from raylit.driver import cluster
 from raylit.driver.packing import packed
@@ -96,6 +97,7 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
         results = _tuner(trainable, space, room, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
+        load_exit_imports()
         raise KeyboardInterrupt
     # A resumed run has them in another order; their tags begin with their numbers.
     trials: list[TuneTrial] = sorted(list_trials(results), key=lambda trial: int(trial.experiment_tag.split("_")[0]))
