@@ -17,13 +17,18 @@ def import_private(module: str, name: str, *, written_for: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        package = module.partition(".")[0]
-        raise RaylitError(
-            f"raylit uses {module}.{name}, which is private to {package} and missing in the installed version "
-            f"{_find_version(package)}: install {package}=={written_for}.*, for which this raylit was written, or a "
-            "newer raylit"
-        ) from error
+        raise RaylitError(explain_missing(f"{module}.{name}", written_for=written_for)) from error
     return found
+
+
+def explain_missing(name: str, *, written_for: str) -> str:
+    """Say what to install where the full name of something private is missing, or is something else."""
+    package = name.partition(".")[0]
+    return (
+        f"raylit uses {name}, which is private to {package} and missing in the installed version "
+        f"{_find_version(package)}: install {package}=={written_for}.*, for which this raylit was written, or a newer "
+        "raylit"
+    )
 
 
 def _find_version(package: str) -> str:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from raylit.compat.private_names import import_private
+from raylit.compat.private_names import explain_missing, import_private
 from raylit.errors import RaylitError
 
 _VERSION = "2.60"
@@ -36,13 +36,9 @@ def count_train_reports() -> int:
 
 def read_trial_config(session: Any) -> Mapping[str, Any]:
     """Read what Tune has called the function of this session with; empty where it is not Tune's."""
-    thread = session.training_thread
-    if not hasattr(thread, "_target"):
-        raise RaylitError(
-            "raylit reads a trial's config from the thread that Ray Tune runs its function in, which is private to ray "
-            f"and differs in the installed version: install ray=={_VERSION}.*, for which this raylit was written, or a "
-            "newer raylit"
-        )
+    target = getattr(session.training_thread, "_target", None)
+    if not inspect.isfunction(target):
+        raise RaylitError(explain_missing("ray.train._internal.session.RunnerThread._target", written_for=_VERSION))
     # The target is a lambda: self._trainable_func(self.config), self being Tune's trainable.
-    trainable = inspect.getclosurevars(thread._target).nonlocals.get("self")
+    trainable = inspect.getclosurevars(target).nonlocals.get("self")
     return getattr(trainable, "config", None) or {}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from ray import tune
 from ray.tune.experiment import Trial
 
-from raylit.compat.private_names import import_private
+from raylit.compat.private_names import explain_missing, import_private
 from raylit.errors import RaylitError
 
 _VERSION = "2.60"
@@ -20,10 +20,7 @@ def list_trials(results: tune.ResultGrid) -> list[Trial]:
     """List the trials behind Tune's results, with their states and checkpoints, which the public results leave out."""
     analysis = getattr(results, "_experiment_analysis", None)
     if analysis is None:
-        raise RaylitError(
-            "raylit reads the trials of a run from tune.ResultGrid, where they are private to ray and differ in the "
-            f"installed version: install ray=={_VERSION}.*, for which this raylit was written, or a newer raylit"
-        )
+        raise RaylitError(explain_missing("ray.tune.ResultGrid._experiment_analysis", written_for=_VERSION))
     return list(analysis.trials)
 
 

@@ -19,18 +19,18 @@ from ray.tune.schedulers import PopulationBasedTraining
 from raylit.checkpoint import format
 from raylit.compat.ray_exit import load_exit_imports
 from raylit.compat.ray_tune import list_trials, set_trial_variables
+from raylit.compat.ray_tune_controller import replace_controller
 from raylit.driver import cluster
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import entries, is_url, joined, remove_directory
 from raylit.process_settings import variables_for_live_processes, variables_for_new_processes
 from raylit.torch_settings import TorchSettings
-from raylit.tune.controller import own_controller
 from raylit.tune.histories import Histories, history_of
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
 from raylit.tune.room import Room
-from raylit.tune.trial import Recipe, Setting, Trial, UnknownMetric
+from raylit.tune.trial import Recipe, Setting, Trial, TrialFailed, UnknownMetric
 from raylit.tune.trial_files import CHECKPOINT
 from raylit.tune.watching import Ending, Watcher, error_of, text_of
 
@@ -91,7 +91,7 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
             is_pooled=cluster.is_embedded(),
         ),
         _quiet_tune(),
-        own_controller(),
+        replace_controller(is_reusable_after=_is_reusable_after),
         _signals_as_before() as was_interrupted,
     ):
         results = _tuner(trainable, space, room, run).fit()
@@ -193,6 +193,12 @@ def _place(checkpoint: str) -> tuple[str, ...]:
 
 def _name(trial: TuneTrial) -> str:
     return f"trial_{trial.trial_id}"
+
+
+def _is_reusable_after(exception: Exception | None) -> bool:
+    """A trial's process, with its workers, is as good as new after this exception, which the trial has failed with."""
+    cause = getattr(exception, "cause", None)
+    return isinstance(cause, TrialFailed) and cause.is_harmless
 
 
 @contextlib.contextmanager
