@@ -13,7 +13,7 @@ from raylit.errors import ConfigError, RaylitError
 from raylit.summary import to_the_weights
 
 _ONNX_PACKAGES = ("onnx", "onnxscript")
-_UNTYPED = ("run_view", "_hparams", "_hparams_initial")
+_UNTYPED = ("_view", "_hparams", "_hparams_initial")
 
 
 def to_onnx(module: nn.Module, file: Any, *, sample: Any, **options: Any) -> Any:

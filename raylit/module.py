@@ -20,16 +20,16 @@ from raylit.sequences import split_along_time
 from raylit.summary import Summary, summarized
 from raylit.weights import read_weights, write_weights
 
-_OF_THE_RUN = ("run_view", "run_metrics")
+_OF_THE_RUN = ("_view", "_metrics")
 """Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
 
 
 class LightningModule(HyperparametersMixin, LoopHooks):
     """Organized PyTorch: training, validation, test and prediction steps and their hooks on one nn.Module."""
 
-    run_view: Any = None
+    _view: Any = None
     """Raylit's own, see `trainer`: the worker's view of the run under way; None outside of runs."""
-    run_metrics: Any = None
+    _metrics: Any = None
     """Raylit's own: what `log` writes to; None where nothing is collected."""
     example_input_array: Any = None
     automatic_optimization: bool = True
@@ -122,14 +122,12 @@ class LightningModule(HyperparametersMixin, LoopHooks):
         the value counts for nothing, and a mean of nothing else is nan).
         `sync_dist` is therefore always on; it is accepted, like `sync_dist_group`, for Lightning's sake.
         """
-        if self.run_metrics is None:
+        if self._metrics is None:
             self._miss_run(name)
             return
-        if rank_zero_only and self.run_view.global_rank != 0:
+        if rank_zero_only and self._view.global_rank != 0:
             return
-        self.run_metrics.log(
-            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx
-        )
+        self._metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx)
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
         """`log` for each entry, of a dict or a torchmetrics.MetricCollection; keywords as there."""
@@ -142,7 +140,7 @@ class LightningModule(HyperparametersMixin, LoopHooks):
             self.log(name, value, **kwargs)
 
     def _miss_run(self, name: str) -> None:
-        if self.run_view is not None:
+        if self._view is not None:
             raise ConfigError(
                 f"self.log({name!r}) is called where nothing is collected: log in the hooks of batches and epochs of "
                 "training, validation and test, not before or after the training, nor at the end of a whole "
@@ -161,34 +159,34 @@ class LightningModule(HyperparametersMixin, LoopHooks):
     @property
     def trainer(self) -> Any:
         """The worker's view of the run; only inside a run."""
-        if self.run_view is None:
+        if self._view is None:
             raise RuntimeError(f"{type(self).__name__} is not inside a run: `trainer` is there in hooks only")
-        return self.run_view
+        return self._view
 
     @property
     def current_epoch(self) -> int:
-        return self.run_view.current_epoch if self.run_view is not None else 0
+        return self._view.current_epoch if self._view is not None else 0
 
     @property
     def global_step(self) -> int:
         """Optimizer steps so far."""
-        return self.run_view.global_step if self.run_view is not None else 0
+        return self._view.global_step if self._view is not None else 0
 
     @property
     def global_rank(self) -> int:
-        return self.run_view.global_rank if self.run_view is not None else 0
+        return self._view.global_rank if self._view is not None else 0
 
     @property
     def local_rank(self) -> int:
-        return self.run_view.local_rank if self.run_view is not None else 0
+        return self._view.local_rank if self._view is not None else 0
 
     @property
     def logger(self) -> Any:
-        return self.run_view.logger if self.run_view is not None else None
+        return self._view.logger if self._view is not None else None
 
     @property
     def loggers(self) -> list[Any]:
-        return self.run_view.loggers if self.run_view is not None else []
+        return self._view.loggers if self._view is not None else []
 
     @property
     def device(self) -> torch.device:
@@ -209,11 +207,11 @@ class LightningModule(HyperparametersMixin, LoopHooks):
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Tensors (and numbers, in dicts and lists too) of every rank, stacked in a new first dimension; as they are
         where there is one rank. `sync_grads`: gradients flow back to each rank. Collective."""
-        return data if self.run_view is None else self.run_view.all_gather(data, group=group, sync_grads=sync_grads)
+        return data if self._view is None else self._view.all_gather(data, group=group, sync_grads=sync_grads)
 
     def get_progress_bar_dict(self) -> dict[str, Any]:
         """What rank 0 sends to the progress bar while it trains: numbers and texts. Override it to add some."""
-        return {} if self.run_metrics is None else dict(self.run_metrics.latest(only_prog_bar=True))
+        return {} if self._metrics is None else dict(self._metrics.latest(only_prog_bar=True))
 
     # Optimization: what may be overridden
 

@@ -1,4 +1,6 @@
-"""Every private name of torch, Ray and other libraries that raylit needs, each behind one small function. Both sides.
+"""Every private name of torch, torchmetrics and Ray, each behind a small function. Any process.
 
-A file belongs to one library and says which version it was written against. Only `driver/` and `tune/` import `ray_*`.
+Nothing outside this folder uses a name of another library that begins with an underscore. Open the file of the part
+of the library that has changed: its functions say what raylit needs of it. `private.py` raises the error for a name
+that is missing.
 """

@@ -21,7 +21,7 @@ from ray.exceptions import (
 )
 
 from raylit.compat import ray_core
-from raylit.compat.torch_data import find_loader_death
+from raylit.compat.torch_loader_death import find_loader_death
 from raylit.driver.process_end import memory_in_use, read_log_end
 from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed

@@ -39,12 +39,12 @@ def run_forward(session: Session, data: TrainSource, *, metrics: MetricBuffer, e
 @contextmanager
 def _unlogged(session: Session, metrics: MetricBuffer) -> Iterator[None]:
     module = session.module
-    before, module.run_metrics = module.run_metrics, metrics
+    before, module._metrics = module._metrics, metrics
     metrics.is_muted = metrics.is_training_batch = True
     try:
         yield
     finally:
-        module.run_metrics = before
+        module._metrics = before
         metrics.is_muted = metrics.is_training_batch = False
 
 

@@ -86,7 +86,7 @@ class Session:
     def set_up(self) -> None:
         """Data, then `setup` of everyone, then the module on its device. Collective."""
         job = self.job
-        self.module.run_view = self.view
+        self.module._view = self.view
         if job.datamodule is not None:
             job.datamodule.trainer = self.view
         for owner in (job.datamodule, self.module):
@@ -184,7 +184,7 @@ class Session:
 
     def let_go(self) -> None:
         """The user's objects are ordinary ones again, whatever has ended the run."""
-        self.module.run_view = self.module.run_metrics = None
+        self.module._view = self.module._metrics = None
         for attached in self._attached:
             attached.remove()
         drop_compiled(self._compiled)

@@ -202,7 +202,7 @@ class TrainLoop:
 
     def end(self) -> None:
         """After the last epoch."""
-        self._session.module.run_metrics = None
+        self._session.module._metrics = None
         if self._has_started:
             self._session.hooks.call("on_train_end")
 
@@ -267,7 +267,7 @@ class TrainLoop:
     def _begin(self) -> Feed | TimedFeed | MovedFeed | PeekableFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
-        view.metrics = self._session.module.run_metrics = self.metrics
+        view.metrics = self._session.module._metrics = self.metrics
         self._is_stop_agreed = view.should_stop = view.is_uneven = False
         self.metrics.is_training_batch, self.metrics.batch = False, None
         if not self._has_started:
