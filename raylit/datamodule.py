@@ -1,25 +1,19 @@
 """DataModule: the loaders of every stage and how their data comes to be. User's class, used on both sides."""
 
-import inspect
-from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from typing_extensions import Self
 
 from raylit.accelerators.transfer import to_device
-from raylit.hparams import AttributeDict, copied, init_arguments, select_hyperparameters
+from raylit.hparams import HyperparametersMixin
 from raylit.rebuild import hyperparameters_in, read_for_rebuild, rebuilt
 
 
-class DataModule:
+class DataModule(HyperparametersMixin):
     """Override what the data needs; a subclass whose `__init__` never calls this one's works as well."""
 
-    _hparams: AttributeDict | None = None
-    _hparams_initial: AttributeDict | None = None
-    _hparams_name: str = "kwargs"
     trainer: Any = None
     """The worker's view of the run, inside hooks."""
     prepare_data_per_node: bool = True
@@ -62,37 +56,6 @@ class DataModule:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-    def save_hyperparameters(
-        self,
-        *names: Any,
-        ignore: str | Iterable[str] | None = None,
-        frame: FrameType | None = None,
-        logger: bool = True,
-    ) -> None:
-        """Keep the constructor's arguments (all, the named ones, or a dict, Namespace or dataclass) in `hparams`, in
-        checkpoints and, with `logger`, in the loggers. `frame`: the constructor's, where this is called elsewhere."""
-        current = inspect.currentframe()
-        frame = frame or (current.f_back if current is not None else None)
-        assert frame is not None
-        ignored = [ignore] if isinstance(ignore, str) else ignore or ()
-        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
-        self.hparams.update(values)
-        self._hparams_initial = copied(self.hparams)
-        self._is_logging_hparams = logger
-
-    _is_logging_hparams: bool = True
-
-    @property
-    def hparams(self) -> AttributeDict:
-        if self._hparams is None:
-            self._hparams = AttributeDict()
-        return self._hparams
-
-    @property
-    def hparams_initial(self) -> AttributeDict:
-        """A copy of `hparams` as they were saved."""
-        return copied(self._hparams_initial or {})
 
     @classmethod
     def load_from_checkpoint(

@@ -24,6 +24,60 @@ class AttributeDict(dict[str, Any]):
         return "\n".join(f"{name!r}: {value!r}" for name, value in self.items())
 
 
+class HyperparametersMixin:
+    """What a module and a data module have in common: `save_hyperparameters` and what comes of it."""
+
+    # Of no narrower type, which torch.jit.script would try to compile.
+    _hparams: Any = None
+    _hparams_initial: Any = None
+    _hparams_name: str = "kwargs"
+    _is_logging_hparams: bool = True
+
+    def save_hyperparameters(
+        self,
+        *names: Any,
+        ignore: str | Iterable[str] | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Keep the constructor's arguments (all, the named ones, or a dict, Namespace or dataclass) in `hparams`, in
+        checkpoints and, with `logger`, in the loggers. `frame`: the constructor's, where this is called elsewhere."""
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current is not None else None)
+        assert frame is not None
+        ignored = [ignore] if isinstance(ignore, str) else ignore or ()
+        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
+        self.hparams.update(values)
+        self._hparams_initial = copied(self.hparams)
+        self._is_logging_hparams = logger
+
+    @property
+    def hparams(self) -> AttributeDict:
+        """Theirs to change: checkpoints keep them as they are then."""
+        if self._hparams is None:
+            self._hparams = AttributeDict()
+        hparams: AttributeDict = self._hparams
+        return hparams
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """A copy of `hparams` as they were saved."""
+        return copied(self._hparams_initial or {})
+
+    def find_hparams(self) -> AttributeDict | None:
+        """Return `hparams` if there are any; unlike the property, make none."""
+        hparams: AttributeDict | None = self._hparams
+        return hparams or None
+
+    def find_hparams_argument(self) -> str:
+        """Return the constructor's argument that holds all `hparams`; "kwargs": each is an argument of its own."""
+        return self._hparams_name
+
+    def find_logged_hparams(self) -> dict[str, Any]:
+        """Return those that go to the loggers: none after `save_hyperparameters(logger=False)`."""
+        return dict(self._hparams or {}) if self._is_logging_hparams else {}
+
+
 def flattened(values: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
     """Nested names joined by "/", with what is no mapping."""
     for key, value in values.items():

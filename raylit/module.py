@@ -1,11 +1,9 @@
 """LightningModule: the hooks a user writes, on a plain nn.Module. User's class, used on both sides."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +13,7 @@ from typing_extensions import Self
 from raylit import export
 from raylit.accelerators.transfer import to_device
 from raylit.errors import ConfigError
-from raylit.hparams import AttributeDict, copied, init_arguments, select_hyperparameters
+from raylit.hparams import HyperparametersMixin
 from raylit.loop_hooks import LoopHooks
 from raylit.rebuild import load_weights, read_for_rebuild, rebuilt
 from raylit.sequences import split_along_time
@@ -26,15 +24,13 @@ _OF_THE_RUN = ("_view", "_metrics")
 """Attributes that belong to the worker's run under way; they are left out of copies and pickles."""
 
 
-class LightningModule(LoopHooks):
+class LightningModule(HyperparametersMixin, LoopHooks):
     """Organized PyTorch: training, validation, test and prediction steps and their hooks on one nn.Module."""
 
     _view: Any = None
+    """Raylit's own, see `trainer`: the worker's view of the run under way; None outside of runs."""
     _metrics: Any = None
-    # Of no narrower type, which torch.jit.script would try to compile.
-    _hparams: Any = None
-    _hparams_initial: Any = None
-    _hparams_name: str = "kwargs"
+    """Raylit's own: what `log` writes to; None where nothing is collected."""
     example_input_array: Any = None
     automatic_optimization: bool = True
     """False: `training_step` runs backward passes and optimizers itself (`optimizers`, `manual_backward`)."""
@@ -293,39 +289,6 @@ class LightningModule(LoopHooks):
 
     # Hyper-parameters, weights
 
-    def save_hyperparameters(
-        self,
-        *names: Any,
-        ignore: str | Iterable[str] | None = None,
-        frame: FrameType | None = None,
-        logger: bool = True,
-    ) -> None:
-        """Keep the constructor's arguments (all, the named ones, or a dict, Namespace or dataclass) in `hparams`, in
-        checkpoints and, with `logger`, in the loggers. `frame`: the constructor's, where this is called elsewhere."""
-        current = inspect.currentframe()
-        frame = frame or (current.f_back if current is not None else None)
-        assert frame is not None
-        ignored = [ignore] if isinstance(ignore, str) else ignore or ()
-        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
-        self.hparams.update(values)
-        self._hparams_initial = copied(self.hparams)
-        self._is_logging_hparams = logger
-
-    _is_logging_hparams: bool = True
-
-    @property
-    def hparams(self) -> AttributeDict:
-        """Theirs to change: checkpoints keep them as they are then."""
-        if self._hparams is None:
-            self._hparams = AttributeDict()
-        hparams: AttributeDict = self._hparams
-        return hparams
-
-    @property
-    def hparams_initial(self) -> AttributeDict:
-        """A copy of `hparams` as they were saved."""
-        return copied(self._hparams_initial or {})
-
     @classmethod
     def load_from_checkpoint(
         cls,
@@ -396,6 +359,9 @@ class LightningModule(LoopHooks):
 
 
 LightningModule.__jit_unused_properties__ = [
-    name for name, value in vars(LightningModule).items() if isinstance(value, property)
+    name
+    for kind in (HyperparametersMixin, LightningModule)
+    for name, value in vars(kind).items()
+    if isinstance(value, property)
 ]
 """Scripting leaves them out: they belong to the run, or are nothing that TorchScript has a type for."""

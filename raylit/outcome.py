@@ -45,6 +45,11 @@ class Outcome(Asked):
     _datamodule: DataModule | None
 
     @property
+    def plan(self) -> Plan:
+        """What a run was asked for, as every worker gets it; raylit's own, and frozen."""
+        return self._plan
+
+    @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The last value of every metric, as 0-dim tensors."""
         return {name: torch.tensor(value) for name, value in self._state.callback_metrics.items()}

@@ -140,7 +140,8 @@ class Trainer(Outcome):
         self._status: RunStatus = "initializing"
         self._progress_of_weights = Progress()
         self.ckpt_path: str | None = None
-        self._searches = given.to(parse_searches)
+        self.searches = given.to(parse_searches)
+        """What auto_lr_find and auto_scale_batch_size ask for."""
         self.tuner = Tuner(self)
         self._model: LightningModule | None = None
         self._datamodule: DataModule | None = None
@@ -184,7 +185,7 @@ class Trainer(Outcome):
         if ckpt_path == AUTO and not self._plan.is_dev_run:
             # Before the loggers begin a run of their own.
             found = self._checkpoints.newest_run(weights_only)
-        job = self._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        job = self.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         is_continued = found is not None or ckpt_path not in (None, AUTO)
         inside = look_around(job, self._driver_callbacks, is_continued=is_continued)
         if not is_continued and inside.checkpoint is None:
@@ -276,6 +277,24 @@ class Trainer(Outcome):
             return None
         return outputs[0] if len(outputs) == 1 else outputs
 
+    # For the searches of `tuner`
+
+    def set_accumulation(self, window: int) -> None:
+        """Go on as if `accumulate_grad_batches` had been given so; for the Trainer's searches."""
+        optimization = replace(self._plan.optimization, accumulation=((0, window),))
+        self._arguments_plan = replace(self._arguments_plan, optimization=optimization)
+        self._plan = replace(self._plan, optimization=optimization)
+
+    def build_fit_job(
+        self, model: LightningModule, train_dataloaders: Any, val_dataloaders: Any, datamodule: DataModule | None
+    ) -> Job:
+        """Check what `fit` would run with these arguments, and return it; for the Trainer's searches."""
+        job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
+        require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
+        require_automatic(job.module, self._plan)
+        require_shardable(job, self._plan)
+        return job
+
     # Helpers, in the order in which they are called
 
     @property
@@ -289,21 +308,6 @@ class Trainer(Outcome):
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
         self._callbacks, self._driver_callbacks = attachments.split(callbacks)
         self._plan = attachments.completed(self._arguments_plan, callbacks, has_loggers=bool(self.loggers))
-
-    def _set_accumulation(self, window: int) -> None:
-        """As if `accumulate_grad_batches` had been given so."""
-        optimization = replace(self._plan.optimization, accumulation=((0, window),))
-        self._arguments_plan = replace(self._arguments_plan, optimization=optimization)
-        self._plan = replace(self._plan, optimization=optimization)
-
-    def _fit_job(
-        self, model: LightningModule, train_dataloaders: Any, val_dataloaders: Any, datamodule: DataModule | None
-    ) -> Job:
-        job = self._job("fit", model, train_dataloaders, datamodule, val=val_dataloaders)
-        require(job, "fit", is_validating=self._plan.limits.val_batches != 0)
-        require_automatic(job.module, self._plan)
-        require_shardable(job, self._plan)
-        return job
 
     def _job(
         self, stage: Stage, model: LightningModule | None, loaders: Any, datamodule: DataModule | None, val: Any = None

@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {
         "asked",
+        "compat",
         "errors",
         "messages",
         "places",
@@ -56,6 +57,7 @@ LAYERS = (
 """From the bottom up. A module imports from its own layer and those below it."""
 
 RAY_IS_ALLOWED_IN = {"driver", "tune"}
+"""Beside the files `compat/ray_*`, which only these may import."""
 
 
 def part_of(file: pathlib.Path) -> str:
@@ -113,15 +115,23 @@ def test_the_layers_are_told_apart() -> None:
     assert imported_part("torch.nn") is None
 
 
-def test_only_driver_and_tune_import_ray() -> None:
+def is_of_ray(name: str) -> bool:
+    """Ray itself, or a file of compat/ that imports it."""
+    return name.split(".")[0] == "ray" or name.startswith("raylit.compat.ray_")
+
+
+def test_only_driver_tune_and_compat_import_ray() -> None:
     found = [
         f"{place(file, line)} imports {name}"
         for file in FILES
-        if part_of(file) not in RAY_IS_ALLOWED_IN
+        if part_of(file) not in RAY_IS_ALLOWED_IN and not (part_of(file) == "compat" and file.name.startswith("ray_"))
         for line, name in imports_of(file)
-        if name.split(".")[0] == "ray"
+        if is_of_ray(name)
     ]
     assert found == []
+    assert is_of_ray("raylit.compat.ray_core.read_autoscaling")
+    assert is_of_ray("ray.util")
+    assert not is_of_ray("raylit.compat.private_names")
 
 
 def test_public_names_are_sorted_and_there() -> None:

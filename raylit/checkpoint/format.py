@@ -84,8 +84,8 @@ def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any
         "progress": progress.to_dict(),
     }
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
-        if owner is not None and owner._hparams:
-            checkpoint[f"{prefix}hparams_name"] = owner._hparams_name
+        if owner is not None and owner.find_hparams() is not None:
+            checkpoint[f"{prefix}hparams_name"] = owner.find_hparams_argument()
             checkpoint[f"{prefix}hyper_parameters"] = pack_hyper_parameters(owner.hparams)
     return checkpoint
 

@@ -1,6 +1,7 @@
 """Checkpoints at URLs that fsspec knows. Both sides."""
 
 import os
+import posixpath
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ def exists(url: str) -> bool:
 def kind_of(url: str) -> Literal["file", "directory", ""]:
     """What the checkpoint there is; empty: there is none, as a directory counts once its index is there."""
     files, place = file_system(url)
-    files.invalidate_cache(files._parent(place))
+    files.invalidate_cache(posixpath.dirname(place))
     try:
         is_file = files.info(place)["type"] != "directory"
     except FileNotFoundError:
@@ -64,12 +65,12 @@ def upload_file(copy: Path, url: str) -> None:
         if is_object_store(files):
             files.put_file(os.fspath(copy), place)
         else:
-            files.makedirs(files._parent(place), exist_ok=True)
-            temporary = f"{files._parent(place)}/.{uuid4().hex}.tmp"
+            files.makedirs(posixpath.dirname(place), exist_ok=True)
+            temporary = f"{posixpath.dirname(place)}/.{uuid4().hex}.tmp"
             files.put_file(os.fspath(copy), temporary)
             files.mv(temporary, place)
         # One that was there before must not be listed from a cache.
-        files.invalidate_cache(files._parent(place))
+        files.invalidate_cache(posixpath.dirname(place))
     except Exception as error:  # of whatever kind the store's own library raises
         raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
 
@@ -105,7 +106,7 @@ def copy(url: str, to: str) -> None:
             _copy_directory(url, to)
         else:
             files.copy(place, file_system(to)[1])
-        files.invalidate_cache(files._parent(place))
+        files.invalidate_cache(posixpath.dirname(place))
     except Exception as error:  # of whatever kind the store's own library raises
         raise CheckpointError(f"cannot write the checkpoint {to}: {type(error).__name__}: {error}") from error
 
@@ -120,7 +121,7 @@ def remove(url: str) -> None:
                 files.rm(place, recursive=True)
             else:
                 files.rm_file(place)
-        files.invalidate_cache(files._parent(place))
+        files.invalidate_cache(posixpath.dirname(place))
     except Exception as error:  # of whatever kind the store's own library raises
         raise CheckpointError(f"cannot remove the checkpoint {url}: {type(error).__name__}: {error}") from error
 

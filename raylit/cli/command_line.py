@@ -52,6 +52,7 @@ class RaylitCLI:
         self._trainer_defaults = trainer_defaults or {}
         self._seed_default = seed_everything_default
         self._parser_kwargs = parser_kwargs or {}
+        self._subparsers: dict[str, Any] = {}
         self.subcommand: str | None = None
         self.result: Any = None
         """What the subcommand has returned."""
@@ -75,7 +76,8 @@ class RaylitCLI:
         subcommands = parser.add_subcommands(required=True, dest="subcommand")
         for name, text in _SUBCOMMANDS.items():
             usage = f"{parser.prog} {name} [--config FILE] [--model ...] [--data ...] [--trainer.NAME VALUE] ..."
-            subcommands.add_subcommand(name, self._parser(has_checkpoint=True, usage=usage), help=text)
+            self._subparsers[name] = self._parser(has_checkpoint=True, usage=usage)
+            subcommands.add_subcommand(name, self._subparsers[name], help=text)
         return parser
 
     def _parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
@@ -113,7 +115,7 @@ class RaylitCLI:
         seed = self.config.seed_everything
         if seed is not None and seed is not False:
             self.config.seed_everything = seed_everything(None if seed is True else seed)
-        parser = self.parser if self.subcommand is None else self.parser._subcommands_action.choices[self.subcommand]
+        parser = self.parser if self.subcommand is None else self._subparsers[self.subcommand]
         built = parser.instantiate(self.config)
         self.model, self.datamodule = built.model, built.get("data")
         arguments = dict(built.trainer)

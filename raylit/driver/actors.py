@@ -11,14 +11,15 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.accelerators import build_accelerator
-from raylit.driver import cluster, ray_private
+from raylit.compat import ray_core
+from raylit.driver import cluster
 from raylit.driver.actor import Assignment, Whereabouts, WorkerActor
-from raylit.driver.exit_status import ExitStatus
 from raylit.driver.failures import DEATHS, call_in, is_at_one_line, last_words, raise_failures, reason_of_death
 from raylit.driver.handover import Handover, PartsHandover
 from raylit.driver.output import Printouts
 from raylit.driver.packing import packed, unpacked
 from raylit.driver.placement import Placement
+from raylit.driver.process_end import ProcessEnd
 from raylit.driver.rendezvous import Rendezvous
 from raylit.driver.shared import Parcel, pickle_plan
 from raylit.driver.waiting import Waiting
@@ -58,8 +59,6 @@ _TOGETHER_S = 0.5
 _OUTSIDE = "no line of the user's own, as when gradients are reduced"
 _BLAME_S = 5.0
 """For the cause to arrive, when the first to fail is a collective whose peer has gone."""
-_EXIT_S = 1.0
-"""For the kernel to have a dead process's exit status."""
 
 
 class ActorGroup:
@@ -84,7 +83,7 @@ class ActorGroup:
         self._calls: list[Any] = []
         """What was asked of actors without waiting; it says nothing unless it fails to arrive."""
         self._contexts: list[WorkerContext] = []
-        self._exits: list[ExitStatus | None] = []
+        self._ends: list[ProcessEnd | None] = []
         self._printouts = Printouts(num_workers=workers.num_workers)
         self._session = cluster.session()
         self._placement: Placement | None = Placement(workers, make_room=make_room)
@@ -231,12 +230,13 @@ class ActorGroup:
         order = _rank_order(places)
         self._actors = [actors[index] for index in order]
         self._contexts = _contexts([places[index] for index in order])
-        ray_private.hide_deaths([place.worker_id for place in places])
+        ray_core.hide_worker_deaths([place.worker_id for place in places])
         own = ray.get_runtime_context().get_node_id()
         self._is_on_own_host = all(place.node_id == own for place in places)
         self._log_paths = [places[index].log_path if places[index].node_id == own else "" for index in order]
-        self._exits = [
-            ExitStatus(place.pid) if place.node_id == own else None for place in map(places.__getitem__, order)
+        self._ends = [
+            ProcessEnd(place.pid, log_path=place.log_path) if place.node_id == own else None
+            for place in map(places.__getitem__, order)
         ]
 
     def _started(self, calls: list[Any]) -> list[Whereabouts]:
@@ -286,14 +286,17 @@ class ActorGroup:
 
     def _watch(self, *, limit_s: float) -> Watch:
         def is_stopped(rank: int) -> bool:
-            exit_status = self._exits[rank]
-            return exit_status is not None and exit_status.is_stopped
+            end = self._ends[rank]
+            return end is not None and end.is_stopped
 
         return Watch(self._actors, limit_s=limit_s, stopped_limit_s=self.workers.ping_timeout_s, is_stopped=is_stopped)
 
     def _until_done(self, watch: Watch, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
+        for end in self._ends:
+            if end is not None:
+                end.note_start()
         self._leftovers = []
         self._failures = {}
         is_usable, self.is_usable = self.is_usable, False
@@ -367,11 +370,8 @@ class ActorGroup:
 
     def _death(self, rank: int, error: BaseException) -> WorkerDied:
         self._printouts.show_due(is_end=True)
-        deadline = time.monotonic() + _EXIT_S
-        exit_status, words = self._exits[rank], None
-        while exit_status is not None and (words := exit_status.in_words()) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        reason = reason_of_death(error, words)
+        end = self._ends[rank]
+        reason = reason_of_death(error, None if end is None else end.describe())
         if said := last_words(self._log_paths[rank]):
             reason += said + self._calls_of_others(rank)
         return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason)

@@ -6,7 +6,7 @@ from collections import defaultdict
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from raylit.driver import ray_private
+from raylit.compat import ray_core
 from raylit.driver.demand import Demand, Host, Resources, in_words, num_slots
 from raylit.driver.waiting import Waiting
 from raylit.errors import ResourcesError
@@ -28,7 +28,7 @@ def bundles_for(demand: Demand, group: PlacementGroup) -> list[tuple[int, Resour
         raise ResourcesError(_too_small(demand, specs, own))
     waiting = Waiting(timeout_s=demand.workers.start_timeout_s)
     while True:
-        free = ray_private.free_in_group(group.id.hex())
+        free = ray_core.read_free_in_group(group.id.hex())
         chosen = _chosen(demand, _with(free, home, lent), hosts)
         if chosen is not None:
             return [(index, _asked(demand, lent if index == home else {}, chosen.count(index))) for index in chosen]

@@ -14,8 +14,8 @@ import ray
 from ray.exceptions import RayError
 from ray.runtime_context import get_runtime_context
 
+from raylit.compat.ray_core import listen_on_loopback, reload_settings, shut_down_at_once
 from raylit.driver.janitor import MARK, PREFIX, SESSIONS, Janitor
-from raylit.driver.ray_private import listening_on_loopback, reload_settings, shut_down_at_once
 from raylit.errors import ConfigError, ResourcesError
 from raylit.process_settings import ProcessSettings, initial_environment
 
@@ -59,7 +59,7 @@ class _EmbeddedNode:
             if sys.platform == "linux":
                 self._janitor = Janitor(directory)
             self._starting_thread = threading.get_ident()
-            with listening_on_loopback():
+            with listen_on_loopback():
                 ray.init(
                     address="local",
                     include_dashboard=False,

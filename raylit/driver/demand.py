@@ -1,10 +1,10 @@
 """Demand: what the workers of a run need, and whether given hosts can ever offer it. Driver; knows nothing of Ray."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raylit.compat.ray_core import select_plain_resources
 from raylit.plan import Workers
 
 Resources = dict[str, float]
@@ -89,7 +89,7 @@ def num_slots(resources: Resources, each: Resources) -> int:
 def in_words(resources: Resources, *, is_with_memory: bool = False) -> str:
     """Amounts by name, CPU and GPU first, without Ray's internal ones, such as those of placement groups. Ray itself
     lists them in no order."""
-    named = {name: amount for name, amount in resources.items() if not re.search(":|memory|_group_", name)}
+    named = select_plain_resources(resources)
     ordered = sorted(named, key=lambda name: (name != "CPU", name != "GPU", name))
     words = [f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0]
     if is_with_memory and resources.get("memory", 0.0) > 1:

@@ -20,7 +20,9 @@ from ray.exceptions import (
     RayActorError,
 )
 
-from raylit.driver.exit_status import memory_in_use
+from raylit.compat import ray_core
+from raylit.compat.torch_loader_death import find_loader_death
+from raylit.driver.process_end import memory_in_use, read_log_end
 from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.messages import Failed
 from raylit.worker.context import WorkerContext
@@ -109,9 +111,10 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
     if isinstance(error, ActorUnavailableError):
         return exit_words or "it cannot be reached"
     text = " ".join(str(error).split())
-    if isinstance(error, OutOfMemoryError) or (isinstance(error, ActorDiedError) and _MEMORY_MONITOR.search(text)):
-        used = _MEMORY_USED.search(text)
-        in_use = f"{used[1]} of {used[2]} GB were in use" if used is not None else memory_in_use()
+    is_actor_dead = isinstance(error, ActorDiedError)
+    if isinstance(error, OutOfMemoryError) or (is_actor_dead and ray_core.is_memory_monitor_kill(text)):
+        used = ray_core.parse_memory_use(text)
+        in_use = f"{used[0]} of {used[1]} GB were in use" if used is not None else memory_in_use()
         return f"killed by Ray's memory monitor, as its host ran out of memory ({in_use})"
     if not isinstance(error, ActorDiedError):
         return exit_words or f"its stream of reports ended ({error or type(error).__name__})"
@@ -119,29 +122,23 @@ def reason_of_death(error: BaseException, exit_words: str | None) -> str:
         return "its host was preempted: the cluster has drained it"
     if exit_words is not None:
         return exit_words
-    if (lost := _HOST_LOST.search(text)) is not None:
-        return f"Ray has lost its host ({lost[1] or 'it does not say why'})"
-    if (code := re.search(r"exits with an exit code (-?\d+)", text)) is not None:
-        by = ", after a SIGTERM" if "receives a SIGTERM" in text else ""
-        return f"its process ended with exit code {code[1]}{by}"
-    if "Worker unexpectedly exits with a connection error" in text:
+    if (why := ray_core.parse_lost_host(text)) is not None:
+        return f"Ray has lost its host ({why or 'it does not say why'})"
+    if (code := ray_core.parse_exit_code(text)) is not None:
+        by = ", after a SIGTERM" if ray_core.is_exit_by_sigterm(text) else ""
+        return f"its process ended with exit code {code}{by}"
+    if ray_core.is_connection_lost(text):
         return (
             "its process ended without a word: killed (out of memory?), crashed in a library, or ended by os._exit. "
             "The kernel's log on its host (dmesg) tells of the first two"
         )
-    return text.partition("The actor is dead because ")[2] or text
+    return ray_core.strip_preamble(text)
 
 
 def last_words(log_path: str) -> str:
     """What gloo has said as it ended the process, and where the process's Python code was, to be put behind the reason;
     "" where it was not gloo, or on another host."""
-    try:
-        with open(log_path, "rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - _LAST_BYTES))
-            text = log.read().decode(errors="replace")
-    except OSError:
-        return ""
+    text = read_log_end(log_path)
     said = re.findall(r"what\(\): (.*)", text)
     if not said or "gloo" not in text:
         return ""
@@ -166,16 +163,11 @@ def call_in(traceback_text: str, *, is_last_innermost: bool = False) -> str:
 
 
 _PYTHON = os.path.dirname(threading.__file__) + os.sep
-_LAST_BYTES = 2**16
 _ADDRESS = re.compile(r"/\S+\(\S*\+0x|$")
 """Ray's list of frames of C begins on the same line."""
 _EXIT_S = 0.5
 """For the kernel to have the exit status of a dying process."""
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-# As of Ray 2.60: the exit type, and the sentence of its memory monitor.
-_MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
-_HOST_LOST = re.compile(r"its node has died\.(?:.*?the actor's node was (.*?)[.:]?(?: The actor never ran.*)?$)?")
-_MEMORY_USED = re.compile(r"was ([\d.]+) ?GB used / ([\d.]+) ?GB limit")
 _HARMFUL = re.compile(r"memory|alloc|\b(CUDA|HIP|XLA)\b|cuda|cu(DNN|BLAS|FFT|SOLVER|SPARSE)|device-side", re.IGNORECASE)
 _CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|\bgloo\b|\bNCCL\b|ProcessGroup|TCPStore|watchdog",
@@ -187,9 +179,7 @@ def _with_reason(error: BaseException) -> BaseException:
     """Where a DataLoader's process dies while a batch of its is on the way, torch may only see a connection end."""
     deadline = time.monotonic() + _EXIT_S
     while isinstance(error, (ConnectionError, EOFError)) and time.monotonic() < deadline:
-        try:
-            torch._C._error_if_any_worker_fails()
-        except RuntimeError as death:  # says how it died
+        if (death := find_loader_death()) is not None:
             death.__cause__ = error
             return death
         time.sleep(0.02)

@@ -1,16 +1,16 @@
 """Interrupts: Ctrl-C, SIGTERM and SIGHUP in a run: the first asks for an orderly end, more end it at once. Driver."""
 
-import atexit
 import functools
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
+
+from raylit.compat.ray_exit import load_exit_imports
 
 SignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
 
@@ -54,6 +54,7 @@ class Interrupts:
 
     def install(self) -> None:
         """May be called again: connecting to Ray puts a handler of Ray's in this one's place."""
+        load_exit_imports()
         if threading.current_thread() is not threading.main_thread():
             return
         _register_fork_hooks()
@@ -161,23 +162,4 @@ def _is_default(handler: Any) -> bool:
 
 
 def _exception(number: signal.Signals) -> BaseException:
-    if number != signal.SIGINT:
-        return SystemExit(128 + number)
-    if "ray" in sys.modules:
-        end_uncaught_by_signal()
-    return KeyboardInterrupt()
-
-
-def end_uncaught_by_signal() -> None:
-    """Python ends by SIGINT (130 in a shell) where nobody catches a KeyboardInterrupt, but with 1 once Ray 2.60 is
-    imported: do what Python would have done."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        if issubclass(kind, KeyboardInterrupt):
-            atexit._run_exitfuncs()  # among them Ray's, which ends an embedded node
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    sys.excepthook = hook
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

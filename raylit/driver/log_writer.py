@@ -69,9 +69,9 @@ class LogWriter:
 
     def log_start(self, module: Any, datamodule: Any) -> None:
         """Of a fit: hyper-parameters of both, and the graph."""
-        params = dict(module.hparams) if module._hparams and module._is_logging_hparams else {}
-        if datamodule is not None and datamodule._hparams and datamodule._is_logging_hparams:
-            params.update(datamodule.hparams)
+        params: dict[str, Any] = module.find_logged_hparams()
+        if datamodule is not None:
+            params.update(datamodule.find_logged_hparams())
         if params:
             self.log_hyperparams(params)
         self.log_graph(module)

@@ -9,7 +9,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raylit.driver import borrowed, cluster, ray_private
+from raylit.compat import ray_core
+from raylit.driver import borrowed, cluster
 from raylit.driver.demand import Demand, Host, Resources, gigabytes, in_words
 from raylit.driver.waiting import Waiting
 from raylit.errors import ConfigError, ResourcesError
@@ -82,7 +83,7 @@ def _demand(workers: Workers) -> Demand:
     if demand.fits(hosts):
         check_memory(demand, hosts)
         return demand
-    if ray_private.autoscaling() is not None:
+    if ray_core.read_autoscaling() is not None:
         return demand
     # More processes than cores are allowed: they share.
     cpu = 0.5
@@ -102,7 +103,7 @@ def _demand(workers: Workers) -> Demand:
 def check_memory(demand: Demand, hosts: list[Host]) -> None:
     """Ray does not count the memory of workers that say nothing of it. ResourcesError: with so many, none would come to
     train, and the machine to a standstill."""
-    if "memory" in demand.workers.resources_per_worker or ray_private.autoscaling() is not None:
+    if "memory" in demand.workers.resources_per_worker or ray_core.read_autoscaling() is not None:
         return
     counted = replace(demand, each={**demand.each, "memory": float(_LEAST_WORKER_BYTES)})
     hosts = [replace(host, resources={"memory": _UNKNOWN_BYTES, **host.resources}) for host in hosts]
@@ -135,7 +136,7 @@ def placed(demand: Demand, *, make_room: Callable[[], bool] = lambda: False) -> 
             if make_room():
                 continue
             is_line_due = waiting.is_line_due
-            scaler = ray_private.autoscaling()
+            scaler = ray_core.read_autoscaling()
             is_hopeless = scaler is not None and group.id.hex() in scaler.infeasible_groups
             if not is_hopeless or demand.fits(cluster_hosts()):
                 hopeless_since_s = None
@@ -171,7 +172,7 @@ def _group(demand: Demand) -> PlacementGroup:
         raise ConfigError(f"Ray does not take resources_per_worker or label_selector as they are: {error}") from error
 
 
-def hope(demand: Demand, scaler: ray_private.Autoscaling | None) -> str:
+def hope(demand: Demand, scaler: ray_core.Autoscaling | None) -> str:
     """Whence the missing may come."""
     if demand.fits(cluster_hosts()):
         return "others hold the rest"

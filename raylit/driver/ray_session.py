@@ -1,13 +1,10 @@
-"""RaySession: the run of a user's function by Ray Tune or Ray Train that this code is part of. Driver.
+"""RaySession: the run of a user's function by Ray Tune or Ray Train that this code is part of. Driver."""
 
-Ray has no public word on whether there is one, and importing either takes seconds. What has not been imported is not in
-use, so that `sys.modules` tells; the private names of Ray 2.60 are all in this file.
-"""
-
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
+
+from raylit.compat import ray_train
 
 
 class RaySession(Protocol):
@@ -48,12 +45,10 @@ class RaySession(Protocol):
 def current_session() -> RaySession | None:
     """None: neither Tune nor Train runs this process, or Tune does with a class trainable, whose results are what its
     `step` returns."""
-    module = sys.modules.get("ray.train._internal.session")
-    session = None if module is None else module.get_session()
+    session = ray_train.find_function_session()
     if session is not None:
         return _Session(session)
-    module = sys.modules.get("ray.train.v2._internal.execution.train_fn_utils")
-    functions = None if module is None else module._train_fn_utils
+    functions = ray_train.find_train_functions()
     return None if functions is None else _Functions(functions)
 
 
@@ -75,9 +70,7 @@ class _Session:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        # The target is a lambda: self._trainable_func(self.config), self being Tune's trainable.
-        trainable = inspect.getclosurevars(self._session.training_thread._target).nonlocals.get("self")
-        return getattr(trainable, "config", None) or {}
+        return ray_train.read_trial_config(self._session)
 
     @property
     def checkpoint(self) -> Any:
@@ -106,9 +99,7 @@ class _Functions:
 
     @property
     def num_reports(self) -> int:
-        # Of what the public context stands for; Train's local mode has none.
-        context = sys.modules["ray.train.v2._internal.execution.context"]._train_context
-        return 0 if context is None else context.report_call_index
+        return ray_train.count_train_reports()
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -51,14 +51,14 @@ class TuneReport(SavedReport):
         self._is_saving = save_checkpoints
         self._session: RaySession | None = None
         self._notes: dict[str, Any] = {}
-        self._is_automatic = False
+        self.is_automatic = False
         self._is_validated = False
 
     @classmethod
     def automatic(cls, *, report: bool, save_checkpoints: bool) -> "TuneReport":
         """Make one that stops reporting as soon as somebody else reports."""
         callback = cls(report=report, save_checkpoints=save_checkpoints)
-        callback._is_automatic = True
+        callback.is_automatic = True
         return callback
 
     def attach(self, session: RaySession | None, notes: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class TuneReport(SavedReport):
         self._is_validated = False
         if session is None or not self.is_reporting:
             return
-        if self._is_automatic and session.num_reports != self.num_reports:
+        if self.is_automatic and session.num_reports != self.num_reports:
             self.is_reporting = False
             return
         metrics = self._chosen(run)

@@ -9,10 +9,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+from raylit.compat.ray_core import list_waiting_demands
 from raylit.driver import cluster
 from raylit.driver.actors import ActorGroup
 from raylit.driver.handover import Handover, PartsHandover
-from raylit.driver.ray_private import waiting_demands
 from raylit.driver.shared import Parcel, pickle_job
 from raylit.errors import WorkerDied
 from raylit.messages import Command, Report
@@ -209,7 +209,7 @@ class _Pool:
         """Something waits, of whomever, for resources of a kind that an idle group holds."""
         with self._lock:
             held = {name for idle in self._idle for name in idle.group.resources}
-        return bool(held) and any(held & demand.keys() for demand in waiting_demands())
+        return bool(held) and any(held & demand.keys() for demand in list_waiting_demands())
 
     def _num_workers(self) -> int:
         return sum(idle.group.workers.num_workers for idle in self._idle)

@@ -45,12 +45,12 @@ def put(name: str, value: Any, job: Job) -> None:
 
 def _places(name: str, owner: Any) -> list[Any]:
     """The dictionaries of the owner that hold it; `hparams` are one."""
-    own, hparams = vars(owner), getattr(owner, "_hparams", None)
+    own, hparams = vars(owner), owner.find_hparams()
     return [place for place in (own, hparams) if place is not None and name in place]
 
 
 def _numbers(owner: Any) -> list[str]:
-    held = {**vars(owner), **(getattr(owner, "_hparams", None) or {})}
+    held = {**vars(owner), **(owner.find_hparams() or {})}
     return [
         name
         for name, value in held.items()

@@ -26,7 +26,7 @@ def write_experiment(directory: str, space: Mapping[str, Any], *, metric: str) -
         summary_v2.Metric(metric, display_name=metric),
     ]
     writer = SummaryWriter(directory)
-    writer._get_file_writer().add_summary(summary_v2.hparams_config_pb(parameters, metrics))
+    _write_summary(writer, summary_v2.hparams_config_pb(parameters, metrics))
     writer.close()
 
 
@@ -75,7 +75,13 @@ class Session(DriverCallback):
 
     def _write(self, summary: Any) -> None:
         # An event file of its own would hide what the logger's gets later from a running TensorBoard.
-        self._logger.experiment._get_file_writer().add_summary(summary)
+        _write_summary(self._logger.experiment, summary)
+
+
+def _write_summary(writer: SummaryWriter, summary: Any) -> None:
+    # None only in a writer that has been closed.
+    file_writer: Any = writer.file_writer
+    file_writer.add_summary(summary)
 
 
 def _best(metric: str) -> str:

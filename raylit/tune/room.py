@@ -11,7 +11,8 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylit.driver import cluster, ray_private, warm
+from raylit.compat import ray_core
+from raylit.driver import cluster, warm
 from raylit.driver.demand import Demand, Resources
 from raylit.driver.placement import check_memory, cluster_hosts, each_of, hosts_in_words, placed
 from raylit.errors import ConfigError, ResourcesError
@@ -58,7 +59,7 @@ def find_room(workers: Workers, *, title: str, directory: str | None = None) -> 
     room = Room(workers=workers)
     demand, hosts = room.demand, cluster_hosts()
     if not demand.fits(hosts):
-        if ray_private.autoscaling() is None:
+        if ray_core.read_autoscaling() is None:
             raise ResourcesError(
                 f"a trial needs {demand}, which this cluster of {hosts_in_words(hosts)} can never offer, and no "
                 "autoscaler adds to it. Ask for fewer workers (num_workers) or fewer resources for each "
@@ -93,7 +94,7 @@ def _is_seen_by_all(directory: str) -> bool:
     own = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
     if not others:
-        return ray_private.autoscaling() is None
+        return ray_core.read_autoscaling() is None
     os.makedirs(directory, exist_ok=True)
     mark = os.path.join(directory, f".seen-{uuid.uuid4().hex}")
     open(mark, "x").close()

@@ -93,7 +93,7 @@ def sweep(
 
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
     arguments = _of_trials(trainer_arguments)
-    workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments)._plan.workers
+    workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments).plan.workers
     room = find_room(workers, title=_TITLE, directory=directory)
     is_saving = trainer_arguments.get("enable_checkpointing", trainer_arguments.get("checkpoint_callback", True))
     run = Run(

@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from typing import Any
 
 import cloudpickle
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining
 
 from raylit.checkpoint import format
+from raylit.compat.ray_exit import load_exit_imports
+from raylit.compat.ray_tune import list_trials, set_trial_variables
+from raylit.compat.ray_tune_controller import replace_controller
 from raylit.driver import cluster
-from raylit.driver.interrupts import end_uncaught_by_signal
 from raylit.driver.packing import packed
 from raylit.errors import ConfigError
 from raylit.places import entries, is_url, joined, remove_directory
 from raylit.process_settings import variables_for_live_processes, variables_for_new_processes
 from raylit.torch_settings import TorchSettings
-from raylit.tune.controller import own_controller
 from raylit.tune.histories import Histories, history_of
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
 from raylit.tune.reporter import IS_LAST
 from raylit.tune.room import Room
-from raylit.tune.trial import Recipe, Setting, Trial, UnknownMetric
+from raylit.tune.trial import Recipe, Setting, Trial, TrialFailed, UnknownMetric
 from raylit.tune.trial_files import CHECKPOINT
 from raylit.tune.watching import Ending, Watcher, error_of, text_of
 
@@ -85,20 +85,22 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), room.placement)
     with (
         _environment(run),
-        _pooled_processes(),
+        # On raylit's own node trials have the driver's variables. On a cluster they need what Tune hands on.
+        set_trial_variables(
+            variables_for_new_processes(cluster.environment_of_workers(), fixed=cluster.fixed_variables()),
+            is_pooled=cluster.is_embedded(),
+        ),
         _quiet_tune(),
-        own_controller(),
+        replace_controller(is_reusable_after=_is_reusable_after),
         _signals_as_before() as was_interrupted,
     ):
         results = _tuner(trainable, space, room, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
-        end_uncaught_by_signal()
+        load_exit_imports()
         raise KeyboardInterrupt
     # A resumed run has them in another order; their tags begin with their numbers.
-    trials: list[TuneTrial] = sorted(
-        results._experiment_analysis.trials, key=lambda trial: int(trial.experiment_tag.split("_")[0])
-    )
+    trials: list[TuneTrial] = sorted(list_trials(results), key=lambda trial: int(trial.experiment_tag.split("_")[0]))
     for trial in trials:
         if isinstance(error := error_of(trial), UnknownMetric):
             raise ConfigError(str(error))
@@ -193,13 +195,20 @@ def _name(trial: TuneTrial) -> str:
     return f"trial_{trial.trial_id}"
 
 
+def _is_reusable_after(exception: Exception | None) -> bool:
+    """A trial's process, with its workers, is as good as new after this exception, which the trial has failed with."""
+    cause = getattr(exception, "cause", None)
+    return isinstance(cause, TrialFailed) and cause.is_harmless
+
+
 @contextlib.contextmanager
 def _environment(run: Run) -> Iterator[None]:
     """Tune's switches, which it reads while it runs."""
-    variables = dict(_ENVIRONMENT)
+    variables, locks = dict(_ENVIRONMENT), None
     if run.is_resuming and not is_url(run.directory):
         # What Tune reads there it locks by files in Ray's temporary directory, which it leaves behind.
-        variables["RAY_TMPDIR"] = run.directory
+        locks = tempfile.TemporaryDirectory(prefix="raylit-", ignore_cleanup_errors=True)
+        variables["RAY_TMPDIR"] = locks.name
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -210,31 +219,8 @@ def _environment(run: Run) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        if "RAY_TMPDIR" in variables:
-            shutil.rmtree(os.path.join(run.directory, "_ray_lockfiles"), ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _pooled_processes() -> Iterator[None]:
-    """Trials in processes that Ray has ready. Tune gives theirs variables, for which Ray starts others, with two more
-    of Python's starts.
-
-    On raylit's own node they have the driver's. On a cluster they need what Tune hands on, where there is any of it.
-    """
-    names = class_cache.ENV_VARS_TO_PROPAGATE
-    defaults = dict(class_cache.DEFAULT_ENV_VARS)
-    if cluster.is_embedded() or not names & os.environ.keys():
-        class_cache.DEFAULT_ENV_VARS.clear()
-        class_cache.ENV_VARS_TO_PROPAGATE = set()
-    class_cache.DEFAULT_ENV_VARS.update(
-        variables_for_new_processes(cluster.environment_of_workers(), fixed=cluster.fixed_variables())
-    )
-    try:
-        yield
-    finally:
-        class_cache.DEFAULT_ENV_VARS.clear()
-        class_cache.DEFAULT_ENV_VARS.update(defaults)
-        class_cache.ENV_VARS_TO_PROPAGATE = names
+        if locks is not None:
+            locks.cleanup()
 
 
 @contextlib.contextmanager

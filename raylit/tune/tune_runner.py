@@ -12,7 +12,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raylit.checkpoint import format
-from raylit.driver import ray_private
+from raylit.compat import ray_core
 from raylit.driver.failures import words_of
 from raylit.driver.placement import cluster_hosts
 from raylit.driver.shared import Parcel, pickle_job, unpickle_job
@@ -173,7 +173,7 @@ class _Cuts(FIFOScheduler):
 def _with_room(workers: Workers) -> Workers:
     """Where there are not as many cores, and no more will come, the workers share them, as those of an ordinary fit
     do."""
-    if ray_private.autoscaling() is not None:
+    if ray_core.read_autoscaling() is not None:
         return workers
     hosts, cpu = cluster_hosts(), 1.0
     room = Room(workers=workers)

@@ -41,14 +41,16 @@ _RANGE_MIN_LR = 1e-8
 class Owner(Protocol):
     """The Trainer, as its searches see it."""
 
-    _plan: Plan
-    _searches: Searches
+    searches: Searches
 
-    def _fit_job(self, model: Any, train_dataloaders: Any, val_dataloaders: Any, datamodule: Any) -> Job:
+    @property
+    def plan(self) -> Plan: ...
+
+    def build_fit_job(self, model: Any, train_dataloaders: Any, val_dataloaders: Any, datamodule: Any) -> Job:
         """What `fit` would run with these arguments."""
         ...
 
-    def _set_accumulation(self, window: int) -> None: ...
+    def set_accumulation(self, window: int) -> None: ...
 
     @property
     def callbacks(self) -> list[Any]: ...
@@ -71,7 +73,7 @@ class Tuner:
 
     def search_once(self, model: Any, *data: Any) -> None:
         """What the Trainer's arguments and finders ask for, unless that has been done for the model."""
-        if self._searched is not model and (self._trainer._searches != Searches() or any(self._finders)):
+        if self._searched is not model and (self._trainer.searches != Searches() or any(self._finders)):
             self.search(model, *data)
 
     def search(
@@ -84,7 +86,7 @@ class Tuner:
         """What the Trainer's arguments and finders ask for: the batch size first, as the best rate depends on it.
         `data`: loaders or a data module, as `fit` takes them by position; the arguments are those of the two searches
         below."""
-        searches, (size_finder, rate_finder) = self._trainer._searches, self._finders
+        searches, (size_finder, rate_finder) = self._trainer.searches, self._finders
         found: dict[str, Any] = {}
         asked: dict[str, Any] = {} if searches.size_mode is None else {"mode": searches.size_mode}
         if (wanted := _wanted(asked, size_finder, argument="auto_scale_batch_size")) is not None:
@@ -136,7 +138,7 @@ class Tuner:
             raise ConfigError(f"min_lr={min_lr} and max_lr={max_lr}: must be rates with 0 < min_lr < max_lr")
         check_count(3, num_training=num_training)
         check_count(2, num_candidates=num_candidates)
-        job = self._trainer._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        job = self._trainer.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         name = None
         if update_attr or is_race:  # a candidate's rate goes where the module looks for it
             name = attribute.find([attr_name] if attr_name else attribute.RATE_NAMES, job, argument="lr_find")
@@ -191,8 +193,8 @@ class Tuner:
         check_count(1, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials, max_val=max_val)
         if not isinstance(margin, (int, float)) or not 0 <= margin < 1:
             raise ConfigError(f"margin={margin!r}: must be a fraction of the size, from 0 to below 1")
-        job = self._trainer._fit_job(model, train_dataloaders, val_dataloaders, datamodule)
-        plan = self._trainer._plan
+        job = self._trainer.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
+        plan = self._trainer.plan
         check_limit(memory_limit_bytes, is_on_cpu=plan.workers.accelerator == "cpu")
         name = _size_name(batch_arg_name, job)
         is_speed = mode == "throughput"
@@ -215,7 +217,7 @@ class Tuner:
             raise search.error
         attribute.put(name, size, job)
         if windows.effective is not None:
-            self._trainer._set_accumulation(windows.of_size(size))
+            self._trainer.set_accumulation(windows.of_size(size))
         return size
 
     # Helpers, in the order in which they are called
@@ -223,7 +225,7 @@ class Tuner:
     @property
     def _finders(self) -> tuple[BatchSizeFinder | None, LearningRateFinder | None]:
         """The Trainer's callbacks that ask for a search; in a run of a few batches they do not."""
-        callbacks = [] if self._trainer._plan.is_dev_run else self._trainer.callbacks
+        callbacks = [] if self._trainer.plan.is_dev_run else self._trainer.callbacks
         sizes = [callback for callback in callbacks if isinstance(callback, BatchSizeFinder)]
         rates = [callback for callback in callbacks if isinstance(callback, LearningRateFinder)]
         if len(sizes) > 1 or len(rates) > 1:
@@ -244,7 +246,7 @@ class Tuner:
     def _endless(self, *, max_steps: int | None = None) -> Limits:
         """A fit over the same data again and again, training alone."""
         return replace(
-            self._trainer._plan.limits,
+            self._trainer.plan.limits,
             max_epochs=None,
             min_epochs=0,
             max_steps=max_steps,
@@ -265,7 +267,7 @@ class Tuner:
         name: str | None = None,
         rungs: Sequence[int] = (),
     ) -> None:
-        plan = self._trainer._plan
+        plan = self._trainer.plan
         optimization = plan.optimization
         if window is not None:
             optimization = replace(optimization, accumulation=((0, window),))

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import sys
 import time
 import traceback
@@ -14,7 +13,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from raylit.driver import ray_private
+from raylit.compat import ray_core
 from raylit.driver.demand import Demand, in_words
 from raylit.driver.failures import DEATHS, reason_of_death
 from raylit.driver.placement import cluster_hosts, hope, hosts_in_words
@@ -70,7 +69,7 @@ class Watcher(tune.Callback):
             self._waiting = Waiting(timeout_s=math.inf)
         elif self._is_shown and self._waiting.is_line_due and _placed_groups() <= self._groups_before:
             free = f"{in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
-            why = hope(self._demand, ray_private.autoscaling())
+            why = hope(self._demand, ray_core.read_autoscaling())
             self._waiting.say(f"room for a trial of {self._demand}; free now: {free}; {why}")
 
     def on_trial_result(
@@ -144,9 +143,8 @@ def error_of(trial: TuneTrial) -> BaseException | None:
     if isinstance(cause, TrialFailed):
         return cause
     if isinstance(error, DEATHS):
-        address = re.search(r"\b(?:ip|IP): ([^\s,]+)", str(error))
         reason = f"the process of its trial ended: {reason_of_death(error, None)}"
-        return WorkerDied(rank=0, host=address[1] if address else "?", reason=reason)
+        return WorkerDied(rank=0, host=ray_core.parse_host_address(str(error)) or "?", reason=reason)
     return error
 
 

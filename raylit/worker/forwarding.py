@@ -1,9 +1,11 @@
 """Loggers as hooks see them: on a worker, stand-ins whose calls are made in the driver. Worker."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from raylit.errors import ConfigError
@@ -145,8 +147,7 @@ def _sender(facts: LoggerFacts, forward: Callable[[LogCall], None] | None, step:
         return None
 
     def emit(path: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame = sys._getframe(2)
-        place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name} at step {step()}"
+        place = f"{_describe_line(inspect.currentframe(), above=2)} at step {step()}"
         try:
             arguments = snapshot((args, kwargs))
         except Exception as error:
@@ -156,6 +157,15 @@ def _sender(facts: LoggerFacts, forward: Callable[[LogCall], None] | None, step:
         forward(LogCall(logger=facts.index, path=path, arguments=arguments, place=place))
 
     return emit
+
+
+def _describe_line(frame: FrameType | None, *, above: int) -> str:
+    """Name the line that the frame so many above this one stands at, for messages."""
+    for _ in range(above):
+        frame = None if frame is None else frame.f_back
+    if frame is None:
+        return "an unknown line"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
 
 
 def _close_figures(figures: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylit.loggers import wandb_media
+from raylit.compat.wandb_media import reduce_media
 
 
 def snapshot(value: Any) -> bytes:
@@ -33,7 +33,7 @@ class _Pickler(cloudpickle.Pickler):
         figures = sys.modules.get("matplotlib.figure")
         if figures is not None and isinstance(obj, figures.Figure):
             return _windowless(obj)
-        if (reduced := wandb_media.reduced(obj)) is not None:
+        if (reduced := reduce_media(obj)) is not None:
             return reduced
         return super().reducer_override(obj)
 

@@ -14,7 +14,8 @@ PREAMBLE = """
 import os, sys, time
 import ray, torch
 import raylit as pl
-from raylit.driver import placement, ray_private
+from raylit.compat import ray_core
+from raylit.driver import placement
 from raylit.driver.placement import Placement
 from raylit.plan import Workers
 
@@ -82,7 +83,7 @@ assert zones_of(num_workers=2, label_selector={"zone": "!b"}) == ["a", "a"]
 assert zones_of(num_workers=2, resources_per_worker={"disk": 1.5}) == ["b", "b"]
 assert len(zones_of(num_workers=6)) == 6  # more than cores: they share
 
-assert ray_private.autoscaling() is None
+assert ray_core.read_autoscaling() is None
 for workers, words in [
     (dict(num_workers=3, num_nodes=3), "1 worker of 1 CPU each on each of 3 hosts"),
     (dict(num_workers=3, placement="STRICT_SPREAD"), "on 3 different hosts"),
@@ -121,9 +122,9 @@ from fake_cluster import FakeAutoscalingCluster
 
 def soon_without_demand():
     deadline = time.monotonic() + 20
-    while ray_private.pending_groups() and time.monotonic() < deadline:
+    while ray_core.list_pending_groups() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not ray_private.pending_groups()
+    assert not ray_core.list_pending_groups()
     assert waiting_groups() == []
 
 small = {"cpu2": ({"CPU": 2}, 2)}
@@ -131,7 +132,7 @@ with FakeAutoscalingCluster(head={"CPU": 1}, workers=small) as cluster, contextl
     stack.callback(ray.shutdown)  # before the cluster goes: Ray would look for it for a minute
     ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
     deadline = time.monotonic() + 20
-    while ray_private.autoscaling() is None and time.monotonic() < deadline:
+    while ray_core.read_autoscaling() is None and time.monotonic() < deadline:
         time.sleep(0.2)
 
     placement._HOPELESS_S = 2.0

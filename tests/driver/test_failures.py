@@ -16,9 +16,9 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
 
 import raylit as pl
-from raylit.driver import exit_status
-from raylit.driver.exit_status import describe
+from raylit.driver import process_end
 from raylit.driver.failures import failure, is_at_one_line, is_harmless, raise_failures, reason_of_death
+from raylit.driver.process_end import describe_end
 from raylit.worker.context import WorkerContext
 
 
@@ -229,22 +229,22 @@ def test_the_users_error_goes_before_the_collective_errors_that_follow_from_it()
     assert "Meanwhile in rank 0: RuntimeError: [../gloo" in text
 
 
-def test_an_exit_status_is_told_in_words():
-    assert describe(3 << 8, num_oom_kills=0) == "its process ended with exit code 3"
-    assert "segmentation fault" in describe(signal.SIGSEGV | 0x80, num_oom_kills=0)
-    assert describe(signal.SIGKILL, num_oom_kills=1).startswith("killed by the kernel, probably out of memory")
-    assert describe(signal.SIGKILL, num_oom_kills=0).startswith("killed by SIGKILL")
-    assert "signal 10" in describe(signal.SIGUSR1, num_oom_kills=0)
+def test_the_end_of_a_process_is_told_from_its_log_and_the_kernel_s_kills():
+    log = "[2026-11-30 16:09:47,596 E 7 9] logging.cc:474: *** SIGSEGV received at time=1796054987 on cpu 0 ***\n"
+    assert "segmentation fault" in describe_end(log, pid=7, num_oom_kills=1)
+    assert describe_end(log, pid=8, num_oom_kills=0) is None  # that of a child, which writes to the same log
+    assert "SIGSYS" in describe_end(log.replace("SIGSEGV", "SIGSYS"), pid=7, num_oom_kills=0)
+    assert describe_end("", pid=7, num_oom_kills=1).startswith("killed by the kernel, probably out of memory")
 
 
 def test_memory_in_use_is_that_of_the_container_where_it_is_less_than_the_host_s(tmp_path, monkeypatch):
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     limit.write_text(f"{2**30}\n")
     used.write_text(f"{2**29}\n")
-    monkeypatch.setattr(exit_status, "_CONTAINER_FILES", [(str(limit), str(used))])
-    assert exit_status.memory_in_use() == "the container has 1.0 GB, of which 0.5 GB are still in use"
+    monkeypatch.setattr(process_end, "_CONTAINER_FILES", [(str(limit), str(used))])
+    assert process_end.memory_in_use() == "the container has 1.0 GB, of which 0.5 GB are still in use"
     limit.write_text("max\n")
-    assert exit_status.memory_in_use().startswith("the host has")
+    assert process_end.memory_in_use().startswith("the host has")
 
 
 @pytest.mark.parametrize(

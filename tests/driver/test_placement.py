@@ -11,7 +11,8 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import raylit as pl
-from raylit.driver import cluster, ray_private
+from raylit.compat import ray_core
+from raylit.driver import cluster
 from raylit.driver.demand import Demand, Host, num_slots
 from raylit.driver.placement import Placement
 from raylit.plan import Workers
@@ -138,10 +139,10 @@ def test_so_many_on_each_of_so_many_nodes(monkeypatch):
 
 def test_an_autoscaler_of_version_1_is_told_from_its_stand_in():
     report = {"active_nodes": {"ray.head.default": 1}, "pending_launches": {"gpu": 2}}
-    assert ray_private.old_autoscaling({"autoscaler_report": report}).starting == {"gpu": 2}
+    assert ray_core.parse_old_autoscaling({"autoscaler_report": report}).starting == {"gpu": 2}
     mirror = {"active_nodes": {"node_3fa1": 1}, "pending_launches": {}}
-    assert ray_private.old_autoscaling({"autoscaler_report": mirror}) is None
-    assert ray_private.old_autoscaling({"load_metrics_report": {}}) is None
+    assert ray_core.parse_old_autoscaling({"autoscaler_report": mirror}) is None
+    assert ray_core.parse_old_autoscaling({"load_metrics_report": {}}) is None
 
 
 def unfinished_groups():
@@ -165,7 +166,7 @@ def busy_node():
 
 def test_a_demand_that_others_hold_waits_with_a_line(busy_node, capsys):
     wanted, give_back = busy_node
-    assert ray_private.autoscaling() is None
+    assert ray_core.read_autoscaling() is None
     threading.Timer(3.0, give_back).start()
     placement = Placement(wanted)
     placement.remove()

@@ -1,0 +1,54 @@
+"""Private names of Ray Tune, each behind one function. Driver.
+
+Written against Ray 2.60. A name that another version lacks is a RaylitError, or, where it only saves time, left out.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from raylit.compat.private_names import explain_missing, import_private
+from raylit.errors import RaylitError
+
+_VERSION = "2.60"
+
+
+def list_trials(results: tune.ResultGrid) -> list[Trial]:
+    """List the trials behind Tune's results, with their states and checkpoints, which the public results leave out."""
+    analysis = getattr(results, "_experiment_analysis", None)
+    if analysis is None:
+        raise RaylitError(explain_missing("ray.tune.ResultGrid._experiment_analysis", written_for=_VERSION))
+    return list(analysis.trials)
+
+
+@contextlib.contextmanager
+def set_trial_variables(variables: Mapping[str, str], *, is_pooled: bool) -> Iterator[None]:
+    """Give the processes of trials that start within this context these environment variables.
+
+    Tune adds some of its own, and hands on some of this process's; Ray starts processes for them, with two more of
+    Python's starts, where those without any come from the ones that it has ready. `is_pooled`: leave Tune's out, unless
+    there are some in this process to hand on.
+
+    Without the private names: Tune's variables and none of raylit's, unless there are some that the trials need.
+    """
+    try:
+        module = import_private("ray.tune.execution", "class_cache", written_for=_VERSION)
+        names, defaults = module.ENV_VARS_TO_PROPAGATE, dict(module.DEFAULT_ENV_VARS)
+    except (RaylitError, AttributeError):
+        if variables:
+            raise
+        yield
+        return
+    if is_pooled or not names & os.environ.keys():
+        module.DEFAULT_ENV_VARS.clear()
+        module.ENV_VARS_TO_PROPAGATE = set()
+    module.DEFAULT_ENV_VARS.update(variables)
+    try:
+        yield
+    finally:
+        module.DEFAULT_ENV_VARS.clear()
+        module.DEFAULT_ENV_VARS.update(defaults)
+        module.ENV_VARS_TO_PROPAGATE = names
