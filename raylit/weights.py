@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import posixpath
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def _written(path: str) -> Iterator[Path]:
             yield Path(directory) / "weights"
             store, place = file_system(path)
             if not is_object_store(store):
-                store.makedirs(store._parent(place), exist_ok=True)
+                store.makedirs(posixpath.dirname(place), exist_ok=True)
             store.put_file(os.fspath(Path(directory) / "weights"), place)
     except Exception as error:  # of whatever kind the store's own library raises
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {
         "asked",
+        "compat",
         "errors",
         "messages",
         "places",

@@ -89,7 +89,7 @@ class ModelCheckpoint(DriverCallback):
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self.first_version = self.STARTING_VERSION if enable_version_counter else None  # None: overwritten
         check_options(self, self._every_n_train_steps, self._every_n_epochs, train_time_interval)
-        self._is_automatic = False
+        self.is_automatic = False
         self._derived_dirpath: str | None = None
         """The last run's own, where the user has given none."""
         self._clock = Clock(train_time_interval)
@@ -125,7 +125,7 @@ class ModelCheckpoint(DriverCallback):
         Once `checkpoint_on`, else `val_loss`, is logged the one with the least of it stays too, as `best_model_path`.
         """
         callback = cls()
-        callback._is_automatic = True
+        callback.is_automatic = True
         return callback
 
     # What the user may look at
@@ -171,7 +171,7 @@ class ModelCheckpoint(DriverCallback):
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None
         files.remove_abandoned(self.dirpath)
-        is_own = self._is_automatic or self.newest_model_path or self._has_saved or run.plan.is_dev_run
+        is_own = self.is_automatic or self.newest_model_path or self._has_saved or run.plan.is_dev_run
         if not is_own and self.save_top_k != 0 and entries(self.dirpath):
             warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
 
@@ -212,7 +212,7 @@ class ModelCheckpoint(DriverCallback):
         if self._is_deferred or self._clock.is_due():
             is_early = self._step_validated is None and run.state.has_validation
             self._save_or_defer(run, is_deferred=is_early and self._is_missing(run))
-        elif self._is_automatic or is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
+        elif self.is_automatic or is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
             self._save(run, is_ranked=self._is_epoch_due(run) and not self._is_score_stale(run))
 
     def on_train_end(self, run: Run) -> None:
@@ -321,7 +321,7 @@ class ModelCheckpoint(DriverCallback):
         if self.save_last:  # named before anything is written, as the name is part of what is written
             last = self.last_model_path
             self.last_model_path = self._free_path(run, metrics, self.CHECKPOINT_NAME_LAST, reusable=last)
-        if self._is_automatic:
+        if self.is_automatic:
             path, more = self._place_automatically(run, metrics)
         elif is_ranked and self.save_top_k != 0:
             path, more = (self._place_latest if self.monitor is None else self._place_if_good)(run, metrics)
