@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from raylit.compat.torch_checkpoint import METADATA_CLASSES, StorageInfo
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # in torch 2.9 itself
 @pytest.mark.usefixtures("process_group")
 def test_metadata_of_tensors_names_known_classes_only(tmp_path):
     dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path)
