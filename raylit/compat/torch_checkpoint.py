@@ -1,6 +1,7 @@
 """Name what the metadata of torch.distributed.checkpoint consists of. Both sides.
 
-Written against torch 2.13. Imported only where there is sharded state: torch takes a while for it.
+Written against torch 2.13, tested with torch 2.9.1 too. Imported only where there is sharded state:
+torch takes a while for it.
 """
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo

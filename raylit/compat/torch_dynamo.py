@@ -1,6 +1,6 @@
 """Follow and undo what torch's compiler does in a process. Driver and workers.
 
-Written against torch 2.13, compared with the source of torch 2.9.1. The compiler takes seconds to import, so nothing
+Written against torch 2.13, tested with torch 2.9.1 too. The compiler takes seconds to import, so nothing
 here imports it before a function that is only called where something is compiled.
 """
 

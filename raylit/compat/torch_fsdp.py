@@ -1,7 +1,7 @@
 """Read and drive the private state behind torch's `fully_shard`. Worker.
 
-Written against torch 2.13, compared with the source of torch 2.9.1, where a unit's state has one parameter group or
-none in the place of a list.
+Written against torch 2.13, tested with torch 2.9.1 too. There a unit's state has one parameter group or none in
+the place of a list.
 
 A unit is a module that `fully_shard` was called on. A parameter group is what a unit gathers and reduces at once.
 `unsharded_param` and the like are attributes of torch's `FSDPParam`, which is private as a class.

@@ -1,7 +1,7 @@
 """Reach what torch's nn.Module has registered, and its calls. Any process.
 
-Written against torch 2.13. What torch has a public way for (`named_parameters(recurse=False, remove_duplicate=False)`,
-`setattr`) is done where it is needed, not here.
+Written against torch 2.13, tested with torch 2.9.1 too. What torch has a public way for, such as
+`named_parameters(recurse=False, remove_duplicate=False)` and `setattr`, is done where it is needed, not here.
 """
 
 from collections.abc import Callable, Iterable
