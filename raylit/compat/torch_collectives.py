@@ -1,8 +1,8 @@
 """Watch for collectives: every function of torch.distributed ends in an operator of torch's. Worker.
 
 Written against torch 2.13, tested with torch 2.9.1 too. The names of those operators, and their arguments, are
-private to torch. One that it has renamed is reported under its new name; a pairwise one, which would be taken for a collective
-then, is found by `tests/compat/test_torch_collectives.py`.
+private to torch. One that it has renamed is reported under its new name; a pairwise one, which would be taken for a
+collective then, is found by `tests/compat/test_torch_collectives.py`.
 """
 
 from collections.abc import Callable
