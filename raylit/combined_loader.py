@@ -6,6 +6,7 @@ from typing import Any, get_args
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from raylit.accelerators.transfer import is_namedtuple
 from raylit.errors import ConfigError
 from raylit.plan import CombinationName
 
@@ -140,6 +141,6 @@ def _shaped(collection: Any, values: Iterator[Any], *, is_top: bool = False) -> 
     if isinstance(collection, dict):
         return {key: _shaped(member, values) for key, member in collection.items()}
     members = [_shaped(member, values) for member in collection]
-    if hasattr(collection, "_fields"):
+    if is_namedtuple(collection):
         return type(collection)(*members)
     return tuple(members) if isinstance(collection, tuple) else members

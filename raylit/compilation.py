@@ -5,16 +5,19 @@ from typing import Any
 
 from torch import nn
 
+from raylit.compat.torch_dynamo import read_compiler, unwrap_optimized
+from raylit.compat.torch_module import get_call, get_compiled_call, set_compiled_call
+
 Compilations = Mapping[str, Any]
 """By the submodule's name ("": the module itself): torch's function that compiles a callable as the user asked for."""
 
 
 def unwrapped(model: Any) -> tuple[Any, Compilations]:
     """A module out of the OptimizedModule that `torch.compile` returns, and how to compile it and its parts again."""
-    original = getattr(model, "_orig_mod", None)
-    if original is None:
+    if (optimized := unwrap_optimized(model)) is None:
         return model, _of_parts(model)
-    return original, {**_of_parts(original), "": model.dynamo_ctx}
+    original, compiler = optimized
+    return original, {**_of_parts(original), "": compiler}
 
 
 def compile_again(module: nn.Module, compilations: Compilations) -> list[nn.Module]:
@@ -22,8 +25,8 @@ def compile_again(module: nn.Module, compilations: Compilations) -> list[nn.Modu
     parts = []
     for name, compiling in compilations.items():
         part = module.get_submodule(name)
-        if part._compiled_call_impl is None:
-            part._compiled_call_impl = compiling(part._call_impl)
+        if get_compiled_call(part) is None:
+            set_compiled_call(part, compiling(get_call(part)))
             parts.append(part)
     return parts
 
@@ -31,16 +34,12 @@ def compile_again(module: nn.Module, compilations: Compilations) -> list[nn.Modu
 def drop_compiled(parts: list[nn.Module]) -> None:
     """The ordinary modules that they were."""
     for part in parts:
-        part._compiled_call_impl = None
+        set_compiled_call(part, None)
 
 
 def _of_parts(module: Any) -> dict[str, Any]:
-    """Of those that have been compiled in place. Pickling drops that, and only the closure knows how it was done."""
+    """Of those that have been compiled in place, which pickling drops."""
     if not isinstance(module, nn.Module):
         return {}
-    compiled = {name: part._compiled_call_impl for name, part in module.named_modules()}
-    return {name: _closure(call)["self"] for name, call in compiled.items() if call is not None}
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    compilers = {name: read_compiler(part) for name, part in module.named_modules()}
+    return {name: compiler for name, compiler in compilers.items() if compiler is not None}

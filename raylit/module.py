@@ -156,6 +156,15 @@ class LightningModule(HyperparametersMixin, LoopHooks):
 
     # The run, as this worker sees it
 
+    def attach_run(self, view: Any) -> None:
+        """Have `trainer` and what follows here show this view of a run; None: no run. Called by the worker."""
+        self._view = view
+
+    def redirect_log(self, metrics: Any) -> Any:
+        """Have `log` write to this metric buffer, or nowhere; returns the one before. Called by the worker's loops."""
+        before, self._metrics = self._metrics, metrics
+        return before
+
     @property
     def trainer(self) -> Any:
         """The worker's view of the run; only inside a run."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from raylit.accelerators.transfer import is_namedtuple
 from raylit.errors import ModuleError
 
 
@@ -45,7 +46,7 @@ def _piece(batch: Any, steps: slice) -> Any:
         return {key: _cut(part, steps) for key, part in batch.items()}
     parts = [_cut(part, steps) for part in batch]
     if isinstance(batch, tuple):
-        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+        return type(batch)(*parts) if is_namedtuple(batch) else tuple(parts)
     return parts
 
 

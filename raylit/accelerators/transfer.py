@@ -27,7 +27,7 @@ def map_tensors(
     if isinstance(value, Mapping):
         items = {key: mapped(item) for key, item in value.items()}
         return items if type(value) is dict else _rebuilt_mapping(value, items)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if is_namedtuple(value):
         return type(value)(*(mapped(item) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(mapped(item) for item in value)
@@ -35,6 +35,11 @@ def map_tensors(
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: mapped(getattr(value, name)) for name in fields})
     return value
+
+
+def is_namedtuple(value: Any) -> bool:
+    """Return whether a value is of a class that `collections.namedtuple` or `typing.NamedTuple` has made."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raylit.callbacks.base import Callback
+from raylit.compat.torch_module import BatchNormBase
 from raylit.errors import CheckpointError, ConfigError, ModuleError
 
 Modules: TypeAlias = "nn.Module | Iterable[Modules]"
@@ -54,13 +54,13 @@ class BaseFinetuning(Callback):
             found: Iterable[nn.Module] = modules.modules()
         else:
             found = [leaf for one in modules for leaf in BaseFinetuning.flatten_modules(one)]
-        return [module for module in found if not list(module.children()) or module._parameters]
+        return [module for module in found if not list(module.children()) or list(module.parameters(recurse=False))]
 
     @staticmethod
     def filter_params(modules: Modules, train_bn: bool = True, requires_grad: bool = True) -> Iterator[nn.Parameter]:
         """The parameters that are trained, or those that are not; those of batch norms only with `train_bn`."""
         for module in BaseFinetuning.flatten_modules(modules):
-            if train_bn or not isinstance(module, _BatchNorm):
+            if train_bn or not isinstance(module, BatchNormBase):
                 yield from (p for p in module.parameters(recurse=False) if p.requires_grad == requires_grad)
 
     @staticmethod
@@ -77,7 +77,7 @@ class BaseFinetuning(Callback):
     def freeze(modules: Modules, train_bn: bool = True) -> None:
         """Everything in the modules, batch norms only without `train_bn`."""
         for module in BaseFinetuning.flatten_modules(modules):
-            _set_trained(module, is_trained=train_bn and isinstance(module, _BatchNorm))
+            _set_trained(module, is_trained=train_bn and isinstance(module, BatchNormBase))
 
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -272,12 +272,12 @@ def _restore_groups(optimizer: Optimizer, groups: list[dict[str, Any]], paramete
         optimizer.add_param_group(saved)
 
 
-def _named_batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    return ((name, part) for name, part in module.named_modules() if isinstance(part, _BatchNorm))
+def _named_batch_norms(module: nn.Module) -> Iterator[tuple[str, BatchNormBase]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, BatchNormBase))
 
 
 def _set_trained(module: nn.Module, *, is_trained: bool) -> None:
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BatchNormBase):
         module.track_running_stats = is_trained
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(is_trained)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from raylit.compat.torch_module import build_flat_module
 from raylit.strategies.parts import is_sharded
 
 CURRENT = "current_weight"
@@ -28,11 +29,11 @@ def own_part(module: nn.Module) -> nn.Module:
             reshard()  # an evaluation may not be over yet, which keeps some gathered
     if not has_shards(module):
         return module
-    part = nn.Module()
-    for name, parameter in module.named_parameters():
-        part._parameters[name] = nn.Parameter(_local(parameter.detach()), requires_grad=parameter.requires_grad)
-    part._buffers.update(module.named_buffers())
-    return part
+    own = (
+        (name, nn.Parameter(_local(parameter.detach()), requires_grad=parameter.requires_grad))
+        for name, parameter in module.named_parameters()
+    )
+    return build_flat_module(own, module.named_buffers())
 
 
 class ShardedAverage:

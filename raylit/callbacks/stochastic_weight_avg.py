@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR
 
 from raylit.callbacks.base import Callback
+from raylit.compat.torch_module import BatchNormBase
 from raylit.errors import ConfigError
 
 _Average = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -109,7 +109,7 @@ class StochasticWeightAveraging(Callback):
             return
         for name, parameter in pl_module.named_parameters():
             parameter.data.copy_(self._average[name])
-        norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in pl_module.modules() if isinstance(module, BatchNormBase)]
         if norms:
             _update_statistics(norms, trainer)
 

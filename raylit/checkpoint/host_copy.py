@@ -12,12 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raylit.compat.torch_tensor import build_negative_view
+
 _ALIGNMENT = 64
 _STRETCH_BYTES = 4 * 2**20
 """Threads take turns in what is to be copied."""
 _MIN_BYTES_OF_THREAD = 32 * 2**20
 _MAX_THREADS = 8
 """Memory is not faster with more."""
+
+_Key = tuple[torch.device, int, int]
+"""Of a storage: where its memory is, and how large it is."""
 
 
 class HostCopy:
@@ -35,7 +40,7 @@ class HostCopy:
         `checkpoint` is as `format.plain` leaves it. Copying into fresh memory takes twice as long as into memory that
         has been in use: 63 instead of 29 ms of a core for 400 MB.
         """
-        storages: dict[int, torch.UntypedStorage] = {}
+        storages: dict[_Key, torch.UntypedStorage] = {}
         _map_tensors(checkpoint, lambda tensor: _note(tensor, storages))
         starts, num_bytes = {}, 0
         for key, storage in storages.items():
@@ -101,24 +106,24 @@ def _copy(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
         thread.join()
 
 
-def _note(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+def _note(tensor: Tensor, storages: dict[_Key, torch.UntypedStorage]) -> Tensor:
     if _is_dense(tensor):
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        storages[_key_of(storage)] = storage
     return tensor
 
 
-def _copied(tensor: Tensor, copies: dict[int, torch.UntypedStorage]) -> Tensor:
+def _copied(tensor: Tensor, copies: dict[_Key, torch.UntypedStorage]) -> Tensor:
     if tensor.is_meta:  # a placeholder
         return tensor
     if not _is_dense(tensor):
         return tensor.detach().cpu().clone()
-    storage = copies[tensor.untyped_storage()._cdata]
+    storage = copies[_key_of(tensor.untyped_storage())]
     copy = torch.empty(0, dtype=tensor.dtype)
     copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
     # Views that conjugate or negate on reading are stored as such.
     copy = copy.conj() if tensor.is_conj() else copy
-    return torch._neg_view(copy) if tensor.is_neg() else copy
+    return build_negative_view(copy) if tensor.is_neg() else copy
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -130,6 +135,10 @@ def _is_dense(tensor: Tensor) -> bool:
         and not tensor.is_quantized
         and tensor.untyped_storage().nbytes() > 0
     )
+
+
+def _key_of(storage: torch.UntypedStorage) -> _Key:
+    return storage.device, storage.data_ptr(), storage.nbytes()
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

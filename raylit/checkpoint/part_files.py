@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,38 +29,22 @@ from torch.futures import Future
 
 from raylit.checkpoint import remote
 from raylit.checkpoint.checksums import METADATA, Checksums, damage_of, name_of_part
+from raylit.compat.torch_checkpoint import METADATA_CLASSES, StorageInfo
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.messages import Part
 from raylit.places import is_url, joined
-
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        # For BytesStorageMetadata torch's planner would unpickle a part; tensors it reads with weights_only.
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-}
-"""All that `metadata_of` pickles, by module; besides dtypes."""
 
 
 def metadata_of(parts: Sequence[Part]) -> bytes:
     """The content of METADATA, by which torch.distributed.checkpoint, too, finds what it looks for in the parts."""
     tensors: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, StorageInfo] = {}
     for part in sorted(parts, key=lambda part: part.rank):
         for chunk in part.chunks:
             properties, shape = TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape)
             tensor = tensors.setdefault(chunk.name, TensorStorageMetadata(properties, shape, []))
             index = MetadataIndex(chunk.name, chunk.offsets, len(tensor.chunks))
-            places[index] = _StorageInfo(name_of_part(part.rank), chunk.start, chunk.num_bytes)
+            places[index] = StorageInfo(name_of_part(part.rank), chunk.start, chunk.num_bytes)
             tensor.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
     metadata = Metadata(
         state_dict_metadata=dict(tensors),
@@ -193,7 +177,7 @@ class _Fetching(_SafeReader):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _METADATA_CLASSES.get(module, ()):
+        if is_dtype or name in METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise CheckpointError(
             f"the checkpoint's {METADATA} names {module}.{name}, which does not belong there: it is damaged, or "

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from raylit.compat.torch_module import BatchNormBase, copy_registered
 
 
 class SyncedBatchNorms:
@@ -16,7 +17,7 @@ class SyncedBatchNorms:
         synced: dict[nn.Module, nn.Module] = {}
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, _BatchNorm) and not isinstance(child, (nn.SyncBatchNorm, _CPUSyncBatchNorm)):
+                if isinstance(child, BatchNormBase) and not isinstance(child, (nn.SyncBatchNorm, _CPUSyncBatchNorm)):
                     if child not in synced:
                         synced[child] = _synced(child, device)
                     self._exchanged.append((parent, name, child))
@@ -43,14 +44,13 @@ class SyncedBatchNorms:
         """Put the module's own back, with what the others have counted."""
         for parent, name, own in self._exchanged:
             exchanged = getattr(parent, name)
-            own._buffers.update(exchanged._buffers)
-            own._parameters.update(exchanged._parameters)
+            copy_registered(exchanged, own)
             own.training = exchanged.training
             setattr(parent, name, own)
         self._exchanged = []
 
 
-class _CPUSyncBatchNorm(_BatchNorm):
+class _CPUSyncBatchNorm(BatchNormBase):
     """torch.nn.SyncBatchNorm in differentiable collectives. Its forward is collective in train mode.
 
     Statistics as in Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, over batch and all further dimensions.
@@ -119,7 +119,6 @@ def _synced(norm: Any, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return norm
     synced = _CPUSyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    synced._parameters.update(norm._parameters)
-    synced._buffers.update(norm._buffers)
+    copy_registered(norm, synced)
     synced.training = norm.training
     return synced

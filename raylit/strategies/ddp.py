@@ -13,6 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raylit.compat.torch_ddp import (
+    ReversedDDP,
+    has_static_graph_reduced,
+    ignore_parameters,
+    push_all_parameters,
+    queue_static_graph_reduction,
+    rebuild_buckets,
+)
 from raylit.errors import ModuleError
 from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
 from raylit.strategies.base import PendingGradients, Skipped, SyncedCheck, TrainingStep
@@ -73,7 +81,7 @@ class DDP(Single):
         step = kind(module, training_step, names)
         # What this optimizer does not train it need not sync: another's wrapped step does, or nobody has to.
         ignored = [f"module.{name}" for name, _ in module.named_parameters(remove_duplicate=False) if name not in names]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
+        ignore_parameters(step, ignored)
         options = self._options
         kind_of_ddp = DistributedDataParallel if self._is_finding_unused else _SteadyDDP
         ddp = kind_of_ddp(
@@ -103,7 +111,7 @@ class DDP(Single):
         ddp = _ddp_of(step)
         # The first backward pass of a static graph has to sync. What is synced in a window before its end is alike on
         # all ranks, so that the window's gradients are the same.
-        is_learning = self._options.static_graph and ddp is not None and not ddp._static_graph_delay_allreduce_enqueued
+        is_learning = self._options.static_graph and ddp is not None and not has_static_graph_reduced(ddp)
         return nullcontext() if ddp is None or is_learning else ddp.no_sync()
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -120,26 +128,19 @@ class DDP(Single):
         broadcast(module.buffers())
 
 
-class _SteadyDDP(DistributedDataParallel):
+class _SteadyDDP(ReversedDDP):
     """DDP whose first step sums gradients in the order in which all later ones do.
 
     DDP learns in its first step in which order gradients arrive and then sorts them into other buckets. Three and more
     ranks add up in an order that depends on where in a bucket a number stands, so that the first step after a resume
     would differ in its last bits from the same step of the run that went through. Here the final buckets are there from
     the start, in the order that DDP assumes before it knows better: backwards from what the module has defined last.
-    Their names in torch begin with an underscore.
     """
-
-    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
-        # A tied weight stays where it was defined first: its gradient is whole when the backward pass comes to that.
-        parameters, is_sparse = super()._build_params_for_reducer()
-        self.synced_parameters: list[nn.Parameter] = parameters[::-1]
-        return self.synced_parameters, is_sparse[::-1]
 
     def build_final_buckets(self) -> None:
         """Collective."""
-        self.reducer._push_all_rebuilt_params()
-        self.reducer._rebuild_buckets()
+        push_all_parameters(self)
+        rebuild_buckets(self)
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Those that the last backward pass has not come to, so that the reduction of all that share a bucket with one
@@ -147,7 +148,7 @@ class _SteadyDDP(DistributedDataParallel):
         try:
             # DDP itself asks this at the start of the next forward pass, when other ranks may have gone on to another
             # collective.
-            self.reducer._rebuild_buckets()
+            rebuild_buckets(self)
         except RuntimeError as error:
             found = _MISSING.search(str(error))
             if found is None:
@@ -212,7 +213,7 @@ def _broadcasting(options: DDPStrategy) -> dict[str, Any]:
 
 def _static(ddp: DistributedDataParallel, *args: Any) -> Any:
     outputs = ddp(*args)
-    if not ddp._static_graph_delay_allreduce_enqueued and isinstance(outputs, Mapping) and type(outputs) is not dict:
+    if not has_static_graph_reduced(ddp) and isinstance(outputs, Mapping) and type(outputs) is not dict:
         # DDP starts its first reduction by way of what forward returns, and looks into lists and dicts only.
         for value in outputs.values():
             if isinstance(value, Tensor) and value.requires_grad:
@@ -221,10 +222,8 @@ def _static(ddp: DistributedDataParallel, *args: Any) -> Any:
 
 
 def _reduce_at_the_end(ddp: DistributedDataParallel, gradient: Tensor) -> None:
-    if not ddp._static_graph_delay_allreduce_enqueued:
-        reducer: Any = ddp.reducer
-        torch.autograd.Variable._execution_engine.queue_callback(reducer._delay_all_reduce)
-        ddp._static_graph_delay_allreduce_enqueued = True
+    if not has_static_graph_reduced(ddp):
+        queue_static_graph_reduction(ddp)
 
 
 def _ddp_of(step: TrainingStep) -> DistributedDataParallel | None:

@@ -1,7 +1,7 @@
 """Entries: the methods that run a sharded model, around the outermost of which its own parameters are gathered. Worker.
 
-What begins with an underscore is private to torch 2.13: its own hooks, and `register_fsdp_forward_method`, take a step
-that calls `self(x)`, or another step, for two forward passes, and let go of the parameters after the inner one.
+torch's own hooks, and `register_fsdp_forward_method`, take a step that calls `self(x)`, or another step, for two
+forward passes, and let go of the parameters after the inner one.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from raylit.compat.torch_fsdp import get_state, remove_forward_hooks, run_post_forward, run_pre_forward
 from raylit.errors import ModuleError
 from raylit.strategies.base import TrainingStep
 from raylit.strategies.skipping import Course
@@ -23,12 +24,11 @@ class Entries:
     def __init__(self, module: nn.Module, *, steps: Sequence[str], is_manual: bool) -> None:
         """`is_manual`: backward passes and steps are in `training_step`, around which nothing can be gathered then."""
         self._module = module
-        self._state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        self._state: Any = get_state(module)
         self._is_running = False
         self._course: Course | None = None
         """Of the training step that runs."""
-        self._state._pre_forward_hook_handle.remove()
-        self._state._post_forward_hook_handle.remove()
+        remove_forward_hooks(self._state)
         self._names = [*steps, _CALL]
         for name in self._names:
             own = getattr(module, name)
@@ -65,8 +65,8 @@ class Entries:
                 return own(*args, **kwargs)
             self._is_running = True
             try:
-                args, kwargs = self._state._pre_forward(self._module, args, kwargs)
-                return self._state._post_forward(self._module, args, own(*args, **kwargs))
+                args, kwargs = run_pre_forward(self._state, self._module, args, kwargs)
+                return run_post_forward(self._state, self._module, args, own(*args, **kwargs))
             finally:
                 self._is_running = False
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from raylit.compat.torch_fsdp import copy_out_at_once, get_reduce_scatter, get_state, list_param_groups
+
 _M_MMAP_THRESHOLD = -3
 """Of glibc's mallopt: what is at least that large has pages of its own, which go with it."""
 _EAGER_BYTES = 2**20
@@ -29,9 +31,9 @@ def hold_little(units: Iterable[Any]) -> None:
     for unit in units:
         # By itself: torch takes an empty list for its own choice, which is the unit before.
         unit.set_modules_to_backward_prefetch([unit])
-        unit._set_unshard_async_op(True)  # what has been gathered is copied and let go of
-        for group in unit._get_fsdp_state()._fsdp_param_groups:
-            unit.set_custom_reduce_scatter(_LettingGo(group._reduce_scatter_comm))
+        copy_out_at_once(unit)
+        for group in list_param_groups(get_state(unit)):
+            unit.set_custom_reduce_scatter(_LettingGo(get_reduce_scatter(group)))
 
 
 class _LettingGo:

@@ -19,9 +19,17 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from raylit.compat.torch_fsdp import (
+    clear_forward_order,
+    finish_backward,
+    get_state,
+    initialize_root,
+    iterate_all_param_groups,
+)
+from raylit.compat.torch_module import BatchNormBase
+from raylit.compat.torch_tensor import compute_norms, scale_in_place
 from raylit.errors import ConfigError, ModuleError
 from raylit.plan import PrecisionName
 from raylit.strategies.averaging import TouchedGradients, Travel, average_gradients, broadcast
@@ -200,10 +208,10 @@ class FSDP(Single):
             return
         total = torch.linalg.vector_norm(torch.stack(self.norms(gradients, 2.0)))
         # As torch's clip_grad_norm_ has it.
-        torch._foreach_mul_(shards(gradients), torch.clamp(limit / (total + 1e-6), max=1.0))
+        scale_in_place(shards(gradients), torch.clamp(limit / (total + 1e-6), max=1.0))
 
     def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
-        own = torch.stack(torch._foreach_norm(shards(gradients), order))
+        own = torch.stack(compute_norms(shards(gradients), order))
         if self._replicated and dist.get_rank() > 0:
             own *= own.new_tensor([isinstance(gradient, DTensor) for gradient in gradients])
         if math.isinf(order):
@@ -219,12 +227,11 @@ class FSDP(Single):
         # What is gathered in inference mode could not be used in a later backward pass.
         with torch.no_grad():
             yield
-        for group in self._groups():
+        state = get_state(self._root)
+        for group in iterate_all_param_groups(state):
             group.reshard()
         # Else the next backward pass would gather ahead of it what has run last here.
-        self._root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
-        for group in self._groups():
-            group._post_forward_indices.clear()
+        clear_forward_order(state)
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
@@ -294,13 +301,7 @@ class FSDP(Single):
 
     def _initialize(self) -> None:
         """What torch would do in the first forward pass, when another optimizer's parameters may be frozen."""
-        self._root._get_fsdp_state()._lazy_init()
-        for group in self._groups():
-            group._init_mp_dtypes()  # of the parameters that are trained now
-
-    def _groups(self) -> Iterator[Any]:
-        for state in self._root._get_fsdp_state()._state_ctx.all_states:
-            yield from state._fsdp_param_groups
+        initialize_root(get_state(self._root))
 
     def _finish_window(self) -> None:
         self._finish_backward()
@@ -309,8 +310,7 @@ class FSDP(Single):
     def _finish_backward(self) -> None:
         """What the backward pass has left over to reduce: gradients added up without a sync; those of a module in
         whose outputs torch has found no tensor. Collective; nothing where nothing is left."""
-        # Private to torch: the callback that it queues itself at the start of a backward pass, for its end.
-        self._root._get_fsdp_state()._root_post_backward_final_callback()
+        finish_backward(get_state(self._root))
 
 
 class _WindowEnd:
@@ -346,7 +346,7 @@ def _check_shapes(module: nn.Module) -> None:
 
 def _norms_in_full_precision(module: nn.Module) -> list[nn.Module]:
     """Batch norms take no parameters of another type than their running statistics."""
-    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.affine]
+    return [part for part in module.modules() if isinstance(part, BatchNormBase) and part.affine]
 
 
 def _own_parameters(part: nn.Module) -> list[nn.Parameter]:
@@ -361,9 +361,8 @@ def _to_device(part: nn.Module, device: torch.device, dtype: torch.dtype | None)
     for parameter in _own_parameters(part):
         parameter.data = moved(parameter.data)
     for owner in part.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = moved(buffer)
+        for name, buffer in list(owner.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(owner, name, moved(buffer))
 
 
 class _PendingShards:

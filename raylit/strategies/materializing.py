@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from raylit.compat.torch_module import find_reset
 from raylit.errors import ModuleError
 
 _ADVICE = (
@@ -58,7 +59,7 @@ class BuildOrder:
                 ended[part] = 0.0  # in its place should it be a part of itself
                 times = [walk(child) for child in part.children()]
                 del ended[part]
-                has_own = part._parameters or part._buffers
+                has_own = bool([*part.parameters(recurse=False), *part.buffers(recurse=False)])
                 own = self._times.get(part, math.inf) if has_own else 0.0
                 ended[part] = max([own, *times])
             return ended[part]
@@ -80,7 +81,7 @@ class Materializer:
     """
 
     def __init__(self, module: nn.Module, *, owners: dict[nn.Parameter, nn.Module]) -> None:
-        uses = Counter(parameter for part in module.modules() for parameter in part._parameters.values())
+        uses = Counter(parameter for part in module.modules() for _, parameter in _own_parameters(part))
         self._shared = {parameter for parameter, num_uses in uses.items() if num_uses > 1}
         self._made: dict[nn.Parameter, nn.Parameter] = {}
         """What shared parameters on the meta device have become: they stay shared."""
@@ -96,7 +97,7 @@ class Materializer:
         if not is_own and not parts & self._touched:
             return
         self._touched.add(module)
-        reset = _reset_of(module)
+        reset = find_reset(module)
         if reset is None:
             if is_own:
                 raise ModuleError(
@@ -118,8 +119,8 @@ class Materializer:
     def _reset(self, module: nn.Module, reset: Callable[[], object]) -> None:
         shared: dict[str, nn.Parameter] = {}
         fresh: dict[str, Tensor] = {}
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_meta:
+        for name, parameter in _own_parameters(module):
+            if not parameter.is_meta:
                 continue
             own = nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad)
             if parameter in self._shared:
@@ -130,25 +131,24 @@ class Materializer:
                     # What is drawn now goes nowhere, as in a plain build, where another's takes its place later.
                     own = nn.Parameter(_empty(parameter)) if own is made else own
                     shared[name] = made
-            module._parameters[name] = fresh[name] = own
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = fresh[name] = _empty(buffer)
+            fresh[name] = own
+            setattr(module, name, own)
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if buffer.is_meta:
+                fresh[name] = _empty(buffer)
+                setattr(module, name, fresh[name])
         reset()
         if forgotten := [name for name in fresh if _is_untouched(getattr(module, name))]:
             raise ModuleError(
                 f"{type(module).__name__}.reset_parameters leaves {', '.join(forgotten)} without numbers. {_ADVICE}: "
                 "initialise them there, or make them with device='cpu'"
             )
-        module._parameters.update(shared)
+        for name, made in shared.items():
+            setattr(module, name, made)
 
 
-def _reset_of(module: nn.Module) -> Callable[[], object] | None:
-    # torch's MultiheadAttention and Transformer have theirs under the other name.
-    for name in ("reset_parameters", "_reset_parameters"):
-        if callable(reset := getattr(module, name, None)):
-            return reset
-    return None
+def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from raylit.compat.torch_tensor import compute_norms
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
 from raylit.strategies.parts import Reader, read_anew, read_in_place
 
@@ -82,7 +83,7 @@ class Single:
             nn.utils.clip_grad_value_(parameters, limit)
 
     def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
-        return list(torch._foreach_norm(list(gradients), order))
+        return compute_norms(list(gradients), order)
 
     def evaluating(self, *, is_inference_mode: bool) -> AbstractContextManager[object]:
         return torch.inference_mode() if is_inference_mode else torch.no_grad()

@@ -11,6 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from raylit.compat.torch_fsdp import (
+    get_forward_order,
+    get_state,
+    list_param_groups,
+    list_sharded_parameters,
+    run_post_forward,
+    run_pre_backward,
+    run_pre_forward,
+)
 from raylit.strategies.base import Skipped, TrainingStep
 
 _END = 2**31 - 1
@@ -30,8 +39,7 @@ class Course:
     """In which order a training step runs the units of a model, and which of them its loss depends on.
 
     It is learned in the first step: ranks then tell each other before each unit, as one that skips the batch cannot
-    know. From there on a rank that skips runs the collectives of what it has not run, without the computations. Names
-    of torch's that begin with an underscore are private to torch 2.13.
+    know. From there on a rank that skips runs the collectives of what it has not run, without the computations.
     """
 
     def __init__(self, root: Any, *, replicated: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -42,7 +50,7 @@ class Course:
             part for part in root.modules() if part is not root and isinstance(part, FSDPModule) and _groups_of(part)
         ]
         self._contained = [set(unit.modules()) - {unit} for unit in self._units]
-        self._sharded = [one for part in (root, *self._units) for one in _parameters_of(part)]
+        self._sharded = [one for part in (root, *self._units) for one in list_sharded_parameters(get_state(part))]
         self._uses: list[_Use] = []
         self._unused: set[int] = set()
         """Parameters that the loss does not depend on, by `id`: sharded or replicated ones."""
@@ -52,7 +60,7 @@ class Course:
         """What the step returns; in the place of None a loss whose gradients are zero. Collective."""
         if not self._is_known:
             return self._run_learning(step, *args)
-        order = _order_of(self._root)
+        order = get_forward_order(get_state(self._root))
         start = len(order)
         outputs = step(*args)
         if outputs is not None:
@@ -155,11 +163,11 @@ class Course:
 
     def _pass_forward(self, use: _Use, *, is_begin: bool) -> None:
         unit = self._units[use.unit]
-        state = unit._get_fsdp_state()
+        state = get_state(unit)
         if is_begin:
-            state._pre_forward(unit, (), {})
+            run_pre_forward(state, unit, (), {})
         else:
-            state._post_forward(unit, (), None)
+            run_post_forward(state, unit, (), None)
 
     def _skipped(self) -> Skipped:
         anchor = torch.zeros((), device=self._device, requires_grad=True)
@@ -167,13 +175,13 @@ class Course:
         return Skipped(loss=loss)
 
     def _pass_backward(self, passes: Sequence[tuple[_Use, bool]], gradient: Tensor) -> None:
-        self._root._get_fsdp_state()._pre_backward(gradient)
+        run_pre_backward(get_state(self._root), gradient)
         reached = [one for one in passes if one[0].is_reached]
         num_left = Counter(use.unit for use, is_begin in reached if is_begin)
         for use, is_begin in reversed(reached):
             unit = self._units[use.unit]
             if not is_begin:
-                unit._get_fsdp_state()._pre_backward(gradient)
+                run_pre_backward(get_state(unit), gradient)
                 continue
             num_left[use.unit] -= 1
             for group in _groups_of(unit):
@@ -211,17 +219,7 @@ class _NoGradients(torch.autograd.Function):
 
 
 def _groups_of(unit: Any) -> list[Any]:
-    groups: list[Any] = unit._get_fsdp_state()._fsdp_param_groups
-    return groups
-
-
-def _parameters_of(unit: Any) -> list[Any]:
-    return [one for group in _groups_of(unit) for one in group.fsdp_params]
-
-
-def _order_of(root: Any) -> list[Any]:
-    order: list[Any] = root._get_fsdp_state()._comm_ctx.post_forward_order
-    return order
+    return list_param_groups(get_state(unit))
 
 
 def _nodes_below(outputs: Any) -> set[Any]:

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from raylit.compat.torch_dynamo import add_compilation_callback, list_compilations, remove_compilation_callback
+from raylit.compat.torch_metrics import is_metric
+from raylit.compat.torch_module import get_call, get_compiled_call, set_compiled_call
 from raylit.errors import ConfigError
-from raylit.worker.metric_objects import is_object
 
 _NUM_ALIKE = 3
 """So many compilations of one function for one kind of reason are reported."""
@@ -28,41 +29,22 @@ def compile_parts(module: nn.Module, options: dict[str, Any], *, host: str) -> l
     _check(options, host=host)
     compiled = []
     for name, part in _parts(module):
-        if part._compiled_call_impl is None:
-            part._compiled_call_impl = torch.compile(_traceable(name, part), **options)
+        if get_compiled_call(part) is None:
+            set_compiled_call(part, torch.compile(_traceable(name, part), **options))
             compiled.append(part)
     return compiled
-
-
-def name_scopes(module: nn.Module) -> None:
-    """Have torch's compiler read the globals of classes that have come from the user's script in their own scope.
-
-    It looks them up in the module that they name, `__main__`, which on a worker is another program's. A scope of the
-    name that they get here it takes for no module's.
-    """
-    for kind in {kind for part in module.modules() for kind in type(part).__mro__}:
-        for function in vars(kind).values():
-            scope = getattr(function, "__globals__", None)
-            if isinstance(scope, dict) and "__name__" in scope and not _is_of_module(scope):
-                scope["__name__"] = "namedtuple_raylit"
 
 
 class CompilationWatch:
     """Sees what torch compiles in this process, from now until `close`."""
 
     def __init__(self) -> None:
-        # Only where something is compiled: torch's compiler takes seconds to import.
-        from torch._dynamo.callback import callback_handler
-        from torch._dynamo.utils import get_compilation_metrics
-
         self.num_seen = 0
         """Compilations."""
-        self._handler = callback_handler
-        self._metrics_of = get_compilation_metrics
-        self._last = self._newest()
+        self._last = next(reversed(list_compilations()), None)
         self._alike: Counter[tuple[str, str]] = Counter()
         self._reported: set[str] = set()
-        callback_handler.register_start_callback(self._see)
+        add_compilation_callback(self._see)
 
     def check_use(self) -> None:
         """After a run: warns where nothing was compiled at all."""
@@ -74,17 +56,13 @@ class CompilationWatch:
             )
 
     def close(self) -> None:
-        if self._see in self._handler.start_callbacks:
-            self._handler.remove_start_callback(self._see)
-
-    def _newest(self) -> Any:
-        return next(iter(reversed(self._metrics_of())), None)
+        remove_compilation_callback(self._see)
 
     def _see(self, args: Any) -> None:
         """At the start of a compilation, when torch has filed those before it."""
         self.num_seen += 1
         new = []
-        for metrics in reversed(self._metrics_of()):
+        for metrics in reversed(list_compilations()):
             if metrics is self._last:
                 break
             new.append(metrics)
@@ -110,16 +88,11 @@ class CompilationWatch:
         )
 
 
-def _is_of_module(scope: dict[str, Any]) -> bool:
-    module = sys.modules.get(scope["__name__"])
-    return module is not None and vars(module) is scope
-
-
 def _check(options: dict[str, Any], *, host: str) -> None:
     backend = options.get("backend", "inductor")
     if not isinstance(backend, str) or options.get("disable"):
         return
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ConfigError(f"compile={options!r}: torch has no backend {backend!r} here; it has {', '.join(known)}")
     compiler = os.environ.get("CXX", "g++")
@@ -143,7 +116,7 @@ def _layers(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in owner.named_children():
         if isinstance(layer, (nn.ModuleList, nn.ModuleDict)):
             yield from ((f"{name}_{inner}", part) for inner, part in _layers(layer))
-        elif not is_object(layer) and next(layer.parameters(), None) is not None:
+        elif not is_metric(layer) and next(layer.parameters(), None) is not None:
             yield name, layer
 
 
@@ -154,10 +127,11 @@ def _traceable(name: str, part: nn.Module) -> Callable[..., Any]:
     has code of its own for each part, as torch counts compilations by code and gives up after eight.
     """
     if not type(part).forward.__module__.startswith("torch."):
-        return part._call_impl
+        return get_call(part)
+    inner = get_call(part)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return part._call_impl(*args, **kwargs)
+        return inner(*args, **kwargs)
 
     code = call.__code__.replace(co_name=name)
     return FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)

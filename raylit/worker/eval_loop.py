@@ -205,9 +205,10 @@ class _SharedLoop:
         """The view and the module's buffer for the time of this loop; a sanity check leaves no trace in the random
         numbers of the training that follows."""
         view, module = self._session.view, self._session.module
-        before = view.stage, view.metrics, module._metrics
+        stage_before, metrics_before = view.stage, view.metrics
         random_state = format.random_state() if is_sanity_check else None
-        view.stage, view.metrics, module._metrics = self._stage, metrics, metrics
+        view.stage, view.metrics = self._stage, metrics
+        log_before = module.redirect_log(metrics)
         view.sanity_checking = is_sanity_check
         try:
             if is_sanity_check:
@@ -216,7 +217,8 @@ class _SharedLoop:
             if is_sanity_check:
                 self._session.hooks.call("on_sanity_check_end")
         finally:
-            view.stage, view.metrics, module._metrics = before
+            view.stage, view.metrics = stage_before, metrics_before
+            module.redirect_log(log_before)
             view.sanity_checking = False
             if random_state is not None:
                 format.set_random_state(random_state)
@@ -286,7 +288,7 @@ class EvalLoop(_SharedLoop):
             view.receive({} if command.is_sanity_check else reduced)
             if self._training_metrics is not None and not command.is_sanity_check:
                 self._training_metrics.withhold(reduced)
-            session.module._metrics = None
+            session.module.redirect_log(None)
             self._call("end")
             self._set_aside.note_counts()
         # Every rank has come to the metrics by now, so a brake that has ended any of them early is on here.
@@ -383,7 +385,7 @@ class PredictLoop(_SharedLoop):
         self._collected, self._num_of_loaders = [], []
         is_kept = command.is_returning or self._is_keeping
         with self._as_stage(metrics), self._evaluating():
-            session.module._metrics = None
+            session.module.redirect_log(None)
             self._call("start")
             self._call("epoch_start")
             for index in range(len(self._loaders)):

@@ -39,12 +39,12 @@ def run_forward(session: Session, data: TrainSource, *, metrics: MetricBuffer, e
 @contextmanager
 def _unlogged(session: Session, metrics: MetricBuffer) -> Iterator[None]:
     module = session.module
-    before, module._metrics = module._metrics, metrics
+    before = module.redirect_log(metrics)
     metrics.is_muted = metrics.is_training_batch = True
     try:
         yield
     finally:
-        module._metrics = before
+        module.redirect_log(before)
         metrics.is_muted = metrics.is_training_batch = False
 
 

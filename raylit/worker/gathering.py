@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raylit.accelerators.transfer import is_namedtuple
 from raylit.errors import ModuleError
 
 _MAX_DIMS = 16
@@ -33,7 +34,7 @@ def gathered(value: Any, *, group: Any, with_gradients: bool, device: torch.devi
         return {key: gather(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         items = [gather(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return type(value)(*items) if is_namedtuple(value) else type(value)(items)
     return value
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import Callback
+from raylit.compat.torch_module import list_registered
 from raylit.strategies.parts import is_fit
 from raylit.worker.shared_memory import SharedMemory
 
@@ -42,12 +43,13 @@ def pack(
     `state_keys`: those of the module's state as it came from the driver, which also has what is as it was in the
     `shared` memory.
     """
+    own_keys = set(module.state_dict())
     attributes = Attributes(
         modules={name: _without(shared, _own_attributes(child)) for name, child in module.named_modules()},
-        buffers=_transient_buffers(module),
+        buffers=_transient_buffers(module, own_keys),
         frozen=frozenset(name for name, parameter in module.named_parameters() if not parameter.requires_grad),
         callbacks=[_without(shared, _state(callback)) for callback in callbacks],
-        grown_module=module if set(module.state_dict()) != state_keys else None,
+        grown_module=module if own_keys != state_keys else None,
     )
     try:
         return cloudpickle.dumps(attributes)
@@ -60,11 +62,10 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
     """Put the attributes onto the driver's objects. Returns the names of those that could not travel."""
     attributes: Attributes = cloudpickle.loads(pickled)
     if attributes.grown_module is not None:
-        grown = attributes.grown_module.__dict__
         # What was a plain attribute, such as None, and is a layer now would hide it.
-        for name in {**grown["_modules"], **grown["_parameters"], **grown["_buffers"]}.keys() & module.__dict__.keys():
+        for name in list_registered(attributes.grown_module) & module.__dict__.keys():
             del module.__dict__[name]
-        module.__dict__.update(grown)
+        module.__dict__.update(attributes.grown_module.__dict__)
     for name, child in module.named_modules():
         child.__dict__.update(attributes.modules.get(name, {}))
     for name, parameter in module.named_parameters():
@@ -72,7 +73,7 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
             parameter.requires_grad_(name not in attributes.frozen)
     for name, buffer in attributes.buffers.items():
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = buffer
+        _set_buffer(module.get_submodule(owner), leaf, buffer)
     for callback, state in zip(callbacks, attributes.callbacks, strict=True):
         callback.__dict__.update(state)
     return attributes.left_out
@@ -117,13 +118,13 @@ def apply_weights(state_dict: Mapping[str, Any], module: nn.Module, *, is_adopti
 def _materialize(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, part in module.named_modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
                 if parameter not in made:
                     trained = state_dict.get(f"{prefix}.{name}" if prefix else name)
                     data = trained if is_fit(trained, parameter.shape) else torch.empty_like(parameter, device="cpu")
                     made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                part._parameters[name] = made[parameter]
+                setattr(part, name, made[parameter])
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
@@ -134,13 +135,19 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _transient_buffers(module: nn.Module) -> dict[str, Tensor]:
+def _transient_buffers(module: nn.Module, state_keys: Set[str]) -> dict[str, Tensor]:
     return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
-        for prefix, child in module.named_modules()
-        for name in child._non_persistent_buffers_set
-        if (buffer := child._buffers.get(name)) is not None
+        name: buffer.detach().cpu()
+        for name, buffer in module.named_buffers(remove_duplicate=False)
+        if name not in state_keys
     }
+
+
+def _set_buffer(owner: nn.Module, name: str, buffer: Tensor) -> None:
+    if hasattr(owner, name):
+        setattr(owner, name, buffer)
+    else:
+        owner.register_buffer(name, buffer, persistent=False)
 
 
 def _without(shared: SharedMemory | None, attributes: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from raylit.compat.torch_data import drop_iterator
 from raylit.worker.data_agreement import Description, fingerprint_of_samples
 from raylit.worker.sampling import Share, length_of
 
@@ -72,7 +73,7 @@ def share_of_sequence(sequence: Sequence[Any], *, rank: int, world_size: int, is
 def copied_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
     """One with processes of its own."""
     clone = copy.copy(loader)
-    clone.__dict__["_iterator"] = None
+    drop_iterator(clone)
     return clone
 
 

@@ -1,10 +1,8 @@
 """torchmetrics objects: their states over all ranks, computed once, and their way through a checkpoint. Worker.
 
-Their own sync is switched off: it counts on every rank having had a batch. torchmetrics is never imported here; where
-nobody has imported it there is no object of it either.
+Their own sync is switched off: it counts on every rank having had a batch.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from raylit.accelerators.transfer import map_tensors
+from raylit.compat.torch_metrics import (
+    disable_sync,
+    forget_value,
+    is_averaging,
+    is_concatenating,
+    is_metric,
+    is_state_changed,
+    list_reductions,
+    read_forward_value,
+    read_num_updates,
+    reset_state,
+    restore_sync,
+    set_num_updates,
+)
 from raylit.errors import ConfigError
 from raylit.worker.metric_entry import check_scalar, in_turns
 from raylit.worker.peers import Peers
@@ -22,22 +34,12 @@ State = tuple[int, dict[str, Any]]
 """How often a metric was updated, and its states by name, on the CPU."""
 
 
-def is_object(value: Any) -> bool:
-    torchmetrics = sys.modules.get("torchmetrics")
-    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
-
-
 def step_value(name: str, metric: Any) -> Tensor | None:
     """The value of the batch, where `forward` has computed one; Lightning's own choice."""
-    value = metric._forward_cache
+    value = read_forward_value(metric)
     if value is not None:
         check_scalar(name, value)
     return None if value is None else value.detach()
-
-
-def num_updates(metric: Any) -> int:
-    count: int = metric._update_count
-    return count
 
 
 def states_of(metric: Any) -> list[State]:
@@ -53,14 +55,12 @@ def on_cpu(states: list[State]) -> list[State]:
 def detach_state(part: Any) -> State:
     """The states of a metric without those inside it. They are not copied: the metric gets fresh ones instead."""
     count = _count_of(part)
-    states = {name: getattr(part, name) for name in part._reductions}
+    states = {name: getattr(part, name) for name in list_reductions(part)}
     # States made in inference mode could not be changed outside of it.
     with torch.inference_mode(False):
-        for name, value in states.items():
-            default = part._defaults[name]
-            fresh = default.detach().clone().to(value.device) if isinstance(value, Tensor) else []
-            setattr(part, name, fresh)
-    part._update_count, part._computed = 0, None
+        for name in states:
+            reset_state(part, name)
+    set_num_updates(part, 0)
     return count, states
 
 
@@ -69,7 +69,7 @@ def attach_state(part: Any, state: State) -> None:
     count, values = state
     for name, value in values.items():
         setattr(part, name, value)
-    part._update_count, part._computed = count, None
+    set_num_updates(part, count)
 
 
 @contextmanager
@@ -101,10 +101,9 @@ def computed(name: str, metric: Any, segments: list[list[list[State]]] | None) -
     """The value over the states of all ranks, given in rank order, for each stretch of data in turn; None: those that
     the metric has. With others the metric is of no more use before its reset."""
     parts = parts_of(metric)
-    is_syncing = [part._to_sync for part in parts]
+    was_syncing = [disable_sync(part) for part in parts]
     for index, part in enumerate(parts):
-        part._to_sync = False
-        part._computed = None
+        forget_value(part)
         if segments is not None:
             own = [[states[index] for states in ranked if states[index][0] > 0] for ranked in segments]
             if any(own):
@@ -112,8 +111,8 @@ def computed(name: str, metric: Any, segments: list[list[list[State]]] | None) -
     try:
         value = metric.compute()
     finally:
-        for part, is_on in zip(parts, is_syncing, strict=True):
-            part._to_sync = is_on
+        for part, is_syncing in zip(parts, was_syncing, strict=True):
+            restore_sync(part, is_syncing=is_syncing)
     try:
         check_scalar(name, value)
     except ConfigError as error:
@@ -145,7 +144,7 @@ def load_states(module: nn.Module, states: dict[str, State]) -> None:
     """Metrics that the module has no longer are passed over."""
     parts = dict(module.named_modules())
     for name, (count, values) in states.items():
-        if is_object(parts.get(name)):
+        if is_metric(parts.get(name)):
             _set_state(parts[name], count, values)
 
 
@@ -155,7 +154,7 @@ def load_merged(module: nn.Module, ranked: Sequence[dict[str, State]]) -> list[s
     parts = dict(module.named_modules())
     left_out = []
     for name in dict.fromkeys(chain.from_iterable(ranked)):
-        if not is_object(parts.get(name)):
+        if not is_metric(parts.get(name)):
             continue
         states = [own[name] for own in ranked if name in own]
         count, merged = _merged(parts[name], [states])
@@ -169,7 +168,7 @@ def load_merged(module: nn.Module, ranked: Sequence[dict[str, State]]) -> list[s
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
     """Around a step with a batch of another rank's: the module's metrics are to know nothing of it."""
-    parts = [part for part in module.modules() if is_object(part)]
+    parts = [part for part in module.modules() if is_metric(part)]
     before = [_state_of(part) for part in parts]
     try:
         yield
@@ -180,22 +179,22 @@ def preserved(module: nn.Module) -> Iterator[None]:
 
 def parts_of(metric: Any) -> list[Any]:
     """The metric and those inside it."""
-    return [part for part in metric.modules() if is_object(part)]
+    return [part for part in metric.modules() if is_metric(part)]
 
 
 def named_parts(module: nn.Module) -> dict[str, Any]:
     """Every metric of the module, by its name there."""
-    return {name: part for name, part in module.named_modules() if is_object(part)}
+    return {name: part for name, part in module.named_modules() if is_metric(part)}
 
 
 def _state_of(part: Any) -> State:
     # Copies, as updates may change a state in place.
-    return _count_of(part), {name: map_tensors(getattr(part, name), _copied) for name in part._reductions}
+    return _count_of(part), {name: map_tensors(getattr(part, name), _copied) for name in list_reductions(part)}
 
 
 def _count_of(part: Any) -> int:
     """0: it has seen nothing. Wrappers do not count their updates; they may have states all the same."""
-    return part._update_count or int(any(_is_changed(part, name) for name in part._reductions))
+    return read_num_updates(part) or int(any(is_state_changed(part, name) for name in list_reductions(part)))
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -206,25 +205,17 @@ def _make_updatable(part: Any) -> None:
     """States that were made in inference mode, by an update or where a hook has computed the value over the ranks,
     could not be changed outside of it."""
     with torch.inference_mode(False):
-        for name in part._reductions:
+        for name in list_reductions(part):
             value = getattr(part, name)
             tensors = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, Tensor)]
             if any(one.is_inference() for one in tensors):
                 setattr(part, name, map_tensors(value, Tensor.clone))
 
 
-def _is_changed(part: Any, name: str) -> bool:
-    value, default = getattr(part, name), part._defaults[name]
-    if isinstance(value, list) or isinstance(default, list):
-        return len(value) > 0
-    return not torch.equal(value, default.to(value.device))
-
-
 def _set_state(part: Any, count: int, values: dict[str, Any]) -> None:
     for name, value in values.items():
         setattr(part, name, map_tensors(value, lambda tensor: tensor.to(part.device)))
-    part._update_count = count
-    part._computed = None
+    set_num_updates(part, count)
 
 
 def _merged(part: Any, segments: list[list[State]]) -> State:
@@ -236,7 +227,7 @@ def _merged(part: Any, segments: list[list[State]]) -> State:
     counts = [count for count, _ in states]
     return sum(counts), {
         name: _reduced(reduction, [[values[name] for _, values in own] for own in segments], counts)
-        for name, reduction in part._reductions.items()
+        for name, reduction in list_reductions(part).items()
     }
 
 
@@ -245,13 +236,12 @@ def _is_of_another_shape(merged: Any, value: Any) -> bool:
 
 
 def _reduced(reduction: Any, segments: list[list[Any]], counts: list[int]) -> Any:
-    data = sys.modules["torchmetrics.utilities.data"]
     values = list(chain.from_iterable(segments))
-    if reduction is data.dim_zero_cat or any(isinstance(value, list) for value in values):
+    if is_concatenating(reduction) or any(isinstance(value, list) for value in values):
         ranked = [[value if isinstance(value, list) else [value] for value in own] for own in segments]
         items = list(chain.from_iterable(in_turns(own) for own in ranked))
-        return items if reduction is None or reduction is data.dim_zero_cat else reduction(items)
-    if reduction is data.dim_zero_mean:
+        return items if reduction is None or is_concatenating(reduction) else reduction(items)
+    if is_averaging(reduction):
         # A mean over updates: a rank with more of them counts more.
         weighted = sum(value * count for value, count in zip(values, counts, strict=True))
         return weighted / sum(counts)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from raylit.compat.torch_metrics import is_metric, read_num_updates
 from raylit.errors import ConfigError
 from raylit.messages import Metric, Metrics
 from raylit.worker import metric_objects
@@ -130,7 +131,7 @@ class MetricBuffer:
     def _check_alone(self, entry: Entry, metric: Any) -> None:
         """ConfigError: the object has one state for two names that are logged in turns. Under two names that always
         come together it has the same value."""
-        count = metric_objects.num_updates(metric)
+        count = read_num_updates(metric)
         other, count_then = self._newest_logs.get(id(metric), (entry, 0))
         if other is not entry and entry.num_updates < count_then < count and entry.on_epoch and other.on_epoch:
             raise ConfigError(
@@ -253,7 +254,7 @@ class MetricBuffer:
             self._withheld.update(self.defaults)
 
     def _declare(self, name: str, value: Any, asked: tuple[Any, ...], reduce_fx: Any) -> Entry:
-        is_object = metric_objects.is_object(value)
+        is_object = is_metric(value)
         if not is_object:
             check_scalar(name, value)
         known = self._entries.get(name)

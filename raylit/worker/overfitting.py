@@ -14,6 +14,7 @@ from torch.utils.data import (
 )
 
 from raylit.combined_loader import CombinedLoader, holds_loaders
+from raylit.compat.torch_data import drop_iterator
 from raylit.worker.data_agreement import Description
 from raylit.worker.feed import Feed, TrainSource
 from raylit.worker.loaders import is_map_style
@@ -75,7 +76,8 @@ def unshuffled(loader: Any) -> Any:
         stacklevel=2,
     )
     clone = copy.copy(loader)
-    clone.__dict__.update(sampler=sampler, _iterator=None)
+    clone.__dict__["sampler"] = sampler
+    drop_iterator(clone)
     if batch_sampler is not None:
         batching = copy.copy(batch_sampler)
         batching.sampler = sampler

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from raylit.checkpoint import format
+from raylit.compat.torch_data import drop_iterator
 from raylit.seed import diverge_random_state
 
 _OTHERS_BYTES = 12 * 1024
@@ -52,7 +53,7 @@ class ProcessRandom:
             if not self.is_restart_due():
                 self._num_before = self._num_made(num_drawn)
                 return
-            loader.__dict__["_iterator"] = None
+            drop_iterator(loader)
             self.load_state_dict(self.state_dict(num_given=num_drawn))
         states = self._first_states(is_going_on)
         torch_bytes = torch.get_rng_state().numel()

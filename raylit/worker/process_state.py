@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from raylit.compat.torch_dynamo import reset_compiler
+from raylit.compat.torch_module import has_global_hooks
 from raylit.process_settings import ProcessSettings, files_of_user_modules, take_over_variables
 from raylit.torch_settings import TorchSettings
 
@@ -38,9 +40,8 @@ class ProcessState:
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(True)
         torch.autograd.set_detect_anomaly(False)
-        if "torch._dynamo" in sys.modules:
-            # Compiled code of a run would count against the next one's, whose functions may be the same.
-            torch._dynamo.reset()
+        # Compiled code of a run would count against the next one's, whose functions may be the same.
+        reset_compiler()
         self._note_user_modules()
         sys.path[:] = self._import_path
         # An exception's traceback may hold the run's last frames.
@@ -83,8 +84,7 @@ class ProcessState:
             if thread not in self._threads and not _is_of_the_process(thread)
         ]
         left += [f"the process {child.name}" for child in multiprocessing.active_children()]
-        hooks = torch.nn.modules.module
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
+        if has_global_hooks():
             left.append("global hooks of torch.nn")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -339,9 +339,9 @@ def _as_torch_has_it(sampler: Any, loader: "DataLoader[Any]") -> Any:
     which nobody has seeded."""
     if not is_of_torchdata(sampler, "RandomSampler"):
         return sampler
-    return RandomSampler(
-        sampler.data_source, sampler.replacement, sampler._num_samples, generator=getattr(loader, "generator", None)
-    )
+    source = sampler.data_source
+    num_samples = None if sampler.num_samples == len(source) else sampler.num_samples
+    return RandomSampler(source, sampler.replacement, num_samples, generator=getattr(loader, "generator", None))
 
 
 def is_of_torchdata(sampler: Any, name: str) -> bool:

@@ -12,6 +12,7 @@ from raylit.accelerators import Accelerator
 from raylit.accelerators.layout import set_layout
 from raylit.accelerators.transfer import BatchForm
 from raylit.checkpoint import format
+from raylit.compat.torch_dynamo import isolate_script_globals
 from raylit.compilation import compile_again, drop_compiled
 from raylit.module import LightningModule
 from raylit.plan import Plan
@@ -21,7 +22,7 @@ from raylit.seed import diverge_random_state
 from raylit.state import Stage
 from raylit.strategies import build_strategy
 from raylit.worker.brake import Brake
-from raylit.worker.compiling import CompilationWatch, compile_parts, name_scopes
+from raylit.worker.compiling import CompilationWatch, compile_parts
 from raylit.worker.context import Job, WorkerContext
 from raylit.worker.hooks import Hooks, is_overridden
 from raylit.worker.peers import Peers
@@ -86,7 +87,7 @@ class Session:
     def set_up(self) -> None:
         """Data, then `setup` of everyone, then the module on its device. Collective."""
         job = self.job
-        self.module._view = self.view
+        self.module.attach_run(self.view)
         if job.datamodule is not None:
             job.datamodule.trainer = self.view
         for owner in (job.datamodule, self.module):
@@ -127,7 +128,7 @@ class Session:
         if options is not None:
             self._compiled += compile_parts(self.module, options, host=self.context.host)
         if options is not None or self.job.compilations:
-            name_scopes(self.module)
+            isolate_script_globals(self.module)
             self._compilations = CompilationWatch()
 
     def _is_preparing(self, owner: Any) -> bool:
@@ -184,7 +185,8 @@ class Session:
 
     def let_go(self) -> None:
         """The user's objects are ordinary ones again, whatever has ended the run."""
-        self.module._view = self.module._metrics = None
+        self.module.attach_run(None)
+        self.module.redirect_log(None)
         for attached in self._attached:
             attached.remove()
         drop_compiled(self._compiled)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raylit.checkpoint import format
+from raylit.compat.torch_optim import mark_stepped
 from raylit.errors import ModuleError
 from raylit.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train
 from raylit.plan import BatchLimit, Limits
@@ -202,7 +203,7 @@ class TrainLoop:
 
     def end(self) -> None:
         """After the last epoch."""
-        self._session.module._metrics = None
+        self._session.module.redirect_log(None)
         if self._has_started:
             self._session.hooks.call("on_train_end")
 
@@ -267,7 +268,8 @@ class TrainLoop:
     def _begin(self) -> Feed | TimedFeed | MovedFeed | PeekableFeed:
         """The start of the training and of the epoch, where they are due; the epoch's batches."""
         view, hooks = self._view, self._session.hooks
-        view.metrics = self._session.module._metrics = self.metrics
+        view.metrics = self.metrics
+        self._session.module.redirect_log(self.metrics)
         self._is_stop_agreed = view.should_stop = view.is_uneven = False
         self.metrics.is_training_batch, self.metrics.batch = False, None
         if not self._has_started:
@@ -313,7 +315,7 @@ class TrainLoop:
         if progress.global_step > 0:
             for optimizer in self._view.optimizers:
                 # An epoch may have nothing left but its schedulers' steps, which torch would take for too early.
-                optimizer._opt_called = True  # type: ignore[attr-defined]
+                mark_stepped(optimizer)
         if progress.is_inside_epoch:
             self._set_length(self._length_of_rest(progress.epoch, progress.batch))
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from raylit.accelerators.transfer import to_device
+from raylit.compat.torch_collectives import CollectiveWatch
 from raylit.errors import ModuleError
 from raylit.worker import metric_objects
 from raylit.worker.peers import Peers
@@ -26,28 +25,6 @@ from raylit.worker.view import TrainerView
 _MAX_QUIET = 16
 """Calls of an epoch that are watched before it is taken for granted that they have no collectives. Usual data has one
 uneven step in an epoch; batches of ever changing sizes make every step uneven, which are not to be watched for ever."""
-
-_PAIRWISE = ("send", "recv_", "recv_any_source_", "_send", "_recv")
-_NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")
-_OF_ONE_SHAPE = ("allreduce_", "allgather_", "_allgather_base_", "all_reduce", "all_gather_into_tensor")
-"""Collectives whose tensors have the same shape on every rank."""
-
-_NAMES = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce_coalesced",
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather_into_tensor",
-    "broadcast_": "broadcast",
-    "reduce_": "reduce",
-    "gather_": "gather",
-    "scatter_": "scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter_tensor",
-    "alltoall_": "all_to_all",
-    "alltoall_base_": "all_to_all_single",
-    "monitored_barrier_": "monitored_barrier",
-}
-"""What torch's operators are called in torch.distributed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +68,7 @@ class UnevenSteps:
         message = _Message(is_idle=True)
         result = None
         if own is not None:
-            with _CollectiveWatch(lambda collective: self._meet(collective, own)):
+            with CollectiveWatch(lambda collective: self._meet(collective, own)):
                 result = call(*own)
             message = _Message(answer=result if type(result) is int else None)
         messages, offered = self._exchange(message, None)
@@ -131,7 +108,7 @@ class UnevenSteps:
                 self._meet(collective, args)
             is_announced = False
 
-        with _counting_for_nothing(self._module, self._view), _CollectiveWatch(meet):
+        with _counting_for_nothing(self._module, self._view), CollectiveWatch(meet):
             follow(*args)
 
     def _meet(self, collective: str, args: tuple[Any, ...]) -> None:
@@ -170,57 +147,6 @@ def _counting_for_nothing(module: nn.Module, view: TrainerView) -> Iterator[None
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-
-class _CollectiveWatch(TorchDispatchMode):
-    """Tells of each collective of all ranks, in the thread that is about to start it: every function of
-    torch.distributed ends in an operator of torch's. Operators cost a little more inside."""
-
-    def __init__(self, meet: Callable[[str], None]) -> None:
-        super().__init__()
-        self._meet = meet
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """What is compiled stays compiled."""
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional") and _is_of_all_ranks(func, args):
-            self._meet(_described(func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def _is_of_all_ranks(func: Any, args: tuple[Any, ...]) -> bool:
-    name = _name_of(func)
-    if name in _PAIRWISE or name in _NO_COLLECTIVES:
-        return False
-    if func.namespace == "_c10d_functional":
-        world = dist.group.WORLD
-        return world is not None and world.group_name in args
-    groups = [dist.ProcessGroup.unbox(one) for one in args if _is_group(one)]
-    return all(group.size() == dist.get_world_size() for group in groups)
-
-
-def _is_group(arg: Any) -> bool:
-    return isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith("c10d.ProcessGroup")
-
-
-def _described(func: Any, args: tuple[Any, ...]) -> str:
-    name = _name_of(func)
-    tensors = ""
-    if name in _OF_ONE_SHAPE:
-        sent = args[1] if name in ("allgather_", "_allgather_base_") else args[0]
-        tensors = " of " + ", ".join(_shape_of(one) for one in (sent if isinstance(sent, list) else [sent]))
-    return f"{_NAMES.get(name, name)}{tensors}"
-
-
-def _shape_of(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _name_of(func: Any) -> str:
-    return str(func.overloadpacket.__name__)
 
 
 def _check_alike(messages: list[_Message]) -> None:

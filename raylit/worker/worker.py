@@ -14,6 +14,7 @@ from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
 from raylit.checkpoint.held import HeldCheckpoint
 from raylit.checkpoint.held_part import HeldPart
+from raylit.compat.torch_optim import without_compiler
 from raylit.errors import ModuleError
 from raylit.messages import (
     Command,
@@ -52,7 +53,6 @@ from raylit.worker.hooks import is_overridden
 from raylit.worker.loaders import explain_dead_process
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
-from raylit.worker.optimization.uncompiled import without_compiler
 from raylit.worker.overfitting import SameEpoch, unshuffled
 from raylit.worker.peers import Peers
 from raylit.worker.recording import Recording

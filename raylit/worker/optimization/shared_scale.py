@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.optim import Optimizer
 
+from raylit.compat.torch_tensor import read_version
+
 Marks = frozenset[tuple[int, int, int]]
 
 
@@ -40,4 +42,4 @@ def _marks(optimizer: Optimizer) -> Marks:
     """A backward pass changes a gradient's version, or makes a new one."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     graded = ((id(parameter), parameter.grad) for parameter in parameters)
-    return frozenset((key, grad.data_ptr(), grad._version) for key, grad in graded if grad is not None)
+    return frozenset((key, grad.data_ptr(), read_version(grad)) for key, grad in graded if grad is not None)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raylit.compat.torch_optim import build_step, build_zero_grad, mark_stepped
 from raylit.errors import NotFiniteError
 from raylit.module import LightningModule
 from raylit.worker.hooks import is_overridden
 from raylit.worker.metrics import MetricBuffer
 from raylit.worker.optimization.shared_scale import SharedScale
-from raylit.worker.optimization.unannotated import unannotated_step, unannotated_zero_grad
 from raylit.worker.session import Session
 
 Call = Callable[[], object]
@@ -31,13 +31,13 @@ class Stepper:
         if self._scaler is not None:
             # The first steps may be skipped, until the scale fits. torch would take the schedulers', which go on as the
             # count of steps does, for steps in the wrong order.
-            optimizer._opt_called = True  # type: ignore[attr-defined]
+            mark_stepped(optimizer)
         self._is_autocasting = session.precision.autocast_dtype is not None
         self._before_zero_grad = session.hooks.of("on_before_zero_grad")
         self._before_step = session.hooks.of("on_before_optimizer_step")
-        zero_grad = self._overridden_zero_grad(session.module) or unannotated_zero_grad(optimizer)
+        zero_grad = self._overridden_zero_grad(session.module) or build_zero_grad(optimizer)
         self._zero_grad = session.timed("optimizer_zero_grad", zero_grad)
-        self._step_of_torch = unannotated_step(optimizer)
+        self._step_of_torch = build_step(optimizer)
         self._inspect: list[Call] = _inspections(session, metrics)
         clip = self._clipping(session)
         self._clip: Call | None = None if clip is None else session.timed("configure_gradient_clipping", clip)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import (
 )
 from torch.profiler import profile
 
-from raylit.worker.optimization.unannotated import unannotated_step, unannotated_zero_grad
+from raylit.compat.torch_optim import build_step, build_zero_grad
 
 
 def network_and_optimizer(kind=torch.optim.Adam):
@@ -27,7 +27,7 @@ def backward(network):
 def test_the_weights_are_those_of_the_ordinary_calls(kind):
     ordinary, its_optimizer = network_and_optimizer(kind)
     network, optimizer = network_and_optimizer(kind)
-    step, zero_grad = unannotated_step(optimizer), unannotated_zero_grad(optimizer)
+    step, zero_grad = build_step(optimizer), build_zero_grad(optimizer)
     for _ in range(3):
         its_optimizer.zero_grad()
         zero_grad()
@@ -51,7 +51,7 @@ def test_the_weights_are_those_of_the_ordinary_calls(kind):
 )
 def test_a_hook_that_is_registered_in_the_middle_is_called_until_it_is_removed(register):
     network, optimizer = network_and_optimizer()
-    step = unannotated_step(optimizer)
+    step = build_step(optimizer)
     backward(network)
     step()
     calls = []
@@ -65,7 +65,7 @@ def test_a_hook_that_is_registered_in_the_middle_is_called_until_it_is_removed(r
 
 def test_a_scheduler_that_comes_later_counts_the_steps():
     network, optimizer = network_and_optimizer()
-    step = unannotated_step(optimizer)
+    step = build_step(optimizer)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     backward(network)
     step()
@@ -74,7 +74,7 @@ def test_a_scheduler_that_comes_later_counts_the_steps():
 
 def test_a_profiler_sees_the_annotations():
     network, optimizer = network_and_optimizer()
-    step, zero_grad = unannotated_step(optimizer), unannotated_zero_grad(optimizer)
+    step, zero_grad = build_step(optimizer), build_zero_grad(optimizer)
     with profile() as profiler:
         backward(network)
         step()
@@ -85,7 +85,7 @@ def test_a_profiler_sees_the_annotations():
 
 def test_the_annotation_is_left_out():
     network, optimizer = network_and_optimizer()
-    step, zero_grad = unannotated_step(optimizer), unannotated_zero_grad(optimizer)
+    step, zero_grad = build_step(optimizer), build_zero_grad(optimizer)
     backward(network)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd.profiler, "record_function", None)
@@ -156,7 +156,7 @@ def test_a_fit_and_its_checkpoint_leave_the_compiler_out_until_it_is_asked_for(r
 
 def test_gradients_are_off_in_a_step_and_as_before_after_it():
     network, optimizer = network_and_optimizer(Watching)
-    step = unannotated_step(optimizer)
+    step = build_step(optimizer)
     backward(network)
     step()
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_gradients_are_off_in_a_step_and_as_before_after_it():
 def test_a_users_own_optimizer_is_asked_itself():
     network, optimizer = network_and_optimizer(Halving)
     before = network.weight.detach().clone()
-    unannotated_step(optimizer)()
-    unannotated_zero_grad(optimizer)()
+    build_step(optimizer)()
+    build_zero_grad(optimizer)()
     assert torch.equal(network.weight, before / 2)
     assert optimizer.num_zeroed == 1

@@ -1,0 +1,91 @@
+"""Watch for collectives: every function of torch.distributed ends in an operator of torch's. Worker.
+
+Written against torch 2.13, tested with torch 2.9.1 too. The names of those operators, and their arguments, are
+private to torch. One that it has renamed is reported under its new name; a pairwise one, which would be taken for a
+collective then, is found by `tests/compat/test_torch_collectives.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_PAIRWISE = ("send", "recv_", "recv_any_source_", "_send", "_recv")
+_NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")
+_OF_ONE_SHAPE = ("allreduce_", "allgather_", "_allgather_base_", "all_reduce", "all_gather_into_tensor")
+"""Collectives whose tensors have the same shape on every rank."""
+
+_NAMES = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce_coalesced",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather_into_tensor",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "gather_": "gather",
+    "scatter_": "scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter_tensor",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all_single",
+    "monitored_barrier_": "monitored_barrier",
+}
+"""What torch's operators are called in torch.distributed."""
+
+
+class CollectiveWatch(TorchDispatchMode):
+    """Call a function before each collective of all ranks, in the thread that is about to start it.
+
+    Operators cost a little more inside.
+    """
+
+    def __init__(self, on_collective: Callable[[str], None]) -> None:
+        """`on_collective` gets the collective's name in torch.distributed, with the shapes of its tensors where they
+        are alike on all ranks."""
+        super().__init__()
+        self._on_collective = on_collective
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled stays compiled."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and _is_of_all_ranks(func, args):
+            self._on_collective(_describe(func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_of_all_ranks(func: Any, args: tuple[Any, ...]) -> bool:
+    name = _name_of(func)
+    if name in _PAIRWISE or name in _NO_COLLECTIVES:
+        return False
+    if func.namespace == "_c10d_functional":
+        world = dist.group.WORLD
+        return world is not None and world.group_name in args
+    groups = [dist.ProcessGroup.unbox(one) for one in args if _is_group(one)]
+    return all(group.size() == dist.get_world_size() for group in groups)
+
+
+def _is_group(arg: Any) -> bool:
+    return isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith("c10d.ProcessGroup")
+
+
+def _describe(func: Any, args: tuple[Any, ...]) -> str:
+    name = _name_of(func)
+    tensors = ""
+    if name in _OF_ONE_SHAPE:
+        sent = args[1] if name in ("allgather_", "_allgather_base_") else args[0]
+        tensors = " of " + ", ".join(_shape_of(one) for one in (sent if isinstance(sent, list) else [sent]))
+    return f"{_NAMES.get(name, name)}{tensors}"
+
+
+def _shape_of(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _name_of(func: Any) -> str:
+    return str(func.overloadpacket.__name__)

@@ -1,0 +1,95 @@
+"""Follow and undo what torch's compiler does in a process. Driver and workers.
+
+Written against torch 2.13, tested with torch 2.9.1 too. The compiler takes seconds to import, so nothing
+here imports it before a function that is only called where something is compiled.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from raylit.compat.private import describe_missing, read_private
+from raylit.compat.torch_module import get_compiled_call
+
+_COMPILER = "torch._dynamo"
+_FEATURE = "torch.compile"
+
+
+def reset_compiler() -> None:
+    """Forget what has been compiled in this process; nothing where the compiler was never imported."""
+    if _COMPILER in sys.modules:
+        torch.compiler.reset()
+
+
+def unwrap_optimized(model: Any) -> tuple[nn.Module, Any] | None:
+    """Return the module inside the one that `torch.compile` returns, and the function that compiles it so.
+
+    None: `model` is not such a module.
+    """
+    original = getattr(model, "_orig_mod", None)
+    return None if original is None else (original, read_private(model, "dynamo_ctx", feature=_FEATURE))
+
+
+def read_compiler(module: nn.Module) -> Any:
+    """Return the function that `module.compile()` has compiled a module's call with; None if it is not compiled.
+
+    Pickling a module drops that, and only the closure of the compiled call knows how it was done.
+    """
+    call: Any = get_compiled_call(module)
+    if call is None:
+        return None
+    names, cells = call.__code__.co_freevars, call.__closure__ or ()
+    values = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+    if "self" not in values:
+        raise describe_missing(call, "__closure__['self']", feature="a module that module.compile() has compiled")
+    return values["self"]
+
+
+def isolate_script_globals(module: nn.Module) -> None:
+    """Have the compiler read the globals of classes that come from the user's script in their own scope.
+
+    It looks up the globals of a function that it inlines in the module which they name. For what was defined in the
+    user's script that is `__main__`, which on a worker is another program. A scope with a name that begins as those of
+    named tuples' do the compiler takes for no module's, and reads it itself.
+    """
+    for kind in {kind for part in module.modules() for kind in type(part).__mro__}:
+        for function in vars(kind).values():
+            scope = getattr(function, "__globals__", None)
+            if isinstance(scope, dict) and "__name__" in scope and not _is_scope_of_module(scope):
+                scope["__name__"] = "namedtuple_raylit"
+
+
+def add_compilation_callback(callback: Callable[[Any], None]) -> None:
+    """Have `callback` called at the start of each compilation, when torch has recorded those before it."""
+    read_private(_import_callbacks(), "register_start_callback", feature=_FEATURE)(callback)
+
+
+def remove_compilation_callback(callback: Callable[[Any], None]) -> None:
+    """Undo `add_compilation_callback`; nothing where the callback is not there."""
+    callbacks = _import_callbacks()
+    if callback in read_private(callbacks, "start_callbacks", feature=_FEATURE):
+        callbacks.remove_start_callback(callback)
+
+
+def list_compilations() -> list[Any]:
+    """Return torch's records of the latest compilations, the oldest first.
+
+    Each has `recompile_reason`, `co_name`, `co_filename` and `co_firstlineno`.
+    """
+    import torch._dynamo.utils as dynamo_utils
+
+    return list(read_private(dynamo_utils, "get_compilation_metrics", feature=_FEATURE)())
+
+
+def _import_callbacks() -> Any:
+    import torch._dynamo.callback as dynamo_callback
+
+    return read_private(dynamo_callback, "callback_handler", feature=_FEATURE)
+
+
+def _is_scope_of_module(scope: dict[str, Any]) -> bool:
+    module = sys.modules.get(scope["__name__"])
+    return module is not None and vars(module) is scope

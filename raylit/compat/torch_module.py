@@ -1,0 +1,85 @@
+"""Reach what torch's nn.Module has registered, and its calls. Any process.
+
+Written against torch 2.13, tested with torch 2.9.1 too. What torch has a public way for, such as
+`named_parameters(recurse=False, remove_duplicate=False)` and `setattr`, is done where it is needed, not here.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+
+from raylit.compat.private import read_private
+
+_COMPILE = "torch.compile of a module"
+_SYNC = "sync_batchnorm=True"
+
+
+def find_reset(module: nn.Module) -> Callable[[], object] | None:
+    """Return the method that initializes a module's own parameters; None if it has none."""
+    # torch's MultiheadAttention and Transformer have theirs under the other name.
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(reset := getattr(module, name, None)):
+            return reset
+    return None
+
+
+def copy_registered(source: nn.Module, target: nn.Module) -> None:
+    """Have `target` use the own parameters and buffers of `source`, None among them."""
+    for name in ("_parameters", "_buffers"):
+        read_private(target, name, feature=_SYNC).update(read_private(source, name, feature=_SYNC))
+
+
+def build_flat_module(
+    parameters: Iterable[tuple[str, nn.Parameter]], buffers: Iterable[tuple[str, Tensor]]
+) -> nn.Module:
+    """Build a module with these parameters and buffers, whose names may have dots in them."""
+    module, feature = nn.Module(), "an average of sharded weights"
+    read_private(module, "_parameters", feature=feature).update(parameters)
+    read_private(module, "_buffers", feature=feature).update(buffers)
+    return module
+
+
+def list_registered(module: nn.Module) -> set[str]:
+    """Return the names of a module's own parameters, buffers and submodules, also of those that are None."""
+    feature = "a module that has changed on a worker"
+    return {
+        name for kind in ("_parameters", "_buffers", "_modules") for name in read_private(module, kind, feature=feature)
+    }
+
+
+def has_global_hooks() -> bool:
+    """Return whether somebody has registered a hook for the calls of all modules."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    return any(getattr(torch_modules, name, None) for name in names)
+
+
+def get_call(module: nn.Module) -> Callable[..., Any]:
+    """Return what calling a module does where it is not compiled: its hooks and its `forward`."""
+    return cast(Callable[..., Any], read_private(module, "_call_impl", feature=_COMPILE))
+
+
+def get_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what calling a module does in the place of `get_call`; None if it is not compiled."""
+    return cast(Callable[..., Any] | None, read_private(module, "_compiled_call_impl", feature=_COMPILE))
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Have calls of a module go to `call`, as `module.compile()` does; None: to the module itself again."""
+    read_private(module, "_compiled_call_impl", feature=_COMPILE)  # it raises where torch would ignore what is set
+    module._compiled_call_impl = call
+
+
+__all__ = [
+    "BatchNormBase",
+    "build_flat_module",
+    "copy_registered",
+    "find_reset",
+    "get_call",
+    "get_compiled_call",
+    "has_global_hooks",
+    "list_registered",
+    "set_compiled_call",
+]
