@@ -59,17 +59,6 @@ LAYERS = (
 RAY_IS_ALLOWED_IN = {"driver", "tune"}
 """Beside the files `compat/ray_*`, which only these may import."""
 
-NOT_YET_FENCED = {
-    "driver",
-    "tune",
-    "loggers",
-    "cli",
-    "checkpoint/format.py",
-    "checkpoint/remote.py",
-    "worker/forwarding.py",
-}
-"""Folders and files that may still use private names of others outside of compat/."""
-
 PUBLIC_UNDERSCORES = {"_asdict", "_fields", "_make", "_replace"}
 """Documented names of named tuples, which begin with an underscore only to keep clear of their fields."""
 
@@ -187,12 +176,10 @@ def is_own(owner: ast.expr) -> bool:
     )
 
 
-def is_fenced(file: pathlib.Path) -> bool:
-    path = file.relative_to(PACKAGE)
-    return path.parts[0] != "compat" and not NOT_YET_FENCED & {path.parts[0], path.as_posix()}
+OUTSIDE_COMPAT = [file for file in FILES if part_of(file) != "compat"]
 
 
-@pytest.mark.parametrize("file", list(filter(is_fenced, FILES)), ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", OUTSIDE_COMPAT, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_private_names_are_confined_to_compat(file: pathlib.Path) -> None:
     found = private_names_of_others(file.read_text(encoding="utf-8"))
     assert [f"{place(file, line)} uses {name}" for line, name in found] == []

@@ -1,10 +1,31 @@
 """Look up a private name of another library, with an error that names the versions where it is missing."""
 
 import importlib
-from importlib import metadata
+import importlib.metadata
 from typing import Any
 
 from raylit.errors import RaylitError
+
+
+def read_private(owner: object, name: str, *, feature: str, library: str = "torch") -> Any:
+    """Read the attribute `name` of an object that belongs to `library`.
+
+    Raises: RaylitError if this version of the library has no such name; `feature` says what needs it.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise describe_missing(owner, name, feature=feature, library=library) from error
+
+
+def describe_missing(owner: object, name: str, *, feature: str, library: str = "torch") -> RaylitError:
+    """Build the error for a private name that this version of the library does not have."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    where = getattr(owner, "__name__", kind.__name__)
+    return RaylitError(
+        f"{feature} needs {where}.{name}, a private name that {library} {_read_version(library)} does not have. "
+        f"Install a version of {library} that raylit is tested with (see its README), or do without {feature}"
+    )
 
 
 def import_private(module: str, name: str, *, written_for: str) -> Any:
@@ -26,13 +47,13 @@ def explain_missing(name: str, *, written_for: str) -> str:
     package = name.partition(".")[0]
     return (
         f"raylit uses {name}, which is private to {package} and missing in the installed version "
-        f"{_find_version(package)}: install {package}=={written_for}.*, for which this raylit was written, or a newer "
+        f"{_read_version(package)}: install {package}=={written_for}.*, for which this raylit was written, or a newer "
         "raylit"
     )
 
 
-def _find_version(package: str) -> str:
+def _read_version(package: str) -> str:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(unknown)"
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(version unknown)"

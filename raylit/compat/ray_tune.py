@@ -16,6 +16,14 @@ from raylit.errors import RaylitError
 _VERSION = "2.60"
 
 
+def has_metric(given: object) -> bool:
+    """Return True if a scheduler or searcher of Tune's was given a metric, False too where the private name is gone.
+
+    Only searchers have a public property for it.
+    """
+    return getattr(given, "metric", None) is not None or getattr(given, "_metric", None) is not None
+
+
 def list_trials(results: tune.ResultGrid) -> list[Trial]:
     """List the trials behind Tune's results, with their states and checkpoints, which the public results leave out."""
     analysis = getattr(results, "_experiment_analysis", None)

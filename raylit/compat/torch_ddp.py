@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylit.compat.private import describe_missing, read_private
+from raylit.compat.private_names import describe_missing, read_private
 
 _FEATURE = "strategy='ddp'"
 _STATIC_GRAPH = "DDPStrategy(static_graph=True)"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raylit.compat.private import describe_missing, read_private
+from raylit.compat.private_names import describe_missing, read_private
 from raylit.compat.torch_module import get_compiled_call
 
 _COMPILER = "torch._dynamo"

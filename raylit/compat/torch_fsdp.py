@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from raylit.compat.private import describe_missing, read_private
+from raylit.compat.private_names import describe_missing, read_private
 
 _FEATURE = "strategy='fsdp'"
 

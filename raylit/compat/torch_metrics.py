@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.compat.private import read_private
+from raylit.compat.private_names import read_private
 
 _FEATURE = "logging a torchmetrics object"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 
-from raylit.compat.private import read_private
+from raylit.compat.private_names import read_private
 
 _COMPILE = "torch.compile of a module"
 _SYNC = "sync_batchnorm=True"

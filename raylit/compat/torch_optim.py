@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from raylit.compat.private import read_private
+from raylit.compat.private_names import read_private
 
 Call = Callable[[], object]
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from raylit.compat.private import read_private
+from raylit.compat.private_names import read_private
 
 
 def read_version(tensor: Tensor) -> int:

@@ -4,8 +4,10 @@ import types
 
 import pytest
 from ray.tune.execution import class_cache
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import BasicVariantGenerator
 
-from raylit.compat.ray_tune import list_trials, set_trial_variables
+from raylit.compat.ray_tune import has_metric, list_trials, set_trial_variables
 from raylit.errors import RaylitError
 
 
@@ -36,3 +38,9 @@ def test_without_the_private_names_tune_s_variables_stay(monkeypatch):
         assert class_cache.DEFAULT_ENV_VARS
     with pytest.raises(AttributeError), set_trial_variables({"A": "1"}, is_pooled=True):
         pass
+
+
+def test_schedulers_and_searchers_say_whether_they_were_given_a_metric():
+    assert has_metric(AsyncHyperBandScheduler(metric="loss", mode="min"))
+    assert not has_metric(AsyncHyperBandScheduler())
+    assert not has_metric(BasicVariantGenerator())

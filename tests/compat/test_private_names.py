@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raylit.compat.private import describe_missing, read_private
+from raylit.compat.private_names import describe_missing, read_private
 from raylit.errors import RaylitError
 
 
