@@ -89,7 +89,7 @@ def sweep(
     # Importing Ray Tune takes seconds, which only a sweep should pay.
     from raylit.tune.hparams import write_experiment
     from raylit.tune.room import find_room
-from raylit.tune.trials import Run, run_trials
+    from raylit.tune.trials import Run, run_trials
 
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
     arguments = _of_trials(trainer_arguments)
@@ -261,6 +261,8 @@ def _check(build: Any, space: Any, *, metric: Any, mode: Any, num_samples: int, 
 
 
 def _check_has_no_metric(name: str, given: Any) -> None:
+    if given is None:
+        return
     from raylit.compat.ray_tune import has_metric
 
     if has_metric(given):
