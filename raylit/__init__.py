@@ -1,6 +1,5 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
-from raylit import callbacks, metrics
 from raylit.api import fit, lr_find, predict, scale_batch_size, shutdown, test, tune, validate
 from raylit.callbacks import (
     BackboneFinetuning,
@@ -26,9 +25,12 @@ from raylit.callbacks import (
     TQDMProgressBar,
     WeightAveraging,
 )
-from raylit.combined_loader import CombinedLoader
-from raylit.datamodule import DataModule, LightningDataModule
-from raylit.driver.tune_report import TuneReport
+from raylit.config.strategy import DDPStrategy, FSDPStrategy
+from raylit.core.combined_loader import CombinedLoader
+from raylit.core.datamodule import DataModule, LightningDataModule
+from raylit.core.module import LightningModule
+from raylit.core.step_results import EvalResult, TrainResult
+from raylit.driver.tune_integration.report_callback import TuneReport
 from raylit.errors import (
     CheckpointError,
     ConfigError,
@@ -43,14 +45,11 @@ from raylit.errors import (
     WorkerFailed,
 )
 from raylit.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from raylit.module import LightningModule
 from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
-from raylit.results import EvalResult, TrainResult
 from raylit.seed import seed_everything
-from raylit.strategy_options import DDPStrategy, FSDPStrategy
-from raylit.trainer import Trainer
-from raylit.tune.sweep_result import SweepResult
-from raylit.tune.sweeps import sweep
+from raylit.trainer.trainer import Trainer
+from raylit.tune.sweep.result import SweepResult
+from raylit.tune.sweep.sweep import sweep
 from raylit.tune.tuner import Tuner
 
 __all__ = [

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from raylit.datamodule import DataModule
+from raylit.core.datamodule import DataModule
+from raylit.core.module import LightningModule
 from raylit.errors import shows_user_frames
-from raylit.module import LightningModule
-from raylit.trainer import Trainer
-from raylit.tune.race import RaceResult
-from raylit.tune.range_curve import RangeCurve
+from raylit.trainer.trainer import Trainer
+from raylit.tune.search.lr_race import RaceResult
+from raylit.tune.search.lr_range_test import RangeCurve
 from raylit.tune.tuner import Tuner
 
 
@@ -132,7 +132,7 @@ def shutdown() -> None:
     """End the idle workers and the Ray node that raylit has started; a cluster of yours is left alone. Runs by itself
     at exit."""
     # Without this module nothing has been started, and Ray need not be imported for it.
-    warm = sys.modules.get("raylit.driver.warm")
+    warm = sys.modules.get("raylit.driver.ray.worker_pool")
     if warm is not None:
         warm.shutdown()
 

@@ -14,43 +14,13 @@ PACKAGE = ROOT / "raylit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {
-        "asked",
-        "compat",
-        "errors",
-        "messages",
-        "places",
-        "plan",
-        "process_settings",
-        "state",
-        "strategy_options",
-        "summary",
-        "tables",
-        "torch_settings",
-    },
+    {"compat", "config", "errors", "protocol", "storage", "text_table"},
     {"accelerators", "precision", "strategies"},
-    {
-        "callbacks",
-        "checkpoint",
-        "combined_loader",
-        "compilation",
-        "datamodule",
-        "export",
-        "hparams",
-        "loggers",
-        "loop_hooks",
-        "metrics",
-        "module",
-        "profilers",
-        "rebuild",
-        "results",
-        "seed",
-        "sequences",
-        "weights",
-    },
+    {"callbacks", "checkpoint", "core", "loggers", "metrics", "profilers", "seed"},
     {"worker"},
     {"driver"},
-    {"api", "arguments", "attachments", "checkpoint_choice", "outcome", "requirements", "trainer", "tune"},
+    {"trainer", "tune"},
+    {"api"},
     {"cli"},
     {"__init__"},
 )
@@ -64,7 +34,7 @@ PUBLIC_UNDERSCORES = {"_asdict", "_fields", "_make", "_replace"}
 
 
 def part_of(file: pathlib.Path) -> str:
-    """`driver` for raylit/driver/group.py, `plan` for raylit/plan.py."""
+    """`driver` for raylit/driver/loop/worker_group.py, `plan` for raylit/config/plan.py."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -86,7 +56,7 @@ def imports_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def imported_part(name: str) -> str | None:
-    """`driver` for raylit.driver.group, `__init__` for a name of the package itself, None outside of raylit."""
+    """`driver` for raylit.driver.loop.worker_group, `__init__` for a name of the package itself, None outside of raylit."""
     package, _, rest = name.partition(".")
     if package != "raylit":
         return None
@@ -111,8 +81,8 @@ def test_imports_point_down(file: pathlib.Path) -> None:
 
 
 def test_the_layers_are_told_apart() -> None:
-    assert imported_part("raylit.driver.group.WorkerGroup") == "driver"
-    assert imported_part("raylit.plan.Plan") == "plan"
+    assert imported_part("raylit.driver.loop.worker_group.WorkerGroup") == "driver"
+    assert imported_part("raylit.config.plan.Plan") == "config"
     assert imported_part("raylit.Trainer") == "__init__"
     assert imported_part("raylit") == "__init__"
     assert imported_part("torch.nn") is None

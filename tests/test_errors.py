@@ -38,7 +38,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("arguments", [{"gpus": 1}, {"accelerator": "gpu", "devices": 2}])
 def test_gpus_on_a_machine_without_any_are_refused(arguments, monkeypatch):
-    monkeypatch.setattr("raylit.arguments.workers.is_on_cluster", lambda: False)
+    monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: False)
     with pytest.raises(pl.ConfigError, match="torch sees none on this machine"):
         pl.Trainer(**arguments)
 

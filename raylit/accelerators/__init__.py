@@ -3,7 +3,7 @@
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.cpu import CPUAccelerator
 from raylit.accelerators.cuda import CUDAAccelerator
-from raylit.plan import AcceleratorName
+from raylit.config.plan import AcceleratorName
 
 
 def build_accelerator(name: AcceleratorName) -> Accelerator:

@@ -1,20 +1,17 @@
 """Callbacks: those that run on every worker, and those that steer from the driver."""
 
-from raylit.callbacks.base import Callback, DriverCallback
-from raylit.callbacks.device_stats_monitor import DeviceStatsMonitor
+from raylit.callbacks.base import Callback, DriverCallback, LambdaCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
 from raylit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
-from raylit.callbacks.lambda_function import LambdaCallback
-from raylit.callbacks.lr_monitor import LearningRateMonitor
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.model_summary import ModelSummary
+from raylit.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raylit.callbacks.prediction_writer import BasePredictionWriter
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
-from raylit.callbacks.throughput_monitor import ThroughputMonitor
 from raylit.callbacks.timer import Timer
 from raylit.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 

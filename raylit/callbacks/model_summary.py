@@ -2,7 +2,7 @@
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.errors import ConfigError
-from raylit.tables import printable
+from raylit.text_table import printable
 
 
 class ModelSummary(DriverCallback):

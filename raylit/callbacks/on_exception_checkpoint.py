@@ -6,9 +6,9 @@ from typing import Any
 
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
-from raylit.checkpoint.naming import Naming, first_free
+from raylit.checkpoint.filenames import Naming, first_free
 from raylit.errors import ConfigError
-from raylit.places import absolute, check_stays_below
+from raylit.storage import absolute, check_stays_below
 
 
 class OnExceptionCheckpoint(Callback):

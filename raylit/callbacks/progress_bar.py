@@ -1,15 +1,336 @@
-"""ProgressBar: how far the run is, as bars on a terminal and as plain lines anywhere else. Driver only."""
+"""The progress bar: bars of a terminal or a notebook, or plain lines."""
 
+import contextlib
+import html
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, TextIO
+from threading import RLock
+from time import monotonic
+from typing import Any, Protocol, TextIO, cast
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.callbacks.line_stream import lines_above_bars, status_line
-from raylit.callbacks.meters import Lines, Meter, NotebookBar, TerminalBar
 from raylit.errors import ConfigError
+
+
+class LineStream:
+    """Passes whole lines on to a terminal and moves the bars out of their way. The rest of a line waits for its end.
+
+    Every thread may write: Ray brings what workers print in one of its own.
+    """
+
+    def __init__(self, terminal: TextIO, bars: TextIO) -> None:
+        self._terminal = terminal
+        self._bars = bars
+        self._rest = ""
+        self._lock = RLock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            lines, newline, self._rest = (self._rest + text).rpartition("\n")
+            self._print(lines + newline)
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        self.write("".join(lines))
+
+    def finish(self) -> None:
+        """Write a line without an end as it is."""
+        with self._lock:
+            rest, self._rest = self._rest, ""
+            self._print(rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terminal, name)
+
+    def _print(self, text: str) -> None:
+        from tqdm import tqdm  # whoever opened a bar has imported it
+
+        if text:
+            with tqdm.external_write_mode(file=self._bars):
+                self._terminal.write(text)
+                self._terminal.flush()
+
+
+@contextlib.contextmanager
+def status_line(text: str) -> Iterator[None]:
+    """A line at the bottom of the terminal, for as long as something takes; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    with lines_above_bars() as stream:
+        bar = tqdm(bar_format=text, file=stream, leave=False, dynamic_ncols=True)
+        try:
+            yield
+        finally:
+            bar.close()
+
+
+@contextlib.contextmanager
+def lines_above_bars() -> Iterator[TextIO]:
+    """The stream for bars, stderr; what is printed to a terminal meanwhile goes above them."""
+    with contextlib.ExitStack() as stack:
+        bars = sys.stderr
+        for stream, redirect in ((sys.stdout, contextlib.redirect_stdout), (sys.stderr, contextlib.redirect_stderr)):
+            if stream.isatty():
+                lines = LineStream(stream, bars)
+                stack.callback(lines.finish)
+                stack.enter_context(redirect(cast(TextIO, lines)))
+        yield bars
+
+
+Values = Mapping[str, float | str]
+"""Metrics by name, in the order in which they are shown."""
+
+_VALUE_WIDTH = 8
+"""Room for each value, so that a bar keeps its width whatever it becomes: -1.23e-05."""
+_MIN_BAR_WIDTH = 16
+"""With less, the metrics have a line of their own."""
+_LEAST_BAR_WIDTH = 4
+_TITLE_WIDTH = 12
+"""The bars of an epoch and of its validation begin in one column."""
+
+
+class Meter(Protocol):
+    """Counts are batches; infinite totals are unknown ones."""
+
+    total: float
+    done: float
+    started_at: float
+
+    def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None: ...
+
+    def resume(self, paused_at: float) -> None:
+        """Leave the time since then out of the speed."""
+
+    def close(self, *, leave: bool) -> None: ...
+
+
+class TerminalBar:
+    """A tqdm bar, and a line for the metrics below it where they do not fit beside it."""
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: float,
+        done: float,
+        every: int,
+        lead: Values,
+        stream: TextIO,
+        above: "TerminalBar | None" = None,
+    ) -> None:
+        """`above`: a bar whose width this one is to have."""
+        from tqdm import tqdm  # with the first bar only: without a terminal nothing needs it
+
+        self._tqdm = tqdm
+        self.total = total
+        self.done = done
+        self.started_at = monotonic()
+        self._title = f"{title}: ".ljust(_TITLE_WIDTH)
+        self._every = every
+        self._lead = lead
+        self._stream = stream
+        self._above = above
+        self._below: tqdm[Any] | None = None
+        self.bar_width = _LEAST_BAR_WIDTH
+        self._bar = tqdm(
+            desc=self._title,
+            total=int(total) if math.isfinite(total) else None,
+            initial=int(done),
+            dynamic_ncols=True,
+            mininterval=0.05,
+            miniters=0,
+            file=stream,
+            bar_format=self._title,  # for the instant until it is laid out
+        )
+        self._lay_out({})
+        self._bar.refresh()
+
+    def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None:
+        num_new = int(done) - self._bar.n
+        # tqdm drops redraws that come too fast; not the last one, nor the same place again, which means new metrics.
+        is_forced = is_final or done in (self.done, self.total)
+        self.done = done
+        if is_forced or num_new >= self._every:
+            self._lay_out(metrics)
+            is_drawn = self._bar.update(num_new)
+            if is_forced and not is_drawn:
+                self._bar.refresh()
+
+    def resume(self, paused_at: float) -> None:
+        pause_s = monotonic() - paused_at
+        self._bar.start_t += pause_s
+        self._bar.last_print_t += pause_s
+
+    def close(self, *, leave: bool) -> None:
+        # Those that stay go from above to below, each ending its line; those that vanish the other way round.
+        bars = [self._bar] if self._below is None else [self._bar, self._below]
+        for bar in bars if leave else reversed(bars):
+            bar.leave = leave
+            bar.close()
+
+    def _lay_out(self, metrics: Values) -> None:
+        width = self._bar.format_dict["ncols"] or 80
+        metrics = {**self._lead, **metrics}
+        wanted = sum(
+            len(name) + 3 + (len(value) if isinstance(value, str) else _VALUE_WIDTH) for name, value in metrics.items()
+        )
+        if math.isfinite(self.total):
+            counts = 2 * len(str(self._bar.total)) + 1
+            room = width - len(self._title) - counts - len("100%||  [00:00<00:00, 1000.00it/s]")
+            is_beside = self._below is None and (not metrics or room - wanted >= _MIN_BAR_WIDTH)
+            bar_width = room - wanted if is_beside else room
+            times = "{elapsed}<{remaining}, {rate_fmt}"
+            if bar_width < _LEAST_BAR_WIDTH:  # no room for everything: what is left to do matters most
+                bar_width += len("00:00<, 1000.00it/s")
+                times = "{remaining}"
+            self.bar_width = max(_LEAST_BAR_WIDTH, bar_width if self._above is None else self._above.bar_width)
+            bar = f"{{percentage:3.0f}}%|{{bar:{self.bar_width}}}| {{n_fmt}}/{{total_fmt}}"
+        else:
+            is_beside = self._below is None and wanted <= width - len(self._title) - len(
+                "1000000it [00:00:00, 00.00it/s]"
+            )
+            bar, times = "{n_fmt}it", "{elapsed}, {rate_fmt}"
+        self._bar.bar_format = f"{self._title}{bar} [{times}{{postfix}}]"
+        self._bar.set_postfix_str(listed(metrics, width) if is_beside else "", refresh=False)
+        if not is_beside:
+            self._show_below(listed(metrics, width - 3))
+
+    def _show_below(self, text: str) -> None:
+        if self._below is None:
+            self._below = self._tqdm(bar_format="  {desc}", file=self._stream, dynamic_ncols=True)
+        if self._below.desc != text:
+            self._below.set_description_str(text)
+
+
+class NotebookBar:
+    """An output of a notebook's cell, renewed in place. Needs nothing but IPython, which is there.
+
+    `free`: outputs of bars that have vanished, for later ones to stand in.
+    """
+
+    _PERIOD_S = 0.1
+
+    def __init__(self, title: str, *, total: float, done: float, lead: Values, free: list[Any]) -> None:
+        from IPython.display import display
+
+        self.total = total
+        self.done = done
+        self.started_at = monotonic()
+        self._title = title
+        self._initial = done
+        self._lead = lead
+        self._values: Values = {}
+        self._drawn_at = self.started_at
+        self._free = free
+        self._display: Any = free.pop() if free else display(self._bundle(), raw=True, display_id=True)
+        self._draw()
+
+    def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None:
+        self.done, self._values = done, dict(metrics)
+        if is_final or monotonic() - self._drawn_at >= self._PERIOD_S:
+            self._draw()
+
+    def resume(self, paused_at: float) -> None:
+        self.started_at += monotonic() - paused_at
+
+    def close(self, *, leave: bool) -> None:
+        if leave:
+            self._draw()
+        else:
+            self._display.update({"text/plain": "", "text/html": ""}, raw=True)
+            self._free.append(self._display)
+
+    def _draw(self) -> None:
+        self._drawn_at = monotonic()
+        self._display.update(self._bundle(), raw=True)
+
+    def _bundle(self) -> dict[str, str]:
+        elapsed_s = max(monotonic() - self.started_at, 1e-9)
+        rate = (self.done - self._initial) / elapsed_s
+        is_sized = math.isfinite(self.total)
+        counts = f"{self.done:.0f}/{self.total:.0f}" if is_sized else f"{self.done:.0f}"
+        times = _clock(elapsed_s)
+        if is_sized and rate > 0:
+            times += f"<{_clock((self.total - self.done) / rate)}"
+        metrics = listed({**self._lead, **self._values})
+        text = f"{counts} [{', '.join(filter(None, [times, f'{rate:.3g} it/s', metrics]))}]"
+        bar = f'<progress max="{self.total:.0f}" value="{self.done:.0f}"></progress> ' if is_sized else ""
+        line = f"{html.escape(f'{self._title}: '.ljust(_TITLE_WIDTH))}{bar}{html.escape(text)}"
+        return {
+            "text/plain": f"{self._title}: {text}",
+            "text/html": f'<div style="font-family:monospace;white-space:pre-wrap">{line}</div>',
+        }
+
+
+class Lines:
+    """Whole lines on stderr, with at least `period_s` between them."""
+
+    def __init__(self, title: str, *, total: float, done: float, period_s: float) -> None:
+        self.total = total
+        self.done = done
+        self.started_at = monotonic()
+        self._title = title.lower()
+        self._initial = done
+        self._metrics = ""
+        self._period_s = period_s
+        self._due_at = self.started_at + period_s
+        self._printed = (done, "")
+
+    def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None:
+        self.done, self._metrics = done, listed(metrics)
+        if is_final or monotonic() >= self._due_at:
+            self._print(is_going_on=not is_final)
+
+    def resume(self, paused_at: float) -> None:
+        self.started_at += monotonic() - paused_at
+
+    def close(self, *, leave: bool) -> None:
+        if leave:
+            self._print(is_going_on=False)
+
+    def _print(self, *, is_going_on: bool) -> None:
+        if self._printed == (self.done, self._metrics):
+            return
+        now = monotonic()
+        batches = f"{self.done:.0f}/{self.total:.0f}" if math.isfinite(self.total) else f"{self.done:.0f}"
+        rate = (self.done - self._initial) / max(now - self.started_at, 1e-9)
+        left = ""
+        if is_going_on and math.isfinite(self.total) and rate > 0:
+            left = f"{_clock((self.total - self.done) / rate)} left"
+        text = ", ".join(filter(None, (f"{self._title}: {batches} batches", f"{rate:.3g} it/s", left, self._metrics)))
+        print(text, file=sys.stderr, flush=True)
+        self._due_at = now + self._period_s
+        self._printed = (self.done, self._metrics)
+
+
+def listed(metrics: Values, width: float = math.inf) -> str:
+    """`loss=0.123, acc=0.900, +2`: as many whole ones as there is room for, and how many more there are."""
+    texts = [f"{name}={_compact(value)}" for name, value in metrics.items()]
+    whole = ", ".join(texts)
+    num_shown = len(texts)
+    while len(whole) > width and num_shown > 0:
+        num_shown -= 1
+        whole = ", ".join([*texts[:num_shown], f"+{len(texts) - num_shown}"])
+    return whole
+
+
+def _compact(value: float | str) -> str:
+    """Three digits, so that a bar does not twitch with every value; texts as they are."""
+    if isinstance(value, str):
+        return value
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02.0f}:{seconds:02.0f}" if hours else f"{minutes:02.0f}:{seconds:02.0f}"
+
 
 _TITLES = {"validate": "Validating", "test": "Testing", "predict": "Predicting"}
 

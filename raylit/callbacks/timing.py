@@ -1,10 +1,11 @@
-"""When epochs, validations and time intervals are due, as driver callbacks see it. Driver only."""
+"""When driver callbacks act: epochs, validations, time intervals, and what is logged then."""
 
 import math
 import time
 from datetime import timedelta
 
-from raylit.callbacks.base import Run
+from raylit.callbacks.base import DriverCallback, Run
+from raylit.errors import CheckpointError
 
 
 def is_validated_by_epoch_end(run: Run) -> bool:
@@ -64,3 +65,15 @@ class Clock:
         now_s = time.monotonic()
         steps_per_s = (step - self._first_step) / max(now_s - self._start_s, 1e-9)
         return step + max(1, math.ceil(steps_per_s * (self._last_s + self._interval_s - now_s)))
+
+
+class SavedReport(DriverCallback):
+    """Whoever gets the report counts on its checkpoint: it is there before, or the save's error ends the run."""
+
+    def save(self, run: Run, path: str) -> None:
+        run.save_checkpoint(path)
+        run.finish_saves()
+
+    def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
+        if error is not None:
+            raise error

@@ -1,1 +1,3 @@
-"""Checkpoints: what is in one (format) and how it gets to disk and back (files). Both sides."""
+"""Checkpoints: their contents, their files, and the search for the newest sound one.
+
+Used in the driver and in the workers. Open `format.py` first."""

@@ -18,10 +18,11 @@ from uuid import uuid4
 
 import torch
 
-from raylit.checkpoint import directory, format, remote
+from raylit.checkpoint import format, remote
+from raylit.checkpoint import sharded as directory
 from raylit.checkpoint.format import FORMAT
 from raylit.errors import CheckpointError, DamagedCheckpoint
-from raylit.places import file_system, is_url, joined
+from raylit.storage import file_system, is_url, joined
 
 
 class NotACheckpoint(CheckpointError):

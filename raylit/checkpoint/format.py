@@ -1,4 +1,4 @@
-"""The checkpoint as a dict: Lightning's key names, in values that torch.load(weights_only=True) reads. Both sides."""
+"""The contents of a checkpoint: keys, versions, reading and checking."""
 
 import enum
 import importlib
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from raylit.errors import CheckpointError
-from raylit.messages import Saved
-from raylit.state import Progress
+from raylit.protocol.messages import Saved
+from raylit.protocol.state import Progress
 
 FORMAT = 1
 """Goes up when an older raylit could no longer resume from what this one writes."""

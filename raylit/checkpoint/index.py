@@ -14,7 +14,7 @@ from typing import Any
 
 from raylit.checkpoint import files, remote
 from raylit.errors import DamagedCheckpoint
-from raylit.places import entries, is_url, joined, leads_down, modified_at, read_text, write_text
+from raylit.storage import entries, is_url, joined, leads_down, modified_at, read_text, write_text
 
 FILE_NAME = ".index.json"
 SUFFIX = ".ckpt"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from raylit.checkpoint.directory import INDEX, PARTS, is_own, is_replaceable
+from raylit.checkpoint.sharded import INDEX, PARTS, is_own, is_replaceable
 from raylit.errors import CheckpointError
-from raylit.places import entries, file_system, is_object_store, joined, make_directory, modified_at
+from raylit.storage import entries, file_system, is_object_store, joined, make_directory, modified_at
 
 
 class StoreUnreachable(CheckpointError):

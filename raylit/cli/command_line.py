@@ -1,15 +1,30 @@
-"""RaylitCLI: models, data and the Trainer from a command line and YAML files. Driver."""
+"""The command line of a user's script: `raylit fit` with its own arguments and files."""
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raylit.cli.saved_config import SavedConfig
-from raylit.datamodule import DataModule
+from raylit.callbacks.base import DriverCallback, Run
+from raylit.core.datamodule import DataModule
+from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
-from raylit.module import LightningModule
 from raylit.seed import seed_everything
-from raylit.trainer import Trainer
+from raylit.storage import check_stays_below, joined, write_text
+from raylit.trainer.trainer import Trainer
+
+
+class SavedConfig(DriverCallback):
+    """Writes `config.yaml` into the run's log directory as it starts."""
+
+    def __init__(self, text: str, filename: str = "config.yaml") -> None:
+        check_stays_below(filename, f"the config's file name {filename!r}")
+        self._text = text
+        self._filename = filename
+
+    def on_start(self, run: Run) -> None:
+        if run.state.stage == "fit" and not run.plan.is_dev_run:
+            write_text(self._text, joined(run.log_dir, self._filename))
+
 
 _SUBCOMMANDS = {
     "fit": "Train; with --ckpt_path continue a run.",

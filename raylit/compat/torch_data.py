@@ -1,13 +1,29 @@
-"""Reach into torch's DataLoader. Worker.
-
-Written against torch 2.13, tested with torch 2.9.1 too.
-"""
+"""Private names of torch's DataLoader, and the wording of its errors when a process dies."""
 
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from raylit.compat.private_names import import_private
+from raylit.errors import RaylitError
+
 
 def drop_iterator(loader: "DataLoader[Any]") -> None:
     """Have a loader with persistent processes start others for its next iteration; those of a copy are not its own."""
     vars(loader)["_iterator"] = None
+
+
+_VERSION = "2.13"
+
+
+def find_loader_death() -> RuntimeError | None:
+    """Return torch's error about a DataLoader's process of this process that has died; it says how. None: none has."""
+    try:
+        raise_deaths = import_private("torch._C", "_error_if_any_worker_fails", written_for=_VERSION)
+    except RaylitError:
+        return None
+    try:
+        raise_deaths()
+    except RuntimeError as error:
+        return error
+    return None

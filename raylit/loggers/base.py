@@ -1,9 +1,11 @@
-"""Logger: where the driver sends metrics and hyper-parameters. Driver only."""
+"""The interface of loggers, and the logger that writes nothing."""
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from raylit.places import entries, joined
+from raylit.storage import entries, joined
 
 
 class Logger:
@@ -82,3 +84,60 @@ class Logger:
 
     def finalize(self, status: str) -> None:
         """The run is over: "success", "failed" or "interrupted"."""
+
+
+class DummyLogger(Logger):
+    """Stands in for the loggers of a `fast_dev_run`; every method and every call on `experiment` returns None."""
+
+    @property
+    def experiment(self) -> "_Nothing":
+        return _Nothing()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None: ...
+
+    def __getattr__(self, name: str) -> "_Nothing":
+        if name.startswith("__"):  # protocols that others ask for: copies, pickles, ...
+            raise AttributeError(name)
+        return _Nothing()
+
+
+class _Nothing:
+    def __getattr__(self, name: str) -> "_Nothing":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __setattr__(self, name: str, value: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedFile:
+    path: str
+    score: float | None
+    is_best: bool
+    is_last: bool
+
+
+@dataclass(slots=True)
+class SavedFiles:
+    """Remembers which files, as of when, have been taken."""
+
+    _taken: dict[str, float] = field(default_factory=dict)
+
+    def new(self, callback: Any) -> list[SavedFile]:
+        """Those of a callback, the oldest first, that were not there, or were others, at the last call."""
+        scores = {str(path): float(score) for path, score in getattr(callback, "best_k_models", {}).items()}
+        best, last = getattr(callback, "best_model_path", ""), getattr(callback, "last_model_path", "")
+        times = {path: os.path.getmtime(path) for path in {*scores, best, last} if path and os.path.exists(path)}
+        new = sorted((path for path in times if self._taken.get(path) != times[path]), key=lambda path: times[path])
+        self._taken.update(times)
+        return [
+            SavedFile(path=path, score=scores.get(path), is_best=path == best, is_last=path == last) for path in new
+        ]
+
+
+def is_after_each(log_model: bool | str, callback: Any) -> bool:
+    """Whether files are taken when they are saved, rather than those that are left at the end."""
+    return log_model == "all" or (log_model is True and getattr(callback, "save_top_k", 1) == -1)

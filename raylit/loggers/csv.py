@@ -8,7 +8,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.loggers.file import FileLogger, is_past
-from raylit.places import exists, is_url, joined, make_directory, read_text, write_text
+from raylit.storage import exists, is_url, joined, make_directory, read_text, write_text
 
 
 class CSVLogger(FileLogger):

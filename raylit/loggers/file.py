@@ -8,7 +8,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
-from raylit.places import check_stays_below, entries, is_url, joined, make_directory, write_text
+from raylit.storage import check_stays_below, entries, is_url, joined, make_directory, write_text
 
 
 class FileLogger(Logger):

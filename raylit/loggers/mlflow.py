@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from raylit.hparams import flattened
-from raylit.loggers.base import Logger
+from raylit.core.hparams import flattened
+from raylit.loggers.base import Logger, SavedFiles, is_after_each
 from raylit.loggers.file import plain
-from raylit.loggers.saved import SavedFiles, is_after_each
 
 _LONGEST_VALUE = 6000
 """Characters of a parameter's value that MLflow takes."""

@@ -1,4 +1,4 @@
-"""WandbLogger: metrics, media and checkpoints for Weights & Biases, through its own package. Driver only."""
+"""WandbLogger: runs of Weights & Biases, and its media objects as workers send them."""
 
 import os
 import secrets
@@ -10,10 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from raylit.errors import ConfigError
-from raylit.loggers.base import Logger
+from raylit.loggers.base import Logger, SavedFile, SavedFiles, is_after_each
 from raylit.loggers.file import plain
-from raylit.loggers.saved import SavedFile, SavedFiles, is_after_each
-from raylit.places import check_stays_below
+from raylit.storage import check_stays_below
 
 _STEP = "trainer/global_step"
 

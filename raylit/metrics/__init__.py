@@ -7,8 +7,7 @@ from functools import wraps
 from typing import Any
 
 from raylit.metrics import functional
-from raylit.metrics.source import attribute_of
-from raylit.metrics.task import needs_task, task_of_arguments
+from raylit.metrics.task import attribute_of, needs_task, task_of_arguments
 
 __all__ = ["functional"]
 

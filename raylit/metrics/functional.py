@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from raylit.metrics.source import attribute_of
-from raylit.metrics.task import needs_task, task_arguments
+from raylit.metrics.task import attribute_of, needs_task, task_arguments
 
 
 def __getattr__(name: str) -> Any:

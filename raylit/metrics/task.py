@@ -1,5 +1,6 @@
-"""The task of a classification metric, inferred from its arguments or from what is compared. Both sides."""
+"""Metrics of torchmetrics by their older names, with the task found from the arguments."""
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,22 @@ import torch
 from torch import Tensor
 
 from raylit.errors import ConfigError
+
+
+def attribute_of(module_name: str, name: str) -> Any:
+    """`name` of a module of torchmetrics. ModuleNotFoundError says what to install."""
+    if name.startswith("__"):  # what the import system asks every module for
+        raise AttributeError(name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"raylit.metrics has {name} from torchmetrics, which is not installed: pip install 'raylit[metrics]'"
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise AttributeError(f"raylit.metrics is {module_name}, which has no {name!r}") from None
 
 
 def needs_task(function: Callable[..., Any]) -> bool:

@@ -1,9 +1,10 @@
 """Profilers: where a run's time and memory go. Started in the workers; their findings come together in the driver."""
 
+from collections.abc import Callable
+
+from raylit.errors import ConfigError
 from raylit.profilers.advanced import AdvancedProfiler
-from raylit.profilers.base import PassThroughProfiler, Profiler
-from raylit.profilers.chosen import chosen_profiler
-from raylit.profilers.simple import SimpleProfiler
+from raylit.profilers.base import PassThroughProfiler, Profiler, SimpleProfiler
 from raylit.profilers.torch import PyTorchProfiler
 
 __all__ = [
@@ -14,3 +15,26 @@ __all__ = [
     "SimpleProfiler",
     "chosen_profiler",
 ]
+
+
+_BY_NAME: dict[str, Callable[[], Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+
+
+def chosen_profiler(*, profiler: str | bool | Profiler | None) -> Profiler | None:
+    """None: nothing is measured. True is Lightning 0.9's word for "simple".
+
+    ConfigError: an unknown name.
+    """
+    if profiler is None or profiler is False or type(profiler) is PassThroughProfiler:
+        return None
+    if isinstance(profiler, Profiler):
+        return profiler
+    name = "simple" if profiler is True else profiler
+    if not isinstance(name, str) or name not in _BY_NAME:
+        names = ", ".join(map(repr, _BY_NAME))
+        raise ConfigError(f"profiler={profiler!r}: must be {names}, a Profiler or None")
+    return _BY_NAME[name]()

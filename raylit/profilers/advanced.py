@@ -10,7 +10,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.profilers.base import Profiler
-from raylit.tables import drawn, fitting_widths
+from raylit.text_table import drawn, fitting_widths
 
 _Row = tuple[tuple[str, int, str], tuple[int, int, float, float, Any]]
 """pstats' form: (file, line, function) and (primitive calls, calls, own seconds, cumulative seconds, callers)."""

@@ -1,11 +1,17 @@
-"""Stopwatch: times of named actions, each without those inside it, so that they add up. Both sides."""
+"""Measurement of one action: its time and its memory."""
 
+import contextlib
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
-from raylit.messages import Action
+import torch
+
+from raylit.protocol.messages import Action
 
 _Item = TypeVar("_Item")
 _END = object()
@@ -69,3 +75,31 @@ class Stopwatch:
             name = self._under_way[-1]
             self._totals[name] = self._totals.get(name, 0.0) + now_s - self._last_s
         self._last_s = now_s
+
+
+class PeakMemory:
+    """On CUDA, what torch's allocator has handed out. Processes of data loaders are not in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        # Where the kernel refuses, the peak is that of the process's whole life.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> tuple[tuple[str, int], ...]:
+        """What memory, and bytes of it."""
+        peaks = [("resident", _peak_resident_bytes())]
+        if self._device.type == "cuda":
+            peaks.append((f"on {self._device}", torch.cuda.max_memory_allocated(self._device)))
+        return tuple(peaks)
+
+
+def _peak_resident_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

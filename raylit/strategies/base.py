@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from raylit.strategies.parts import Reader
+from raylit.strategies.sharded_state import Reader
 
 TrainingStep = Callable[..., Any]
 """(batch, batch_idx, ...) to what the user's training_step returns."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from raylit.compat.torch_tensor import compute_norms
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
-from raylit.strategies.parts import Reader, read_anew, read_in_place
+from raylit.strategies.sharded_state import Reader, read_anew, read_in_place
 
 
 class Single:

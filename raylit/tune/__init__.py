@@ -1,2 +1,3 @@
-"""Many trainings as the trials of one Ray Tune run: sweeps, and what searches build on. Ray's own tune is imported only
-when one starts."""
+"""Searches and sweeps on Ray Tune.
+
+Runs in the driver. `tuner.py` is the Tuner, `sweep/sweep.py` the sweep."""

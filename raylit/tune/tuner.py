@@ -6,29 +6,25 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from raylit.arguments.checks import check_count
-from raylit.arguments.searches import Searches, SizeMode
 from raylit.callbacks.base import Callback
 from raylit.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import format
+from raylit.config.plan import Limits, Plan, Reporting
+from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
-from raylit.loggers.dummy import DummyLogger
-from raylit.module import LightningModule
-from raylit.plan import Limits, Plan, Reporting
-from raylit.tune import attribute
-from raylit.tune.attempt import Experiment, Outcome, Search
-from raylit.tune.memory import MemoryLimit, check_limit
-from raylit.tune.race import LossProbe, Race, RaceResult
-from raylit.tune.range_curve import RangeCurve
-from raylit.tune.range_test import RangeMode, RangeTest
-from raylit.tune.runner import build_runner
-from raylit.tune.size_search import SizeSearch, course_of
-from raylit.tune.size_table import BatchSizes
-from raylit.tune.stopwatch import Stopwatch
-from raylit.tune.windows import Windows
-from raylit.worker.context import Job
-from raylit.worker.sources import is_from_hook
+from raylit.loggers.base import DummyLogger
+from raylit.trainer.arguments.checks import check_count
+from raylit.trainer.arguments.searches import Searches, SizeMode
+from raylit.tune.search import trial
+from raylit.tune.search.batch_size import BatchSizes, SizeSearch, Stopwatch, Windows, course_of
+from raylit.tune.search.lr_race import LossProbe, Race, RaceResult
+from raylit.tune.search.lr_range_test import RangeCurve, RangeMode, RangeTest
+from raylit.tune.search.out_of_memory import MemoryLimit, check_limit
+from raylit.tune.search.runner import build_runner
+from raylit.tune.search.trial import Experiment, Outcome, Search
+from raylit.worker.data.sources import is_from_hook
+from raylit.worker.job import Job
 
 RateMethod = Literal["range", "race", "fit"]
 
@@ -141,7 +137,7 @@ class Tuner:
         job = self._trainer.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         name = None
         if update_attr or is_race:  # a candidate's rate goes where the module looks for it
-            name = attribute.find([attr_name] if attr_name else attribute.RATE_NAMES, job, argument="lr_find")
+            name = trial.find([attr_name] if attr_name else trial.RATE_NAMES, job, argument="lr_find")
         found: RangeCurve | RaceResult
         if is_race:
             race = Race(min_lr, max_lr, num_candidates=num_candidates, num_steps=num_training)
@@ -156,7 +152,7 @@ class Tuner:
             )
             found = self._range_tested(job, probe)
         if update_attr and name is not None and (rate := found.suggestion()) is not None:
-            attribute.put(name, rate, job)
+            trial.put(name, rate, job)
         return found
 
     def scale_batch_size(
@@ -200,7 +196,7 @@ class Tuner:
         is_speed = mode == "throughput"
         if effective_batch_size is None:
             effective_batch_size = "keep" if is_speed and job.module.automatic_optimization else "any"
-        windows = Windows.of(effective_batch_size, job, plan, size=attribute.get(name, job), max_size=max_val)
+        windows = Windows.of(effective_batch_size, job, plan, size=trial.get(name, job), max_size=max_val)
         search = SizeSearch(course_of(mode, windows.sizes, first=init_val), num_trials=max_trials, windows=windows)
         callbacks: list[Callback] = [Stopwatch(num_steps=steps_per_trial, least_s=_MEASURED_S if is_speed else 0.0)]
         if memory_limit_bytes is not None:
@@ -215,7 +211,7 @@ class Tuner:
         if (size := self.batch_sizes.suggestion()) is None:
             assert search.error is not None
             raise search.error
-        attribute.put(name, size, job)
+        trial.put(name, size, job)
         if windows.effective is not None:
             self._trainer.set_accumulation(windows.of_size(size))
         return size
@@ -296,7 +292,7 @@ def _wanted(
 
 
 def _size_name(given: str, job: Job) -> str:
-    name = attribute.find([given], job, argument="scale_batch_size")
+    name = trial.find([given], job, argument="scale_batch_size")
     if not is_from_hook(job, "train"):
         raise ConfigError(
             "scale_batch_size with a loader, whose batch size is fixed: define train_dataloader in the module or a "

@@ -9,26 +9,25 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from raylit.accelerators import Accelerator
-from raylit.accelerators.layout import set_layout
-from raylit.accelerators.transfer import BatchForm
+from raylit.accelerators.transfer import BatchForm, set_layout
 from raylit.checkpoint import format
 from raylit.compat.torch_dynamo import isolate_script_globals
-from raylit.compilation import compile_again, drop_compiled
-from raylit.module import LightningModule
-from raylit.plan import Plan
+from raylit.config.plan import Plan
+from raylit.core.compiled_modules import compile_again, drop_compiled
+from raylit.core.module import LightningModule
 from raylit.precision import build_precision
 from raylit.profilers.base import timed
+from raylit.protocol.state import Stage
 from raylit.seed import diverge_random_state
-from raylit.state import Stage
 from raylit.strategies import build_strategy
-from raylit.worker.brake import Brake
-from raylit.worker.compiling import CompilationWatch, compile_parts
-from raylit.worker.context import Job, WorkerContext
-from raylit.worker.hooks import Hooks, is_overridden
-from raylit.worker.peers import Peers
-from raylit.worker.sampling import RandomState
-from raylit.worker.transfer import Mover, build_mover
-from raylit.worker.uneven import UnevenSteps
+from raylit.worker.data.sampling import RandomState
+from raylit.worker.data.transfer import Mover, build_mover
+from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.uneven_inputs import UnevenSteps
+from raylit.worker.job import Job, WorkerContext
+from raylit.worker.loops.hooks import Hooks, is_overridden
+from raylit.worker.loops.stop_barrier import Brake
+from raylit.worker.process.compiling import CompilationWatch, compile_parts
 from raylit.worker.view import TrainerView
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.asked import Asked
+from raylit.config.plan import Asked, Plan
 from raylit.errors import ConfigError
-from raylit.messages import Metrics
-from raylit.plan import Plan
 from raylit.profilers import PassThroughProfiler
-from raylit.state import Progress, Stage, TrainerState
-from raylit.worker.context import Job, WorkerContext
-from raylit.worker.gathering import gathered
-from raylit.worker.metrics import MetricBuffer
+from raylit.protocol.messages import Metrics
+from raylit.protocol.state import Progress, Stage, TrainerState
+from raylit.worker.distributed.collectives import gathered
+from raylit.worker.job import Job, WorkerContext
+from raylit.worker.metrics.buffer import MetricBuffer
 
 _IN_THE_DRIVER = (
     *("checkpoint_callback", "checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks"),

@@ -12,11 +12,13 @@ import torch
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
-from raylit.checkpoint.held import HeldCheckpoint
-from raylit.checkpoint.held_part import HeldPart
+from raylit.checkpoint.pending import HeldCheckpoint, HeldPart
 from raylit.compat.torch_optim import without_compiler
+from raylit.config.plan import Plan
+from raylit.core.module import LightningModule
 from raylit.errors import ModuleError
-from raylit.messages import (
+from raylit.profilers import Profiler
+from raylit.protocol.messages import (
     Command,
     EndEpoch,
     Evaluate,
@@ -36,31 +38,26 @@ from raylit.messages import (
     Train,
     Weights,
 )
-from raylit.module import LightningModule
-from raylit.plan import Plan
-from raylit.profilers import Profiler
-from raylit.summary import Summary, summarized
-from raylit.torch_settings import set_matmul_precision
-from raylit.worker import handback
-from raylit.worker.brake import Brake
-from raylit.worker.combined import build_train_source
-from raylit.worker.context import Job, WorkerContext
-from raylit.worker.data_agreement import Description, check_first_batches, check_ranks_agree
-from raylit.worker.eval_loop import EvalLoop, PredictLoop
-from raylit.worker.feed import TrainSource
-from raylit.worker.forwarding import logger_views
-from raylit.worker.hooks import is_overridden
-from raylit.worker.loaders import explain_dead_process
-from raylit.worker.metrics import MetricBuffer
+from raylit.protocol.process_settings import set_matmul_precision
+from raylit.protocol.summary import Summary, summarized
+from raylit.worker.data.agreement import Description, check_first_batches, check_ranks_agree
+from raylit.worker.data.batches import TrainSource
+from raylit.worker.data.combined import SameEpoch, build_train_source, unshuffled
+from raylit.worker.data.sampling import IsolatedRandom, explain_dead_process
+from raylit.worker.data.sources import has_loader, is_from_hook, loader_of
+from raylit.worker.distributed.collectives import Peers
+from raylit.worker.job import Job, WorkerContext
+from raylit.worker.loops.evaluate import EvalLoop, PredictLoop
+from raylit.worker.loops.hooks import is_overridden
+from raylit.worker.loops.stop_barrier import Brake
+from raylit.worker.loops.train import NO_SHARE_OF_LAST_BATCH, TrainLoop, batches_of_epoch
+from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization import build_optimization, configured
-from raylit.worker.overfitting import SameEpoch, unshuffled
-from raylit.worker.peers import Peers
-from raylit.worker.recording import Recording
-from raylit.worker.sampling import IsolatedRandom
-from raylit.worker.saving import Saving
+from raylit.worker.process import result_sync
+from raylit.worker.process.logger_proxy import logger_views
+from raylit.worker.process.profiling import Recording
 from raylit.worker.session import Session
-from raylit.worker.sources import has_loader, is_from_hook, loader_of
-from raylit.worker.train_loop import NO_SHARE_OF_LAST_BATCH, TrainLoop, batches_of_epoch
+from raylit.worker.state_capture import Saving
 
 
 class Worker:
@@ -319,7 +316,7 @@ class Worker:
             return
         is_whole = self._has_new_weights and not session.strategy.is_sharding
         state_dict = session.module.state_dict() if is_whole else {}
-        attributes = handback.pack(
+        attributes = result_sync.pack(
             session.module, self._job.callbacks, state_keys=self._state_keys, shared=self._job.shared_memory
         )
         yield Finished(state_dict=state_dict, attributes=attributes)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from raylit.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
+from raylit.config.plan import Plan, Validation
 from raylit.errors import ConfigError
-from raylit.plan import Plan, Validation
-from raylit.state import Progress, RunState
+from raylit.protocol.state import Progress, RunState
 
 
 class RecordedRun:

@@ -18,9 +18,9 @@ import torch
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import files, index
 from raylit.checkpoint.format import plain
+from raylit.config.plan import Plan, Validation
 from raylit.errors import CheckpointError, ConfigError
-from raylit.plan import Plan, Validation
-from raylit.state import Progress, RunState
+from raylit.protocol.state import Progress, RunState
 
 
 class RecordedRun:

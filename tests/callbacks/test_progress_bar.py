@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 
-from raylit.callbacks.line_stream import status_line
-from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
+from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar, status_line
+from raylit.config.plan import Limits, Plan
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
-from raylit.plan import Limits, Plan
-from raylit.state import Progress, RunState, Stage
+from raylit.protocol.state import Progress, RunState, Stage
 
 REDRAW_S = 0.1
 """More than the least time between two redraws."""
@@ -348,7 +347,7 @@ def test_the_time_of_validation_does_not_count_as_training_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("raylit.callbacks.meters.monotonic", lambda: now[0])
+    monkeypatch.setattr("raylit.callbacks.progress_bar.monotonic", lambda: now[0])
     run = Run(ProgressBar())
     run.start_epoch(0)
     now[0] += 2.0

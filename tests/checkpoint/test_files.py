@@ -16,7 +16,7 @@ import torch
 
 from raylit.checkpoint import files, format
 from raylit.errors import CheckpointError, DamagedCheckpoint
-from raylit.messages import Saved
+from raylit.protocol.messages import Saved
 
 
 class Custom:
@@ -174,7 +174,7 @@ def test_a_broken_bit_of_any_kind_is_found_in_a_file_that_torch_wrote(tmp_path: 
 _WRITERS = """
 import os, sys, torch
 from raylit.checkpoint import files, format
-from raylit.messages import Saved
+from raylit.protocol.messages import Saved
 
 def write_on(number):
     torch.set_num_threads(1)

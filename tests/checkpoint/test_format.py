@@ -18,8 +18,8 @@ from torch.optim import lr_scheduler
 
 from raylit.checkpoint import format
 from raylit.errors import CheckpointError
-from raylit.messages import Saved
-from raylit.state import Progress
+from raylit.protocol.messages import Saved
+from raylit.protocol.state import Progress
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ import torch
 from raylit.checkpoint import files, format, index
 from raylit.checkpoint.index import Entry, Index
 from raylit.errors import CheckpointError
-from raylit.messages import Saved
+from raylit.protocol.messages import Saved
 
 
 def written(directory: Any, name: str, *, step: int, is_whole: bool = True, is_listed: bool = True) -> None:

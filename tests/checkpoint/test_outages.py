@@ -9,7 +9,7 @@ from models import Regression, RegressionData
 
 import raylit as pl
 from raylit.checkpoint import files, index
-from raylit.driver import saves
+from raylit.driver.loop import checkpoint_queue
 
 
 class Outage(pl.Callback):
@@ -47,7 +47,7 @@ def trained(saving: pl.ModelCheckpoint, outage: Outage) -> pl.Trainer:
 def test_a_bucket_that_goes_away_is_told_once_and_written_to_when_it_is_back(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saves, "_RETRY_AFTER_S", (0.01, 0.01))
+    monkeypatch.setattr(checkpoint_queue, "_RETRY_AFTER_S", (0.01, 0.01))
     saving = pl.ModelCheckpoint(server.url, "{step}", every_n_train_steps=2)
     told = r"cannot .* the checkpoint s3://.*/step=6\.ckpt: .*next save is tried again.*/step=4\.ckpt"
     with pytest.warns(UserWarning, match=told) as caught:
@@ -61,7 +61,7 @@ def test_a_bucket_that_goes_away_is_told_once_and_written_to_when_it_is_back(
 
 
 def test_a_bucket_that_is_soon_back_is_no_news(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saves, "_RETRY_AFTER_S", (0.1,) * 100)
+    monkeypatch.setattr(checkpoint_queue, "_RETRY_AFTER_S", (0.1,) * 100)
     saving = pl.ModelCheckpoint(
         server.url, "{step}", every_n_train_steps=4, save_top_k=-1, enable_version_counter=False
     )

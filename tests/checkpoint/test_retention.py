@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raylit.checkpoint.retention import BestFiles
+from raylit.checkpoint.filenames import BestFiles
 
 
 def offered(best: BestFiles, scores: dict[str, float]) -> list[str]:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 import raylit as pl
 from raylit.checkpoint import files
 from raylit.checkpoint.index import newest_usable, read_index
-from raylit.driver import saves
-from raylit.places import entries, file_system
+from raylit.driver.loop import checkpoint_queue
+from raylit.storage import entries, file_system
 
 
 class Shared(pl.LightningModule):
@@ -61,7 +61,7 @@ class Outage(pl.DriverCallback):
 def test_a_bucket_that_is_away_costs_one_checkpoint_and_no_training(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saves, "_RETRY_AFTER_S", (0.01,))
+    monkeypatch.setattr(checkpoint_queue, "_RETRY_AFTER_S", (0.01,))
     saving = pl.ModelCheckpoint(
         server.url, "{step}", every_n_train_steps=2, save_last=True, enable_version_counter=False
     )

@@ -11,13 +11,13 @@ from ray.exceptions import ActorDiedError
 
 from raylit.compat import ray_core
 from raylit.compat.private_names import import_private
-from raylit.driver import cluster
+from raylit.driver.ray import local_cluster
 from raylit.errors import RaylitError
 
 
 @pytest.fixture
 def _node():
-    cluster.connect()
+    local_cluster.connect()
 
 
 def test_a_missing_name_is_an_error_that_says_which_version_has_it():

@@ -7,7 +7,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from raylit.compat import ray_tune_controller
 from raylit.compat.ray_tune_controller import _death, replace_controller
-from raylit.driver.failures import reason_of_death
+from raylit.driver.ray.failures import reason_of_death
 from raylit.errors import RaylitError
 
 

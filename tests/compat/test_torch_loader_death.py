@@ -8,8 +8,8 @@ import time
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from raylit.compat import torch_loader_death
-from raylit.compat.torch_loader_death import find_loader_death
+from raylit.compat import torch_data
+from raylit.compat.torch_data import find_loader_death
 
 
 def test_the_death_of_a_loader_s_process_is_found():
@@ -34,4 +34,4 @@ def test_the_death_of_a_loader_s_process_is_found():
 
 def test_without_the_private_name_there_is_no_answer(monkeypatch):
     monkeypatch.delattr(torch._C, "_error_if_any_worker_fails")
-    assert torch_loader_death.find_loader_death() is None
+    assert torch_data.find_loader_death() is None

@@ -14,7 +14,7 @@ import yaml
 from raylit.errors import ConfigError
 from raylit.loggers import CSVLogger, TensorBoardLogger
 from raylit.loggers.file import FileLogger
-from raylit.places import read_text
+from raylit.storage import read_text
 
 BOTH = pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
 

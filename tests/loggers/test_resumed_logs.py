@@ -15,7 +15,7 @@ from models import Regression, RegressionData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import raylit as pl
-from raylit.places import read_text
+from raylit.storage import read_text
 
 
 class Logged(Regression):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from raylit.messages import Action, Profile
-from raylit.profilers.table import drawn_profiles
+from raylit.profilers.base import drawn_profiles
+from raylit.protocol.messages import Action, Profile
 
 
 def profile(rank, title, **seconds):

@@ -182,7 +182,7 @@ def test_a_switch_and_a_callback_that_contradict_each_other_are_an_error():
 @pytest.mark.parametrize("gpus", [8, "0,1,2,3,4,5,6,7", list(range(8))])
 def test_gpus_and_nodes_multiply(gpus, monkeypatch):
     # No such cluster is here: the plan alone tells, as on a driver without a GPU that is connected to one.
-    monkeypatch.setattr("raylit.arguments.workers.is_on_cluster", lambda: True)
+    monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     workers = plan_of(gpus=gpus, num_nodes=32).workers
     assert (workers.num_workers, workers.num_nodes, workers.accelerator) == (256, 32, "cuda")
 

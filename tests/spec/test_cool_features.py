@@ -321,11 +321,11 @@ def test_checkpoints_and_logs_go_to_urls(num_workers, logger):
 
 def test_move_from_cpus_to_gpus_or_tpus_without_code_changes(monkeypatch):
     if not torch.cuda.is_available():
-        monkeypatch.setattr("raylit.arguments.workers.is_on_cluster", lambda: False)
+        monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: False)
         with pytest.raises(pl.ConfigError, match="GPUs are asked for, but torch sees none on this machine"):
             Trainer(gpus=2)
     # As on a driver without a GPU that is connected to a cluster with them.
-    monkeypatch.setattr("raylit.arguments.workers.is_on_cluster", lambda: True)
+    monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     plan = Trainer(gpus=2, precision=16, logger=False)._plan
     assert (plan.workers.num_workers, plan.workers.accelerator, plan.strategy) == (
         2,
@@ -432,7 +432,7 @@ def test_train_on_tpus():
 
 
 def test_train_on_256_gpus(monkeypatch, quiet):
-    monkeypatch.setattr("raylit.arguments.workers.is_on_cluster", lambda: True)
+    monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     workers = Trainer(gpus=8, num_nodes=32, **quiet)._plan.workers
     assert (workers.num_workers, workers.num_nodes, workers.accelerator) == (256, 32, "cuda")
 

@@ -1,20 +1,16 @@
 """From a batch to new weights: one kind of optimization is picked before the loop runs. Worker."""
 
+from raylit.core.module import LightningModule
 from raylit.errors import ModuleError
-from raylit.module import LightningModule
-from raylit.worker.hooks import is_overridden
-from raylit.worker.metrics import MetricBuffer
-from raylit.worker.optimization.automatic import AutomaticOptimization
-from raylit.worker.optimization.base import Optimization
+from raylit.worker.loops.hooks import is_overridden
+from raylit.worker.metrics.buffer import MetricBuffer
+from raylit.worker.optimization.automatic import AutomaticOptimization, SeveralOptimizers
+from raylit.worker.optimization.base import FollowingOptimization, Optimization, step_of
 from raylit.worker.optimization.closure import ClosureOptimization, needs_closure
 from raylit.worker.optimization.configured import Configured, configured
-from raylit.worker.optimization.following import FollowingOptimization
 from raylit.worker.optimization.handles import Handles
 from raylit.worker.optimization.manual import ManualOptimization
-from raylit.worker.optimization.several import SeveralOptimizers
-from raylit.worker.optimization.shared_scale import SharedScale
-from raylit.worker.optimization.stepper import Stepper
-from raylit.worker.optimization.training_step import step_of
+from raylit.worker.optimization.stepper import SharedScale, Stepper
 from raylit.worker.optimization.truncated import TruncatedOptimization
 from raylit.worker.session import Session
 

@@ -1,6 +1,14 @@
-"""Optimization: what the training loop asks of each kind of it. Worker."""
+"""What every way of optimizing has: the call of training_step, and steps whose batch a rank lacks."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
+
+from raylit.core.module import LightningModule
+from raylit.errors import ModuleError
+from raylit.worker.loops.hooks import accepting_index, num_positional
+from raylit.worker.metrics import torchmetrics_adapter
+from raylit.worker.metrics.buffer import MetricBuffer
+from raylit.worker.session import Session
 
 
 class Optimization(Protocol):
@@ -39,3 +47,67 @@ class Optimization(Protocol):
     def hiddens_of(self, outputs: Any) -> Any:
         """What `outputs` of `run_batch` carry to the next piece of a sequence, detached."""
         ...
+
+
+def step_of(module: LightningModule, *, optimizer_idx: int | None, is_truncated: bool) -> Callable[..., Any]:
+    """(batch, batch_idx[, hiddens]) to what `training_step` returns, for one of several optimizers or the only one.
+
+    ModuleError: the step lacks an argument that it needs.
+    """
+    step = module.training_step
+    wanted = ["batch", "batch_idx"]
+    if optimizer_idx is not None:
+        wanted.append("optimizer_idx")
+    if is_truncated:
+        wanted.append("hiddens")
+    if len(wanted) == 2:
+        return accepting_index(step)
+    if num_positional(step) < len(wanted):
+        reason = "configure_optimizers returns several optimizers" if optimizer_idx is not None else ""
+        more = "truncated back-propagation is on" if is_truncated else ""
+        raise ModuleError(
+            f"{type(module).__name__}.training_step must take ({', '.join(wanted)}), as "
+            f"{' and '.join(filter(None, [reason, more]))}; or set automatic_optimization = False"
+        )
+    if optimizer_idx is None:
+        return step
+
+    def step_of_optimizer(batch: Any, batch_idx: int, *hiddens: Any) -> Any:
+        return step(batch, batch_idx, optimizer_idx, *hiddens)
+
+    return step_of_optimizer
+
+
+class FollowingOptimization:
+    """For steps in which ranks wait for each other: a rank that has no part of a global batch follows with a batch of
+    theirs, which counts for nothing."""
+
+    def __init__(self, inner: Optimization, *, session: Session, metrics: MetricBuffer) -> None:
+        self._inner = inner
+        self._module = session.module
+        self._peers = session.peers
+        self._strategy = session.strategy
+        self._metrics = metrics
+        self.num_outputs = inner.num_outputs
+        self.start_epoch = inner.start_epoch
+        self.run_batch = inner.run_batch
+        self.finish_window = inner.finish_window
+        self.state_dict = inner.state_dict
+        self.load_state_dict = inner.load_state_dict
+        self.is_active = inner.is_active
+        self.hiddens_of = inner.hiddens_of
+
+    def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
+        offers = self._peers.gather_objects(None if batch is None else (batch, extra))
+        if batch is not None:
+            return self._inner.run_share(batch, batch_idx, is_window_end, weight, *extra)
+        others, extra = next(offer for offer in offers if offer is not None)
+        self._metrics.is_muted = True
+        self._strategy.silence(is_silent=True)
+        try:
+            with torchmetrics_adapter.preserved(self._module):
+                self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
+        finally:
+            self._metrics.is_muted = False
+            self._strategy.silence(is_silent=False)
+        return None

@@ -9,16 +9,15 @@ import torch
 from torch.optim import LBFGS, Optimizer
 
 from raylit.accelerators.transfer import map_tensors
+from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
-from raylit.module import LightningModule
 from raylit.strategies import Skipped
-from raylit.worker.hooks import is_overridden
-from raylit.worker.metrics import MetricBuffer
-from raylit.worker.optimization.gradient_sync import GradientSync
-from raylit.worker.optimization.gradients import gradients_of, set_gradients
+from raylit.worker.loops.hooks import is_overridden
+from raylit.worker.loops.step_outputs import hiddens_of, loss_of
+from raylit.worker.metrics.buffer import MetricBuffer
+from raylit.worker.optimization.gradient_sync import GradientSync, gradients_of, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandle
 from raylit.worker.optimization.stepper import Stepper, loss_check
-from raylit.worker.returns import hiddens_of, loss_of
 from raylit.worker.session import Session
 
 

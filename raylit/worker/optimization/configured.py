@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError
-from raylit.module import LightningModule
-from raylit.worker.hooks import is_overridden
+from raylit.worker.loops.hooks import is_overridden
 
 _FORMS = (
     "an optimizer, a list of them, ([optimizers], [schedulers]), {'optimizer': ..., 'lr_scheduler': ...}, several such "

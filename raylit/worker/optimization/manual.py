@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from raylit.worker.metrics import MetricBuffer
-from raylit.worker.optimization.gradients import gradients_of, set_gradients
+from raylit.worker.loops.step_outputs import file_metrics
+from raylit.worker.metrics.buffer import MetricBuffer
+from raylit.worker.optimization.gradient_sync import gradients_of, set_gradients
 from raylit.worker.optimization.handles import Handles
-from raylit.worker.returns import file_metrics
 from raylit.worker.session import Session
 
 

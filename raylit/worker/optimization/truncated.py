@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from raylit.module import LightningModule
-from raylit.worker.feed import of_uneven
-from raylit.worker.metrics import MetricBuffer
+from raylit.core.module import LightningModule
+from raylit.worker.data.batches import of_uneven
+from raylit.worker.distributed.collectives import Peers
+from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization.base import Optimization
-from raylit.worker.peers import Peers
 
 
 class TruncatedOptimization:

@@ -1,0 +1,479 @@
+"""The driver's loop: what the workers do next, and what the driver does with what they report."""
+
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from raylit.callbacks.base import DriverCallback
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.progress_bar import start_is_shown
+from raylit.checkpoint import format, sharded
+from raylit.checkpoint.pending import Publication
+from raylit.checkpoint.remote import StoreUnreachable
+from raylit.config.plan import Plan
+from raylit.driver.loop import predictions
+from raylit.driver.loop.checkpoint_queue import LoggedBefore, Order, Saves
+from raylit.driver.loop.driver_profiler import Costs
+from raylit.driver.loop.log_writer import LogWriter
+from raylit.driver.loop.schedule import Schedule
+from raylit.driver.loop.signals import Interrupts
+from raylit.driver.loop.worker_group import WorkerGroup, build_group
+from raylit.errors import CheckpointError, RaylitError, WorkerDied
+from raylit.loggers.base import Logger
+from raylit.protocol.messages import (
+    Command,
+    EndEpoch,
+    EpochEnded,
+    Evaluate,
+    Evaluated,
+    Finish,
+    Finished,
+    HookedCommand,
+    LogCall,
+    LookAhead,
+    Metrics,
+    Paused,
+    Predict,
+    Predicted,
+    Profile,
+    Raised,
+    Reload,
+    Reloaded,
+    Report,
+    Start,
+    Started,
+    Stepped,
+    Ticked,
+    Train,
+    Weights,
+    Written,
+)
+from raylit.protocol.process_settings import TorchSettings
+from raylit.protocol.state import RunState, Stage
+from raylit.worker.job import Job
+from raylit.worker.process import result_sync
+
+
+class CallbackStates:
+    """Remembers what the workers have been told last."""
+
+    def __init__(self, callbacks: Sequence[DriverCallback]) -> None:
+        self._callbacks = callbacks
+        self._told = b""
+
+    def taken(self) -> dict[str, Any]:
+        return {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
+
+    def reset(self) -> None:
+        """A new run begins."""
+        for callback in self._callbacks:
+            callback.reset_state()
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            if callback.state_key in checkpoint.get("callbacks", {}):
+                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+    def sent_with(self, command: Command) -> Command:
+        """The command with what has changed. The workers stand still, so it holds for as long as this one runs."""
+        if not isinstance(command, HookedCommand):
+            return command
+        try:
+            states = pickle.dumps(format.plain(self.taken(), "a driver callback's state"))
+        except CheckpointError:  # only who saves needs to be told, and the driver's own saves do
+            return command
+        if states == self._told:
+            return command
+        self._told = states
+        return replace(command, callback_states=states)
+
+
+class Coordinator:
+    """One run: the only writer of its RunState, and what driver callbacks know as `run`."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        job: Job,
+        callbacks: Sequence[DriverCallback],
+        loggers: Sequence[Logger],
+        stage: Stage,
+    ) -> None:
+        self.plan = plan
+        self._costs = None if job.profiler is None else Costs()
+        self.loggers = list(loggers)
+        log_writer = LogWriter(self.loggers, is_direct=plan.workers.num_workers == 0)
+        self._log_writer = log_writer if self._costs is None else self._costs.of(log_writer, name="loggers")
+        self.state = RunState(stage=stage)
+        self.log_dir = job.log_dir
+        self._job = job
+        self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
+        self._savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        self._states = CallbackStates(callbacks if stage == "fit" else ())
+        self._schedule = Schedule(plan)
+        self._group: WorkerGroup | None = None
+        self._interrupts = Interrupts(on_first=self._brake)
+        self._is_training = False
+        """The workers carry out a Train command."""
+        self._written: list[Written] = []
+        self._saves = Saves(self, self._log_writer)
+        self.is_saving_to = self._saves.is_making
+        self._notified: DriverCallback | None = None
+        """The callback in one of whose hooks we are."""
+        self._returned = result_sync.Returned(job.module)
+        """The weights, at the end, from workers that each have a part."""
+        self._profiles: list[Profile] = []
+        self.finished: Finished | None = None
+        """What the workers have handed back at the end of the run; of an interrupted one, too."""
+
+    # The entry points
+
+    def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
+        """Train to the end; continue from a checkpoint's position where one is given."""
+        self._states.reset()
+        with self._running(checkpoint, is_resuming=True):
+            if checkpoint is None and self._schedule.has_sanity_check(self.state):
+                self._check_sanity()
+            self._schedule.begin(self.state, is_continued=checkpoint is not None)
+            self._notify("on_train_start")
+            while not self._schedule.is_finished(self.state):
+                self._train_epoch()
+            self._notify("on_train_end")
+            self._finish()
+        self._saves.raise_last()
+        self._log_writer.raise_failures()
+
+    def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> list[dict[str, float]]:
+        """Validate or test: for each loader its metrics by name."""
+        with self._running(checkpoint, is_resuming=False):
+            evaluated = self._evaluate(self.state.stage)
+            self._finish()
+            return [dict(metrics) for metrics in evaluated.per_loader]
+
+    def predict(self, *, checkpoint: dict[str, Any] | None = None, is_returning: bool = True) -> list[list[Any]]:
+        """For each loader the outputs of its batches, in data-set order."""
+        with self._running(checkpoint, is_resuming=False):
+            self._notify("on_evaluation_start", "predict")
+            parts = [
+                report for report in self._run(Predict(is_returning=is_returning)) if isinstance(report, Predicted)
+            ]
+            self._interrupts.check()
+            self._notify("on_evaluation_end", "predict")
+            self._finish()
+            return predictions.in_order(parts)
+
+    # What a driver callback may ask for
+
+    def stop(self, reason: str) -> None:
+        self._note_stop(reason)
+        if self._is_training and self._schedule.may_stop(self.state):
+            self._brake()
+
+    def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
+        assert self._group is not None
+        self.finish_saves(is_earlier_only=True)
+        states = format.plain({} if is_weights_only else self._states.taken(), "callbacks")
+        order = Order(path=path, by=self._notified, then=then, is_weights_only=is_weights_only, callbacks=states)
+        if self._saves.is_joined_by(order):
+            return
+        self.finish_saves()
+        reports = [*self._run(order.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
+        holder = self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts)
+        # Whoever resumes from the file finds everything in the logs that was logged before.
+        self._saves.start(order, LoggedBefore(holder, self._log_writer.flush()), reports)
+        if not self.plan.is_saving_async:
+            self.finish_saves()
+
+    @property
+    def is_at_rest(self) -> bool:
+        return self._group is not None and self._group.is_at_rest and self.finished is None
+
+    def finish_saves(self, *, is_earlier_only: bool = False) -> None:
+        if self._saves.is_earlier_under_way if is_earlier_only else self._saves.is_under_way:
+            with self._measured("write checkpoint"):
+                self._saves.finish()
+
+    # The loop
+
+    def _train_epoch(self) -> None:
+        self.state.progress = self.state.progress.at_next_batch()
+        self._schedule.begin_epoch(self.state)
+        if self.state.progress.batch == 0:
+            if self._schedule.is_reload_due(self.state):
+                self._one(Reload())
+            self._notify("on_train_epoch_start")
+        is_over = is_complete = False
+        while not is_over:
+            is_owed = self._schedule.is_validation_owed(self.state)
+            is_complete = self._train().is_epoch_finished
+            if not is_owed:
+                self._notify("on_train_pause")
+            is_complete = is_complete or self._is_run_over_at_epoch_end()
+            if self._schedule.is_validation_due(self.state, is_epoch_finished=is_complete):
+                self._validate()
+                is_complete = is_complete or self._is_run_over_at_epoch_end()
+            is_over = is_complete or self._schedule.is_run_over(self.state)
+        self._one(EndEpoch(is_complete=is_complete))
+        self._notify("on_train_epoch_end")
+
+    def _is_run_over_at_epoch_end(self) -> bool:
+        """The run ends here, and the epoch has no further batch, which of a stream only a look ahead can tell."""
+        if not self._schedule.is_run_over(self.state):
+            return False
+        paused = self._one(LookAhead())
+        assert isinstance(paused, Paused)
+        return paused.is_epoch_finished
+
+    def _train(self) -> Paused:
+        assert self._group is not None
+        wishes = [step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None]
+        until_step = min([self._schedule.next_decision_step(self.state), *wishes])
+        self._interrupts.check()
+        self._is_training = True
+        paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
+        self._is_training = False
+        self._interrupts.check()
+        self._group.unbrake()
+        assert isinstance(paused, Paused)
+        return paused
+
+    def _validate(self) -> None:
+        self._evaluate("validate")
+        self._notify("on_validation_end")
+
+    def _check_sanity(self) -> None:
+        self.state.is_sanity_checking = True
+        self._evaluate("validate", is_sanity_check=True)
+        self.state.is_sanity_checking = False
+
+    def _evaluate(self, stage: Stage, *, is_sanity_check: bool = False) -> Evaluated:
+        self._interrupts.check()
+        self._notify("on_evaluation_start", stage)
+        evaluated = self._one(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
+        self._interrupts.check()
+        assert isinstance(evaluated, Evaluated)
+        if self._written:
+            written, self._written = self._written, []
+            predictions.write(written)
+        self._notify("on_evaluation_end", stage)
+        return evaluated
+
+    def _note_stop(self, reason: str) -> None:
+        self.state.stop_reason = self.state.stop_reason or reason
+
+    def _finish(self) -> None:
+        finished = self._one(Finish(interruption=self._interrupts.pending))
+        assert isinstance(finished, Finished)
+        self.finished = replace(finished, state_dict=self._returned.state_dict or finished.state_dict)
+
+    def _brake(self) -> None:
+        if self._group is not None:
+            self._group.brake()
+
+    def _connected(self) -> None:
+        self._interrupts.install()
+        self._interrupts.is_connecting = False
+        self._interrupts.check()
+
+    def _break_off(self) -> None:
+        """Save and hand back what an interrupted run has, where its workers stand still and can still be asked."""
+        if self.state.stage == "fit":
+            self._notify("on_interrupt")
+        self._finish()
+
+    def _measured(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._costs is None else self._costs.measured(name)
+
+    def _describe_profiles(self) -> None:
+        """What came of the profiler in a run whose workers have come to their end, whatever has ended it."""
+        if self._job.profiler is not None and self._costs is not None and self._profiles:
+            profiles = self._costs.beside(self._profiles)
+            self._job.profiler.describe(self.state.stage, profiles, log_dir=self.log_dir)
+
+    # The workers
+
+    @contextmanager
+    def _running(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
+        """The group and everyone who listens, from the start to an end of whatever kind."""
+        started: list[DriverCallback] = []
+        self._interrupts.install()
+        try:
+            self._interrupts.is_connecting = self.plan.workers.num_workers > 0
+            with self._measured("get workers"), start_is_shown(self.plan.workers.num_workers, self._callbacks):
+                self._group = build_group(self.plan, self._job, on_connected=self._connected)
+            self._start(checkpoint, is_resuming=is_resuming)
+            self._interrupts.is_deferring = True
+            for callback in self._callbacks:
+                started.append(callback)
+                callback.on_start(self)
+            yield
+            self._interrupts.check()
+            self.finish_saves()
+            self._log_writer.drain()
+            status = "success"
+        except BaseException as error:
+            status = self._interrupts.status_after(error)
+            self.state.is_interrupted = status == "interrupted"
+            try:
+                is_break = self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit))
+                if is_break and self.is_at_rest:
+                    self._break_off()
+                if not self._interrupts.is_ending_at_once:
+                    self.finish_saves()
+            finally:
+                for callback in started:
+                    callback.on_exception(self, error)
+            if isinstance(error, WorkerDied) and self.state.stage == "fit":
+                error.advise(self._how_to_continue())
+            raise
+        finally:
+            try:
+                for callback in started:
+                    callback.on_end(self)
+                self._log_writer.finalize(status)
+            finally:
+                with self._measured("release workers"):
+                    if self._group is not None:
+                        self._group.release(is_kept=not self.state.is_interrupted)
+                self._interrupts.restore()
+                self._describe_profiles()
+
+    def _how_to_continue(self) -> str:
+        """Say how far a broken run had come, and what the next one can start from."""
+        progress = self.state.progress
+        text = f"The last step that it reported is {progress.global_step}, in epoch {progress.epoch}. "
+        newest = next((saver.newest_model_path for saver in self._savers if saver.newest_model_path), "")
+        if newest:
+            return text + f'The newest checkpoint is {newest}: Trainer(resume="auto") continues from it'
+        if self._savers:
+            return text + (
+                "No checkpoint has been saved yet: ModelCheckpoint(every_n_train_steps=N) saves inside an epoch, too, "
+                'and Trainer(resume="auto") continues from the newest checkpoint'
+            )
+        return text + 'The run keeps no checkpoints: with some, Trainer(resume="auto") would continue from the newest'
+
+    def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
+        assert self._group is not None
+        is_resuming = is_resuming and checkpoint is not None
+        checkpoint = checkpoint and sharded.in_reach(checkpoint, sees=self._group.sees)
+        if is_resuming:
+            assert checkpoint is not None
+            self._states.load(checkpoint)
+            step = format.progress_of(checkpoint).global_step
+            self._log_writer.resume(step=step, positions=format.logs_of(checkpoint))
+            self.state.callback_metrics.update(format.metrics_of(checkpoint))
+        started = self._one(
+            Start(
+                stage=self.state.stage,
+                checkpoint=checkpoint,
+                is_resuming=is_resuming,
+                progress=self.state.progress,
+                random_state=None if self._group.is_in_driver else format.random_state(),
+                torch_settings=None if self._group.is_in_driver else TorchSettings.current(),
+            )
+        )
+        assert isinstance(started, Started)
+        if self.state.stage == "fit":
+            self._log_writer.log_start(self._job.module, self._job.datamodule)
+
+    def _one(self, command: Command) -> Report:
+        """Run a command and return rank 0's last report."""
+        last: Report | None = None
+        for report in self._run(command, only_rank=0):
+            last = report if not isinstance(report, LogCall) else last
+        if last is None:
+            raise RaylitError(f"no worker answered {type(command).__name__}")
+        return last
+
+    def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
+        """Run a command; every report is taken in before it is handed on."""
+        assert self._group is not None
+        self._saves.note_command()
+        reports = self._group.run(self._states.sent_with(command))
+        if self._costs is not None:
+            reports = self._costs.over("wait for workers", reports)
+        for rank, report in reports:
+            self._log_writer.check()
+            self._saves.settle()
+            if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
+                self._note_stop(report.stop_reason)
+            if isinstance(report, Raised):
+                self._note_raised(report)
+            if isinstance(report, Written):
+                self._written.append(report)
+            if isinstance(report, Profile):
+                self._profiles.append(report)
+            if rank == 0:
+                self._receive(report)
+            if only_rank is None or rank == only_rank:
+                yield report
+
+    def _receive(self, report: Report) -> None:
+        """Take rank 0's report into the state and tell who listens."""
+        state = self.state
+        match report:
+            case Ticked():
+                state.progress_bar_metrics.update(report.metrics)
+                self._notify("on_tick", report.batch, report.dataloader_idx)
+            case Stepped():
+                state.progress = report.progress
+                self._take_metrics(report.metrics)
+                self._notify("on_step_metrics")
+            case Paused():
+                state.progress = report.progress
+                self._take_metrics(report.metrics, is_logged=False)
+            case Evaluated() if not report.is_broken_off:
+                state.progress = self._schedule.validated(state)
+                for step, metrics in report.steps:
+                    self._log(metrics, step=step)
+                self._take_metrics(report.metrics, is_flushed=True)
+            case EpochEnded():
+                state.progress = report.progress
+                state.is_epoch_cut_short = not report.progress.is_epoch_ended
+                self._take_metrics(report.metrics, is_flushed=True)
+            case Started():
+                state.progress = report.progress
+                state.summary = report.summary
+                self._schedule.set_sizes(state, report)
+            case Weights():
+                self._returned.take(report.state_dict)
+            case LogCall():
+                self._log_writer.take(report)
+            case Reloaded():
+                self._schedule.set_sizes(state, report)
+
+    def _note_raised(self, report: Raised) -> None:
+        """Any rank's: those that wait for it stand in the same step, and report nothing any more."""
+        told, known = report.progress, self.state.progress
+        if (told.batch_in_all, told.global_step) >= (known.batch_in_all, known.global_step):
+            self.state.progress = told
+
+    def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
+        state = self.state
+        state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
+        state.metric_steps.update(dict.fromkeys(metrics, state.progress.global_step))
+        state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
+        if is_logged and self._log(metrics, step=state.log_step) and is_flushed:
+            self._log_writer.save()
+
+    def _log(self, metrics: Metrics, *, step: int) -> bool:
+        """To the loggers; whether there was anything for them."""
+        logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
+        if logged:
+            self.state.logged_metrics.update(logged)
+            self._log_writer.log_metrics({**logged, "epoch": self.state.log_epoch}, step=step)
+        return bool(logged)
+
+    def _notify(self, hook: str, *args: Any) -> None:
+        self._saves.settle()
+        before = self._notified
+        for callback in self._callbacks:
+            self._notified = callback
+            try:
+                getattr(callback, hook)(self, *args)
+            except StoreUnreachable as error:  # which it asks for a free name before it saves
+                self._saves.note_failed(callback, error.url, error)
+        self._notified = before

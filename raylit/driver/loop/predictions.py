@@ -1,0 +1,61 @@
+"""Predictions of all workers in data-set order, and files of what EvalResult.write has collected there. Driver."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from raylit.errors import ConfigError
+from raylit.protocol.messages import Predicted, Written
+
+
+def in_order(parts: Sequence[Predicted]) -> list[list[Any]]:
+    """For each loader the outputs of its batches."""
+    placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(len(parts[0].outputs))]
+    return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
+
+
+def write(reports: Sequence[Written]) -> None:
+    """A list of row dicts per file, in data-set order."""
+    for filename in dict.fromkeys(filename for report in reports for filename in report.files):
+        batches = [batch for report in reports for batch in report.files.get(filename, ())]
+        batches.sort(key=lambda batch: batch[:2])
+        _save([row for _, _, columns in batches for row in _rows(columns)], filename)
+
+
+def _rows(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    names = list(columns)
+    for values in zip(*columns.values(), strict=True):
+        # A view would take the whole batch along wherever the row is copied to.
+        yield {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in zip(names, values, strict=True)
+        }
+
+
+def _save(rows: list[dict[str, Any]], filename: str) -> None:
+    if "://" in filename:
+        with _remote(filename) as file:
+            torch.save(rows, file)
+        return
+    path = Path(filename).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name that nobody can guess and put a link to another file under.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        torch.save(rows, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remote(filename: str) -> Any:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise ConfigError(f"EvalResult.write(filename={filename!r}) needs fsspec: pip install fsspec") from error
+    return fsspec.open(filename, "wb")

@@ -1,0 +1,380 @@
+"""Fully sharded data parallelism by torch's `fully_shard`: every rank holds its share of the state. Worker."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from raylit.compat.torch_fsdp import (
+    clear_forward_order,
+    finish_backward,
+    get_state,
+    initialize_root,
+    iterate_all_param_groups,
+)
+from raylit.compat.torch_module import BatchNormBase
+from raylit.compat.torch_tensor import compute_norms, scale_in_place
+from raylit.config.plan import PrecisionName
+from raylit.config.strategy import FSDPStrategy
+from raylit.errors import ConfigError, ModuleError
+from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
+from raylit.strategies.ddp.grad_averaging import TouchedGradients, Travel, average_gradients, broadcast
+from raylit.strategies.fsdp.meta_init import BuildOrder, Materializer
+from raylit.strategies.fsdp.shards import ShardedScaler, counterpart, counterpart_of_state, gathered, shards, whole
+from raylit.strategies.fsdp.skipped_batches import Course
+from raylit.strategies.fsdp.unshard import Entries, forget_sharding, free_eagerly, hold_little, leave_on_meta
+from raylit.strategies.fsdp.wrap_policy import Recomputed, called_parts, check_not_shared, chosen_units
+from raylit.strategies.sharded_state import Reader, split
+from raylit.strategies.single import Single
+from raylit.strategies.sync_batch_norm import SyncedBatchNorms
+
+_PIECE_BYTES = 16 * 2**20
+"""Of the weights that come back at the end at a time; a single larger one is a piece of its own."""
+_MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+class FSDP(Single):
+    """Parameters are gathered unit by unit around their use, and gradients are averaged to the rank that owns them."""
+
+    is_forward_collective = True
+    is_evaluation_collective = True
+    is_sharding = True
+
+    def __init__(self, options: FSDPStrategy, *, precision: PrecisionName, is_syncing_batch_norm: bool = False) -> None:
+        self.is_gathering = options.state_dict_type == "full"
+        self._options = options
+        self._policy = options.mixed_precision or _policy(precision)
+        self._order = BuildOrder()
+        self._root: Any = None
+        """The module, once it is sharded."""
+        self._entries: Entries | None = None
+        self._replicated: list[nn.Parameter] = []
+        """Parameters that every rank has the whole of."""
+        self._added: list[tuple[nn.Module, set[str]]] = []
+        """Modules and the attributes that sharding has added to each."""
+        self._recomputed: Recomputed | None = None
+        self._is_syncing_batch_norm = is_syncing_batch_norm
+        self._batch_norms: SyncedBatchNorms | None = None
+
+    # From the user's module to shards and back
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        with torch.device("meta") if self._options.empty_init else nullcontext(), self._order.recording():
+            yield
+
+    def place(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        steps: Sequence[str],
+        is_manual: bool,
+    ) -> None:
+        _check_shapes(module)
+        self._is_on_cpu = device.type == "cpu"
+        if self._is_on_cpu:
+            free_eagerly(is_eager=True)
+        self._device = device
+        if self._is_syncing_batch_norm:
+            self._batch_norms = SyncedBatchNorms(module, device=device)
+            self._order.exchange(self._batch_norms.exchanged)
+        units = chosen_units(module, self._options.auto_wrap_policy)
+        if is_manual:
+            units = list(dict.fromkeys([*units, *called_parts(module)]))
+        check_not_shared(module, units)
+        if self._options.activation_checkpointing_policy is not None:
+            self._recomputed = Recomputed(module, self._options.activation_checkpointing_policy)
+        alone = set(_norms_in_full_precision(module) if self._policy.param_dtype is not None else ())
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        materializer = Materializer(module, owners=self._order.owners)
+        for part in self._order.over(module):
+            materializer.materialize(part)
+            if part in alone or part is module or part in units:
+                _to_device(part, device, dtype)
+                broadcast([*_own_parameters(part), *part.buffers()])
+                policy = MixedPrecisionPolicy() if part in alone else self._policy
+                whole = {one for one in _own_parameters(part) if one.ndim == 0 or (is_manual and part is module)}
+                self._shard(part, mesh, policy, whole=whole, is_root=part is module)
+                materializer.note_sharded(part)
+        if self._is_on_cpu:
+            hold_little(part for part in module.modules() if isinstance(part, FSDPModule))
+        self._order = BuildOrder()  # it refers to the modules
+        self._root = module
+        self._replicated = _own_parameters(module)
+        # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
+        sharded = type(module).__name__
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({sharded}\) returned a view tensor")
+        self._entries = Entries(module, steps=steps, is_manual=is_manual)
+
+    def recall(self, module: nn.Module) -> None:
+        if self._entries is None:
+            return
+        self._entries.restore()
+        if self._recomputed is not None:
+            self._recomputed.restore()
+        for part, added in reversed(self._added):
+            forget_sharding(part, added)
+        leave_on_meta(module)
+        if self._batch_norms is not None:
+            self._batch_norms.restore()
+        self._root, self._entries, self._added = None, None, []
+        if self._is_on_cpu:
+            free_eagerly(is_eager=False)
+
+    def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        if not self._options.gather_weights:
+            return
+        piece: dict[str, Tensor] = {}
+        size_bytes = 0
+        for name, value in module.state_dict().items():
+            if size_bytes + value.nbytes > _PIECE_BYTES and piece:
+                yield piece
+                piece, size_bytes = {}, 0
+            piece[name] = whole(value)
+            size_bytes += value.nbytes
+        yield piece
+
+    # Training
+
+    @property
+    def needs_batch_on_every_rank(self) -> bool:
+        return self._batch_norms is not None and self._batch_norms.needs_batch_on_every_rank
+
+    def silence(self, *, is_silent: bool) -> None:
+        if self._batch_norms is not None:
+            self._batch_norms.silence(is_silent=is_silent)
+
+    def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
+        self._initialize()
+        course = Course(module, replicated=self._replicated, device=self._device)
+        assert self._entries is not None
+        return partial(self._entries.run_on, course, training_step)
+
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return ShardedScaler(device.type)
+
+    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
+        return _WindowEnd(self._finish_window)
+
+    @contextmanager
+    def without_sync(self, step: TrainingStep) -> Iterator[None]:
+        self._root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._root.set_requires_gradient_sync(True)
+
+    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._finish_window()
+
+    def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
+        self._initialize()
+        return _PendingShards(self._replicated, finish_backward=self._finish_backward)
+
+    def sync_buffers(self, module: nn.Module) -> None:
+        broadcast(module.buffers())
+
+    def clip_gradients(
+        self, parameters: Iterable[nn.Parameter], *, limit: float, algorithm: Literal["norm", "value"]
+    ) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        if algorithm == "value":
+            for shard in shards(gradients):
+                shard.clamp_(-limit, limit)
+            return
+        total = torch.linalg.vector_norm(torch.stack(self.norms(gradients, 2.0)))
+        # As torch's clip_grad_norm_ has it.
+        scale_in_place(shards(gradients), torch.clamp(limit / (total + 1e-6), max=1.0))
+
+    def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+        own = torch.stack(compute_norms(shards(gradients), order))
+        if self._replicated and dist.get_rank() > 0:
+            own *= own.new_tensor([isinstance(gradient, DTensor) for gradient in gradients])
+        if math.isinf(order):
+            dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        else:
+            own = own.pow(order)
+            dist.all_reduce(own)
+            own = own.pow(1.0 / order)
+        return list(own)
+
+    @contextmanager
+    def evaluating(self, *, is_inference_mode: bool) -> Iterator[None]:
+        # What is gathered in inference mode could not be used in a later backward pass.
+        with torch.no_grad():
+            yield
+        state = get_state(self._root)
+        for group in iterate_all_param_groups(state):
+            group.reshard()
+        # Else the next backward pass would gather ahead of it what has run last here.
+        clear_forward_order(state)
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ConfigError("strategy='fsdp' with LBFGS: it needs whole gradients in one process; use 'ddp'")
+
+    # State
+
+    def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
+        handed: dict[str, Any] = gathered(state) if self.is_gathering else split(state, "", {})
+        return handed
+
+    def parts(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = {}
+        if not self.is_gathering:
+            split(module.state_dict(), "state_dict", own)
+            split([optimizer.state_dict() for optimizer in optimizers], "optimizer_states", own)
+        return own
+
+    def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
+        own = module.state_dict()
+        targets: dict[str, Tensor] = {}
+        loaded = {
+            name: counterpart(value, own[name], f"state_dict.{name}", targets, is_in_place=True)
+            for name, value in state_dict.items()
+        }
+        if read is not None:
+            read(targets)
+        module.load_state_dict(loaded)
+
+    def load_optimizer_states(
+        self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, read: Reader | None
+    ) -> None:
+        targets: dict[str, Tensor] = {}
+        loaded = [
+            counterpart_of_state(state, optimizer, f"optimizer_states.{index}", targets)
+            for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
+        ]
+        if read is not None:
+            read(targets)
+        for optimizer, state in zip(optimizers, loaded, strict=True):
+            optimizer.load_state_dict(state)
+
+    # Helpers, in the order in which they are called
+
+    def _shard(
+        self,
+        part: nn.Module,
+        mesh: DeviceMesh,
+        policy: MixedPrecisionPolicy,
+        *,
+        whole: set[nn.Parameter],
+        is_root: bool,
+    ) -> None:
+        is_offloading = self._options.cpu_offload and mesh.device_type != "cpu"
+        before = {module: set(vars(module)) for module in part.modules()}
+        fully_shard(
+            part,
+            mesh=mesh,
+            # None: the root's parameters stay until the backward pass, which begins at once.
+            reshard_after_forward=None if is_root else self._options.reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=CPUOffloadPolicy() if is_offloading else OffloadPolicy(),
+            ignored_params=whole,
+        )
+        self._added += [(module, set(vars(module)) - names) for module, names in before.items()]
+
+    def _initialize(self) -> None:
+        """What torch would do in the first forward pass, when another optimizer's parameters may be frozen."""
+        initialize_root(get_state(self._root))
+
+    def _finish_window(self) -> None:
+        self._finish_backward()
+        average_gradients([one for one in self._replicated if one.requires_grad], travel=Travel())
+
+    def _finish_backward(self) -> None:
+        """What the backward pass has left over to reduce: gradients added up without a sync; those of a module in
+        whose outputs torch has found no tensor. Collective; nothing where nothing is left."""
+        finish_backward(get_state(self._root))
+
+
+class _WindowEnd:
+    """Nothing is left out: what a backward pass has not come to is brought in line."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+
+    def __call__(self) -> bool:
+        self._finish()
+        return False
+
+    def is_renewal_due(self) -> bool:
+        return False
+
+
+def _policy(precision: PrecisionName) -> MixedPrecisionPolicy:
+    """Inputs are left to autocast, which runs around the step."""
+    dtype = _MIXED.get(precision)
+    if dtype is None:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _check_shapes(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModuleError(
+                f"strategy='fsdp' has to know how large {name} is: give its size in the place of a lazy module's, or "
+                "run the module on an example before fit"
+            )
+
+
+def _norms_in_full_precision(module: nn.Module) -> list[nn.Module]:
+    """Batch norms take no parameters of another type than their running statistics."""
+    return [part for part in module.modules() if isinstance(part, BatchNormBase) and part.affine]
+
+
+def _own_parameters(part: nn.Module) -> list[nn.Parameter]:
+    """Without those that are sharded already."""
+    return [parameter for parameter in part.parameters() if not isinstance(parameter, DTensor)]
+
+
+def _to_device(part: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    for parameter in _own_parameters(part):
+        parameter.data = moved(parameter.data)
+    for owner in part.modules():
+        for name, buffer in list(owner.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(owner, name, moved(buffer))
+
+
+class _PendingShards:
+    """Of backward passes inside a step: what torch has left to reduce, and the gradients of whole parameters."""
+
+    def __init__(self, replicated: Sequence[nn.Parameter], *, finish_backward: Callable[[], None]) -> None:
+        self._replicated = replicated
+        self._finish_backward = finish_backward
+        self._touched = TouchedGradients(replicated, travel=Travel())
+
+    def average(self) -> None:
+        self._finish_backward()
+        self._touched.average()
+
+    def is_outdated(self, parameters: Iterable[nn.Parameter]) -> bool:
+        return self._touched.is_outdated(self._replicated)
+
+    def close(self) -> None:
+        self._touched.close()

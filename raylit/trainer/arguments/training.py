@@ -1,0 +1,240 @@
+"""Arguments of the loop: limits, strategy, precision and optimization."""
+
+import math
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+from raylit.callbacks.timer import Duration, seconds_of
+from raylit.config.plan import BatchLimit, Limits, MatmulPrecisionName, Optimization, PrecisionName, Validation, Workers
+from raylit.config.strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyOptions
+from raylit.errors import ConfigError
+from raylit.trainer.arguments.checks import check_count, check_share, check_switch
+
+
+def parse_limits(
+    *,
+    max_epochs: int | None,
+    min_epochs: int | None,
+    max_steps: int,
+    min_steps: int | None,
+    max_time: Duration | None,
+    limit_train_batches: BatchLimit,
+    limit_val_batches: BatchLimit,
+    limit_test_batches: BatchLimit,
+    limit_predict_batches: BatchLimit,
+    overfit_batches: BatchLimit,
+    num_sanity_val_steps: int,
+    fast_dev_run: bool | int,
+) -> Limits:
+    """Lightning's -1 and None for "no limit" become None. Without any limit there are 1000 epochs."""
+    check_count(0, min_epochs=min_epochs or 0, min_steps=min_steps or 0)
+    check_count(-1, max_epochs=0 if max_epochs is None else max_epochs, max_steps=max_steps)
+    check_count(-1, num_sanity_val_steps=num_sanity_val_steps)
+    check_count(0, fast_dev_run=int(fast_dev_run) if isinstance(fast_dev_run, bool) else fast_dev_run)
+    check_share(
+        limit_train_batches=limit_train_batches,
+        limit_val_batches=limit_val_batches,
+        limit_test_batches=limit_test_batches,
+        limit_predict_batches=limit_predict_batches,
+        overfit_batches=overfit_batches,
+    )
+    max_time_s = None if max_time is None else seconds_of(max_time, name="max_time")
+    if fast_dev_run:
+        return _dev_run(int(fast_dev_run))
+    if max_epochs is None:
+        max_epochs = 1000 if max_steps == -1 and max_time_s is None else -1
+    return Limits(
+        max_epochs=None if max_epochs == -1 else max_epochs,
+        min_epochs=min_epochs or 0,
+        max_steps=None if max_steps == -1 else max_steps,
+        min_steps=min_steps or 0,
+        max_time_s=max_time_s,
+        train_batches=limit_train_batches,
+        val_batches=limit_val_batches,
+        test_batches=limit_test_batches,
+        predict_batches=limit_predict_batches,
+        overfit_batches=overfit_batches,
+        sanity_val_batches=num_sanity_val_steps,
+    )
+
+
+def parse_validation(
+    *, val_check_interval: BatchLimit | Duration, check_val_every_n_epoch: int | None, fast_dev_run: bool | int
+) -> Validation:
+    """The interval: a fraction of the epoch above 0, a positive count of batches, or a time."""
+    if check_val_every_n_epoch is not None:
+        check_count(1, check_val_every_n_epoch=check_val_every_n_epoch)
+    if isinstance(val_check_interval, (str, dict, timedelta)):
+        interval_s = seconds_of(val_check_interval, name="val_check_interval")
+        if interval_s == 0:
+            raise ConfigError(f"val_check_interval={val_check_interval!r}: no time at all; 1 is after every batch")
+        validation = Validation(interval_s=interval_s, every_n_epochs=check_val_every_n_epoch)
+        return Validation() if fast_dev_run else validation
+    is_fraction = isinstance(val_check_interval, float)
+    if not is_fraction and (isinstance(val_check_interval, bool) or not isinstance(val_check_interval, int)):
+        raise ConfigError(
+            f"val_check_interval={val_check_interval!r}: must be a float in (0, 1], an int, or a time "
+            '("DD:HH:MM:SS", a timedelta or a dict of its keywords)'
+        )
+    if (is_fraction and not 0 < val_check_interval <= 1) or (not is_fraction and val_check_interval < 1):
+        raise ConfigError(
+            f"val_check_interval={val_check_interval!r}: must be a float in (0, 1] or an int of at least 1; "
+            "limit_val_batches=0 turns validation off"
+        )
+    if fast_dev_run:
+        return Validation()
+    if check_val_every_n_epoch is None and is_fraction:
+        raise ConfigError(
+            f"val_check_interval={val_check_interval!r} with check_val_every_n_epoch=None, which counts batches across "
+            "epochs: give the interval as an int, or as a time"
+        )
+    return Validation(interval=val_check_interval, every_n_epochs=check_val_every_n_epoch)
+
+
+def _dev_run(num_batches: int) -> Limits:
+    return Limits(
+        max_epochs=1,
+        train_batches=num_batches,
+        val_batches=num_batches,
+        test_batches=num_batches,
+        predict_batches=num_batches,
+        sanity_val_batches=0,
+    )
+
+
+_NAMED: dict[str, StrategyOptions | None] = {
+    "auto": None,
+    "single": SingleDeviceStrategy(),
+    "single_device": SingleDeviceStrategy(),
+    "ddp": DDPStrategy(),
+    # Lightning's ways to start the processes of "ddp", which Ray starts here.
+    **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_cpu"), DDPStrategy()),
+    "fsdp": FSDPStrategy(),
+    "fsdp_cpu_offload": FSDPStrategy(cpu_offload=True),
+}
+"""None: what the number of workers asks for."""
+_UNUSED = "_find_unused_parameters_"
+
+
+def parse_strategy(*, strategy: str | StrategyOptions, workers: Workers) -> StrategyOptions:
+    """One worker has nothing to share, whatever strategy is given."""
+    chosen = _named(strategy) if isinstance(strategy, str) else strategy
+    if chosen is not None and not isinstance(chosen, StrategyOptions):
+        raise ConfigError(f"strategy={strategy!r}: must be a name such as 'ddp' or an object such as DDPStrategy(...)")
+    if isinstance(chosen, SingleDeviceStrategy) and workers.num_workers > 1:
+        raise ConfigError(f"strategy={strategy!r} with {workers.num_workers} workers: use 'ddp' or 'auto'")
+    if workers.num_workers <= 1:
+        return SingleDeviceStrategy()
+    return chosen or DDPStrategy(find_unused_parameters="auto")
+
+
+def _named(given: str) -> StrategyOptions | None:
+    name, has_suffix, is_finding = given.partition(_UNUSED)
+    chosen = _NAMED.get(name)
+    if name not in _NAMED or (has_suffix and (is_finding not in ("true", "false") or chosen != DDPStrategy())):
+        names = ", ".join(map(repr, _NAMED))
+        raise ConfigError(
+            f"strategy={given!r}: must be one of {names}, of the ddp ones also with '{_UNUSED}true' at its end, or an "
+            "object such as DDPStrategy(bucket_cap_mb=50)"
+        )
+    return DDPStrategy(find_unused_parameters=True) if is_finding == "true" else chosen
+
+
+_PRECISIONS: dict[str, PrecisionName] = {
+    "32": "32-true",
+    "64": "64-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    **{name: name for name in ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")},
+}
+_COMPILE_OPTIONS = ("backend", "mode", "options", "dynamic", "fullgraph", "disable")
+
+
+def parse_optimization(
+    *,
+    accumulate_grad_batches: int | dict[int, int],
+    gradient_clip_val: float | None,
+    gradient_clip_algorithm: str | None,
+    truncated_bptt_steps: int | None,
+    track_grad_norm: float | str,
+    terminate_on_nan: bool,
+    detect_anomaly: bool,
+    precision: int | str,
+    float32_matmul_precision: MatmulPrecisionName | None,
+    channels_last: bool,
+    compile: bool | dict[str, Any],
+) -> Optimization:
+    """A clip value of 0 means none, as it always has in Lightning."""
+    if gradient_clip_val is not None and not gradient_clip_val >= 0:
+        raise ConfigError(f"gradient_clip_val={gradient_clip_val}: must be 0 (no clipping) or more")
+    algorithm: Literal["norm", "value"] = "value" if gradient_clip_algorithm == "value" else "norm"
+    if gradient_clip_algorithm not in (None, "norm", "value"):
+        raise ConfigError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: must be 'norm' or 'value'")
+    if truncated_bptt_steps is not None:
+        check_count(1, truncated_bptt_steps=truncated_bptt_steps)
+    check_switch(terminate_on_nan=terminate_on_nan, detect_anomaly=detect_anomaly, channels_last=channels_last)
+    if float32_matmul_precision not in (None, *get_args(MatmulPrecisionName)):
+        raise ConfigError(
+            f"float32_matmul_precision={float32_matmul_precision!r}: must be 'highest', 'high' (TF32), 'medium' "
+            "(bfloat16) or None (as this process has it)"
+        )
+    return Optimization(
+        accumulation=_accumulation(accumulate_grad_batches),
+        clip_val=gradient_clip_val or None,
+        clip_algorithm=algorithm,
+        precision=_precision(precision),
+        truncated_steps=truncated_bptt_steps,
+        grad_norm_order=_norm_order(track_grad_norm),
+        is_ending_on_nan=terminate_on_nan,
+        is_detecting_anomaly=detect_anomaly,
+        matmul_precision=float32_matmul_precision,
+        is_channels_last=channels_last,
+        compile_options=_compile_options(compile),
+    )
+
+
+def _accumulation(given: int | dict[int, int]) -> tuple[tuple[int, int], ...]:
+    if not isinstance(given, dict):
+        check_count(1, accumulate_grad_batches=given)
+        return ((0, given),)
+    for epoch, window in given.items():
+        is_right = all(isinstance(number, int) and not isinstance(number, bool) for number in (epoch, window))
+        if not is_right or epoch < 0 or window < 1:
+            raise ConfigError(
+                f"accumulate_grad_batches={given!r}: must be an int, or a dict of the batches in a window by the epoch "
+                "from which on it is so: {0: 1, 4: 8}"
+            )
+    return tuple(sorted({0: 1, **given}.items()))
+
+
+def _norm_order(given: float | str) -> float | None:
+    if given in (-1, "-1"):
+        return None
+    try:
+        order = float(given)
+    except (TypeError, ValueError):
+        order = math.nan
+    if isinstance(given, bool) or not order > 0:
+        raise ConfigError(f"track_grad_norm={given!r}: must be the norm's order, 2 or 'inf' for example, or -1 (off)")
+    return order
+
+
+def _compile_options(given: bool | dict[str, Any]) -> dict[str, Any] | None:
+    if isinstance(given, bool):
+        return {} if given else None
+    if not isinstance(given, dict):
+        raise ConfigError(f"compile={given!r}: must be True, False or a dict of torch.compile's keywords")
+    unknown = [str(name) for name in given if name not in _COMPILE_OPTIONS]
+    if unknown:
+        raise ConfigError(
+            f"compile={given!r}: torch.compile has no {', '.join(unknown)}; it takes {', '.join(_COMPILE_OPTIONS)}"
+        )
+    if given.get("mode") is not None and given.get("options") is not None:
+        raise ConfigError(f"compile={given!r}: torch.compile takes a mode or options, not both")
+    return dict(given)
+
+
+def _precision(given: int | str) -> PrecisionName:
+    if str(given) not in _PRECISIONS:
+        raise ConfigError(f"precision={given!r}: must be one of {', '.join(_PRECISIONS)}")
+    return _PRECISIONS[str(given)]

@@ -1,0 +1,175 @@
+"""What is attached to a Trainer: callbacks, sorted by the side they run on, and loggers. Driver."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from raylit.callbacks.base import Callback, DriverCallback
+from raylit.callbacks.early_stopping import EarlyStopping
+from raylit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.model_summary import ModelSummary
+from raylit.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor
+from raylit.callbacks.on_exception_checkpoint import SavesOnException
+from raylit.callbacks.progress_bar import ProgressBar
+from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
+from raylit.callbacks.timer import Duration, Timer
+from raylit.checkpoint.filenames import Naming
+from raylit.config.plan import Plan
+from raylit.core.module import LightningModule
+from raylit.errors import ConfigError
+from raylit.loggers import Logger, TensorBoardLogger
+from raylit.loggers.base import DummyLogger
+from raylit.storage import absolute, joined
+from raylit.worker.process.logger_proxy import LoggerFacts
+
+_Any = TypeVar("_Any")
+_Callback = TypeVar("_Callback", bound=DriverCallback)
+
+
+def chosen_callbacks(
+    *,
+    callbacks: Callback | DriverCallback | Sequence[Callback | DriverCallback] | None,
+    enable_checkpointing: bool | ModelCheckpoint,
+    early_stop_callback: bool | EarlyStopping,
+    enable_progress_bar: bool | ProgressBar,
+    enable_model_summary: bool | ModelSummary,
+    max_time: Duration | None,
+    fast_dev_run: bool | int,
+) -> list[Callback | DriverCallback]:
+    """What was given and what switches and defaults add to it."""
+    one_or_more = [] if callbacks is None else callbacks
+    given: list[Any] = list(one_or_more) if isinstance(one_or_more, (list, tuple)) else [one_or_more]
+    _check_kinds(given, "callbacks holds")
+    bars = _chosen(ProgressBar, given, ProgressBar, enable_progress_bar=enable_progress_bar)
+    summaries = _chosen(ModelSummary, given, ModelSummary, enable_model_summary=enable_model_summary)
+    saves = _chosen(ModelCheckpoint, given, ModelCheckpoint.automatic, enable_checkpointing=enable_checkpointing)
+    # False is the default here, and says nothing against a callback of the user's.
+    is_stopping = early_stop_callback or any(isinstance(callback, EarlyStopping) for callback in given)
+    stops = _chosen(EarlyStopping, given, EarlyStopping, early_stop_callback=is_stopping)
+    if max_time is not None and any(isinstance(callback, Timer) for callback in given):
+        raise ConfigError("max_time and a Timer callback: give one of them")
+    timers = [] if max_time is None or fast_dev_run else [Timer(max_time)]
+    # A callback given in a switch's place is not among the given ones, and vice versa.
+    chosen: list[Callback | DriverCallback] = [*bars, *summaries, *given, *timers, *stops, *saves]
+    kept = [callback for callback in chosen if not (fast_dev_run and isinstance(callback, ModelCheckpoint))]
+    return _distinct(kept)
+
+
+def _chosen(
+    kind: type[_Callback], given: list[Any], default: Callable[[], _Callback], **switch: bool | _Callback
+) -> list[_Callback]:
+    """Those of a kind: the one that is given in the switch's place, the user's, else the default where it is on."""
+    [(name, value)] = switch.items()
+    own = [callback for callback in given if isinstance(callback, kind)]
+    if isinstance(value, kind):
+        return _distinct([value, *own])
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: must be True, False or a {kind.__name__}")
+    if own and not value:
+        raise ConfigError(f"{name}=False, but callbacks holds a {kind.__name__}: leave one of them out")
+    return own or ([default()] if value else [])
+
+
+def _distinct(callbacks: Sequence[_Any]) -> list[_Any]:
+    """Each object once: users' callbacks may be unhashable, or equal to each other."""
+    return list({id(callback): callback for callback in callbacks}.values())
+
+
+def with_modules_own(
+    callbacks: Sequence[Callback | DriverCallback], module: LightningModule
+) -> list[Callback | DriverCallback]:
+    """The Trainer's, where those that the module's `configure_callbacks` returns take the place of their kind."""
+    answer = module.configure_callbacks()
+    own = list(answer) if isinstance(answer, (list, tuple)) else [answer]
+    _check_kinds(own, "configure_callbacks returned")
+    kinds = {type(callback) for callback in own} - {Callback, DriverCallback}
+    return [*(callback for callback in callbacks if type(callback) not in kinds), *own]
+
+
+def split(callbacks: Sequence[Callback | DriverCallback]) -> tuple[list[Callback], list[DriverCallback]]:
+    """The workers' and the driver's; bars and summaries first and checkpointing last, so that it sees what the others
+    decided. ConfigError: two that would keep their state under one key."""
+    _check_state_keys(callbacks)
+    drivers = [callback for callback in callbacks if isinstance(callback, DriverCallback)]
+    return [callback for callback in callbacks if isinstance(callback, Callback)], sorted(drivers, key=_turn)
+
+
+def completed(plan: Plan, callbacks: Sequence[Callback | DriverCallback], *, has_loggers: bool) -> Plan:
+    """The plan with what callbacks say. ConfigError: what one of them needs is not there."""
+    for callback in callbacks:
+        is_logging = isinstance(callback, (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor))
+        if is_logging and not has_loggers and not plan.is_dev_run:
+            raise ConfigError(f"{type(callback).__name__} has no logger to log to: leave it out, or logger=False")
+        if isinstance(callback, StochasticWeightAveraging) and plan.limits.max_epochs is None:
+            raise ConfigError("StochasticWeightAveraging needs max_epochs, to know which epochs are the last")
+    summary = next((callback for callback in callbacks if isinstance(callback, ModelSummary)), None)
+    depth = None if summary is None else summary.max_depth
+    plan = replace(plan, reporting=replace(plan.reporting, summary_depth=depth))
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    if not schedulers:
+        return plan
+    if len(schedulers) > 1 or plan.optimization.accumulation != ((0, 1),):
+        other = "a second one" if len(schedulers) > 1 else "accumulate_grad_batches"
+        raise ConfigError(f"GradientAccumulationScheduler and {other}: give one of them")
+    accumulation = tuple(sorted(schedulers[0].scheduling.items()))
+    return replace(plan, optimization=replace(plan.optimization, accumulation=accumulation))
+
+
+def on_worker_exceptions(callbacks: Sequence[DriverCallback], *, log_dir: str) -> list[Callback]:
+    """What is to run on every worker for those in the driver that save when a worker's hook raises."""
+    saves = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
+    directory = joined(absolute(log_dir), "checkpoints")
+    return [SavesOnException(Naming.of(one, directory=directory), first_version=one.first_version) for one in saves]
+
+
+def _turn(callback: DriverCallback) -> int:
+    kinds: tuple[type, ...] = (ProgressBar, ModelSummary, DriverCallback)
+    return (
+        3 if isinstance(callback, ModelCheckpoint) else next(i for i, k in enumerate(kinds) if isinstance(callback, k))
+    )
+
+
+def _check_kinds(callbacks: Sequence[Any], where: str) -> None:
+    for callback in callbacks:
+        if not isinstance(callback, (Callback, DriverCallback)):
+            raise ConfigError(f"{where} a {type(callback).__name__}: must be a Callback or a DriverCallback")
+
+
+def _check_state_keys(callbacks: Sequence[Callback | DriverCallback]) -> None:
+    seen: set[str] = set()
+    for callback in callbacks:
+        base = Callback if isinstance(callback, Callback) else DriverCallback
+        if type(callback).state_dict is base.state_dict:
+            continue
+        if callback.state_key in seen:
+            kind = type(callback).__name__
+            raise ConfigError(
+                f"two callbacks keep their state under {callback.state_key!r}: leave one {kind} out, or have "
+                "state_key tell them apart"
+            )
+        seen.add(callback.state_key)
+
+
+def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: str) -> list[Logger]:
+    """TensorBoard's by default; in a run that writes nothing one that keeps nothing, for the hooks that log."""
+    if isinstance(logger, bool):
+        loggers: list[Logger] = [TensorBoardLogger()] if logger else []
+    else:
+        loggers = list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    for each in loggers:
+        if not isinstance(each, Logger):
+            raise ConfigError(f"logger={each!r}: must be True, False, a Logger or a list of them")
+    if fast_dev_run and loggers:
+        return [DummyLogger()]
+    for each in loggers:
+        each.bind(default_root_dir)
+    return loggers
+
+
+def known_to_hooks(loggers: Sequence[Logger], *, num_workers: int) -> list[Logger | LoggerFacts]:
+    """What travels to where the hooks run: there a logger is itself, or what is known of it."""
+    return [
+        logger if num_workers == 0 or isinstance(logger, DummyLogger) else LoggerFacts.of(logger, index)
+        for index, logger in enumerate(loggers)
+    ]

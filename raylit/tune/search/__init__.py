@@ -1,0 +1,3 @@
+"""Searches for a learning rate or a batch size.
+
+Runs in the driver. Open `runner.py` first."""

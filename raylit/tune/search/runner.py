@@ -1,0 +1,56 @@
+"""Runner: who runs the trials of a search; DirectRunner does so one by one, from this process. Driver."""
+
+import gc
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from raylit.config.plan import Plan
+from raylit.tune.search.out_of_memory import verdict_on, without_traces
+from raylit.tune.search.trial import Experiment, Outcome, Search, Told, attempt, copied
+from raylit.worker.job import Job
+
+
+class Runner(Protocol):
+    def run(self, search: Search, experiment: Experiment, job: Job) -> None:
+        """Try what the search proposes until it proposes no more. Raises what is wrong with every trial."""
+        ...
+
+
+def build_runner(plan: Plan, *, is_shown: bool) -> Runner:
+    """Ray Tune where there are workers and this process is none of Ray's: a task or trial trains in its own room."""
+    if plan.workers.num_workers > 0:
+        # Ray takes half a second to import, its tune three more.
+        from raylit.driver.ray import local_cluster
+
+        local_cluster.connect()
+        if not local_cluster.is_in_worker():
+            from raylit.tune.search.ray_tune_runner import TuneRunner
+
+            return TuneRunner(is_shown=is_shown)
+    return DirectRunner()
+
+
+class DirectRunner:
+    """One trial after the other, on the workers of an ordinary fit; with `num_workers=0` in this process."""
+
+    def run(self, search: Search, experiment: Experiment, job: Job) -> None:
+        while (value := search.propose()) is not None:
+            search.receive(value, tried(experiment, value, job, told=partial(search.is_losing, value)))
+
+
+def tried(experiment: Experiment, value: Any, job: Job, *, told: Told) -> Outcome:
+    """A trial with a copy of the job. What is wrong with this one alone is its outcome; else it is raised."""
+    try:
+        return attempt(experiment, value, job=copied(job), told=told)
+    except Exception as error:
+        verdict = verdict_on(error)
+        if verdict is None:
+            raise
+        outcome = Outcome(error=without_traces(error), verdict=verdict)
+    # Outside of the except clause, which keeps the failed step's frames and with them its tensors.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return outcome

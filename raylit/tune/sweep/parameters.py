@@ -1,0 +1,145 @@
+"""The parameters of a sweep's trials, and how far each explains the results."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raylit.core.hparams import flattened
+from raylit.tune.records import Mode, TrialRecord, is_better, is_number
+
+_MAX_LEVELS = 5
+"""So few numbers, tried again and again, stand side by side like words: 16, 32, 64."""
+_LOG_RATIO = 50.0
+
+_SCALES: tuple[Literal["linear", "log"], ...] = ("linear", "log")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    name: str
+    """Of nested configs joined by "/"."""
+    values: tuple[Any, ...]
+    """Of each trial; None: its config has no such entry, or None itself."""
+    scale: Literal["linear", "log", "levels"]
+    levels: tuple[str, ...] = ()
+    """What stands side by side, from the bottom up."""
+    low: float = 0.0
+    high: float = 0.0
+    """The least and the greatest number."""
+
+    def place(self, value: Any) -> float:
+        """From 0, the bottom, to 1."""
+        if self.scale == "levels":
+            return (self.levels.index(shown(value)) + 0.5) / len(self.levels)
+        if self.scale == "log":
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def varying(trials: Sequence[TrialRecord]) -> list[Parameter]:
+    """In the order of the configs; what is the same in all trials is left out."""
+    configs = [dict(flattened(trial.config)) for trial in trials]
+    names = dict.fromkeys(name for config in configs for name in config)
+    columns = [(name, tuple(config.get(name) for config in configs)) for name in names]
+    return [_parameter(name, values) for name, values in columns if len(set(map(shown, values))) > 1]
+
+
+def constant(trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    """What all trials have in common."""
+    configs = [dict(flattened(trial.config)) for trial in trials]
+    first = configs[0] if configs else {}
+    is_common = {
+        name: all(shown(config.get(name)) == shown(value) for config in configs) for name, value in first.items()
+    }
+    return {name: value for name, value in first.items() if is_common[name]}
+
+
+def shown(value: Any) -> str:
+    """In a few characters."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value.__name__ if isinstance(value, type) else str(value)
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def _parameter(name: str, values: tuple[Any, ...]) -> Parameter:
+    numbers = sorted(value for value in values if is_number(value))
+    distinct = sorted(set(numbers))
+    is_few = len(distinct) <= min(_MAX_LEVELS, len(values) // 2)
+    if len(numbers) < len(values) or is_few:
+        others = dict.fromkeys(shown(value) for value in values if not is_number(value))
+        levels = (*sorted(others, reverse=True), *dict.fromkeys(map(shown, distinct)))
+        return Parameter(name=name, values=values, scale="levels", levels=levels)
+    low, high = numbers[0], numbers[-1]
+    straight, bent = (Parameter(name=name, values=values, scale=it, low=low, high=high) for it in _SCALES)
+    if low <= 0 or high / low < _LOG_RATIO:
+        return straight
+    # The scale on which they are spread more evenly, as the space has drawn them.
+    middle = numbers[len(numbers) // 2]
+    return min(straight, bent, key=lambda parameter: abs(parameter.place(middle) - 0.5))
+
+
+_OUTLYING = 4.0
+"""So many times as far from the best as the median: off the scale."""
+_LOG_RATIO = 100.0
+
+
+class Quality:
+    """A scale from 1, the best trial, to 0, the worst that is no outlier: a few that have diverged would leave all the
+    others at the same place."""
+
+    def __init__(self, trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> None:
+        self._metric = metric
+        self._mode: Mode = mode
+        values = [value for trial in trials if (value := trial.best(metric, mode)) is not None] or [0.0]
+        best = min(values) if mode == "min" else max(values)
+        limit = best + _OUTLYING * (statistics.median(values) - best)
+        within = [value for value in values if not is_better(limit, value, mode)]
+        worst = max(within) if mode == "min" else min(within)
+        self._best, self._worst = best, worst
+        self._has_outliers = len(within) < len(values)
+        low, high = sorted((best, worst))
+        self.is_log = low > 0 and high / low > _LOG_RATIO
+
+    def of(self, trial: TrialRecord) -> float | None:
+        """None: it has reported no number."""
+        value = trial.best(self._metric, self._mode)
+        return None if value is None else self._place(value)
+
+    def is_on_scale(self, trial: TrialRecord) -> bool:
+        value = trial.best(self._metric, self._mode)
+        return value is not None and not is_better(self._worst, value, self._mode)
+
+    def worst_first(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The order to draw in; those without a number come first."""
+        values = {id(trial): trial.best(self._metric, self._mode) for trial in trials}
+        sign = 1 if self._mode == "max" else -1
+
+        def key(trial: TrialRecord) -> float:
+            value = values[id(trial)]
+            return -math.inf if value is None else sign * value
+
+        return sorted(trials, key=key)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places and round numbers; the lowest may stand for all that is worse."""
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
+        low, high = sorted((self._best, self._worst))
+        found = (LogLocator() if self.is_log else MaxNLocator(6)).tick_values(low, high)
+        ticks = [(self._place(value), shown(value)) for value in map(float, found) if low <= value <= high]
+        if self._has_outliers:
+            sign = "\N{GREATER-THAN OR EQUAL TO}" if self._mode == "min" else "\N{LESS-THAN OR EQUAL TO}"
+            ticks = [tick for tick in ticks if tick[0] > 0.05] + [(0.0, f"{sign} {self._worst:.3g}")]
+        return ticks or [(1.0, shown(self._best))]
+
+    def _place(self, value: float) -> float:
+        if self._best == self._worst:
+            return 1.0 if value == self._best else 0.0
+        if self.is_log:
+            place = math.log(value / self._worst) / math.log(self._best / self._worst)
+        else:
+            place = (value - self._worst) / (self._best - self._worst)
+        return min(max(place, 0.0), 1.0)

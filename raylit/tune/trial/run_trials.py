@@ -1,0 +1,275 @@
+"""run_trials: trainings as the trials of one Ray Tune run, on warm workers. Driver."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import PopulationBasedTraining
+
+from raylit.checkpoint import format
+from raylit.compat.ray_exit import load_exit_imports
+from raylit.compat.ray_tune import list_trials, set_trial_variables
+from raylit.compat.ray_tune_controller import replace_controller
+from raylit.driver.ray import local_cluster
+from raylit.driver.ray.serialization import packed
+from raylit.errors import ConfigError
+from raylit.protocol.process_settings import TorchSettings, variables_for_live_processes, variables_for_new_processes
+from raylit.storage import entries, is_url, joined, remove_directory
+from raylit.tune.records import Mode, TrialRecord, TrialStatus
+from raylit.tune.trial.progress import Ending, Histories, Watcher, error_of, history_of, text_of
+from raylit.tune.trial.resources import Room
+from raylit.tune.trial.trainable import CHECKPOINT, Recipe, Setting, Trial, TrialFailed, UnknownMetric
+from raylit.tune.trial.trial_thread import IS_LAST
+
+_ENVIRONMENT = {
+    # One table of our own at the end, and a line now and then, in place of Tune's.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Histories are read from one kind of file; pictures and TensorBoard are raylit's own.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial checks its first result itself, with the names that there are.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """How the trials of a run are chosen, compared and kept."""
+
+    title: str
+    """For the lines of progress: "sweep"."""
+    directory: str
+    """Where everything of the run is kept: absolute, or a URL. The last part is its name."""
+    metric: str | None
+    mode: Mode = "min"
+    num_samples: int = 1
+    scheduler: Any = None
+    searcher: Any = None
+    max_concurrent: int | None = None
+    num_checkpoints: int | None = 1
+    """Of each trial: so many of the best, and the newest; None: all, 0: only what a scheduler needs."""
+    max_failures: int = 0
+    """How often a failed trial is tried again from its newest checkpoint."""
+    is_resuming: bool = False
+    is_shown: bool = True
+
+
+def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run) -> list[TrialRecord]:
+    """Every trial's record. A trial that follows another takes its room and its processes over. KeyboardInterrupt: what
+    is done is kept, for `is_resuming`."""
+    setting = Setting(
+        recipe=cloudpickle.dumps(recipe),
+        directory=run.directory,
+        metric=run.metric,
+        is_saving=run.num_checkpoints != 0,
+        import_path=tuple(os.path.abspath(path) for path in sys.path),
+        random_state=packed(format.random_state()),
+        torch_settings=TorchSettings.current(),
+        process_settings=local_cluster.settings_for_workers(),
+        variables=variables_for_live_processes(
+            local_cluster.environment_of_workers(),
+            is_whole=local_cluster.is_embedded(),
+            fixed=local_cluster.fixed_variables(),
+        ),
+    )
+    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), room.placement)
+    with (
+        _environment(run),
+        # On raylit's own node trials have the driver's variables. On a cluster they need what Tune hands on.
+        set_trial_variables(
+            variables_for_new_processes(local_cluster.environment_of_workers(), fixed=local_cluster.fixed_variables()),
+            is_pooled=local_cluster.is_embedded(),
+        ),
+        _quiet_tune(),
+        replace_controller(is_reusable_after=_is_reusable_after),
+        _signals_as_before() as was_interrupted,
+    ):
+        results = _tuner(trainable, space, room, run).fit()
+    if was_interrupted():
+        sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
+        load_exit_imports()
+        raise KeyboardInterrupt
+    # A resumed run has them in another order; their tags begin with their numbers.
+    trials: list[TuneTrial] = sorted(list_trials(results), key=lambda trial: int(trial.experiment_tag.split("_")[0]))
+    for trial in trials:
+        if isinstance(error := error_of(trial), UnknownMetric):
+            raise ConfigError(str(error))
+    if run.num_checkpoints is not None:
+        _prune(trials, run)
+    return [_record(trial, run) for trial in trials]
+
+
+def _tuner(trainable: Any, space: Mapping[str, Any], room: Room, run: Run) -> tune.Tuner:
+    if run.is_resuming and tune.Tuner.can_restore(run.directory):
+        return _restored(trainable, space, run)
+    place, _, name = run.directory.rpartition("/")
+    ending = Ending()
+    watcher = Watcher(
+        title=run.title, metric=run.metric, mode=run.mode, demand=room.demand, ending=ending, is_shown=run.is_shown
+    )
+    return tune.Tuner(
+        trainable,
+        param_space=dict(space),
+        tune_config=tune.TuneConfig(
+            metric=run.metric,
+            mode=None if run.metric is None else run.mode,
+            num_samples=run.num_samples,
+            scheduler=run.scheduler,
+            search_alg=run.searcher,
+            max_concurrent_trials=run.max_concurrent,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=place,
+            verbose=0,
+            callbacks=[Histories(run.directory), watcher],
+            stop=ending,
+            failure_config=tune.FailureConfig(max_failures=run.max_failures),
+            checkpoint_config=_checkpoints(run),
+        ),
+    )
+
+
+def _restored(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
+    """Unfinished trials go on from their newest checkpoints, and failed ones get another chance."""
+    try:
+        return tune.Tuner.restore(
+            run.directory, trainable, param_space=dict(space), resume_unfinished=True, resume_errored=True
+        )
+    except ValueError as error:
+        raise ConfigError(f"{run.directory} cannot be resumed: the space is another. {error}") from error
+
+
+def _checkpoints(run: Run) -> tune.CheckpointConfig:
+    """With no checkpoints wanted, those of a scheduler that pauses trials are of one use each."""
+    return tune.CheckpointConfig(
+        num_to_keep=None if _is_copying(run) else run.num_checkpoints or (1 if run.num_checkpoints == 0 else None),
+        checkpoint_score_attribute=run.metric,
+        checkpoint_score_order=run.mode,
+        checkpoint_at_end=False,
+    )
+
+
+def _is_copying(run: Run) -> bool:
+    """Trials take over each other's checkpoints, at any later time: Tune may remove none of them before the end."""
+    return isinstance(run.scheduler, PopulationBasedTraining) or run.scheduler in ("pbt", "pb2")
+
+
+def _prune(trials: list[TuneTrial], run: Run) -> None:
+    """Leave each trial's best checkpoints and its newest: not every one of trials that copy each other's, and none of
+    which Tune never heard, as a pause overtook the save."""
+    kept = set()
+    for trial in trials:
+        manager = trial.run_metadata.checkpoint_manager
+        if manager is not None:
+            best = [manager.best_checkpoint_result] if _is_copying(run) else manager.best_checkpoint_results
+            results = [result for result in (*best, manager.latest_checkpoint_result) if result is not None]
+            kept |= {_place(result.checkpoint.path) for result in results if result.checkpoint is not None}
+    for trial in trials:
+        directory = joined(run.directory, _name(trial))
+        for name in entries(directory):
+            path = joined(directory, name)
+            if name.startswith("checkpoint_") and _place(path) not in kept:
+                remove_directory(path)
+
+
+def _place(checkpoint: str) -> tuple[str, ...]:
+    """The trial's directory and the checkpoint's own, of a path or URL."""
+    return tuple(checkpoint.rstrip("/").split("/")[-2:])
+
+
+def _name(trial: TuneTrial) -> str:
+    return f"trial_{trial.trial_id}"
+
+
+def _is_reusable_after(exception: Exception | None) -> bool:
+    """A trial's process, with its workers, is as good as new after this exception, which the trial has failed with."""
+    cause = getattr(exception, "cause", None)
+    return isinstance(cause, TrialFailed) and cause.is_harmless
+
+
+@contextlib.contextmanager
+def _environment(run: Run) -> Iterator[None]:
+    """Tune's switches, which it reads while it runs."""
+    variables, locks = dict(_ENVIRONMENT), None
+    if run.is_resuming and not is_url(run.directory):
+        # What Tune reads there it locks by files in Ray's temporary directory, which it leaves behind.
+        locks = tempfile.TemporaryDirectory(prefix="raylit-", ignore_cleanup_errors=True)
+        variables["RAY_TMPDIR"] = locks.name
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if locks is not None:
+            locks.cleanup()
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Tune logs every failure, raylit says it in its own words."""
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _signals_as_before() -> Iterator[Any]:
+    """Tune takes Ctrl-C, to end in good order, and does not give it back. Yields whether there was one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    is_interrupted = False
+    try:
+        yield lambda: is_interrupted
+        # Tune's handler puts the former one back when it is called.
+        is_interrupted = signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _record(trial: TuneTrial, run: Run) -> TrialRecord:
+    history = tuple(history_of(trial.trial_id, run.directory))
+    metrics = history[-1] if history else {}
+    statuses: dict[str, TrialStatus] = {"ERROR": "failed", "TERMINATED": "finished"}
+    status = statuses.get(trial.status, "unfinished")
+    last = trial.last_result or {}
+    if status == "finished" and last.get(IS_LAST) is False:
+        status = "stopped"
+    manager = trial.run_metadata.checkpoint_manager
+    best = None if manager is None else manager.best_checkpoint_result
+    kept = None if best is None else best.checkpoint
+    directory = joined(run.directory, _name(trial))
+    return TrialRecord(
+        id=trial.trial_id,
+        config=dict(trial.config),
+        status=status,
+        metrics=metrics,
+        history=history,
+        checkpoint=None if kept is None else joined(directory, os.path.basename(kept.path), CHECKPOINT),
+        directory=directory,
+        error=None if status != "failed" else text_of(error_of(trial)),
+    )

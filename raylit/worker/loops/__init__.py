@@ -1,0 +1,3 @@
+"""The loops over batches, and the hooks that they call.
+
+Runs in the worker. Open `train.py` first."""

@@ -1,0 +1,96 @@
+"""The hooks that a module overrides, found once, and the arguments that they take."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+from raylit.callbacks.base import Callback
+from raylit.core.datamodule import DataModule
+from raylit.core.module import LightningModule
+from raylit.profilers.base import Profiler, timed
+
+
+def num_positional(function: Callable[..., Any]) -> float:
+    """Positional arguments that a bound method takes; infinite with `*args`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return float("inf")
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def accepting_index(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step itself, or, where it takes a batch only, one that drops the index."""
+    if num_positional(step) >= 2:
+        return step
+
+    @wraps(step)
+    def without_index(batch: Any, batch_idx: int) -> Any:
+        return step(batch)
+
+    return without_index
+
+
+def is_overridden(name: str, owner: object, base: type) -> bool:
+    """Whether `owner` has a `name` other than the empty one of `base`, in its class or on itself."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return False
+    return getattr(method, "__func__", method) is not getattr(base, name, None)
+
+
+def call_with_stage(hook: Callable[..., Any], stage: str) -> None:
+    """Call `setup` or `teardown`, defined with or without its stage argument."""
+    if inspect.signature(hook).parameters:
+        hook(stage)
+    else:
+        hook()
+
+
+class Hooks:
+    """Calls a hook where it is overridden: callbacks first, then the module."""
+
+    def __init__(
+        self, *, view: Any, module: LightningModule, callbacks: Sequence[Callback], profiler: Profiler | None = None
+    ) -> None:
+        self._view = view
+        self._module = module
+        self._callbacks = callbacks
+        self._profiler = profiler
+
+    def of(self, name: str) -> tuple[Callable[..., Any], ...]:
+        """The overridden hooks of this name, to be called with the module's arguments. Empty: nobody listens."""
+        calls: list[Callable[..., Any]] = [
+            self._timed(callback, name, partial(getattr(callback, name), self._view, self._module))
+            for callback in self._callbacks
+            if is_overridden(name, callback, Callback)
+        ]
+        if is_overridden(name, self._module, LightningModule):
+            calls.append(self._timed(self._module, name, getattr(self._module, name)))
+        return tuple(calls)
+
+    def call(self, name: str, *args: Any) -> None:
+        for hook in self.of(name):
+            hook(*args)
+
+    def set_up(self, stage: str, datamodule: DataModule | None) -> None:
+        """`setup` of data module, callbacks and module, in this order."""
+        if datamodule is not None:
+            call_with_stage(self._timed(datamodule, "setup", datamodule.setup), stage)
+        for callback in self._callbacks:
+            callback.setup(self._view, self._module, stage)
+        call_with_stage(self._timed(self._module, "setup", self._module.setup), stage)
+
+    def tear_down(self, stage: str, datamodule: DataModule | None) -> None:
+        if datamodule is not None:
+            call_with_stage(datamodule.teardown, stage)
+        for callback in self._callbacks:
+            callback.teardown(self._view, self._module, stage)
+        call_with_stage(self._module.teardown, stage)
+
+    def _timed(self, owner: object, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        return hook if self._profiler is None else timed(self._profiler, f"{type(owner).__name__}.{name}", hook)

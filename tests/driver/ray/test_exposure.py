@@ -1,0 +1,121 @@
+"""What a run leaves open to other users of the host, and to other hosts: the node's directory and its ports."""
+
+import os
+import socket
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from models import Regression, RegressionData
+
+import raylit as pl
+from raylit.driver.ray import local_cluster
+from raylit.driver.ray.rendezvous import Rendezvous
+
+_LISTENING = "0A"
+_LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1, the same as an IPv6 address, and ::1, as the kernel writes them."""
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+def is_reachable(ip, port):
+    try:
+        socket.create_connection((ip, port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def own_ip():
+    """Of an interface other than the loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this host has no network but the loopback")
+        ip = probe.getsockname()[0]
+    if ip.startswith("127."):
+        pytest.skip("this host has no network but the loopback")
+    return ip
+
+
+def descendants(pid):
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                parents[int(name)] = int(Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def listening(pids):
+    """The addresses, as the kernel writes them, at which these processes wait for connections, by process name."""
+    addresses = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTENING:
+                addresses[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    found = {}
+    for pid in pids:
+        try:
+            for entry in Path("/proc", str(pid), "fd").iterdir():
+                if (address := addresses.get(os.readlink(entry))) is not None:
+                    found.setdefault(Path("/proc", str(pid), "comm").read_text().strip(), set()).add(address)
+        except OSError:
+            continue
+    return found
+
+
+@needs_proc
+def test_nothing_of_the_embedded_node_listens_beyond_the_loopback(quiet):
+    pl.Trainer(num_workers=2, max_epochs=1, **quiet).fit(Regression(), RegressionData())
+    found = listening(descendants(os.getpid()))
+    assert {"gcs_server", "raylet"} <= found.keys()
+    assert any(name.startswith("ray::WorkerActo") for name in found)
+    assert {name: addresses - _LOOPBACK for name, addresses in found.items() if addresses - _LOOPBACK} == {}
+
+
+@needs_proc
+def test_the_embedded_node_s_directory_is_closed_to_other_users(quiet):
+    pl.Trainer(num_workers=2, max_epochs=1, **quiet).fit(Regression(), RegressionData())
+    assert local_cluster.is_embedded()
+    directories = list(Path(os.environ["RAY_TMPDIR"]).glob("rl-*"))
+    assert any(list(directory.rglob("sockets/raylet*")) for directory in directories)
+    for directory in directories:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert directory.stat().st_uid == os.geteuid()
+
+
+def test_the_store_of_local_workers_is_reached_by_this_host_alone():
+    ip = own_ip()
+    rendezvous = Rendezvous(driver_ip=ip, worker_ips=[ip, ip])
+    meeting = rendezvous.next_meeting()
+    assert meeting.host == "127.0.0.1"
+    assert is_reachable("127.0.0.1", meeting.port)
+    assert not is_reachable(ip, meeting.port)
+
+
+def test_the_store_of_workers_on_other_hosts_listens_at_the_node_s_address_alone():
+    ip = own_ip()
+    rendezvous = Rendezvous(driver_ip=ip, worker_ips=[ip, "192.0.2.7"])
+    meeting = rendezvous.next_meeting()
+    assert meeting.host == ip
+    assert is_reachable(ip, meeting.port)
+    assert not is_reachable("127.0.0.1", meeting.port)
+
+
+def test_a_temporary_directory_that_is_too_long_for_sockets_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 90)))
+    with pytest.raises(pl.ConfigError, match="are possible, as Ray"):
+        local_cluster._parent_directory()
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/below")
+    with pytest.raises(pl.ConfigError, match="RAY_TMPDIR=/dev/null/below"):
+        local_cluster._parent_directory()
