@@ -19,7 +19,7 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def joined(directory: str | os.PathLike[str], *parts: str) -> str:
+def join(directory: str | os.PathLike[str], *parts: str) -> str:
     text = os.fspath(directory)
     return "/".join([text.rstrip("/"), *parts]) if is_url(text) else os.path.join(text, *parts)
 

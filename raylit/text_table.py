@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 _TO_ASCII = str.maketrans("━─┃│┏┳┓┡╇┩└┴┘", "=-||+++++++++")
 
 
-def drawn(
+def draw_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int], *, align: str | None = None
 ) -> list[str]:
     """The lines of a table whose columns have these widths. `align`: "l", "r" or "c" for each; None: all centred."""
     align = align or "c" * len(widths)
     return [
         _line("┏┳┓", ["━" * width for width in widths]),
-        _line("┃┃┃", _placed(header, widths, align)),
+        _line("┃┃┃", _align(header, widths, align)),
         _line("┡╇┩", ["━" * width for width in widths]),
-        *(_line("│││", _placed(row, widths, align)) for row in rows),
+        *(_line("│││", _align(row, widths, align)) for row in rows),
         _line("└┴┘", ["─" * width for width in widths]),
     ]
 
@@ -39,7 +39,7 @@ def _line(borders: str, cells: Sequence[str]) -> str:
     return borders[0] + borders[1].join(cells) + borders[2]
 
 
-def _placed(texts: Sequence[str], widths: Sequence[int], align: str) -> list[str]:
+def _align(texts: Sequence[str], widths: Sequence[int], align: str) -> list[str]:
     return [_PLACES[side](text, width) for text, width, side in zip(texts, widths, align, strict=True)]
 
 
@@ -71,7 +71,7 @@ def print_results_table(stage: str, per_loader: Sequence[Mapping[str, float]]) -
         header = [title, *(f"DataLoader {index}" for index in indices)]
         rows = [[name, *(columns[index].get(name, "") for index in indices)] for name in names]
         widths = [name_width] + [value_width] * len(indices)
-        print(printable("\n".join(drawn(header, [row for row in rows if any(row[1:])], widths))))
+        print(printable("\n".join(draw_table(header, [row for row in rows if any(row[1:])], widths))))
 
 
 def _row_name(name: str, dataloader_idx: int) -> str:

@@ -56,7 +56,7 @@ def imports_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def imported_part(name: str) -> str | None:
-    """`driver` for raylit.driver.loop.worker_group, `__init__` for a name of the package itself, None outside of raylit."""
+    """`driver` for raylit.driver.ray.actor, `__init__` for a name of the package itself, None outside of raylit."""
     package, _, rest = name.partition(".")
     if package != "raylit":
         return None

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from raylit.storage import absolute, entries, is_inside, joined, make_directory, read_text, relative, write_text
+from raylit.storage import absolute, entries, is_inside, join, make_directory, read_text, relative, write_text
 
 
 @pytest.fixture(params=["local", "memory", "file"])
@@ -14,22 +14,22 @@ def directory(request, tmp_path):
 
 
 def test_a_text_is_read_as_it_was_written_and_listed(directory):
-    path = joined(directory, "a", "b.txt")
+    path = join(directory, "a", "b.txt")
     assert read_text(path) is None
-    assert entries(joined(directory, "a")) == []
+    assert entries(join(directory, "a")) == []
     write_text("first", path)
     write_text("grün\r\n", path)
     assert read_text(path) == "grün\r\n"
-    assert entries(joined(directory, "a")) == ["b.txt"]
-    make_directory(joined(directory, "a"))
-    assert entries(joined(directory, "a")) == ["b.txt"]
+    assert entries(join(directory, "a")) == ["b.txt"]
+    make_directory(join(directory, "a"))
+    assert entries(join(directory, "a")) == ["b.txt"]
 
 
 def test_a_path_lies_in_its_directories(directory):
-    path = joined(directory, "runs", "b.ckpt")
+    path = join(directory, "runs", "b.ckpt")
     assert is_inside(path, directory)
-    assert is_inside(path, joined(directory, "runs"))
-    assert not is_inside(path, joined(directory, "run"))
+    assert is_inside(path, join(directory, "runs"))
+    assert not is_inside(path, join(directory, "run"))
 
 
 def test_absolute_leaves_urls_alone(tmp_path, monkeypatch):
@@ -39,9 +39,9 @@ def test_absolute_leaves_urls_alone(tmp_path, monkeypatch):
 
 
 def test_a_path_that_leads_out_of_a_directory_does_not_lie_in_it(directory):
-    inside = joined(directory, "runs")
+    inside = join(directory, "runs")
     for name in ("../b.ckpt", "a/../../b.ckpt", "..", ".", "a/.."):
-        assert not is_inside(joined(inside, name), inside), name
+        assert not is_inside(join(inside, name), inside), name
 
 
 def test_a_link_decides_where_a_path_lies(tmp_path):

@@ -113,7 +113,7 @@ class Run(Protocol):
         ...
 
     @property
-    def is_at_rest(self) -> bool:
+    def is_idle(self) -> bool:
         """The workers stand still and can be asked to save; not after one of their hooks has raised."""
         ...
 

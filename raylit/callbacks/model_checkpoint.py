@@ -15,11 +15,11 @@ from typing_extensions import Self
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import Clock, is_saved_at_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.filenames import BestFiles, Naming, fields, first_free
+from raylit.checkpoint.filenames import FilenamePattern, TopK, fields, first_free
 from raylit.checkpoint.index import newest_first, recorded_paths
 from raylit.checkpoint.pending import Publication
 from raylit.errors import CheckpointError, ConfigError
-from raylit.storage import absolute, entries, is_inside, joined
+from raylit.storage import absolute, entries, is_inside, join
 
 
 def check_options(given: Any, every_n_train_steps: int, every_n_epochs: int, interval: timedelta | None) -> None:
@@ -42,17 +42,17 @@ def check_options(given: Any, every_n_train_steps: int, every_n_epochs: int, int
         if is_wrong:
             raise ConfigError(f"ModelCheckpoint: {message}")
     for filename in (None, given.CHECKPOINT_NAME_LAST):
-        Naming.of(given, filename).path({})  # refused here rather than at the first save
+        FilenamePattern.from_options(given, filename).path({})  # refused here rather than at the first save
 
 
-def missing_metric(monitor: str | None, names: list[str]) -> str:
+def describe_missing_metric(monitor: str | None, names: list[str]) -> str:
     return (
         f"ModelCheckpoint(monitor={monitor!r}): no such metric has been logged; there are: {', '.join(names)}. Log it "
         "with self.log, or monitor one of these"
     )
 
 
-def moved(before: str, now: str) -> str:
+def follow_moved_file(before: str, now: str) -> str:
     return (
         f"checkpoints go to {now}, those of the resumed run went to {before}: its best_model_path is taken over, its "
         "other files and scores are not"
@@ -164,7 +164,7 @@ class ModelCheckpoint(DriverCallback):
         self._has_saved = self._has_saved or self.newest_model_path != ""
         self.best_model_path = self.last_model_path = self.newest_model_path = ""
         """`newest`: the file written last, whatever for; of its names the one that stays."""
-        self._best = BestFiles(count=self.save_top_k, mode=self.mode)
+        self._best = TopK(count=self.save_top_k, mode=self.mode)
         self._current_score: float | None = None
         self._resumed_path = ""
         self._written: set[str] = set()
@@ -217,7 +217,7 @@ class ModelCheckpoint(DriverCallback):
         self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
     ) -> str:
         """The path of a file for these metrics; one that is missing counts as 0."""
-        return Naming.of(self, filename).path(metrics, prefix=prefix, version=ver)
+        return FilenamePattern.from_options(self, filename).path(metrics, prefix=prefix, version=ver)
 
     # When it saves
 
@@ -225,7 +225,7 @@ class ModelCheckpoint(DriverCallback):
         if run.state.stage != "fit":
             return
         if self.dirpath is None:
-            self.dirpath = self._derived_dirpath = joined(absolute(run.log_dir), "checkpoints")
+            self.dirpath = self._derived_dirpath = join(absolute(run.log_dir), "checkpoints")
         if self._unapplied_state is not None:
             self.load_state_dict(self._unapplied_state)
             self._unapplied_state = None
@@ -290,7 +290,7 @@ class ModelCheckpoint(DriverCallback):
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         if self.save_on_exception and isinstance(error, Exception) and run.state.stage == "fit":
-            if run.is_at_rest:
+            if run.is_idle:
                 self.on_interrupt(run)
                 run.finish_saves()
             elif self.dirpath:  # what a worker has left
@@ -346,7 +346,7 @@ class ModelCheckpoint(DriverCallback):
             self.last_model_path = state_dict.get("last_model_path", "")
             self.newest_model_path = self._resumed_path = state_dict.get("newest_model_path", "")
         else:
-            warnings.warn(moved(directory, self.dirpath), stacklevel=2)
+            warnings.warn(follow_moved_file(directory, self.dirpath), stacklevel=2)
         self.best_model_path = state_dict["best_model_path"] or self._best.best
 
     # Helpers, in the order in which they are called
@@ -425,7 +425,7 @@ class ModelCheckpoint(DriverCallback):
         return path, losers
 
     def _miss(self, names: list[str]) -> None:
-        message = missing_metric(self.monitor, names)
+        message = describe_missing_metric(self.monitor, names)
         if self._step_validated is not None:
             raise ConfigError(message)
         if not self._has_warned:

@@ -6,7 +6,7 @@ from typing import Any
 
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
-from raylit.checkpoint.filenames import Naming, first_free
+from raylit.checkpoint.filenames import FilenamePattern, first_free
 from raylit.errors import ConfigError
 from raylit.storage import absolute, check_stays_below
 
@@ -50,7 +50,7 @@ class OnExceptionCheckpoint(Callback):
 class SavesOnException(Callback):
     """For `ModelCheckpoint(save_on_exception=True)`: what it cannot do from the driver."""
 
-    def __init__(self, naming: Naming, *, first_version: int | None) -> None:
+    def __init__(self, naming: FilenamePattern, *, first_version: int | None) -> None:
         """As `first_free` has it."""
         self._naming = naming
         self._first_version = first_version

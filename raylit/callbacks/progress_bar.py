@@ -196,9 +196,9 @@ class TerminalBar:
             )
             bar, times = "{n_fmt}it", "{elapsed}, {rate_fmt}"
         self._bar.bar_format = f"{self._title}{bar} [{times}{{postfix}}]"
-        self._bar.set_postfix_str(listed(metrics, width) if is_beside else "", refresh=False)
+        self._bar.set_postfix_str(format_metrics(metrics, width) if is_beside else "", refresh=False)
         if not is_beside:
-            self._show_below(listed(metrics, width - 3))
+            self._show_below(format_metrics(metrics, width - 3))
 
     def _show_below(self, text: str) -> None:
         if self._below is None:
@@ -257,7 +257,7 @@ class NotebookBar:
         times = _clock(elapsed_s)
         if is_sized and rate > 0:
             times += f"<{_clock((self.total - self.done) / rate)}"
-        metrics = listed({**self._lead, **self._values})
+        metrics = format_metrics({**self._lead, **self._values})
         text = f"{counts} [{', '.join(filter(None, [times, f'{rate:.3g} it/s', metrics]))}]"
         bar = f'<progress max="{self.total:.0f}" value="{self.done:.0f}"></progress> ' if is_sized else ""
         line = f"{html.escape(f'{self._title}: '.ljust(_TITLE_WIDTH))}{bar}{html.escape(text)}"
@@ -267,7 +267,7 @@ class NotebookBar:
         }
 
 
-class Lines:
+class PlainLines:
     """Whole lines on stderr, with at least `period_s` between them."""
 
     def __init__(self, title: str, *, total: float, done: float, period_s: float) -> None:
@@ -282,7 +282,7 @@ class Lines:
         self._printed = (done, "")
 
     def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None:
-        self.done, self._metrics = done, listed(metrics)
+        self.done, self._metrics = done, format_metrics(metrics)
         if is_final or monotonic() >= self._due_at:
             self._print(is_going_on=not is_final)
 
@@ -308,7 +308,7 @@ class Lines:
         self._printed = (self.done, self._metrics)
 
 
-def listed(metrics: Values, width: float = math.inf) -> str:
+def format_metrics(metrics: Values, width: float = math.inf) -> str:
     """`loss=0.123, acc=0.900, +2`: as many whole ones as there is room for, and how many more there are."""
     texts = [f"{name}={_compact(value)}" for name, value in metrics.items()]
     whole = ", ".join(texts)
@@ -418,7 +418,7 @@ class ProgressBar(DriverCallback):
             return None
         is_notebook = _is_notebook()
         if not sys.stderr.isatty() and not is_notebook:
-            return Lines(title, total=total, done=done, period_s=self.line_period_s)
+            return PlainLines(title, total=total, done=done, period_s=self.line_period_s)
         version = run.loggers[0].version if run.loggers and is_outer else None
         lead = {} if version is None else {"v_num": str(version) if isinstance(version, int) else version[-4:]}
         if is_notebook:

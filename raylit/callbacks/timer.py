@@ -32,7 +32,7 @@ class Timer(DriverCallback):
     ) -> None:
         if interval not in ("step", "epoch"):
             raise ConfigError(f"Timer(interval={interval!r}): must be 'step' or 'epoch'")
-        self.duration_s = None if duration is None else seconds_of(duration, name="duration")
+        self.duration_s = None if duration is None else parse_seconds(duration, name="duration")
         self.verbose = verbose
         self._interval = interval
         self.reset_state()
@@ -44,10 +44,10 @@ class Timer(DriverCallback):
 
     def start_time(self, stage: str = "train") -> float | None:
         """When the stage began, by time.monotonic(); None: not yet."""
-        return self._started_at.get(_checked(stage))
+        return self._started_at.get(_check_duration(stage))
 
     def end_time(self, stage: str = "train") -> float | None:
-        return self._ended_at.get(_checked(stage))
+        return self._ended_at.get(_check_duration(stage))
 
     def time_elapsed(self, stage: str = "train") -> float:
         """Seconds of the stage so far."""
@@ -105,13 +105,13 @@ class Timer(DriverCallback):
         run.stop(reason)
 
 
-def _checked(stage: str) -> str:
+def _check_duration(stage: str) -> str:
     if stage not in _STAGES:
         raise ConfigError(f"Timer: there is no stage {stage!r}, but {', '.join(_STAGES)}")
     return stage
 
 
-def seconds_of(duration: Duration, *, name: str) -> float:
+def parse_seconds(duration: Duration, *, name: str) -> float:
     """From a timedelta, its keywords as a dict, or "DD:HH:MM:SS". ConfigError, which calls it by its name."""
     match duration:
         case timedelta():

@@ -19,7 +19,7 @@ from raylit.compat.torch_module import build_flat_module
 from raylit.errors import ConfigError
 from raylit.strategies.sharded_state import is_sharded
 
-CURRENT = "current_weight"
+CURRENT_WEIGHTS = "current_weight"
 """Among an optimizer's state in a checkpoint: the weight that training goes on with, where the module's is an average.
 """
 
@@ -89,7 +89,7 @@ class ShardedAverage:
             current = parameter.detach()
             if self._is_swapped():
                 current = _as_part_of(current, averages[self._names[id(parameter)]].detach())
-            state[index] = {**state.get(index, {}), CURRENT: current}
+            state[index] = {**state.get(index, {}), CURRENT_WEIGHTS: current}
         return {**state_dict, "state": state}
 
 
@@ -97,9 +97,9 @@ def take_current(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     """Before an optimizer loads its state: current weights of a checkpoint with an average go to the parameters."""
     state = dict(state_dict["state"])
     for index, parameter in _indexed(optimizer, state_dict):
-        if CURRENT in (own := state.get(index, {})):
-            parameter.detach().copy_(own[CURRENT])
-            rest = {name: value for name, value in own.items() if name != CURRENT}
+        if CURRENT_WEIGHTS in (own := state.get(index, {})):
+            parameter.detach().copy_(own[CURRENT_WEIGHTS])
+            rest = {name: value for name, value in own.items() if name != CURRENT_WEIGHTS}
             state[index] = rest
             if not rest:
                 del state[index]

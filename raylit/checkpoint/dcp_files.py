@@ -32,7 +32,7 @@ from raylit.checkpoint.sharded import METADATA, Checksums, damage_of, name_of_pa
 from raylit.compat.torch_checkpoint import METADATA_CLASSES, StorageInfo
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Part
-from raylit.storage import is_url, joined
+from raylit.storage import is_url, join
 
 
 def metadata_of(parts: Sequence[Part]) -> bytes:
@@ -74,7 +74,7 @@ class PartReader:
         parent = found[0].rpartition("/")[0]
         names = {name.rpartition("/")[2]: checksum for name, checksum in checksums.items()}
         if is_url(place):
-            self._reader: _SafeReader = _Fetching(joined(place, parent), names)
+            self._reader: _SafeReader = _Fetching(join(place, parent), names)
         else:
             self._reader = _SafeReader(Path(place) / parent, names)
 
@@ -156,7 +156,7 @@ class _Fetching(_SafeReader):
         return done
 
     def _metadata(self) -> bytes:
-        with remote.downloaded(joined(self._url, METADATA)) as copy:
+        with remote.download(join(self._url, METADATA)) as copy:
             self._check(copy)
             return copy.read_bytes()
 
@@ -164,7 +164,7 @@ class _Fetching(_SafeReader):
         if (Path(self.path) / name).exists():
             return
         self._copies.close()
-        copy = self._copies.enter_context(remote.downloaded(joined(self._url, name)))
+        copy = self._copies.enter_context(remote.download(join(self._url, name)))
         self._check(copy)
         self.path = copy.parent
 

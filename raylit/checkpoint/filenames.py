@@ -12,13 +12,13 @@ from typing_extensions import Self
 from raylit.checkpoint import files
 from raylit.errors import ConfigError
 from raylit.protocol.state import RunState
-from raylit.storage import check_stays_below, joined
+from raylit.storage import check_stays_below, join
 
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Naming:
+class FilenamePattern:
     """What the files of a directory are called."""
 
     directory: str
@@ -29,7 +29,7 @@ class Naming:
     extension: str
 
     @classmethod
-    def of(cls, callback: Any, filename: str | None = None, *, directory: str = "") -> Self:
+    def from_options(cls, callback: Any, filename: str | None = None, *, directory: str = "") -> Self:
         """A ModelCheckpoint's; in `directory` where it has none of its own yet."""
         return cls(
             directory=callback.dirpath or directory,
@@ -49,7 +49,7 @@ class Naming:
         parts = [prefix, fill(self.pattern, metrics, equals=self.equals), None if version is None else f"v{version}"]
         name = self.join_char.join(part for part in parts if part is not None) + self.extension
         check_stays_below(name, f"the checkpoint's file name {name!r}, of the pattern {self.pattern!r},")
-        return joined(self.directory, name)
+        return join(self.directory, name)
 
 
 def first_free(
@@ -94,7 +94,7 @@ def fields(state: RunState) -> dict[str, float]:
     return metrics
 
 
-class BestFiles:
+class TopK:
     """At most `count` paths (-1: any number) with their scores; the earlier one wins a tie. Touches no file."""
 
     def __init__(self, *, count: int, mode: Literal["min", "max"]) -> None:

@@ -22,7 +22,7 @@ from raylit.checkpoint import format, remote
 from raylit.checkpoint import sharded as directory
 from raylit.checkpoint.format import FORMAT
 from raylit.errors import CheckpointError, DamagedCheckpoint
-from raylit.storage import file_system, is_url, joined
+from raylit.storage import file_system, is_url, join
 
 
 class NotACheckpoint(CheckpointError):
@@ -42,7 +42,7 @@ def write_with(save_to: Callable[[IO[bytes]], None], path: str | os.PathLike[str
     """Write, in the same way as `write`, what `save_to` writes to the file that it is given. At a URL it is whole in a
     temporary directory before its upload begins."""
     try:
-        with remote.collected(os.fspath(path)) if is_url(path) else drafted(path) as draft:
+        with remote.draft_upload(os.fspath(path)) if is_url(path) else draft_file(path) as draft:
             fill(save_to, draft)
     except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
         raise CheckpointError(f"cannot write the checkpoint {os.fspath(path)}: {error}") from error
@@ -91,7 +91,7 @@ class DirectoryDraft:
     def publish(self) -> None:
         """CheckpointError: what stood at the path stands there still."""
         try:
-            directory.put(Path(self.place), self._target)
+            directory.move_into_place(Path(self.place), self._target)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {self._target}: {_reason(error)}") from error
 
@@ -122,7 +122,7 @@ def write_bytes(content: bytes, path: str) -> None:
 
 
 @contextmanager
-def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
+def draft_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden, empty file, which after the block takes the place of `path`; whoever fills it flushes it to the disk.
 
     CheckpointError, and whatever the block raises: what stood at `path` stands there still.
@@ -171,7 +171,7 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: 
     source = _local(path)
     if directory.is_checkpoint(source):
         index = directory.with_place(_read(source / directory.INDEX, str(source), allow_pickle), source)
-        return directory.whole(index) if is_whole else index
+        return directory.read_whole(index) if is_whole else index
     if source.is_dir():
         raise NotACheckpoint(f"{source} is a directory, not a checkpoint file.{_nearby(source)}")
     if not source.exists():
@@ -192,7 +192,7 @@ def consolidate(source: str | os.PathLike[str], path: str | os.PathLike[str], *,
     index = read(source, is_whole=False)
     if directory.place_of(index) is None:
         raise CheckpointError(f"{os.fspath(source)} is one file already")
-    write(directory.whole(format.without_run(index) if is_weights_only else index), path)
+    write(directory.read_whole(format.without_run(index) if is_weights_only else index), path)
 
 
 def warn_of_unsafe_torch(version: str) -> None:
@@ -244,7 +244,7 @@ def duplicate(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
         finally:
             copy.discard()
         return
-    with drafted(path) as draft:
+    with draft_file(path) as draft:
         draft.unlink()
         _linked(_local(target), draft)
 
@@ -277,10 +277,10 @@ def remove_abandoned(place: str | os.PathLike[str]) -> None:
 
 def _read_url(url: str, allow_pickle: bool, is_whole: bool) -> dict[str, Any]:
     if remote.has_index(url):
-        with remote.downloaded(joined(url, directory.INDEX)) as copy:
+        with remote.download(join(url, directory.INDEX)) as copy:
             index = directory.with_place(_read(copy, url, allow_pickle), url.rstrip("/"))
-        return directory.whole(index) if is_whole else index
-    with remote.downloaded(url) as copy:
+        return directory.read_whole(index) if is_whole else index
+    with remote.download(url) as copy:
         return _read(copy, url, allow_pickle)
 
 

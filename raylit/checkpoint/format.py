@@ -52,7 +52,7 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
         )
     if "callbacks" in checkpoint:
         checkpoint["callbacks"] = {**of_workers, **of_driver}
-    progress = checkpoint.pop("progress", None) or progress_of(checkpoint).to_dict()
+    progress = checkpoint.pop("progress", None) or read_progress(checkpoint).to_dict()
     checkpoint["raylit_version"] = _version()
     checkpoint["raylit"] = {
         "format": FORMAT,
@@ -60,7 +60,7 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
         "seed": checkpoint.pop("seed", None),
         "ranks": [part.of_rank for part in parts],
     }
-    whole: dict[str, Any] = plain(checkpoint, "checkpoint")
+    whole: dict[str, Any] = to_plain_values(checkpoint, "checkpoint")
     return whole
 
 
@@ -75,7 +75,9 @@ def complete(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]], ca
         checkpoint["callbacks"] = {**checkpoint.get("callbacks", {}), **states}
 
 
-def of_weights(state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any) -> dict[str, Any]:
+def checkpoint_from_weights(
+    state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any
+) -> dict[str, Any]:
     """What every checkpoint has: weights, where the run stands, hyper-parameters of module and data module."""
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -98,7 +100,7 @@ def without_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "raylit": about}
 
 
-def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
+def read_progress(checkpoint: Mapping[str, Any]) -> Progress:
     """Where the saved run stood.
 
     Lightning's own checkpoints: the loops' counters tell whether it was inside an epoch; without them it was at the end
@@ -127,38 +129,38 @@ def progress_of(checkpoint: Mapping[str, Any]) -> Progress:
     )
 
 
-def ranks_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_rank_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What each rank of the saved run had alone, in rank order; empty in Lightning's own checkpoints."""
     ranks: list[dict[str, Any]] = checkpoint.get("raylit", {}).get("ranks", [])
     return ranks
 
 
-def metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float]:
+def read_metrics(checkpoint: Mapping[str, Any]) -> dict[str, float]:
     """The last reduced value of every metric in the saved run."""
-    ranks = ranks_of(checkpoint)
+    ranks = read_rank_states(checkpoint)
     values: dict[str, float] = ranks[0].get("reduced", {}).get("values", {}) if ranks else {}
     return dict(values)
 
 
-def logs_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def read_log_positions(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Where the saved run's loggers stood, by their index; empty in Lightning's own checkpoints."""
     positions: dict[str, Any] = checkpoint.get("raylit", {}).get("logs", {})
     return positions
 
 
-def seed_of(checkpoint: Mapping[str, Any]) -> int | None:
+def read_seed(checkpoint: Mapping[str, Any]) -> int | None:
     """The seed that the saved run's order of samples follows; None in Lightning's own checkpoints."""
     seed: int | None = checkpoint.get("raylit", {}).get("seed")
     return seed
 
 
-def scaler_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_scaler_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """The gradient scaler's state; Lightning before 1.6 called it otherwise. None: the run had no scaler."""
     state: dict[str, Any] | None = checkpoint.get(SCALER, checkpoint.get("native_amp_scaling_state"))
     return state
 
 
-def plain(value: Any, where: str) -> Any:
+def to_plain_values(value: Any, where: str) -> Any:
     """The value in types that weights_only reads; `where` is how errors call it.
 
     Containers are rebuilt, tensors keep their storage (so that shared weights are stored once) but lose gradient and
@@ -175,9 +177,9 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return _plain_dict(value, where)
     if kind in (list, tuple):
-        return kind(plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return kind(to_plain_values(item, f"{where}[{index}]") for index, item in enumerate(value))
     if kind is set:
-        return {plain(item, f"an element of {where}") for item in value}
+        return {to_plain_values(item, f"an element of {where}") for item in value}
     return _plain_leaf(value, where)
 
 
@@ -215,7 +217,7 @@ def random_state() -> dict[str, Any]:
     """The states of this process's generators: Python, torch (CPU, current CUDA device), NumPy where it is in use."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
-        state["numpy"] = plain(sys.modules["numpy"].random.get_state(legacy=False), "numpy.random")
+        state["numpy"] = to_plain_values(sys.modules["numpy"].random.get_state(legacy=False), "numpy.random")
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -241,16 +243,18 @@ def _version() -> str:
 def _plain_dict(value: dict[Any, Any], where: str) -> dict[Any, Any]:
     items = {}
     for key, item in value.items():
-        plain_key = plain(key, f"the key {key!r} of {where}")
+        plain_key = to_plain_values(key, f"the key {key!r} of {where}")
         if isinstance(plain_key, Tensor):
             raise _not_plain(key, f"a key of {where}", "use its .item()")
-        items[plain_key] = plain(item, f"{where}[{key!r}]")
+        items[plain_key] = to_plain_values(item, f"{where}[{key!r}]")
     if type(value) is Counter:  # MultiStepLR's milestones
         return Counter(items)
     if not isinstance(value, OrderedDict):
         return items
     ordered = OrderedDict(items)
-    vars(ordered).update(plain(vars(value), f"vars({where})"))  # a state dict's _metadata: versions of its modules
+    vars(ordered).update(
+        to_plain_values(vars(value), f"vars({where})")
+    )  # a state dict's _metadata: versions of its modules
     return ordered
 
 
@@ -264,7 +268,7 @@ def _plain_leaf(value: Any, where: str) -> Any:
         # A copy in the machine's byte order: torch takes neither the other one, nor negative strides, nor read-only.
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
     if numpy is not None and isinstance(value, numpy.generic) and type(item := value.item()) is not type(value):
-        return plain(item, where)
+        return to_plain_values(item, where)
     if isinstance(value, bytes):
         return value or bytearray()  # empty bytes are stored by a call that weights_only refuses
     if isinstance(value, int) and value.bit_length() <= _MAX_INT_BITS:
@@ -289,7 +293,7 @@ def _pack(value: Any, name: str) -> Any:
         return {_WRAPPER: "path", "data": str(value)}
     if _wrapped_kind(value) is None:
         try:
-            return plain(value, name)
+            return to_plain_values(value, name)
         except CheckpointError:
             pass  # pickled instead
     data = torch.frombuffer(bytearray(cloudpickle.dumps(value)), dtype=torch.uint8)

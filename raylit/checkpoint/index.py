@@ -14,7 +14,7 @@ from typing import Any
 
 from raylit.checkpoint import files, remote
 from raylit.errors import DamagedCheckpoint
-from raylit.storage import entries, is_url, joined, leads_down, modified_at, read_text, write_text
+from raylit.storage import entries, is_url, join, leads_down, modified_at, read_text, write_text
 
 FILE_NAME = ".index.json"
 SUFFIX = ".ckpt"
@@ -51,7 +51,7 @@ class Index:
 def read_index(directory: str | os.PathLike[str]) -> Index:
     """Empty where there is none, or none that can be read."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # no JSON of ours
-        content = json.loads(read_text(joined(directory, FILE_NAME)) or "{}")
+        content = json.loads(read_text(join(directory, FILE_NAME)) or "{}")
         known = {field.name for field in fields(Entry)}
         listed = [
             Entry(**{key: value for key, value in entry.items() if key in known})
@@ -64,21 +64,21 @@ def read_index(directory: str | os.PathLike[str]) -> Index:
 
 def write_index(index: Index, directory: str | os.PathLike[str]) -> None:
     """Whole or not at all. OSError, or what the store of a URL raises."""
-    write_text(json.dumps({"format": _FORMAT, **asdict(index)}, indent=1), joined(directory, FILE_NAME))
+    write_text(json.dumps({"format": _FORMAT, **asdict(index)}, indent=1), join(directory, FILE_NAME))
 
 
 def recorded_paths(directory: str) -> set[str]:
     """The paths of the files that runs have written there."""
     index = read_index(directory)
     names = {*(entry.name for entry in index.entries), index.last}
-    return {joined(directory, name) for name in names if leads_down(name)}
+    return {join(directory, name) for name in names if leads_down(name)}
 
 
 def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
     """The paths of the checkpoints, from the one written last to the first; a file with several names under one."""
     listed = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
     names = {*listed, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
-    times = {name: written_at(joined(directory, name)) for name in names}
+    times = {name: written_at(join(directory, name)) for name in names}
     newest_listed = max((times[name] for name in listed), default=0.0)
 
     def age(name: str) -> tuple[int, float]:
@@ -89,7 +89,7 @@ def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
 
     seen: set[Any] = set()
     for name in sorted((name for name in names if times[name] > 0), key=age):
-        path = joined(directory, name)
+        path = join(directory, name)
         identity = path if is_url(path) else _inode(path)
         if identity is not None and identity not in seen:
             seen.add(identity)

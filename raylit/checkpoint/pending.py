@@ -26,7 +26,7 @@ PIECE_BYTES = 16 * 2**20
 """How much of a file travels at once."""
 
 
-class Held(ABC):
+class PendingFile(ABC):
     """Called in other threads than the training's; each way out may be tried again, or after another."""
 
     def __init__(self, *, on_release: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class Held(ABC):
         """Write the file's content."""
 
 
-class HeldCheckpoint(Held):
+class PendingCheckpoint(PendingFile):
     def __init__(self, checkpoint: dict[str, Any], *, on_release: Callable[[], None]) -> None:
         """`checkpoint`: merged, with what rank 0 has alone."""
         super().__init__(on_release=on_release)
@@ -170,7 +170,7 @@ class _Shard:
     sizes: tuple[int, ...]
 
 
-class HeldPart(Held):
+class PendingPart(PendingFile):
     """A file with each tensor in torch's format, one after the other, as torch.distributed.checkpoint has it."""
 
     def __init__(

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from raylit.checkpoint.sharded import INDEX, PARTS, is_own, is_replaceable
 from raylit.errors import CheckpointError
-from raylit.storage import entries, file_system, is_object_store, joined, make_directory, modified_at
+from raylit.storage import entries, file_system, is_object_store, join, make_directory, modified_at
 
 
 class StoreUnreachable(CheckpointError):
@@ -55,7 +55,7 @@ def has_index(url: str) -> bool:
 def written_at(url: str) -> float:
     """When the checkpoint there was, in seconds since 1970; 0.0 where there is none."""
     kind = kind_of(url)
-    return modified_at(joined(url, INDEX) if kind == "directory" else url) if kind else 0.0
+    return modified_at(join(url, INDEX) if kind == "directory" else url) if kind else 0.0
 
 
 def upload_file(copy: Path, url: str) -> None:
@@ -76,7 +76,7 @@ def upload_file(copy: Path, url: str) -> None:
 
 
 @contextmanager
-def collected(url: str) -> Iterator[Path]:
+def draft_upload(url: str) -> Iterator[Path]:
     """An empty file in a temporary directory, which is uploaded after the block has filled it."""
     with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
         copy = Path(directory) / "checkpoint"
@@ -86,7 +86,7 @@ def collected(url: str) -> Iterator[Path]:
 
 
 @contextmanager
-def downloaded(url: str) -> Iterator[Path]:
+def download(url: str) -> Iterator[Path]:
     """A copy in a temporary directory, under its own name."""
     with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
         copy = Path(directory) / (url.rstrip("/").rsplit("/", 1)[-1] or "checkpoint")
@@ -134,8 +134,8 @@ class RemoteDirectoryDraft:
         """CheckpointError: it cannot be made."""
         self._url = url.rstrip("/")
         self.subdirectory = f"{PARTS}{uuid4().hex[:12]}"
-        self.place = joined(self._url, self.subdirectory)
-        self.index = joined(self._url, INDEX)
+        self.place = join(self._url, self.subdirectory)
+        self.index = join(self._url, INDEX)
         self._is_published = False
         try:
             if not is_replaceable(entries(self._url)):
@@ -165,8 +165,8 @@ def _copy_directory(url: str, to: str) -> None:
     target = file_system(to)[1]
     subdirectories = [name for name in _names_in(url) if name != INDEX]
     for name in subdirectories:
-        make_directory(joined(to, name))
-        for file in _names_in(joined(url, name)):
+        make_directory(join(to, name))
+        for file in _names_in(join(url, name)):
             files.copy(f"{place}/{name}/{file}", f"{target}/{name}/{file}")
     if is_object_store(files):
         files.copy(f"{place}/{INDEX}", f"{target}/{INDEX}")

@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 
 from raylit.errors import DamagedCheckpoint
-from raylit.storage import file_system, is_url, joined, leads_down
+from raylit.storage import file_system, is_url, join, leads_down
 from raylit.strategies import sharded_state as parts
 
 METADATA = ".metadata"
@@ -35,7 +35,7 @@ def first_damaged(directory: str, checksums: Mapping[str, tuple[int, int]], *, s
     """
     first, step = share
     for name in sorted(checksums)[first::step]:
-        if wrong := damage_of(joined(directory, name), checksums[name]):
+        if wrong := damage_of(join(directory, name), checksums[name]):
             return f"{name.rpartition('/')[2]} {wrong}"
     return ""
 
@@ -136,7 +136,7 @@ def check(checkpoint: Mapping[str, Any], place: str, *, share: tuple[int, int] =
         raise DamagedCheckpoint(f"{place} is damaged: {wrong}. Use the checkpoint before it")
 
 
-def reader(checkpoint: Mapping[str, Any]) -> parts.Reader | None:
+def open_reader(checkpoint: Mapping[str, Any]) -> parts.Reader | None:
     """Of the parts that the checkpoint has placeholders for; None: it has none. On this machine they are taken to be
     sound; from a URL they are checked."""
     if (place := place_of(checkpoint)) is None:
@@ -147,9 +147,9 @@ def reader(checkpoint: Mapping[str, Any]) -> parts.Reader | None:
     return dcp_files.PartReader(place, checksums_of(checkpoint))
 
 
-def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def read_whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """With all its tensors, as if it had been written as one file; as it is where it was. DamagedCheckpoint."""
-    if (read := reader(checkpoint)) is None:
+    if (read := open_reader(checkpoint)) is None:
         return checkpoint
     place = place_of(checkpoint)
     assert place is not None
@@ -161,18 +161,20 @@ def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
         for name, tensor in parts.placeholders(checkpoint.get(state), state)
     }
     read(targets)
-    filled = {state: parts.filled(checkpoint[state], state, targets) for state in STATES if state in checkpoint}
+    filled = {
+        state: parts.fill_placeholders(checkpoint[state], state, targets) for state in STATES if state in checkpoint
+    }
     about = {name: value for name, value in checkpoint["raylit"].items() if name not in ("parts", "directory")}
     return {**checkpoint, **filled, "raylit": about}
 
 
-def in_reach(checkpoint: dict[str, Any], *, sees: Callable[[str], bool]) -> dict[str, Any]:
+def ensure_readable(checkpoint: dict[str, Any], *, sees: Callable[[str], bool]) -> dict[str, Any]:
     """With all its tensors, to be sent to the workers, where these do not see its parts."""
     place = place_of(checkpoint)
-    return checkpoint if place is None or sees(joined(place, INDEX)) else whole(checkpoint)
+    return checkpoint if place is None or sees(join(place, INDEX)) else read_whole(checkpoint)
 
 
-def put(draft: Path, target: Path) -> None:
+def move_into_place(draft: Path, target: Path) -> None:
     """In the place of the target; what stood there is in the draft's place afterwards, or gone. OSError: not done."""
     check_replaceable(target)
     _sync(draft)

@@ -9,7 +9,7 @@ from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.seed import seed_everything
-from raylit.storage import check_stays_below, joined, write_text
+from raylit.storage import check_stays_below, join, write_text
 from raylit.trainer.trainer import Trainer
 
 
@@ -23,7 +23,7 @@ class SavedConfig(DriverCallback):
 
     def on_start(self, run: Run) -> None:
         if run.state.stage == "fit" and not run.plan.is_dev_run:
-            write_text(self._text, joined(run.log_dir, self._filename))
+            write_text(self._text, join(run.log_dir, self._filename))
 
 
 _SUBCOMMANDS = {

@@ -169,7 +169,7 @@ class Plan:
         return min(num_windows, most)
 
 
-class Asked:
+class PlanProperties:
     """Properties that read the plan."""
 
     _plan: Plan

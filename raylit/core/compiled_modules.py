@@ -12,7 +12,7 @@ Compilations = Mapping[str, Any]
 """By the submodule's name ("": the module itself): torch's function that compiles a callable as the user asked for."""
 
 
-def unwrapped(model: Any) -> tuple[Any, Compilations]:
+def unwrap(model: Any) -> tuple[Any, Compilations]:
     """A module out of the OptimizedModule that `torch.compile` returns, and how to compile it and its parts again."""
     if (optimized := unwrap_optimized(model)) is None:
         return model, _of_parts(model)

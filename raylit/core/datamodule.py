@@ -7,7 +7,7 @@ import torch
 from typing_extensions import Self
 
 from raylit.accelerators.transfer import to_device
-from raylit.core.hparams import HyperparametersMixin, hyperparameters_in, read_for_rebuild, rebuilt
+from raylit.core.hparams import HyperparametersMixin, read_for_rebuild, read_hyperparameters, rebuild
 
 
 class DataModule(HyperparametersMixin):
@@ -70,8 +70,8 @@ class DataModule(HyperparametersMixin):
         )
         hparams, name = checkpoint["datamodule_hyper_parameters"], checkpoint.get("datamodule_hparams_name", "kwargs")
         if hparams_file is not None:
-            hparams = hyperparameters_in(Path(hparams_file))
-        datamodule = rebuilt(cls, hparams, name, overrides=overrides, source=str(checkpoint_path))
+            hparams = read_hyperparameters(Path(hparams_file))
+        datamodule = rebuild(cls, hparams, name, overrides=overrides, source=str(checkpoint_path))
         datamodule.load_state_dict(checkpoint.get(cls.__qualname__, {}))
         return datamodule
 

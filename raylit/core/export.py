@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raylit.errors import ConfigError, RaylitError
-from raylit.protocol.summary import to_the_weights
+from raylit.protocol.summary import trace_to_parameters
 
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 _UNTYPED = ("_view", "_hparams", "_hparams_initial")
@@ -60,7 +60,7 @@ def sample_of(module: nn.Module, sample: Any, *, what: str) -> Any:
     if sample is None:
         raise ConfigError(f"{type(module).__name__} has no example_input_array to export with: set it, or pass {what}")
     like = next(module.parameters(), None)
-    return sample if like is None else to_the_weights(sample, like)
+    return sample if like is None else trace_to_parameters(sample, like)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class HyperparametersMixin:
         ignored = [ignore] if isinstance(ignore, str) else ignore or ()
         values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
         self.hparams.update(values)
-        self._hparams_initial = copied(self.hparams)
+        self._hparams_initial = copy_hyperparameters(self.hparams)
         self._is_logging_hparams = logger
 
     @property
@@ -70,7 +70,7 @@ class HyperparametersMixin:
     @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of `hparams` as they were saved."""
-        return copied(self._hparams_initial or {})
+        return copy_hyperparameters(self._hparams_initial or {})
 
     def find_hparams(self) -> AttributeDict | None:
         """Return `hparams` if there are any; unlike the property, make none."""
@@ -86,12 +86,12 @@ class HyperparametersMixin:
         return dict(self._hparams or {}) if self._is_logging_hparams else {}
 
 
-def flattened(values: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
     """Nested names joined by "/", with what is no mapping."""
     for key, value in values.items():
         name = f"{parent}/{key}" if parent else str(key)
         if isinstance(value, Mapping):
-            yield from flattened(value, name)
+            yield from flatten(value, name)
         else:
             yield name, value
 
@@ -133,7 +133,7 @@ def select_hyperparameters(
     return {key: value for key, value in values.items() if key not in ignored}, name
 
 
-def copied(hparams: Mapping[str, Any]) -> AttributeDict:
+def copy_hyperparameters(hparams: Mapping[str, Any]) -> AttributeDict:
     """A copy that later changes to the original, or to lists and dicts in it, leave alone."""
     return AttributeDict({name: _copied(value) for name, value in hparams.items()})
 
@@ -203,11 +203,11 @@ def read_for_rebuild(
         packed = {name: value for name, value in saved.items() if name not in overrides}
         checkpoint[key] = format.unpack_hyper_parameters(packed, allow_pickle=allow_pickle)
     if hparams_file is not None:
-        checkpoint["hyper_parameters"] = hyperparameters_in(Path(hparams_file))
+        checkpoint["hyper_parameters"] = read_hyperparameters(Path(hparams_file))
     return checkpoint
 
 
-def rebuilt(
+def rebuild(
     cls: type[_Owner], hparams: Mapping[str, Any], name: str, *, overrides: Mapping[str, Any], source: str
 ) -> _Owner:
     """An instance from saved hyper-parameters, which `overrides` win over. CheckpointError: an argument is missing."""
@@ -220,7 +220,7 @@ def rebuilt(
         ) from error
 
 
-def hyperparameters_in(file: Path) -> dict[str, Any]:
+def read_hyperparameters(file: Path) -> dict[str, Any]:
     """Of a YAML file, or a CSV file with the columns key and value."""
     if not file.is_file():
         raise CheckpointError(f"hparams_file={os.fspath(file)!r}: there is no such file")

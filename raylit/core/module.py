@@ -12,10 +12,10 @@ from typing_extensions import Self
 
 from raylit.accelerators.transfer import is_namedtuple, to_device
 from raylit.core import export
-from raylit.core.hparams import HyperparametersMixin, load_weights, read_for_rebuild, rebuilt
+from raylit.core.hparams import HyperparametersMixin, load_weights, read_for_rebuild, rebuild
 from raylit.core.weights import read_weights, write_weights
 from raylit.errors import ConfigError, ModuleError
-from raylit.protocol.summary import Summary, summarized
+from raylit.protocol.summary import Summary, summarize
 
 
 class LoopHooks(nn.Module):
@@ -434,7 +434,7 @@ class LightningModule(HyperparametersMixin, LoopHooks):
             checkpoint_path, hparams_file=hparams_file, overrides=overrides, allow_pickle=weights_only is False
         )
         name, source = checkpoint.get("hparams_name", "kwargs"), str(checkpoint_path)
-        module = rebuilt(cls, checkpoint["hyper_parameters"], name, overrides=overrides, source=source)
+        module = rebuild(cls, checkpoint["hyper_parameters"], name, overrides=overrides, source=source)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         load_weights(module, checkpoint["state_dict"], source=source, strict=strict)
@@ -459,7 +459,7 @@ class LightningModule(HyperparametersMixin, LoopHooks):
 
     def summarize(self, mode: Literal["top", "full"] = "top", max_depth: int | None = None) -> Summary:
         """Layers and parameters, to be printed; `max_depth` (-1: all layers) says more than `mode`."""
-        return summarized(self, max_depth={"top": 1, "full": -1}[mode] if max_depth is None else max_depth)
+        return summarize(self, max_depth={"top": 1, "full": -1}[mode] if max_depth is None else max_depth)
 
     def to_onnx(self, file_path: Any = None, input_sample: Any = None, **options: Any) -> Any:
         """torch.onnx.export to a path or file, with `input_sample` or the `example_input_array`; `options` go there."""

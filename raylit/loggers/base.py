@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raylit.storage import entries, joined
+from raylit.storage import entries, join
 
 
 class Logger:
@@ -53,7 +53,7 @@ class Logger:
 
     def run_dirs(self) -> list[str]:
         """The `log_dir` of every run that there is below `root_dir`; of the given version alone, where one was."""
-        return [] if self.root_dir is None else [joined(self.root_dir, name) for name in entries(self.root_dir)]
+        return [] if self.root_dir is None else [join(self.root_dir, name) for name in entries(self.root_dir)]
 
     def continue_run(self, name: str) -> None:
         """Log to the run of that name below `root_dir`, if there is one and no version was given."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.loggers.file import FileLogger, is_past
-from raylit.storage import exists, is_url, joined, make_directory, read_text, write_text
+from raylit.storage import exists, is_url, join, make_directory, read_text, write_text
 
 
 class CSVLogger(FileLogger):
@@ -39,7 +39,7 @@ class CSVLogger(FileLogger):
 
     @property
     def metrics_file(self) -> str:
-        return joined(self.log_dir, "metrics.csv")
+        return join(self.log_dir, "metrics.csv")
 
     @property
     def experiment(self) -> "CSVLogger":

@@ -8,7 +8,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
-from raylit.storage import check_stays_below, entries, is_url, joined, make_directory, write_text
+from raylit.storage import check_stays_below, entries, is_url, join, make_directory, write_text
 
 
 class FileLogger(Logger):
@@ -58,7 +58,7 @@ class FileLogger(Logger):
                 f"{type(self).__name__}(save_dir=None) takes the Trainer's root directory, but belongs to no Trainer:"
                 " give it a save_dir, or use it once the Trainer has it"
             )
-        return joined(self._save_dir, self._name).rstrip("/")
+        return join(self._save_dir, self._name).rstrip("/")
 
     @property
     def log_dir(self) -> str:
@@ -96,10 +96,10 @@ class FileLogger(Logger):
 
         self._hparams.update(vars(params) if isinstance(params, Namespace) else params)
         text = yaml.safe_dump(plain(self._hparams), sort_keys=False, allow_unicode=True)
-        write_text(text, joined(self.log_dir, "hparams.yaml"))
+        write_text(text, join(self.log_dir, "hparams.yaml"))
 
     def _dir_of(self, version: str) -> str:
-        return joined(self.root_dir, version, self._sub_dir).rstrip("/")
+        return join(self.root_dir, version, self._sub_dir).rstrip("/")
 
     def _prefixed(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {name: float(value) for name, value in self._named(metrics).items()}

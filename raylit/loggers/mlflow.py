@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from raylit.core.hparams import flattened
+from raylit.core.hparams import flatten
 from raylit.loggers.base import Logger, SavedFiles, is_after_each
 from raylit.loggers.file import plain
 
@@ -125,7 +125,7 @@ class MLFlowLogger(Logger):
         self.experiment.log_batch(self.run_id, metrics=entries, **self._how)
 
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
-        values = dict(flattened(plain(vars(params) if isinstance(params, Namespace) else params)))
+        values = dict(flatten(plain(vars(params) if isinstance(params, Namespace) else params)))
         entries = [
             _package().entities.Param(key=_NOT_IN_NAMES.sub("", name), value=str(value)[:_LONGEST_VALUE])
             for name, value in values.items()

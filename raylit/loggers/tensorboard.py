@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from raylit.core.export import evaluating, sample_of
-from raylit.core.hparams import flattened
+from raylit.core.hparams import flatten
 from raylit.loggers.file import FileLogger, is_past, plain
-from raylit.storage import file_system, is_url, joined, replace_file, write_bytes
+from raylit.storage import file_system, is_url, join, replace_file, write_bytes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -25,7 +25,7 @@ _LENGTH = struct.Struct("<Q")
 _CRC_BYTES = 4
 
 
-def sizes(directory: str) -> dict[str, int]:
+def event_file_sizes(directory: str) -> dict[str, int]:
     """The bytes of each event file in the directory or below it, by its path there."""
     if is_url(directory):
         files, root = file_system(directory)
@@ -37,11 +37,11 @@ def sizes(directory: str) -> dict[str, int]:
     return {os.path.relpath(path, directory): os.path.getsize(path) for path in paths if _is_event_file(path)}
 
 
-def remove_past(directory: str, names: Sequence[str], *, step: int, sure: Mapping[str, int] | None) -> bool:
+def remove_points_after(directory: str, names: Sequence[str], *, step: int, sure: Mapping[str, int] | None) -> bool:
     """Take out what comes again in a run that goes on from a checkpoint after `step` steps: what lies beyond the
     numbers of bytes that files had then, or, where those are not known, what stands at that step or later. Returns
     whether there was anything, and nothing is left at that step or later."""
-    contents = {name: _read(joined(directory, name)) for name in names}
+    contents = {name: _read(join(directory, name)) for name in names}
     starts = {name: sure.get(name, 0) for name in names} if sure is not None else {}
     others = {
         tag
@@ -65,13 +65,15 @@ def remove_past(directory: str, names: Sequence[str], *, step: int, sure: Mappin
                 num_out += 1
         if num_out > 0:
             has_removed = True
-            _replace(joined(directory, name), bytes(kept))
+            _replace(join(directory, name), bytes(kept))
     return has_removed and newest_kept < step
 
 
 def wait_for_later_name(directory: str) -> None:
     """Readers go by the files' names, which have the second in them: one that continues others is to be the last."""
-    seconds = [os.path.basename(name).partition(f"{_MARK}.")[2].partition(".")[0] for name in sizes(directory)]
+    seconds = [
+        os.path.basename(name).partition(f"{_MARK}.")[2].partition(".")[0] for name in event_file_sizes(directory)
+    ]
     newest_s = max((int(text) for text in seconds if text.isdecimal()), default=0)
     if (left_s := newest_s + 1 - time.time()) <= 1.0:
         time.sleep(max(0.0, left_s))
@@ -205,15 +207,15 @@ class TensorBoardLogger(FileLogger):
     def position(self) -> Any:
         if not self.has_log_dir:
             return None
-        return {"log_dir": self.log_dir, "num_bytes": sizes(self.log_dir)}
+        return {"log_dir": self.log_dir, "num_bytes": event_file_sizes(self.log_dir)}
 
     def resume(self, step: int, position: Any) -> None:
         self._close()
-        if not self.has_log_dir or not (sizes := sizes(self.log_dir)):
+        if not self.has_log_dir or not (sizes := event_file_sizes(self.log_dir)):
             return
         self._is_continued = True
         sure = position["num_bytes"] if self._is_own(position) else None
-        is_all_before = remove_past(self.log_dir, list(sizes), step=step, sure=sure)
+        is_all_before = remove_points_after(self.log_dir, list(sizes), step=step, sure=sure)
         self._purge_step = step if is_all_before else None
 
     def finalize(self, status: str) -> None:
@@ -250,7 +252,7 @@ class TensorBoardLogger(FileLogger):
         # SummaryWriter.add_hparams would open a second event file, and a running TensorBoard reads on in the newest
         # file of a directory only: everything that the first one gets afterwards would stay unseen.
         file_writer: Any = self.experiment.file_writer
-        shown = {name: _shown(value) for name, value in flattened(plain(self._hparams))}
+        shown = {name: _shown(value) for name, value in flatten(plain(self._hparams))}
         for summary in hparams(shown, self._prefixed(metrics)):
             file_writer.add_summary(summary)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from raylit.errors import ConfigError
 from raylit.profilers.base import Profiler
-from raylit.text_table import drawn, fitting_widths
+from raylit.text_table import draw_table, fitting_widths
 
 _Row = tuple[tuple[str, int, str], tuple[int, int, float, float, Any]]
 """pstats' form: (file, line, function) and (primitive calls, calls, own seconds, cumulative seconds, callers)."""
@@ -98,7 +98,7 @@ class AdvancedProfiler(Profiler):
         ]
         more = f" ({len(shown)} of {len(found)} functions)" if len(shown) < len(found) else ""
         widths = fitting_widths(header, rows)
-        return "\n".join([f"{name}{more}", *drawn(header, rows, widths, align="rrrl")])
+        return "\n".join([f"{name}{more}", *draw_table(header, rows, widths, align="rrrl")])
 
 
 def _stats_of(profile: cProfile.Profile) -> dict[Any, Any]:

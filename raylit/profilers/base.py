@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from raylit.profilers.stopwatch import Stopwatch
 from raylit.protocol.messages import Action, Profile
 from raylit.storage import check_stays_below
-from raylit.text_table import drawn, fitting_widths, printable
+from raylit.text_table import draw_table, fitting_widths, printable
 
 _GAP = "   "
 
 
-def drawn_profiles(stage: str, profiles: Sequence[Profile], *, is_extended: bool = True) -> str:
+def draw_profiles(stage: str, profiles: Sequence[Profile], *, is_extended: bool = True) -> str:
     """A table for each profile, beside each other where the terminal has room for that."""
     shown = [profile for profile in profiles if profile.actions]
     if not shown:
@@ -47,7 +47,7 @@ def _block(profile: Profile, order: Sequence[str], *, is_extended: bool) -> list
     rows = [_row(action, profile.elapsed_s, is_extended=is_extended) for action in [*measured, total]]
     rows[-1][2:4] = ["", ""][: len(rows[-1]) - 2]
     memory = ", ".join(f"{_size(size)} {of}" for of, size in profile.peak_memory_bytes)
-    table = drawn(header, rows, fitting_widths(header, rows), align="l" + "r" * (len(header) - 1))
+    table = draw_table(header, rows, fitting_widths(header, rows), align="l" + "r" * (len(header) - 1))
     return [profile.title, *table, *([f"Peak memory: {memory}"] if memory else [])]
 
 
@@ -169,7 +169,7 @@ class Profiler:
     def describe(self, stage: str, profiles: Sequence[Profile], *, log_dir: str) -> None:
         """Show a run's profiles, or write them to the file that was asked for."""
         self.profiles = tuple(profiles)
-        text = "\n\n".join(filter(None, [drawn_profiles(stage, profiles, **self.columns), *map(_titled, profiles)]))
+        text = "\n\n".join(filter(None, [draw_profiles(stage, profiles, **self.columns), *map(_titled, profiles)]))
         stem = f"{self.dirpath or log_dir}/{stage}-{self.filename or 'profile'}"
         files = {
             f"{stem}-rank{profile.rank}{suffix}": content
@@ -193,7 +193,7 @@ class PassThroughProfiler(Profiler):
     """Measures nothing; what `trainer.profiler` is without another."""
 
 
-def timed(profiler: Profiler, name: str, call: Callable[..., _Result]) -> Callable[..., _Result]:
+def time_items(profiler: Profiler, name: str, call: Callable[..., _Result]) -> Callable[..., _Result]:
     """`call`, measured as an action of this name."""
 
     @wraps(call)

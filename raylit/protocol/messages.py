@@ -369,5 +369,5 @@ Report = (
     | Finished
 )
 
-Mail = Report | CommandDone | Failed | Printed
+ActorMessage = Report | CommandDone | Failed | Printed
 """What an actor streams to the driver."""

@@ -1,4 +1,4 @@
-"""Settings of the driver's process that the workers take over: torch's switches, threads, warnings, logging, the environment."""
+"""Settings of the driver's process that the workers take over: torch's switches, warnings, logging, environment."""
 
 import contextlib
 import gc

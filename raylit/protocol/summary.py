@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from raylit.text_table import drawn, fitting_widths
+from raylit.text_table import draw_table, fitting_widths
 
 Size = list[Any] | str
 """A tensor's shape, or nested lists of them; "?" for what has none."""
@@ -63,14 +63,14 @@ class Summary:
             (_in_words(self.num_parameters), "parameters in all"),
             (f"{self.size_bytes / 1e6:,.3f}", "MB of parameters"),
         ]
-        lines = drawn(header, rows, fitting_widths(header, rows)) if rows else []
+        lines = draw_table(header, rows, fitting_widths(header, rows)) if rows else []
         lines += [f"{number:<10} {what}" for number, what in totals]
         if self.has_lazy_parameters:
             lines.append("Lazy parameters, whose shape the first batch gives, are not counted")
         return "\n".join(lines)
 
 
-def summarized(module: nn.Module, *, max_depth: int = 1) -> Summary:
+def summarize(module: nn.Module, *, max_depth: int = 1) -> Summary:
     """`max_depth`: how deep below the module layers are listed; 0 only counts, -1 lists all of them.
 
     Where the module has an `example_input_array`, it is run once in eval mode for the layers' sizes.
@@ -148,20 +148,20 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _call(module: nn.Module, example: Any) -> Any:
     """A tuple holds positional arguments, a dict keywords."""
     like = next(module.parameters(), None)
-    example = example if like is None else to_the_weights(example, like)
+    example = example if like is None else trace_to_parameters(example, like)
     if isinstance(example, (tuple, list)):
         return module(*example)
     return module(**example) if isinstance(example, dict) else module(example)
 
 
-def to_the_weights(value: Any, like: Tensor) -> Any:
+def trace_to_parameters(value: Any, like: Tensor) -> Any:
     """To the device of the weights and, where both are floating, to their type."""
     if isinstance(value, Tensor):
         is_floating = value.is_floating_point() and like.is_floating_point()
         return value.to(like.device, like.dtype if is_floating else value.dtype)
     if isinstance(value, (tuple, list)):
-        return [to_the_weights(item, like) for item in value]
-    return {key: to_the_weights(item, like) for key, item in value.items()} if isinstance(value, dict) else value
+        return [trace_to_parameters(item, like) for item in value]
+    return {key: trace_to_parameters(item, like) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _size(value: Any) -> Size:

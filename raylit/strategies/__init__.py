@@ -2,7 +2,7 @@
 
 from raylit.config.plan import Plan
 from raylit.config.strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from raylit.strategies.base import PendingGradients, Skipped, Strategy
+from raylit.strategies.base import PendingGradients, Strategy, ZeroLoss
 from raylit.strategies.ddp.strategy import DDP
 from raylit.strategies.single import Single
 
@@ -26,7 +26,7 @@ __all__ = [
     "PendingGradients",
     "Single",
     "SingleDeviceStrategy",
-    "Skipped",
     "Strategy",
+    "ZeroLoss",
     "build_strategy",
 ]

@@ -13,7 +13,7 @@ TrainingStep = Callable[..., Any]
 """(batch, batch_idx, ...) to what the user's training_step returns."""
 
 
-class Skipped(dict[str, Any]):
+class ZeroLoss(dict[str, Any]):
     """What a wrapped step returns where the user's returned None: under `loss` one whose gradients are all zero, so
     that this rank takes its part in the reduction that the others wait for."""
 

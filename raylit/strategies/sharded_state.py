@@ -44,7 +44,7 @@ def placeholders(value: Any, where: str) -> Iterator[tuple[str, Tensor]]:
             yield from placeholders(item, f"{where}.{index}")
 
 
-def filled(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+def fill_placeholders(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
     """The value with `tensors` in the place of placeholders."""
     return _mapped(value, where, lambda tensor, place: tensors[place] if tensor.is_meta else tensor)
 
@@ -71,7 +71,7 @@ def read_anew(value: Any, where: str, *, read: Reader) -> Any:
     """The value with new tensors in the place of placeholders."""
     targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in placeholders(value, where)}
     read(targets)
-    return filled(value, where, targets)
+    return fill_placeholders(value, where, targets)
 
 
 def _mapped(value: Any, where: str, change: Callable[[Tensor, str], Tensor]) -> Any:

@@ -14,13 +14,13 @@ from raylit.callbacks.on_exception_checkpoint import SavesOnException
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.timer import Duration, Timer
-from raylit.checkpoint.filenames import Naming
+from raylit.checkpoint.filenames import FilenamePattern
 from raylit.config.plan import Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.loggers import Logger, TensorBoardLogger
 from raylit.loggers.base import DummyLogger
-from raylit.storage import absolute, joined
+from raylit.storage import absolute, join
 from raylit.worker.process.logger_proxy import LoggerFacts
 
 _Any = TypeVar("_Any")
@@ -95,7 +95,7 @@ def split(callbacks: Sequence[Callback | DriverCallback]) -> tuple[list[Callback
     return [callback for callback in callbacks if isinstance(callback, Callback)], sorted(drivers, key=_turn)
 
 
-def completed(plan: Plan, callbacks: Sequence[Callback | DriverCallback], *, has_loggers: bool) -> Plan:
+def apply_callbacks(plan: Plan, callbacks: Sequence[Callback | DriverCallback], *, has_loggers: bool) -> Plan:
     """The plan with what callbacks say. ConfigError: what one of them needs is not there."""
     for callback in callbacks:
         is_logging = isinstance(callback, (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor))
@@ -119,8 +119,11 @@ def completed(plan: Plan, callbacks: Sequence[Callback | DriverCallback], *, has
 def on_worker_exceptions(callbacks: Sequence[DriverCallback], *, log_dir: str) -> list[Callback]:
     """What is to run on every worker for those in the driver that save when a worker's hook raises."""
     saves = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
-    directory = joined(absolute(log_dir), "checkpoints")
-    return [SavesOnException(Naming.of(one, directory=directory), first_version=one.first_version) for one in saves]
+    directory = join(absolute(log_dir), "checkpoints")
+    return [
+        SavesOnException(FilenamePattern.from_options(one, directory=directory), first_version=one.first_version)
+        for one in saves
+    ]
 
 
 def _turn(callback: DriverCallback) -> int:

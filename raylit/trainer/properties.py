@@ -14,7 +14,7 @@ from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import files, format
-from raylit.config.plan import Asked, Plan
+from raylit.config.plan import Plan, PlanProperties
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.core.weights import write_weights
@@ -37,11 +37,11 @@ def write_last_run(
 ) -> None:
     """The whole run where its `newest` checkpoint is of the same step, and so has what the driver has not: optimizers,
     random states. Else, or with `is_weights_only`, weights and hyper-parameters."""
-    weights = format.of_weights(module.state_dict(), progress, module=module, datamodule=datamodule)
+    weights = format.checkpoint_from_weights(module.state_dict(), progress, module=module, datamodule=datamodule)
     whole = files.read(newest) if newest and not is_weights_only and files.exists(newest) else {}
-    is_of_this_step = "optimizer_states" in whole and format.progress_of(whole) == progress
+    is_of_this_step = "optimizer_states" in whole and format.read_progress(whole) == progress
     if any(isinstance(value, Tensor) and value.is_meta for value in weights["state_dict"].values()):
-        if "optimizer_states" not in whole or format.progress_of(whole).global_step != progress.global_step:
+        if "optimizer_states" not in whole or format.read_progress(whole).global_step != progress.global_step:
             raise CheckpointError(
                 "the model's weights are on the meta device, without numbers, and no checkpoint is of the run's last "
                 "step: leave out FSDPStrategy(gather_weights=False), or use the checkpoints that the run has saved"
@@ -53,7 +53,7 @@ def write_last_run(
         files.write(format.merge([Saved(rank=0, checkpoint=weights, of_rank={})], {}), path)
 
 
-class Outcome(Asked):
+class TrainerProperties(PlanProperties):
     """The Trainer writes these; users and tests read the properties."""
 
     loggers: list[Logger]

@@ -12,11 +12,11 @@ from raylit.checkpoint import files, format
 from raylit.checkpoint.index import newest_first, newest_usable, read_index, written_at
 from raylit.errors import CheckpointError, ConfigError
 from raylit.loggers import Logger
-from raylit.storage import absolute, is_inside, joined, relative
+from raylit.storage import absolute, is_inside, join, relative
 from raylit.worker.job import Job
 
 
-class EarlierRuns:
+class PreviousRuns:
     """Directories of checkpoints, one for each run; those that do not exist count for nothing."""
 
     def __init__(self, directories: Sequence[str], *, root_dir: str) -> None:
@@ -40,7 +40,7 @@ class EarlierRuns:
         """What the newest run holds for its best; empty where it has none."""
         for directory in self._newest_first():
             if name := read_index(directory).best:
-                return joined(directory, name)
+                return join(directory, name)
             for path in newest_first(directory):
                 with suppress(CheckpointError):
                     best = _best_path_in(files.read(path, allow_pickle=allow_pickle, is_whole=False))
@@ -67,13 +67,13 @@ def _best_path_in(checkpoint: dict[str, Any]) -> str:
 AUTO = "auto"
 
 
-class Chosen(NamedTuple):
+class FoundCheckpoint(NamedTuple):
     path: str
     checkpoint: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointChoice:
+class CheckpointFinder:
     """What the words may stand for at one moment."""
 
     saved: ModelCheckpoint | None
@@ -83,7 +83,7 @@ class CheckpointChoice:
 
     def read(
         self, path: str | os.PathLike[str] | None, weights_only: bool | None, *, is_best_default: bool = False
-    ) -> Chosen | None:
+    ) -> FoundCheckpoint | None:
         """The checkpoint of a path, "best" or "last"; of None the best of the last fit where that is the default. The
         parts of a sharded one are left to the workers. ConfigError: the word stands for nothing here."""
         allow_pickle = weights_only is False
@@ -95,9 +95,9 @@ class CheckpointChoice:
             path = self._named(path, allow_pickle)
         if path is None:
             return None
-        return Chosen(os.fspath(path), files.read(path, allow_pickle=allow_pickle, is_whole=False))
+        return FoundCheckpoint(os.fspath(path), files.read(path, allow_pickle=allow_pickle, is_whole=False))
 
-    def newest_run(self, weights_only: bool | None) -> Chosen | None:
+    def newest_run(self, weights_only: bool | None) -> FoundCheckpoint | None:
         """What resume="auto" continues: the newest checkpoint, in the log directory of its run. Says which, or that
         there is none."""
         earlier = self._earlier
@@ -106,24 +106,24 @@ class CheckpointChoice:
             _say(f"no checkpoint of an earlier run is in {earlier.described()}: a new run begins")
             return None
         path, checkpoint = found
-        progress = format.progress_of(checkpoint)
+        progress = format.read_progress(checkpoint)
         _say(f"continues {path}, of epoch {progress.epoch}, step {progress.global_step}")
         root = next((absolute(logger.root_dir) for logger in self.loggers if logger.root_dir is not None), None)
         if root is not None and is_inside(path, root):
             for logger in self.loggers:
                 logger.continue_run(relative(path, root).split("/")[0])
-        return Chosen(path, checkpoint)
+        return FoundCheckpoint(path, checkpoint)
 
     @property
-    def _earlier(self) -> EarlierRuns:
+    def _earlier(self) -> PreviousRuns:
         """Those that saved where this one does: in the directory that was given, else in the first logger's runs."""
         if self.saved is not None and self.saved.dirpath is not None:
-            return EarlierRuns([self.saved.dirpath], root_dir=self.saved.dirpath)
+            return PreviousRuns([self.saved.dirpath], root_dir=self.saved.dirpath)
         logger = next((logger for logger in self.loggers if logger.root_dir is not None), None)
         root_dir, runs = self.root_dir, [self.root_dir]
         if logger is not None:
             root_dir, runs = str(logger.root_dir), logger.run_dirs()
-        return EarlierRuns([joined(absolute(run), "checkpoints") for run in runs], root_dir=absolute(root_dir))
+        return PreviousRuns([join(absolute(run), "checkpoints") for run in runs], root_dir=absolute(root_dir))
 
     def _named(self, name: Any, allow_pickle: bool) -> str:
         path = ""
@@ -138,7 +138,7 @@ class CheckpointChoice:
         return path
 
 
-def taken(job: Job, found: Chosen | None) -> dict[str, Any] | None:
+def use_checkpoint(job: Job, found: FoundCheckpoint | None) -> dict[str, Any] | None:
     """The checkpoint for a job, which knows from now on where it was read."""
     job.ckpt_path = None if found is None else found.path
     return None if found is None else found.checkpoint

@@ -20,11 +20,11 @@ from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
 from raylit.config.plan import BatchLimit, CombinationName, MatmulPrecisionName
 from raylit.config.strategy import StrategyOptions
-from raylit.core.compiled_modules import unwrapped
+from raylit.core.compiled_modules import unwrap
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator
-from raylit.driver.tune_integration.nested_fit import look_around
+from raylit.driver.tune_integration.nested_fit import detect_tune_session
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.profilers import Profiler, chosen_profiler
@@ -39,19 +39,19 @@ from raylit.trainer.arguments import (
     add_arguments,
     from_arguments,
     parse_searches,
-    settled,
+    resolve_aliases,
 )
 from raylit.trainer.default_callbacks import known_to_hooks, on_worker_exceptions
 from raylit.trainer.preflight import check_module, require, require_automatic, require_shardable, require_weights
-from raylit.trainer.properties import Outcome
-from raylit.trainer.resume import AUTO, CheckpointChoice, taken
+from raylit.trainer.properties import TrainerProperties
+from raylit.trainer.resume import AUTO, CheckpointFinder, use_checkpoint
 from raylit.tune.tuner import Tuner
 from raylit.worker.job import Job
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.process import result_sync
 
 
-class Trainer(Outcome):
+class Trainer(TrainerProperties):
     """Trains, validates, tests and predicts on Ray actors, or in this process with `num_workers=0`.
 
     The Trainer stays in the driver; hooks and callbacks on the workers see a light view of the run in its place.
@@ -177,8 +177,8 @@ class Trainer(Outcome):
         the Trainer's `resume`, which may be "auto" too: the newest run's newest sound checkpoint, if there is one.
         `weights_only=False` unpickles whatever objects the checkpoint holds, which can run code: for files you trust.
         """
-        train_dataloaders = settled(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
-        ckpt_path = settled(
+        train_dataloaders = resolve_aliases(train_dataloaders=train_dataloaders, train_dataloader=train_dataloader)
+        ckpt_path = resolve_aliases(
             ckpt_path=ckpt_path, resume=self._resume, resume_from_checkpoint=self._resume_from_checkpoint
         )
         found = None
@@ -187,14 +187,14 @@ class Trainer(Outcome):
             found = self._checkpoints.newest_run(weights_only)
         job = self.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         is_continued = found is not None or ckpt_path not in (None, AUTO)
-        inside = look_around(job, self._driver_callbacks, is_continued=is_continued)
+        inside = detect_tune_session(job, self._driver_callbacks, is_continued=is_continued)
         if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
         path = None if ckpt_path == AUTO else ckpt_path
         if inside.checkpoint is None:
             found = found or self._checkpoints.read(path, weights_only)
-        checkpoint = inside.checkpoint or taken(inside.job, found)
-        seed = None if checkpoint is None else format.seed_of(checkpoint)
+        checkpoint = inside.checkpoint or use_checkpoint(inside.job, found)
+        seed = None if checkpoint is None else format.read_seed(checkpoint)
         with self._coordinated("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
 
@@ -234,7 +234,7 @@ class Trainer(Outcome):
     ) -> list[dict[str, float]]:
         """The metrics of the validation loop, a dict for each loader; exact over the whole data set. `val_dataloaders`
         is Lightning 0.9's name of `dataloaders`."""
-        dataloaders = settled(dataloaders=dataloaders, val_dataloaders=val_dataloaders)
+        dataloaders = resolve_aliases(dataloaders=dataloaders, val_dataloaders=val_dataloaders)
         return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     @shows_user_frames
@@ -251,7 +251,7 @@ class Trainer(Outcome):
     ) -> list[dict[str, float]]:
         """The metrics of the test loop, a dict for each loader. Without a model: the best weights of the last fit, or
         else its last. `test_dataloaders` is Lightning 0.9's name of `dataloaders`."""
-        dataloaders = settled(dataloaders=dataloaders, test_dataloaders=test_dataloaders)
+        dataloaders = resolve_aliases(dataloaders=dataloaders, test_dataloaders=test_dataloaders)
         return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     @shows_user_frames
@@ -268,7 +268,7 @@ class Trainer(Outcome):
         where there are several. None with `return_predictions=False`: nothing is kept, nor sent to the driver."""
         found = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job("predict", model, dataloaders, datamodule)
-        checkpoint = taken(job, found)
+        checkpoint = use_checkpoint(job, found)
         require(job, "predict")
         require_weights(job.module, has_checkpoint=checkpoint is not None)
         with self._coordinated("predict", job) as coordinator:
@@ -298,8 +298,8 @@ class Trainer(Outcome):
     # Helpers, in the order in which they are called
 
     @property
-    def _checkpoints(self) -> CheckpointChoice:
-        return CheckpointChoice(
+    def _checkpoints(self) -> CheckpointFinder:
+        return CheckpointFinder(
             saved=self.checkpoint_callback,
             loggers=self.loggers,
             root_dir=self.default_root_dir,
@@ -307,7 +307,7 @@ class Trainer(Outcome):
 
     def _attach(self, callbacks: Sequence[Callback | DriverCallback]) -> None:
         self._callbacks, self._driver_callbacks = default_callbacks.split(callbacks)
-        self._plan = default_callbacks.completed(self._arguments_plan, callbacks, has_loggers=bool(self.loggers))
+        self._plan = default_callbacks.apply_callbacks(self._arguments_plan, callbacks, has_loggers=bool(self.loggers))
 
     def _job(
         self, stage: Stage, model: LightningModule | None, loaders: Any, datamodule: DataModule | None, val: Any = None
@@ -316,7 +316,7 @@ class Trainer(Outcome):
             model = self._model
         if model is None:
             raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
-        module, compilations = unwrapped(model)
+        module, compilations = unwrap(model)
         check_module(module)
         if isinstance(loaders, DataModule):
             loaders, datamodule = None, loaders
@@ -388,7 +388,7 @@ class Trainer(Outcome):
     ) -> list[dict[str, float]]:
         found = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._job(stage, model, dataloaders, datamodule)
-        checkpoint = taken(job, found)
+        checkpoint = use_checkpoint(job, found)
         require(job, stage)
         require_weights(job.module, has_checkpoint=checkpoint is not None)
         with self._coordinated(stage, job) as coordinator:

@@ -17,8 +17,8 @@ from raylit.loggers.base import DummyLogger
 from raylit.trainer.arguments.checks import check_count
 from raylit.trainer.arguments.searches import Searches, SizeMode
 from raylit.tune.search import trial
-from raylit.tune.search.batch_size import BatchSizes, SizeSearch, Stopwatch, Windows, course_of
-from raylit.tune.search.lr_race import LossProbe, Race, RaceResult
+from raylit.tune.search.batch_size import BatchSizeChoices, BatchSizes, SizeSearch, Stopwatch, search_steps
+from raylit.tune.search.lr_race import LearningRateRace, LossProbe, RaceResult
 from raylit.tune.search.lr_range_test import RangeCurve, RangeMode, RangeTest
 from raylit.tune.search.out_of_memory import MemoryLimit, check_limit
 from raylit.tune.search.runner import build_runner
@@ -140,7 +140,7 @@ class Tuner:
             name = trial.find([attr_name] if attr_name else trial.RATE_NAMES, job, argument="lr_find")
         found: RangeCurve | RaceResult
         if is_race:
-            race = Race(min_lr, max_lr, num_candidates=num_candidates, num_steps=num_training)
+            race = LearningRateRace(min_lr, max_lr, num_candidates=num_candidates, num_steps=num_training)
             found = self._raced(job, race, name=name)
         else:
             probe = RangeTest(
@@ -196,8 +196,8 @@ class Tuner:
         is_speed = mode == "throughput"
         if effective_batch_size is None:
             effective_batch_size = "keep" if is_speed and job.module.automatic_optimization else "any"
-        windows = Windows.of(effective_batch_size, job, plan, size=trial.get(name, job), max_size=max_val)
-        search = SizeSearch(course_of(mode, windows.sizes, first=init_val), num_trials=max_trials, windows=windows)
+        windows = BatchSizeChoices.of(effective_batch_size, job, plan, size=trial.get(name, job), max_size=max_val)
+        search = SizeSearch(search_steps(mode, windows.sizes, first=init_val), num_trials=max_trials, windows=windows)
         callbacks: list[Callback] = [Stopwatch(num_steps=steps_per_trial, least_s=_MEASURED_S if is_speed else 0.0)]
         if memory_limit_bytes is not None:
             callbacks.append(MemoryLimit(memory_limit_bytes))
@@ -228,7 +228,7 @@ class Tuner:
             raise ConfigError(f"{len(sizes)} BatchSizeFinders and {len(rates)} LearningRateFinders: give one of each")
         return next(iter(sizes), None), next(iter(rates), None)
 
-    def _raced(self, job: Job, race: Race, *, name: str | None) -> RaceResult:
+    def _raced(self, job: Job, race: LearningRateRace, *, name: str | None) -> RaceResult:
         limits = self._endless(max_steps=race.rungs[-1])
         self._run(race, job, [LossProbe(race.rungs)], limits=limits, name=name, rungs=race.rungs)
         return RaceResult(race)

@@ -16,17 +16,17 @@ from raylit.config.plan import Plan
 from raylit.core.compiled_modules import compile_again, drop_compiled
 from raylit.core.module import LightningModule
 from raylit.precision import build_precision
-from raylit.profilers.base import timed
+from raylit.profilers.base import time_items
 from raylit.protocol.state import Stage
 from raylit.seed import diverge_random_state
 from raylit.strategies import build_strategy
 from raylit.worker.data.sampling import RandomState
 from raylit.worker.data.transfer import Mover, build_mover
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.distributed.uneven_inputs import UnevenSteps
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.loops.hooks import Hooks, is_overridden
-from raylit.worker.loops.stop_barrier import Brake
+from raylit.worker.loops.stop_barrier import StopBarrier
 from raylit.worker.process.compiling import CompilationWatch, compile_parts
 from raylit.worker.view import TrainerView
 
@@ -45,16 +45,16 @@ class Session:
         plan: Plan,
         context: WorkerContext,
         job: Job,
-        peers: Peers,
+        collectives: Collectives,
         accelerator: Accelerator,
-        brake: Brake,
+        brake: StopBarrier,
     ) -> None:
         self.stage = stage
         self.plan = plan
         self.context = context
         self.job = job
-        self.peers = peers
-        self.brake = brake
+        self.collectives = collectives
+        self.arm_stop = brake
         self.module = job.module
         self.device = accelerator.device()
         self.strategy = build_strategy(plan)
@@ -63,7 +63,7 @@ class Session:
         )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
-        self.uneven = UnevenSteps(peers, module=job.module, view=self.view, device=self.device)
+        self.uneven = UnevenSteps(collectives, module=job.module, view=self.view, device=self.device)
         self.profiler = job.profiler
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)
         self.mover: Mover | None = build_mover(
@@ -92,7 +92,7 @@ class Session:
         for owner in (job.datamodule, self.module):
             if owner is not None and self._is_preparing(owner):
                 self.timed(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
-        self.peers.barrier(timeout_s=_PREPARE_TIMEOUT_S)
+        self.collectives.barrier(timeout_s=_PREPARE_TIMEOUT_S)
         self._take_random_state_of_first_rank()
         self.hooks.set_up(self.stage, job.datamodule)
         with self.strategy.building():
@@ -116,8 +116,10 @@ class Session:
     def _take_random_state_of_first_rank(self) -> None:
         """Only some ranks have prepared the data, and may have drawn random numbers for it. `setup` and what else comes
         before `seed_rank` draws the same on all ranks: they split data sets with it."""
-        if self.peers.world_size > 1:
-            state: RandomState = self.peers.gather_objects(RandomState.take() if self.context.rank == 0 else None)[0]
+        if self.collectives.world_size > 1:
+            state: RandomState = self.collectives.gather_objects(
+                RandomState.take() if self.context.rank == 0 else None
+            )[0]
             state.restore()
 
     def _compile(self) -> None:
@@ -137,7 +139,7 @@ class Session:
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """For a profiler to measure; the call itself without one."""
-        return call if self.profiler is None else timed(self.profiler, name, call)
+        return call if self.profiler is None else time_items(self.profiler, name, call)
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """For a profiler to measure its own step, whoever asks for it."""

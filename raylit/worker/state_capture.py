@@ -13,15 +13,15 @@ from raylit.callbacks.base import Callback
 from raylit.checkpoint import files, format
 from raylit.checkpoint import sharded as directories
 from raylit.checkpoint.host_copy import HostCopy
-from raylit.checkpoint.pending import HeldCheckpoint, HeldPart
+from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.checkpoint.sharded import METADATA, name_of_part
 from raylit.core.hparams import check_weights
 from raylit.core.module import LightningModule
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import Part, Save, Saved
-from raylit.storage import is_url, joined
+from raylit.storage import is_url, join
 from raylit.strategies.sharded_state import Reader
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import WorkerContext
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.train import TrainLoop
@@ -32,7 +32,7 @@ _WRITE_TIMEOUT_S = 3600.0
 """The others wait for rank 0's disk."""
 
 
-class Saving:
+class StateCapture:
     """Takes the state of a fit session and puts it back."""
 
     def __init__(
@@ -44,9 +44,9 @@ class Saving:
         self._loop = loop
         self._host_copy = HostCopy()
         self._part_copy = HostCopy()
-        self.held: HeldCheckpoint | None = None
+        self.held: PendingCheckpoint | None = None
         """The checkpoint that the driver has asked for last, on rank 0."""
-        self.held_part: HeldPart | None = None
+        self.held_part: PendingPart | None = None
         """This rank's part of it, where checkpoints are in parts."""
         self.driver_states: dict[str, Any] = {}
         """Of the driver's callbacks, by key, as the command under way found them: for what hooks write."""
@@ -63,23 +63,23 @@ class Saving:
         own = self._take(is_weights_only=command.is_weights_only)
         is_copying = command.is_copying or session.device.type != "cpu"
         if session.plan.strategy.is_saving_parts:
-            self.held_part = HeldPart(
+            self.held_part = PendingPart(
                 session.strategy.parts(session.module, self._saved_optimizers(command.is_weights_only)),
                 rank=rank,
                 copied=self._part_copy.taken if is_copying else None,
                 on_release=self._part_copy.lend,
             )
         if rank > 0:
-            return Saved(rank=rank, checkpoint={}, of_rank=format.plain(own.of_rank, "the rank's state"))
+            return Saved(rank=rank, checkpoint={}, of_rank=format.to_plain_values(own.of_rank, "the rank's state"))
         checkpoint = format.merge([own], command.driver_part)
         if is_copying:
             checkpoint = self._host_copy.taken(checkpoint)
-        self.held = HeldCheckpoint(checkpoint, on_release=self._host_copy.lend)
+        self.held = PendingCheckpoint(checkpoint, on_release=self._host_copy.lend)
         return Saved(rank=0, checkpoint={}, of_rank={})
 
     def meet(self) -> None:
         """Before `write`, where the user's code calls it."""
-        self._session.peers.meet("trainer.save_checkpoint")
+        self._session.collectives.meet("trainer.save_checkpoint")
 
     def write(self, path: Any, *, is_weights_only: bool) -> None:
         """A checkpoint of this moment, written by rank 0; of sharded state each rank's part by itself. Collective.
@@ -90,20 +90,20 @@ class Saving:
         own = self._take(is_weights_only=is_weights_only)
         # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
         buffer = io.BytesIO()
-        torch.save(format.plain(own.of_rank, "the rank's state"), buffer)
-        ranked = session.peers.gather_objects(buffer.getvalue())
-        held: HeldCheckpoint | None = None
+        torch.save(format.to_plain_values(own.of_rank, "the rank's state"), buffer)
+        ranked = session.collectives.gather_objects(buffer.getvalue())
+        held: PendingCheckpoint | None = None
         if session.context.rank == 0:
             checkpoint = format.merge([own], {} if is_weights_only else self._driver_part)
-            held = HeldCheckpoint(self._on_host(checkpoint), on_release=lambda: None)
+            held = PendingCheckpoint(self._on_host(checkpoint), on_release=lambda: None)
             others = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked[1:]]
             held.complete(others, {})
         if session.plan.strategy.is_saving_parts:
             parts = session.strategy.parts(session.module, self._saved_optimizers(is_weights_only))
-            write_in_parts(path, held, parts, context=session.context, peers=session.peers)
+            write_in_parts(path, held, parts, context=session.context, collectives=session.collectives)
         elif held is not None:
             held.write(path)
-        session.peers.barrier(timeout_s=_WRITE_TIMEOUT_S)
+        session.collectives.barrier(timeout_s=_WRITE_TIMEOUT_S)
 
     def write_alone(self, path: Any) -> None:
         """The same by this rank alone, without what only the others have. CheckpointError: it has a part only."""
@@ -122,7 +122,7 @@ class Saving:
         """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
         if not session.strategy.is_sharding and self._is_looked_into():
-            checkpoint = directories.whole(checkpoint)
+            checkpoint = directories.read_whole(checkpoint)
         session.module.on_load_checkpoint(checkpoint)
         read = self._reader(checkpoint)
         check_weights(session.module, checkpoint["state_dict"], source=self._source)
@@ -140,7 +140,7 @@ class Saving:
             if callback.state_key in checkpoint.get("callbacks", {}):
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
         self._apply_optimizers(checkpoint, read)
-        if session.precision.scaler is not None and (scale := format.scaler_of(checkpoint)) is not None:
+        if session.precision.scaler is not None and (scale := format.read_scaler_state(checkpoint)) is not None:
             session.precision.scaler.load_state_dict(scale)
         self._apply_position(checkpoint)
 
@@ -179,7 +179,7 @@ class Saving:
                     f"consolidate {directory} FILE"
                 )
             directories.check(checkpoint, directory, share=(context.rank, context.world_size))
-        return directories.reader(checkpoint)
+        return directories.open_reader(checkpoint)
 
     def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """In memory of its own, as another copy may be on its way to a file."""
@@ -197,7 +197,7 @@ class Saving:
         module, view, datamodule = session.module, session.view, session.job.datamodule
         strategy = session.strategy
         weights = strategy.handed_over(module.state_dict())
-        checkpoint = format.of_weights(weights, view.progress, module=module, datamodule=datamodule)
+        checkpoint = format.checkpoint_from_weights(weights, view.progress, module=module, datamodule=datamodule)
         if not is_weights_only:
             checkpoint["optimizer_states"] = [
                 strategy.handed_over(optimizer.state_dict()) for optimizer in self._optimizers
@@ -248,9 +248,9 @@ class Saving:
 
     def _apply_position(self, checkpoint: dict[str, Any]) -> None:
         session = self._session
-        progress = format.progress_of(checkpoint)
+        progress = format.read_progress(checkpoint)
         session.view.move_to(progress)
-        ranks = format.ranks_of(checkpoint)
+        ranks = format.read_rank_states(checkpoint)
         if not ranks or self._loop is None:
             return
         if len(ranks) != session.context.world_size:
@@ -266,7 +266,12 @@ class Saving:
 
 
 def write_in_parts(
-    path: Any, held: HeldCheckpoint | None, tensors: Mapping[str, Tensor], *, context: WorkerContext, peers: Peers
+    path: Any,
+    held: PendingCheckpoint | None,
+    tensors: Mapping[str, Tensor],
+    *,
+    context: WorkerContext,
+    collectives: Collectives,
 ) -> None:
     """Rank 0 makes a directory at the path or URL, which has all else in `held`; each rank writes its `tensors` there.
 
@@ -279,24 +284,24 @@ def write_in_parts(
         except CheckpointError as raised:
             error = str(raised)
     try:
-        [(place, error), *_] = peers.gather_objects(("" if draft is None else draft.place, error))
+        [(place, error), *_] = collectives.gather_objects(("" if draft is None else draft.place, error))
         written = Part(rank=context.rank, num_bytes=0, crc=0, chunks=())
         if not error:
             try:
                 written = _written(place, tensors, context=context)
             except CheckpointError as raised:
                 error = str(raised)
-        ranked = peers.gather_objects((written, error))
+        ranked = collectives.gather_objects((written, error))
         errors = [one for _, one in ranked if one]
         if held is not None and draft is not None and not errors:
             try:
                 metadata = held.add_parts([part for part, _ in ranked], subdirectory=draft.subdirectory)
-                files.write_bytes(metadata, joined(draft.place, METADATA))
+                files.write_bytes(metadata, join(draft.place, METADATA))
                 held.write(draft.index)
                 draft.publish()
             except CheckpointError as raised:
                 errors = [str(raised)]
-        [errors, *_] = peers.gather_objects(errors)
+        [errors, *_] = collectives.gather_objects(errors)
     finally:
         if draft is not None:
             draft.discard()
@@ -313,6 +318,6 @@ def _written(place: str, tensors: Mapping[str, Tensor], *, context: WorkerContex
             f"worker {context.rank} on {context.host} cannot see {place}, which rank 0 has made: what a hook saves in "
             "parts has to go to a file system that all hosts share, or to a URL; ModelCheckpoint needs neither"
         )
-    part = HeldPart(tensors, rank=context.rank)
-    part.write(joined(place, name_of_part(context.rank)))
+    part = PendingPart(tensors, rank=context.rank)
+    part.write(join(place, name_of_part(context.rank)))
     return part.described()

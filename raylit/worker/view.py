@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.config.plan import Asked, Plan
+from raylit.config.plan import Plan, PlanProperties
 from raylit.errors import ConfigError
 from raylit.profilers import PassThroughProfiler
 from raylit.protocol.messages import Metrics
 from raylit.protocol.state import Progress, Stage, TrainerState
-from raylit.worker.distributed.collectives import gathered
+from raylit.worker.distributed.collectives import all_gather_nested
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.metrics.buffer import MetricBuffer
 
@@ -22,7 +22,7 @@ _IN_THE_DRIVER = (
 )
 
 
-class TrainerView(Asked):
+class TrainerView(PlanProperties):
     """Where the run stands, as this worker knows it. Setting `should_stop` asks for the end of training."""
 
     def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, stage: Stage) -> None:
@@ -150,7 +150,9 @@ class TrainerView(Asked):
             return data
         # Batches of training have one size, but at the end of an epoch, so that nothing needs to be asked about them.
         is_even = self.metrics is not None and self.metrics.is_training_batch and not self.is_uneven
-        return gathered(data, group=group, with_gradients=sync_grads, device=self._job.module.device, is_even=is_even)
+        return all_gather_nested(
+            data, group=group, with_gradients=sync_grads, device=self._job.module.device, is_even=is_even
+        )
 
     def save_checkpoint(self, filepath: Any, weights_only: bool = False) -> None:
         """Write the run as it stands now to a path that rank 0's host has. Collective: every rank calls it.

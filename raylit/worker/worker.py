@@ -12,7 +12,7 @@ import torch
 
 from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
-from raylit.checkpoint.pending import HeldCheckpoint, HeldPart
+from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.compat.torch_optim import without_compiler
 from raylit.config.plan import Plan
 from raylit.core.module import LightningModule
@@ -39,25 +39,25 @@ from raylit.protocol.messages import (
     Weights,
 )
 from raylit.protocol.process_settings import set_matmul_precision
-from raylit.protocol.summary import Summary, summarized
+from raylit.protocol.summary import Summary, summarize
 from raylit.worker.data.agreement import Description, check_first_batches, check_ranks_agree
 from raylit.worker.data.batches import TrainSource
-from raylit.worker.data.combined import SameEpoch, build_train_source, unshuffled
+from raylit.worker.data.combined import SameEpoch, build_train_source, remove_shuffling
 from raylit.worker.data.sampling import IsolatedRandom, explain_dead_process
 from raylit.worker.data.sources import has_loader, is_from_hook, loader_of
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.loops.evaluate import EvalLoop, PredictLoop
 from raylit.worker.loops.hooks import is_overridden
-from raylit.worker.loops.stop_barrier import Brake
+from raylit.worker.loops.stop_barrier import StopBarrier
 from raylit.worker.loops.train import NO_SHARE_OF_LAST_BATCH, TrainLoop, batches_of_epoch
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization import build_optimization, configured
+from raylit.worker.optimization import build_optimization, read_configured_optimizers
 from raylit.worker.process import result_sync
 from raylit.worker.process.logger_proxy import logger_views
-from raylit.worker.process.profiling import Recording
+from raylit.worker.process.profiling import RankProfiler
 from raylit.worker.session import Session
-from raylit.worker.state_capture import Saving
+from raylit.worker.state_capture import StateCapture
 
 
 class Worker:
@@ -70,7 +70,7 @@ class Worker:
         context: WorkerContext,
         job: Job,
         is_in_driver: bool,
-        brake: Brake,
+        brake: StopBarrier,
         forward: Callable[[LogCall], None] | None = None,
     ) -> None:
         """`forward`: sends what hooks log to the driver, at any time; None in the driver itself."""
@@ -80,14 +80,14 @@ class Worker:
         self._context = context
         self._job = job
         self._is_in_driver = is_in_driver
-        self._peers = Peers(rank=context.rank, world_size=context.world_size)
+        self._collectives = Collectives(rank=context.rank, world_size=context.world_size)
         self._accelerator = build_accelerator(plan.workers.accelerator)
         self._session: Session | None = None
         self._train_loop: TrainLoop | None = None
         self._validation_loop: EvalLoop | None = None
         """During a fit."""
-        self._saving: Saving | None = None
-        self._recording: Recording | None = None
+        self._saving: StateCapture | None = None
+        self._recording: RankProfiler | None = None
         """What a profiler is told, if there is one."""
         self._has_new_weights = False
         """By training, or from a checkpoint: the driver's module is to have them too."""
@@ -101,13 +101,13 @@ class Worker:
         }
 
     @property
-    def held(self) -> HeldCheckpoint:
+    def held(self) -> PendingCheckpoint:
         """What the last Save has left to be written."""
         assert self._saving is not None and self._saving.held is not None
         return self._saving.held
 
     @property
-    def held_part(self) -> HeldPart:
+    def held_part(self) -> PendingPart:
         """This rank's, where checkpoints are in parts."""
         assert self._saving is not None and self._saving.held_part is not None
         return self._saving.held_part
@@ -134,7 +134,7 @@ class Worker:
 
     def _profiled(self, command: Command, profiler: Profiler) -> Iterator[Report]:
         if isinstance(command, Start):
-            self._recording = Recording(
+            self._recording = RankProfiler(
                 profiler,
                 stage=command.stage,
                 context=self._context,
@@ -145,7 +145,7 @@ class Worker:
         reports = self._recording.over(command, self._handlers[type(command)](command))
         if isinstance(command, Finish):
             reports = iter([*reports])
-            if (profile := self._recording.taken(self._peers)) is not None:
+            if (profile := self._recording.taken(self._collectives)) is not None:
                 yield profile
             self._recording.close()
         yield from reports
@@ -160,7 +160,7 @@ class Worker:
             plan=self._plan,
             context=self._context,
             job=self._job,
-            peers=self._peers,
+            collectives=self._collectives,
             accelerator=self._accelerator,
             brake=self._brake,
         )
@@ -177,9 +177,9 @@ class Worker:
             yield from self._start_fit(session, command, train_source)
             return
         loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
-        check_ranks_agree(self._peers, {loop.data_name: loop.descriptions})
+        check_ranks_agree(self._collectives, {loop.data_name: loop.descriptions})
         self._handlers[Predict if isinstance(loop, PredictLoop) else Evaluate] = loop.run
-        self._saving = session.view.saving = Saving(session, optimizers=[], schedules=[], loop=None)
+        self._saving = session.view.saving = StateCapture(session, optimizers=[], schedules=[], loop=None)
         if command.checkpoint is not None:
             self._saving.apply(command.checkpoint, is_resuming=False)
         session.seed_rank()
@@ -187,13 +187,13 @@ class Worker:
 
     def _start_fit(self, session: Session, command: Start, train_source: Callable[[], TrainSource]) -> Iterator[Report]:
         with without_compiler():
-            optimizers = configured(session.module)
+            optimizers = read_configured_optimizers(session.module)
         session.strategy.check_optimizers(optimizers.optimizers)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
         session.view.lr_scheduler_configs = optimizers.schedules
         data = train_source()
-        metrics = MetricBuffer(session.peers)
+        metrics = MetricBuffer(session.collectives)
         loop = self._train_loop = TrainLoop(
             session,
             data=data,
@@ -214,7 +214,7 @@ class Worker:
         session.seed_rank()
         session.view.fit_loop = loop
         session.view.count_training_batches = lambda: loop.num_batches
-        self._saving = session.view.saving = Saving(
+        self._saving = session.view.saving = StateCapture(
             session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop
         )
         if command.checkpoint is not None:
@@ -236,7 +236,7 @@ class Worker:
         if depth is None or (self._context.rank > 0 and not session.strategy.is_evaluation_collective):
             return None
         with session.strategy.evaluating(is_inference_mode=False):
-            return summarized(session.module, max_depth=depth)
+            return summarize(session.module, max_depth=depth)
 
     def _reload(self, command: Reload) -> Iterator[Report]:
         session, loop, validation = self._session, self._train_loop, self._validation_loop
@@ -246,7 +246,9 @@ class Worker:
         view.move_to(view.progress.at_next_batch())
         source: TrainSource | None = None
         # Where a hook draws random numbers, to split a data set, all ranks are to draw the same.
-        with nullcontext() if self._peers.world_size == 1 else IsolatedRandom(self._plan.seed + view.current_epoch):
+        with (
+            nullcontext() if self._collectives.world_size == 1 else IsolatedRandom(self._plan.seed + view.current_epoch)
+        ):
             if is_from_hook(self._job, "train"):
                 source = self._train_source(session)
                 loop.load(source)
@@ -264,7 +266,7 @@ class Worker:
             described["training"] = source.descriptions
         if self._validation_loop is not None:
             described[self._validation_loop.data_name] = self._validation_loop.descriptions
-        check_ranks_agree(self._peers, described)
+        check_ranks_agree(self._collectives, described)
 
     @property
     def _num_val_batches(self) -> tuple[float, ...]:
@@ -275,7 +277,7 @@ class Worker:
         if loader is None:
             raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
         is_overfitting = self._plan.limits.overfit_batches > 0
-        session.view.train_dataloader = loader = unshuffled(loader) if is_overfitting else loader
+        session.view.train_dataloader = loader = remove_shuffling(loader) if is_overfitting else loader
         source = build_train_source(
             loader,
             combination=self._plan.combination,
@@ -283,8 +285,8 @@ class Worker:
             world_size=self._context.world_size,
             seed=self._plan.seed,
             shard=self._plan.use_distributed_sampler,
-            agree=self._peers.gather_counts,
-            compare=partial(check_first_batches, self._peers, name="training"),
+            agree=self._collectives.gather_counts,
+            compare=partial(check_first_batches, self._collectives, name="training"),
             is_syncing_batchnorm=self._plan.is_syncing_batchnorm,
         )
         return SameEpoch(source) if is_overfitting else source

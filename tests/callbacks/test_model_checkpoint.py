@@ -17,7 +17,7 @@ import torch
 
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import files, index
-from raylit.checkpoint.format import plain
+from raylit.checkpoint.format import to_plain_values
 from raylit.config.plan import Plan, Validation
 from raylit.errors import CheckpointError, ConfigError
 from raylit.protocol.state import Progress, RunState
@@ -54,7 +54,7 @@ class RecordedRun:
             "state_dict": {},
             "global_step": self.state.progress.global_step,
             "is_weights_only": is_weights_only,
-            "callbacks": plain({self.callback.state_key: self.callback.state_dict()}, "callbacks"),
+            "callbacks": to_plain_values({self.callback.state_key: self.callback.state_dict()}, "callbacks"),
         }
         files.write(checkpoint, path)
         self.saved.append(os.path.basename(path))

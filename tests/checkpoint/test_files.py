@@ -121,7 +121,7 @@ def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path: Path) -> None:
     precious.write_text("precious")
 
     def write() -> None:
-        with files.drafted(tmp_path / "one.ckpt") as draft:
+        with files.draft_file(tmp_path / "one.ckpt") as draft:
             draft.unlink()
             draft.symlink_to(precious)
             files.fill(lambda file: files.save({"state_dict": {"x": torch.ones(3)}}, file), draft)

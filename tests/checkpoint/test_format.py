@@ -71,7 +71,7 @@ def stored(value: Any) -> Any:
     ids=repr,
 )
 def test_plain_values_come_back_equal_and_of_their_type(value: Any) -> None:
-    back = stored(format.plain(value, "value"))
+    back = stored(format.to_plain_values(value, "value"))
     assert back == value
     assert type(back) is type(value)
 
@@ -91,7 +91,7 @@ def test_plain_values_come_back_equal_and_of_their_type(value: Any) -> None:
     ids=repr,
 )
 def test_other_common_values_become_plain_ones(value: Any, expected: Any) -> None:
-    back = stored(format.plain({"x": [value]}, "value"))["x"][0]
+    back = stored(format.to_plain_values({"x": [value]}, "value"))["x"][0]
     assert back == expected
     assert type(back) is type(expected)
 
@@ -108,7 +108,7 @@ def test_other_common_values_become_plain_ones(value: Any, expected: Any) -> Non
     ids=["uint32", "0-d", "reversed", "big-endian", "read-only"],
 )
 def test_arrays_become_tensors_of_the_same_values(array: np.ndarray) -> None:
-    back = stored(format.plain(array, "array"))
+    back = stored(format.to_plain_values(array, "array"))
     assert np.array_equal(back.numpy(), array)
     assert back.numpy().dtype == array.dtype.newbyteorder("=")
 
@@ -132,14 +132,14 @@ def test_arrays_become_tensors_of_the_same_values(array: np.ndarray) -> None:
 )
 def test_what_is_not_plain_is_named_with_its_place_and_type(value: Any, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
-        format.plain({"a": [0, value]}, "state")
+        format.to_plain_values({"a": [0, value]}, "state")
 
 
 def test_tensors_lose_gradient_and_attributes_but_share_their_storage() -> None:
     parameter = nn.Parameter(torch.ones(1000))
     tagged = torch.ones(2)
     tagged.owner = Settings(1)  # type: ignore[attr-defined]
-    value = format.plain({"encoder": parameter, "decoder": parameter, "tagged": tagged}, "state_dict")
+    value = format.to_plain_values({"encoder": parameter, "decoder": parameter, "tagged": tagged}, "state_dict")
     assert value["encoder"].data_ptr() == parameter.data_ptr()
     back = stored(value)
     assert not back["encoder"].requires_grad
@@ -149,7 +149,7 @@ def test_tensors_lose_gradient_and_attributes_but_share_their_storage() -> None:
 
 def test_a_state_dict_keeps_the_versions_of_its_modules() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    back = stored(format.plain(module.state_dict(), "state_dict"))
+    back = stored(format.to_plain_values(module.state_dict(), "state_dict"))
     assert back._metadata == module.state_dict()._metadata  # type: ignore[attr-defined]
     nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).load_state_dict(back)
 
@@ -184,7 +184,7 @@ def test_an_optimizer_continues_from_its_stored_state(make: Any) -> None:
         return weight.detach(), optimizer.state_dict()
 
     half, state = trained(2)
-    resumed, _ = trained(2, stored(format.plain(state, "optimizer_states[0]")), half)
+    resumed, _ = trained(2, stored(format.to_plain_values(state, "optimizer_states[0]")), half)
     whole, _ = trained(4)
     assert torch.equal(resumed, whole)
 
@@ -219,7 +219,7 @@ def test_a_scheduler_continues_from_its_stored_state(make: Any) -> None:
     whole = rates(*fresh(), 6)
     optimizer, scheduler = fresh()
     rates(optimizer, scheduler, 3)
-    states = stored(format.plain([optimizer.state_dict(), scheduler.state_dict()], "states"))
+    states = stored(format.to_plain_values([optimizer.state_dict(), scheduler.state_dict()], "states"))
     resumed_optimizer, resumed = fresh()
     resumed_optimizer.load_state_dict(states[0])
     resumed.load_state_dict(states[1])
@@ -298,7 +298,7 @@ def test_generators_continue_from_their_stored_state() -> None:
     before = format.random_state()
     draws()
     np.random.normal()  # leaves a cached second value
-    state = stored(format.plain(format.random_state(), "random"))
+    state = stored(format.to_plain_values(format.random_state(), "random"))
     expected = draws()
     draws()
     format.set_random_state(state)
@@ -311,7 +311,7 @@ def test_numpys_generator_may_be_another_one() -> None:
     kept = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(1))
     try:
-        state = stored(format.plain(format.random_state(), "random"))
+        state = stored(format.to_plain_values(format.random_state(), "random"))
         expected = np.random.rand()
         np.random.rand()
         format.set_random_state(state)
@@ -345,11 +345,11 @@ def rank_part(rank: int) -> Saved:
 def test_merge_brings_ranks_and_driver_together() -> None:
     saved = [rank_part(2), rank_part(0), rank_part(1)]
     checkpoint = stored(format.merge(saved, {"seed": 7, "callbacks": {"EarlyStopping": {"best": np.float32(0.5)}}}))
-    assert format.ranks_of(checkpoint) == [{"random": {"seed": rank}} for rank in range(3)]
+    assert format.read_rank_states(checkpoint) == [{"random": {"seed": rank}} for rank in range(3)]
     assert checkpoint["callbacks"] == {"Counter": {"count": 3}, "EarlyStopping": {"best": 0.5}}
     assert checkpoint["raylit"]["format"] == format.FORMAT
-    assert format.progress_of(checkpoint) == Progress(epoch=1, batch=4, global_step=20)
-    assert format.seed_of(checkpoint) == 7
+    assert format.read_progress(checkpoint) == Progress(epoch=1, batch=4, global_step=20)
+    assert format.read_seed(checkpoint) == 7
     assert not {"progress", "seed"} & checkpoint.keys()
     assert isinstance(checkpoint["raylit_version"], str)
     assert torch.equal(checkpoint["state_dict"]["weight"], torch.ones(2))
@@ -358,14 +358,14 @@ def test_merge_brings_ranks_and_driver_together() -> None:
 def test_the_drivers_progress_wins() -> None:
     progress = Progress(epoch=1, batch=4, global_step=20, validated_batch=4)
     checkpoint = format.merge([rank_part(0)], {"progress": progress.to_dict()})
-    assert format.progress_of(checkpoint) == progress
+    assert format.read_progress(checkpoint) == progress
 
 
 def test_weights_alone_have_no_callbacks() -> None:
     part = Saved(rank=0, checkpoint={"epoch": 0, "global_step": 5, "state_dict": {}}, of_rank={})
     checkpoint = format.merge([part], {})
     assert "callbacks" not in checkpoint
-    assert format.progress_of(checkpoint).global_step == 5
+    assert format.read_progress(checkpoint).global_step == 5
 
 
 def test_a_state_key_of_both_sides_is_refused() -> None:
@@ -392,7 +392,7 @@ def test_progress_of_lightnings_checkpoints() -> None:
         return {"epoch": epoch, "global_step": 25, "loops": {"fit_loop": loop}}
 
     inside = Progress(epoch=2, batch=5, batch_in_all=25, global_step=25, window=25)
-    assert format.progress_of(lightning(2, 3, 2, 5, is_last=False)) == inside
+    assert format.read_progress(lightning(2, 3, 2, 5, is_last=False)) == inside
     for checkpoint in (
         lightning(2, 3, 2, 10, is_last=True),
         lightning(2, 3, 3, 10, is_last=True),
@@ -400,12 +400,12 @@ def test_progress_of_lightnings_checkpoints() -> None:
         lightning(2, 3, 3, 10, is_last=False),  # max_steps has ended the epoch
         {"epoch": 2, "global_step": 25},
     ):
-        ended = format.progress_of(checkpoint)
+        ended = format.read_progress(checkpoint)
         assert ended.is_epoch_ended
         assert (ended.at_next_batch().epoch, ended.at_next_batch().batch) == (3, 0)
-    assert format.seed_of(lightning(2, 3, 2, 5, is_last=False)) is None
+    assert format.read_seed(lightning(2, 3, 2, 5, is_last=False)) is None
 
 
 def test_fields_that_a_later_raylit_added_to_the_progress_are_passed_over() -> None:
     progress = {**Progress(epoch=3).to_dict(), "later": 1}
-    assert format.progress_of({"raylit": {"progress": progress}}) == Progress(epoch=3)
+    assert format.read_progress({"raylit": {"progress": progress}}) == Progress(epoch=3)

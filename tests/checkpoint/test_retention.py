@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from raylit.checkpoint.filenames import BestFiles
+from raylit.checkpoint.filenames import TopK
 
 
-def offered(best: BestFiles, scores: dict[str, float]) -> list[str]:
+def offered(best: TopK, scores: dict[str, float]) -> list[str]:
     """What went out, in order, when these were offered one after the other."""
     out = []
     for path, score in scores.items():
@@ -22,27 +22,27 @@ def offered(best: BestFiles, scores: dict[str, float]) -> list[str]:
     ("mode", "out", "best", "next_out"), [("min", ["a", "c"], "d", "b"), ("max", ["b", "a"], "e", "c")]
 )
 def test_the_best_two_stay(mode: Any, out: list[str], best: str, next_out: str) -> None:
-    files = BestFiles(count=2, mode=mode)
+    files = TopK(count=2, mode=mode)
     assert offered(files, {"a": 4, "b": 2, "c": 5 if mode == "max" else 3, "d": 1, "e": 9}) == out
     assert (files.best, files.next_out) == (best, next_out)
 
 
 def test_the_earlier_one_wins_a_tie() -> None:
-    files = BestFiles(count=1, mode="min")
+    files = TopK(count=1, mode="min")
     assert offered(files, {"a": 1, "b": 1}) == []
     assert files.best == "a"
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_nan_has_a_place_only_while_there_is_room(mode: Any) -> None:
-    files = BestFiles(count=1, mode=mode)
+    files = TopK(count=1, mode=mode)
     assert offered(files, {"a": math.nan, "b": math.nan}) == []
     assert files.scores == {"a": math.inf if mode == "min" else -math.inf}
     assert offered(files, {"c": 1e300}) == ["a"]
 
 
 def test_all_stay_or_none() -> None:
-    everything, nothing = BestFiles(count=-1, mode="min"), BestFiles(count=0, mode="min")
+    everything, nothing = TopK(count=-1, mode="min"), TopK(count=0, mode="min")
     scores = {"a": 3.0, "b": 1.0, "c": 2.0}
     assert offered(everything, scores) == offered(nothing, scores) == []
     assert (everything.best, everything.next_out, list(everything.scores)) == ("b", "", ["a", "b", "c"])
@@ -50,7 +50,7 @@ def test_all_stay_or_none() -> None:
 
 
 def test_more_than_there_is_room_for_goes_out_worst_first() -> None:
-    files = BestFiles(count=1, mode="min")
+    files = TopK(count=1, mode="min")
     files.scores = {"a": 1.0, "b": 3.0, "c": 2.0}
     assert not files.admits(1.5)
     assert files.admits(0.5)

@@ -22,14 +22,14 @@ from raylit.checkpoint import files, format, remote
 from raylit.checkpoint import sharded as directory
 from raylit.checkpoint.host_copy import HostCopy
 from raylit.checkpoint.index import newest_first, newest_usable
-from raylit.checkpoint.pending import HeldCheckpoint, HeldPart
+from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.checkpoint.sharded import METADATA
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
-from raylit.storage import entries, file_system, is_url, joined, make_directory, read_text, write_bytes
+from raylit.storage import entries, file_system, is_url, join, make_directory, read_text, write_bytes
 from raylit.strategies.sharded_state import split
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import WorkerContext
 from raylit.worker.state_capture import write_in_parts
 
@@ -57,12 +57,12 @@ def sharded(mesh: DeviceMesh, *, seed: int) -> dict[str, Any]:
 
 def write(path: str, state_dict: dict[str, Any], *, step: int = 1) -> None:
     parts: dict[str, Tensor] = {}
-    checkpoint = format.of_weights(
+    checkpoint = format.checkpoint_from_weights(
         split(state_dict, "state_dict", parts), Progress(global_step=step), module=None, datamodule=None
     )
     saved = Saved(rank=0, checkpoint={**checkpoint, "optimizer_states": []}, of_rank={})
-    held = HeldCheckpoint(format.merge([saved], {}), on_release=lambda: None)
-    write_in_parts(path, held, parts, context=WorkerContext(), peers=Peers(rank=0, world_size=1))
+    held = PendingCheckpoint(format.merge([saved], {}), on_release=lambda: None)
+    write_in_parts(path, held, parts, context=WorkerContext(), collectives=Collectives(rank=0, world_size=1))
 
 
 def assert_holds(path: str, state_dict: dict[str, DTensor]) -> None:
@@ -74,15 +74,13 @@ def assert_holds(path: str, state_dict: dict[str, DTensor]) -> None:
 
 def test_what_is_written_in_parts_is_read_again(mesh: DeviceMesh, place: str) -> None:
     state_dict = sharded(mesh, seed=1)
-    write(joined(place, "one.ckpt"), state_dict)
-    assert_holds(joined(place, "one.ckpt"), state_dict)
-    assert all(
-        tensor.is_meta for tensor in files.read(joined(place, "one.ckpt"), is_whole=False)["state_dict"].values()
-    )
+    write(join(place, "one.ckpt"), state_dict)
+    assert_holds(join(place, "one.ckpt"), state_dict)
+    assert all(tensor.is_meta for tensor in files.read(join(place, "one.ckpt"), is_whole=False)["state_dict"].values())
 
 
 def test_a_directory_takes_the_place_of_another_and_leaves_nothing_of_it(mesh: DeviceMesh, place: str) -> None:
-    path = joined(place, "one.ckpt")
+    path = join(place, "one.ckpt")
     for seed in (1, 2):
         write(path, sharded(mesh, seed=seed))
     assert_holds(path, sharded(mesh, seed=2))
@@ -91,7 +89,7 @@ def test_a_directory_takes_the_place_of_another_and_leaves_nothing_of_it(mesh: D
 
 
 def test_a_second_name_stays_when_the_first_goes(mesh: DeviceMesh, place: str) -> None:
-    first, last = joined(place, "one.ckpt"), joined(place, "last.ckpt")
+    first, last = join(place, "one.ckpt"), join(place, "last.ckpt")
     for seed in (1, 2):
         write(first, sharded(mesh, seed=seed))
         files.duplicate(first, last)
@@ -102,25 +100,25 @@ def test_a_second_name_stays_when_the_first_goes(mesh: DeviceMesh, place: str) -
 
 
 def test_what_is_half_there_is_none(mesh: DeviceMesh, place: str) -> None:
-    write(joined(place, "one.ckpt"), sharded(mesh, seed=1))
-    draft = files.directory_draft(joined(place, "two.ckpt"))
-    again = files.directory_draft(joined(place, "one.ckpt"))
+    write(join(place, "one.ckpt"), sharded(mesh, seed=1))
+    draft = files.directory_draft(join(place, "two.ckpt"))
+    again = files.directory_draft(join(place, "one.ckpt"))
     for one in (draft, again):
-        files.write_bytes(b"half", joined(one.place, "__0_0.distcp"))
-    assert list(newest_first(place)) == [joined(place, "one.ckpt")]
-    assert not files.exists(joined(place, "two.ckpt"))
-    assert_holds(joined(place, "one.ckpt"), sharded(mesh, seed=1))
+        files.write_bytes(b"half", join(one.place, "__0_0.distcp"))
+    assert list(newest_first(place)) == [join(place, "one.ckpt")]
+    assert not files.exists(join(place, "two.ckpt"))
+    assert_holds(join(place, "one.ckpt"), sharded(mesh, seed=1))
     for one in (draft, again):
         one.discard()
-    assert_holds(joined(place, "one.ckpt"), sharded(mesh, seed=1))
+    assert_holds(join(place, "one.ckpt"), sharded(mesh, seed=1))
 
 
 def test_harm_is_named_and_the_one_before_is_used(mesh: DeviceMesh, place: str) -> None:
     for step in (1, 2):
-        write(joined(place, f"step={step}.ckpt"), sharded(mesh, seed=step), step=step)
-    path = joined(place, "step=2.ckpt")
+        write(join(place, f"step={step}.ckpt"), sharded(mesh, seed=step), step=step)
+    path = join(place, "step=2.ckpt")
     [part] = [name for name in directory.checksums_of(files.read(path, is_whole=False)) if name.endswith(".distcp")]
-    store, at = file_system(joined(path, part))
+    store, at = file_system(join(path, part))
     content = bytearray(store.cat_file(at))
     content[len(content) // 2] ^= 1
     store.pipe_file(at, bytes(content))
@@ -145,8 +143,8 @@ def test_a_copied_part_is_the_same_file_and_stays_as_it_was(mesh: DeviceMesh) ->
     tensors = sharded(mesh, seed=1)
     strided = torch.arange(12.0).reshape(3, 4)[:, :2]
     tensors["view"] = DTensor.from_local(strided, mesh, [Shard(0)])
-    by_reference = HeldPart(copy.deepcopy(tensors), rank=0)
-    copied = HeldPart(tensors, rank=0, copied=HostCopy().taken)
+    by_reference = PendingPart(copy.deepcopy(tensors), rank=0)
+    copied = PendingPart(tensors, rank=0, copied=HostCopy().taken)
     for tensor in tensors.values():
         tensor.to_local().zero_()
     pieces = []
@@ -262,13 +260,13 @@ def test_one_file_cannot_say_that_its_parts_are_elsewhere(mesh: DeviceMesh, tmp_
 
 
 def test_a_sharded_checkpoint_takes_no_other_directorys_place(mesh: DeviceMesh, place: str) -> None:
-    file = joined(place, "models", "notes.txt")
-    make_directory(joined(place, "models"))
+    file = join(place, "models", "notes.txt")
+    make_directory(join(place, "models"))
     write_bytes(b"precious", file) if is_url(file) else Path(file).write_bytes(b"precious")
     with pytest.raises(CheckpointError, match=r"models: .* is no checkpoint"):
-        write(joined(place, "models"), sharded(mesh, seed=1))
+        write(join(place, "models"), sharded(mesh, seed=1))
     assert read_text(file) == "precious"
-    assert entries(joined(place, "models")) == ["notes.txt"]
+    assert entries(join(place, "models")) == ["notes.txt"]
 
 
 def test_what_lies_in_a_sharded_checkpoint_at_a_url_but_is_none_of_it_stays(mesh: DeviceMesh) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raylit.profilers.base import drawn_profiles
+from raylit.profilers.base import draw_profiles
 from raylit.protocol.messages import Action, Profile
 
 
@@ -13,7 +13,7 @@ def profile(rank, title, **seconds):
 
 
 def test_rows_are_sorted_by_time_and_add_up():
-    text = drawn_profiles("fit", [profile(0, "Worker", short=1.0, long=3.0)])
+    text = draw_profiles("fit", [profile(0, "Worker", short=1.0, long=3.0)])
     rows = [line.strip("│").replace("│", " ").split() for line in text.splitlines() if line.startswith("│")]
     assert rows == [
         ["long", "3.000", "1,500.000", "2", "75.0%"],
@@ -24,7 +24,7 @@ def test_rows_are_sorted_by_time_and_add_up():
 
 
 def test_without_extended_there_are_totals_and_means():
-    text = drawn_profiles("fit", [profile(0, "Worker", step=1.0)], is_extended=False)
+    text = draw_profiles("fit", [profile(0, "Worker", step=1.0)], is_extended=False)
     rows = [line.strip("│").replace("│", " ").split() for line in text.splitlines() if line.startswith("│")]
     assert rows == [["step", "1.000", "500.000"], ["total", "1.000"]]
 
@@ -33,7 +33,7 @@ def test_without_extended_there_are_totals_and_means():
 def test_ranks_stand_abreast_where_there_is_room(columns, is_abreast, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     profiles = [profile(3, "Slowest rank: 3", a=1.0, b=3.0), profile(1, "Fastest rank: 1", a=2.0, c=1.0)]
-    lines = drawn_profiles("fit", profiles).splitlines()
+    lines = draw_profiles("fit", profiles).splitlines()
     assert all(len(line) <= int(columns) for line in lines)
     assert any("Slowest rank: 3" in line and "Fastest rank: 1" in line for line in lines) is is_abreast
     assert sum("total" in line for line in lines) == (1 if is_abreast else 2)
@@ -42,10 +42,10 @@ def test_ranks_stand_abreast_where_there_is_room(columns, is_abreast, monkeypatc
 def test_ranks_have_the_same_rows_in_the_same_order(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     profiles = [profile(3, "Slowest rank: 3", a=1.0, b=3.0), profile(1, "Fastest rank: 1", a=2.0, c=1.0)]
-    lines = drawn_profiles("fit", profiles).splitlines()
+    lines = draw_profiles("fit", profiles).splitlines()
     names = [line.strip("│").split()[0] for line in lines if line.startswith("│")]
     assert names == ["b", "a", "c", "total"] * 2
 
 
 def test_nothing_measured_draws_nothing():
-    assert drawn_profiles("fit", [Profile(title="Worker", rank=0, elapsed_s=1.0, actions=())]) == ""
+    assert draw_profiles("fit", [Profile(title="Worker", rank=0, elapsed_s=1.0, actions=())]) == ""

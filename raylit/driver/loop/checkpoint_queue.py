@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.checkpoint import format
 from raylit.checkpoint.pending import Publication
-from raylit.driver.loop.log_writer import Flushed, LogWriter
+from raylit.driver.loop.log_writer import FlushResult, LogWriter
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import Report, Save, Saved
 
@@ -23,7 +23,7 @@ _WAKE_S = 0.2
 _NEVER_BETTER = (NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-class Holder(Protocol):
+class CheckpointHolder(Protocol):
     """Of a checkpoint that waits to be written. Called in a thread of its own."""
 
     def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
@@ -40,17 +40,19 @@ class Holder(Protocol):
         ...
 
 
-class LoggedBefore:
+class FlushLogsFirst:
     """A Holder whose checkpoint is written once the loggers have saved what came before it; it then says where they
     stood. A logger that takes too long is not waited for."""
 
-    def __init__(self, holder: Holder, flushed: Flushed) -> None:
+    def __init__(self, holder: CheckpointHolder, flushed: FlushResult) -> None:
         self._holder = holder
         self._flushed = flushed
 
     def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         positions = self._flushed.wait(_FLUSH_TIMEOUT_S)
-        self._holder.complete(others, {**callbacks, format.LOGS: format.plain(positions, "positions of the loggers")})
+        self._holder.complete(
+            others, {**callbacks, format.LOGS: format.to_plain_values(positions, "positions of the loggers")}
+        )
 
     def write(self, path: str) -> None:
         self._holder.write(path)
@@ -64,7 +66,7 @@ class HolderLost(CheckpointError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
+class SaveRequest:
     """What has been asked for."""
 
     path: str
@@ -85,7 +87,7 @@ class Order:
         return (self.path,) if self.then is None else (self.path, self.then.last)
 
 
-class Saves:
+class CheckpointQueue:
     """All methods are for the coordinator's own thread. What is held in the workers is written in another one: for
     everybody who asks at the same moment, and before the workers may go on to the next save."""
 
@@ -98,7 +100,7 @@ class Saves:
         self._newest = ""
         self._last_error: CheckpointError | None = None
 
-    def start(self, order: Order, holder: Holder, reports: Iterable[Report]) -> None:
+    def start(self, order: SaveRequest, holder: CheckpointHolder, reports: Iterable[Report]) -> None:
         """Begin to write what the reports' ranks have saved; the one before it has been waited for."""
         assert self._thread is None
         saved = sorted((it for it in reports if isinstance(it, Saved) and it.rank > 0), key=lambda it: it.rank)
@@ -107,7 +109,7 @@ class Saves:
         self._is_of_now = True
         self._thread.start()
 
-    def is_joined_by(self, order: Order) -> bool:
+    def is_joined_by(self, order: SaveRequest) -> bool:
         """It is written, too, from what is held for one before it: the workers stand where they stood."""
         thread = self._thread
         is_same = self._is_of_now and thread is not None and thread.is_weights_only == order.is_weights_only
@@ -174,11 +176,11 @@ class Saves:
 
 
 class _SaveThread(threading.Thread):
-    def __init__(self, order: Order, holder: Holder, others: list[dict[str, Any]]) -> None:
+    def __init__(self, order: SaveRequest, holder: CheckpointHolder, others: list[dict[str, Any]]) -> None:
         super().__init__(name="raylit-save", daemon=True)
         self.is_weights_only = order.is_weights_only
         self.orders = [order]
-        self.ended: deque[tuple[Order, BaseException | None]] = deque()
+        self.ended: deque[tuple[SaveRequest, BaseException | None]] = deque()
         """With what has gone wrong; whoever tells of them takes them out."""
         self._num_ended = 0
         self._holder = holder
@@ -186,7 +188,7 @@ class _SaveThread(threading.Thread):
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def is_taking(self, order: Order) -> bool:
+    def is_taking(self, order: SaveRequest) -> bool:
         """False: it has let go of what it has written the others from."""
         with self._lock:
             if not self._is_closed:
@@ -201,29 +203,29 @@ class _SaveThread(threading.Thread):
         finally:
             self._holder.release()
 
-    def _next(self) -> Order | None:
+    def _next(self) -> SaveRequest | None:
         with self._lock:
             self._is_closed = self._num_ended == len(self.orders)
             return None if self._is_closed else self.orders[self._num_ended]
 
-    def _carried_out(self, order: Order) -> BaseException | None:
-        steps: list[Callable[[Order], None]] = [self._write, self._publish]
+    def _carried_out(self, order: SaveRequest) -> BaseException | None:
+        steps: list[Callable[[SaveRequest], None]] = [self._write, self._publish]
         for pause_s in (*_RETRY_AFTER_S, None):
             if (error := _error_of(steps, order)) is None or pause_s is None or not _may_get_better(error):
                 break
             time.sleep(pause_s)
         return error
 
-    def _write(self, order: Order) -> None:
+    def _write(self, order: SaveRequest) -> None:
         self._holder.complete(self._others, order.callbacks)
         self._holder.write(order.path)
 
-    def _publish(self, order: Order) -> None:
+    def _publish(self, order: SaveRequest) -> None:
         if order.then is not None:
             order.then.carry_out()
 
 
-def _error_of(steps: list[Callable[[Order], None]], order: Order) -> BaseException | None:
+def _error_of(steps: list[Callable[[SaveRequest], None]], order: SaveRequest) -> BaseException | None:
     """Take the steps that are left. The error is told, or raised, where the run sees it."""
     try:
         while steps:

@@ -14,11 +14,11 @@ from raylit.checkpoint.pending import Publication
 from raylit.checkpoint.remote import StoreUnreachable
 from raylit.config.plan import Plan
 from raylit.driver.loop import predictions
-from raylit.driver.loop.checkpoint_queue import LoggedBefore, Order, Saves
-from raylit.driver.loop.driver_profiler import Costs
+from raylit.driver.loop.checkpoint_queue import CheckpointQueue, FlushLogsFirst, SaveRequest
+from raylit.driver.loop.driver_profiler import DriverProfiler
 from raylit.driver.loop.log_writer import LogWriter
 from raylit.driver.loop.schedule import Schedule
-from raylit.driver.loop.signals import Interrupts
+from raylit.driver.loop.signals import SignalHandler
 from raylit.driver.loop.worker_group import WorkerGroup, build_group
 from raylit.errors import CheckpointError, RaylitError, WorkerDied
 from raylit.loggers.base import Logger
@@ -81,7 +81,7 @@ class CallbackStates:
         if not isinstance(command, HookedCommand):
             return command
         try:
-            states = pickle.dumps(format.plain(self.taken(), "a driver callback's state"))
+            states = pickle.dumps(format.to_plain_values(self.taken(), "a driver callback's state"))
         except CheckpointError:  # only who saves needs to be told, and the driver's own saves do
             return command
         if states == self._told:
@@ -103,7 +103,7 @@ class Coordinator:
         stage: Stage,
     ) -> None:
         self.plan = plan
-        self._costs = None if job.profiler is None else Costs()
+        self._costs = None if job.profiler is None else DriverProfiler()
         self.loggers = list(loggers)
         log_writer = LogWriter(self.loggers, is_direct=plan.workers.num_workers == 0)
         self._log_writer = log_writer if self._costs is None else self._costs.of(log_writer, name="loggers")
@@ -115,15 +115,15 @@ class Coordinator:
         self._states = CallbackStates(callbacks if stage == "fit" else ())
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
-        self._interrupts = Interrupts(on_first=self._brake)
+        self._interrupts = SignalHandler(on_first=self._brake)
         self._is_training = False
         """The workers carry out a Train command."""
         self._written: list[Written] = []
-        self._saves = Saves(self, self._log_writer)
+        self._saves = CheckpointQueue(self, self._log_writer)
         self.is_saving_to = self._saves.is_making
         self._notified: DriverCallback | None = None
         """The callback in one of whose hooks we are."""
-        self._returned = result_sync.Returned(job.module)
+        self._returned = result_sync.GatheredWeights(job.module)
         """The weights, at the end, from workers that each have a part."""
         self._profiles: list[Profile] = []
         self.finished: Finished | None = None
@@ -163,7 +163,7 @@ class Coordinator:
             self._interrupts.check()
             self._notify("on_evaluation_end", "predict")
             self._finish()
-            return predictions.in_order(parts)
+            return predictions.restore_sample_order(parts)
 
     # What a driver callback may ask for
 
@@ -175,21 +175,21 @@ class Coordinator:
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
         assert self._group is not None
         self.finish_saves(is_earlier_only=True)
-        states = format.plain({} if is_weights_only else self._states.taken(), "callbacks")
-        order = Order(path=path, by=self._notified, then=then, is_weights_only=is_weights_only, callbacks=states)
+        states = format.to_plain_values({} if is_weights_only else self._states.taken(), "callbacks")
+        order = SaveRequest(path=path, by=self._notified, then=then, is_weights_only=is_weights_only, callbacks=states)
         if self._saves.is_joined_by(order):
             return
         self.finish_saves()
         reports = [*self._run(order.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
         holder = self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts)
         # Whoever resumes from the file finds everything in the logs that was logged before.
-        self._saves.start(order, LoggedBefore(holder, self._log_writer.flush()), reports)
+        self._saves.start(order, FlushLogsFirst(holder, self._log_writer.flush()), reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
 
     @property
-    def is_at_rest(self) -> bool:
-        return self._group is not None and self._group.is_at_rest and self.finished is None
+    def is_idle(self) -> bool:
+        return self._group is not None and self._group.is_idle and self.finished is None
 
     def finish_saves(self, *, is_earlier_only: bool = False) -> None:
         if self._saves.is_earlier_under_way if is_earlier_only else self._saves.is_under_way:
@@ -236,7 +236,7 @@ class Coordinator:
         paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
         self._is_training = False
         self._interrupts.check()
-        self._group.unbrake()
+        self._group.disarm_stop()
         assert isinstance(paused, Paused)
         return paused
 
@@ -271,7 +271,7 @@ class Coordinator:
 
     def _brake(self) -> None:
         if self._group is not None:
-            self._group.brake()
+            self._group.arm_stop()
 
     def _connected(self) -> None:
         self._interrupts.install()
@@ -319,7 +319,7 @@ class Coordinator:
             self.state.is_interrupted = status == "interrupted"
             try:
                 is_break = self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit))
-                if is_break and self.is_at_rest:
+                if is_break and self.is_idle:
                     self._break_off()
                 if not self._interrupts.is_ending_at_once:
                     self.finish_saves()
@@ -358,13 +358,13 @@ class Coordinator:
     def _start(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> None:
         assert self._group is not None
         is_resuming = is_resuming and checkpoint is not None
-        checkpoint = checkpoint and sharded.in_reach(checkpoint, sees=self._group.sees)
+        checkpoint = checkpoint and sharded.ensure_readable(checkpoint, sees=self._group.can_read)
         if is_resuming:
             assert checkpoint is not None
             self._states.load(checkpoint)
-            step = format.progress_of(checkpoint).global_step
-            self._log_writer.resume(step=step, positions=format.logs_of(checkpoint))
-            self.state.callback_metrics.update(format.metrics_of(checkpoint))
+            step = format.read_progress(checkpoint).global_step
+            self._log_writer.resume(step=step, positions=format.read_log_positions(checkpoint))
+            self.state.callback_metrics.update(format.read_metrics(checkpoint))
         started = self._one(
             Start(
                 stage=self.state.stage,

@@ -11,7 +11,7 @@ _Object = TypeVar("_Object")
 _Item = TypeVar("_Item")
 
 
-class Costs:
+class DriverProfiler:
     """Measures the coordinator, from its making on, and whom it calls."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ _WRONG_VALUES = (ValueError, LookupError, ArithmeticError)
 """Mistakes in a program, unless the logger is broken already."""
 
 
-class Flushed:
+class FlushResult:
     """Everything that was logged before a moment, once it is where others can read it."""
 
     def __init__(self) -> None:
@@ -85,9 +85,9 @@ class LogWriter:
     def save(self) -> None:
         self._put_each(lambda logger: logger.save)
 
-    def flush(self) -> Flushed:
+    def flush(self) -> FlushResult:
         """Save all that has been logged so far; does not wait for it."""
-        flushed = Flushed()
+        flushed = FlushResult()
         for index, logger in enumerate(self._loggers):
             self._put(partial(flushed.note, index, logger), index=index)
         self._put(flushed.set_done)

@@ -13,7 +13,7 @@ from raylit.errors import ConfigError
 from raylit.protocol.messages import Predicted, Written
 
 
-def in_order(parts: Sequence[Predicted]) -> list[list[Any]]:
+def restore_sample_order(parts: Sequence[Predicted]) -> list[list[Any]]:
     """For each loader the outputs of its batches."""
     placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(len(parts[0].outputs))]
     return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]

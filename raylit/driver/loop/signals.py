@@ -27,7 +27,7 @@ _NOTICE: dict[SignalName, bytes] = {
 _NOTICE_STARTING = b"\nraylit: the run ends as soon as Ray has started; Ctrl-C once more ends it at once\n"
 
 
-class Interrupts:
+class SignalHandler:
     """Takes these signals for the time of a run, in the main thread and where they have their default effect: a
     handler of the user's own stays.
 
@@ -125,7 +125,7 @@ class _ForkHooks(threading.local):
 
     def restore_handlers(self) -> None:
         for handler in map(signal.getsignal, _NAMES):
-            if isinstance(interrupts := getattr(handler, "__self__", None), Interrupts):
+            if isinstance(interrupts := getattr(handler, "__self__", None), SignalHandler):
                 interrupts.restore()
         self.unblock_signals()
 

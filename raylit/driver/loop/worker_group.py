@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from raylit.checkpoint.pending import HeldCheckpoint
+from raylit.checkpoint.pending import PendingCheckpoint
 from raylit.config.plan import Plan
-from raylit.driver.loop.checkpoint_queue import Holder
+from raylit.driver.loop.checkpoint_queue import CheckpointHolder
 from raylit.protocol.messages import Command, Report
 from raylit.protocol.process_settings import TorchSettings
 from raylit.worker.job import Job, WorkerContext
-from raylit.worker.loops.stop_barrier import Brake
+from raylit.worker.loops.stop_barrier import StopBarrier
 from raylit.worker.worker import Worker
 
 
@@ -17,34 +17,34 @@ class InlineGroup:
     is_in_driver = True
 
     def __init__(self, plan: Plan, job: Job) -> None:
-        self.is_at_rest = True
+        self.is_idle = True
         self._is_braking = False
-        self._brake = Brake()
+        self._brake = StopBarrier()
         self._settings = TorchSettings.current()
         self._worker = Worker(plan=plan, context=WorkerContext(), job=job, is_in_driver=True, brake=self._brake)
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
-        self.is_at_rest = False
+        self.is_idle = False
         self._brake.reset()
         if self._is_braking:
-            self.brake()
+            self.arm_stop()
         for report in self._worker.run(command):
             yield 0, report
-        self.is_at_rest = True
+        self.is_idle = True
 
-    def sees(self, place: str) -> bool:
+    def can_read(self, place: str) -> bool:
         return True
 
-    def holder(self, *, is_in_parts: bool) -> HeldCheckpoint:
+    def holder(self, *, is_in_parts: bool) -> PendingCheckpoint:
         assert not is_in_parts, "one worker has nothing to share"
         return self._worker.held
 
-    def brake(self) -> None:
+    def arm_stop(self) -> None:
         # In the thread of the loop itself, between two of its instructions: nobody needs to be held.
         self._is_braking = True
         self._brake.release(self._brake.num_done + 1)
 
-    def unbrake(self) -> None:
+    def disarm_stop(self) -> None:
         self._is_braking = False
 
     def release(self, *, is_kept: bool = True) -> None:
@@ -59,26 +59,26 @@ class WorkerGroup(Protocol):
     """The workers' objects are the driver's own."""
 
     @property
-    def is_at_rest(self) -> bool:
+    def is_idle(self) -> bool:
         """Every worker is through with its last command and can take another."""
         ...
 
-    def sees(self, place: str) -> bool:
+    def can_read(self, place: str) -> bool:
         """Every worker finds a file at the path or URL that the driver has found there."""
         ...
 
-    def holder(self, *, is_in_parts: bool) -> Holder:
+    def holder(self, *, is_in_parts: bool) -> CheckpointHolder:
         """Of what the last Save command has left to be written, which may be a part on each worker."""
         ...
 
-    def brake(self) -> None:
+    def arm_stop(self) -> None:
         """Have the command under way, and any later one, end its loop after the step or batch that has begun.
 
         Returns at once; called in a signal handler.
         """
         ...
 
-    def unbrake(self) -> None:
+    def disarm_stop(self) -> None:
         """Let later commands run to their own ends again."""
         ...
 
@@ -102,6 +102,6 @@ def build_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> Wo
     if plan.workers.num_workers == 0:
         return InlineGroup(plan, job)
     # Ray takes half a second to import, which a run without it need not pay.
-    from raylit.driver.ray.worker_pool import WarmGroup
+    from raylit.driver.ray.worker_pool import PooledGroup
 
-    return WarmGroup(plan, job, on_connected=on_connected)
+    return PooledGroup(plan, job, on_connected=on_connected)

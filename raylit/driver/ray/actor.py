@@ -20,19 +20,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from raylit.checkpoint import files
-from raylit.checkpoint.pending import HeldCheckpoint, HeldPart
-from raylit.driver.ray.failures import failure
-from raylit.driver.ray.rendezvous import Meeting
-from raylit.driver.ray.serialization import Parcel, packed, unpacked, unpickle_job, unpickle_plan
+from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
+from raylit.driver.ray.failures import explain_failure
+from raylit.driver.ray.rendezvous import RendezvousInfo
+from raylit.driver.ray.serialization import SerializedJob, pack, unpack, unpickle_job, unpickle_plan
 from raylit.errors import CheckpointError
-from raylit.protocol.messages import Command, CommandDone, Failed, Mail, Part, Ticked, Weights
+from raylit.protocol.messages import ActorMessage, Command, CommandDone, Failed, Part, Ticked, Weights
 from raylit.protocol.process_settings import ProcessSettings, take_over_variables
 from raylit.worker.data.script_objects import ScriptModule
 from raylit.worker.data.shared_memory import SharedMemory
 from raylit.worker.job import WorkerContext
-from raylit.worker.loops.stop_barrier import Brake
+from raylit.worker.loops.stop_barrier import StopBarrier
 from raylit.worker.process.process_reset import ProcessState
-from raylit.worker.process.stdout_capture import Output
+from raylit.worker.process.stdout_capture import StdoutCapture
 from raylit.worker.worker import Worker
 
 _COALESCE_S = 0.1
@@ -45,13 +45,13 @@ class Outbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._reports: list[Mail] = []
+        self._reports: list[ActorMessage] = []
         self._has_mail = asyncio.Event()
         self._is_urgent = asyncio.Event()
 
     # In any thread
 
-    def put(self, report: Mail) -> None:
+    def put(self, report: ActorMessage) -> None:
         with self._lock:
             is_first = not self._reports
             if not is_first and isinstance(report, Ticked) and isinstance(self._reports[-1], Ticked):
@@ -69,7 +69,7 @@ class Outbox:
 
     # In the loop
 
-    async def fetched(self) -> list[Mail]:
+    async def fetched(self) -> list[ActorMessage]:
         """What has gathered a little after the first of it; at once where somebody waits."""
         await self._has_mail.wait()
         if not self._is_urgent.is_set():
@@ -94,7 +94,7 @@ _AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Whereabouts:
+class ActorInfo:
     """Where an actor has come to run."""
 
     node_id: str
@@ -142,18 +142,18 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._shared: SharedMemory | None = None
         self._script: ScriptModule | None = None
-        self._brake = Brake()
+        self._brake = StopBarrier()
         self._num_commands = 0
         self._room = threading.Semaphore(_AHEAD)
         self._context = WorkerContext()
         faulthandler.enable(all_threads=True)  # a library ends the process in a thread of its own
-        self._output = Output(on_lines=self._outbox.announce)
+        self._output = StdoutCapture(on_lines=self._outbox.announce)
         self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
         self._thread.start()
 
-    async def whereabouts(self) -> Whereabouts:
+    async def whereabouts(self) -> ActorInfo:
         runtime = ray.get_runtime_context()
-        return Whereabouts(
+        return ActorInfo(
             node_id=runtime.get_node_id(),
             worker_id=runtime.get_worker_id(),
             ip=ray.util.get_node_ip_address(),
@@ -164,12 +164,12 @@ class WorkerActor:
             num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         )
 
-    async def join(self, context: WorkerContext, meeting: Meeting | None, backend: str) -> None:
+    async def join(self, context: WorkerContext, meeting: RendezvousInfo | None, backend: str) -> None:
         """Become a rank and meet the others."""
         self._context = context
         self._inbox.put((self._join, meeting, backend))
 
-    async def assign(self, assignment: Assignment, job: Parcel) -> None:
+    async def assign(self, assignment: Assignment, job: SerializedJob) -> None:
         """Take a run up, whose Job comes pickled; what this process is too old for comes with the CommandDone."""
         self._inbox.put((self._take_up, assignment, job))
 
@@ -200,7 +200,7 @@ class WorkerActor:
         """The driver has a piece of the weights in its own memory: another may follow."""
         self._room.release()
 
-    async def sees(self, place: str) -> bool:
+    async def can_read(self, place: str) -> bool:
         """A file, or an object, is there for this host."""
         try:
             return await asyncio.to_thread(files.exists, place)
@@ -209,7 +209,7 @@ class WorkerActor:
 
     async def complete_held(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         """See HeldCheckpoint.complete; so the next one. Beside the training thread."""
-        parts = unpacked(others, is_copying=True), unpacked(callbacks, is_copying=True)
+        parts = unpack(others, is_copying=True), unpack(callbacks, is_copying=True)
         await asyncio.to_thread(self._held("checkpoint").complete, *parts)
 
     async def add_parts(self, parts: list[Part], subdirectory: str) -> bytes:
@@ -240,23 +240,23 @@ class WorkerActor:
             self._held(what).release()
 
     @overload
-    def _held(self, what: Literal["checkpoint"]) -> HeldCheckpoint: ...
+    def _held(self, what: Literal["checkpoint"]) -> PendingCheckpoint: ...
 
     @overload
-    def _held(self, what: Literal["part"]) -> HeldPart: ...
+    def _held(self, what: Literal["part"]) -> PendingPart: ...
 
-    def _held(self, what: Held) -> HeldCheckpoint | HeldPart:
+    def _held(self, what: Held) -> PendingCheckpoint | PendingPart:
         assert self._worker is not None
         return self._worker.held if what == "checkpoint" else self._worker.held_part
 
-    async def reports(self) -> AsyncIterator[list[Mail]]:
+    async def reports(self) -> AsyncIterator[list[ActorMessage]]:
         """Everything that the thread reports, from the first to the last, in batches. One reader."""
         while True:
             reports = await self._outbox.fetched()
             if (printed := self._output.take()) is not None:
                 reports.insert(0, printed)
             if reports:
-                yield [packed(report) for report in reports]
+                yield [pack(report) for report in reports]
 
     async def stop(self) -> None:
         """End the thread and the group. Returns once that is done, so that the process can be ended."""
@@ -273,7 +273,7 @@ class WorkerActor:
                 leftovers = function(*arguments) or ()
             except BaseException as error:  # a user's SystemExit must reach the driver too
                 self._output.finish_lines()
-                self._outbox.put(failure(error, self._context))
+                self._outbox.put(explain_failure(error, self._context))
             else:
                 self._output.finish_lines()
                 self._outbox.put(CommandDone(rank=self._context.rank, leftovers=leftovers))
@@ -281,7 +281,7 @@ class WorkerActor:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _join(self, meeting: Meeting | None, backend: str) -> None:
+    def _join(self, meeting: RendezvousInfo | None, backend: str) -> None:
         context = self._context
         os.environ["LOCAL_RANK"], os.environ["RANK"] = str(context.local_rank), str(context.rank)
         os.environ["WORLD_SIZE"] = str(context.world_size)
@@ -291,7 +291,7 @@ class WorkerActor:
             torch.set_num_threads(context.num_threads)
         self._process = ProcessState()
 
-    def _take_up(self, assignment: Assignment, parcel: Parcel) -> tuple[str, ...]:
+    def _take_up(self, assignment: Assignment, parcel: SerializedJob) -> tuple[str, ...]:
         if changed := self._process.changed_modules(assignment.files):
             return changed
         take_over_variables(assignment.variables)
@@ -328,7 +328,7 @@ class WorkerActor:
 
     def _carry_out(self, command: Command) -> None:
         assert self._worker is not None
-        for report in self._worker.run(unpacked(command, is_copying=True)):
+        for report in self._worker.run(unpack(command, is_copying=True)):
             if isinstance(report, Weights):
                 self._room.acquire()
             self._outbox.put(report)

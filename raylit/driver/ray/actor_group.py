@@ -14,8 +14,8 @@ from raylit.accelerators import build_accelerator
 from raylit.compat import ray_core
 from raylit.config.plan import Plan, Workers
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.actor import Assignment, Whereabouts, WorkerActor
-from raylit.driver.ray.checkpoint_transfer import Handover, PartsHandover
+from raylit.driver.ray.actor import ActorInfo, Assignment, WorkerActor
+from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
 from raylit.driver.ray.failures import (
     DEATHS,
     ProcessEnd,
@@ -25,20 +25,20 @@ from raylit.driver.ray.failures import (
     raise_failures,
     reason_of_death,
 )
-from raylit.driver.ray.heartbeat import Watch
+from raylit.driver.ray.heartbeat import Heartbeat
 from raylit.driver.ray.placement import Placement
 from raylit.driver.ray.rendezvous import Rendezvous
-from raylit.driver.ray.resource_request import Waiting
-from raylit.driver.ray.serialization import Parcel, packed, pickle_plan, unpacked
-from raylit.driver.ray.worker_output import Printouts
+from raylit.driver.ray.resource_request import CapacityWait
+from raylit.driver.ray.serialization import SerializedJob, pack, pickle_plan, unpack
+from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
 from raylit.protocol.messages import (
+    ActorMessage,
     Command,
     CommandDone,
     Evaluate,
     Failed,
     LogCall,
-    Mail,
     Predict,
     Printed,
     Report,
@@ -90,7 +90,7 @@ class ActorGroup:
         """What was asked of actors without waiting; it says nothing unless it fails to arrive."""
         self._contexts: list[WorkerContext] = []
         self._ends: list[ProcessEnd | None] = []
-        self._printouts = Printouts(num_workers=workers.num_workers)
+        self._printouts = WorkerOutput(num_workers=workers.num_workers)
         self._session = local_cluster.session()
         self._placement: Placement | None = Placement(workers, make_room=make_room)
         self.resources = self._placement.resources
@@ -98,7 +98,7 @@ class ActorGroup:
         self._leftovers: list[str] = []
         self.is_usable = True
         """Every worker is alive and as good as new."""
-        self.is_at_rest = True
+        self.is_idle = True
         """Every worker is alive and at the end of its last command."""
         self._num_commands = 0
         self._failures: dict[int, Failed] = {}
@@ -111,7 +111,7 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, parcel: Parcel, *, environment_before: Mapping[str, str]) -> None:
+    def assign(self, plan: Plan, parcel: SerializedJob, *, environment_before: Mapping[str, str]) -> None:
         """Make the workers ready for the commands of a run, and their processes like this one. The user's objects
         travel once, not once per worker.
 
@@ -156,7 +156,7 @@ class ActorGroup:
         while late:
             _, late = ray.wait(late, num_returns=len(late), timeout=_WAKE_S)
             if (silent := watch.silent_rank()) is not None:
-                self.is_usable = self.is_at_rest = False
+                self.is_usable = self.is_idle = False
                 raise self._silence(*silent)
         for rank, ping in enumerate(pings):
             try:
@@ -165,13 +165,13 @@ class ActorGroup:
                 self.is_usable = False
                 raise self._death(rank, error) from error
 
-    def is_within_reach(self) -> bool:
+    def is_reusable(self) -> bool:
         """Its resources are those that this process would be given now."""
-        return self._placement is not None and self._placement.is_within_reach()
+        return self._placement is not None and self._placement.is_reusable()
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
-        reference = _stored(packed(command), "a checkpoint")
+        reference = _stored(pack(command), "a checkpoint")
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
         # What a start prepares may hold the interpreter for long: data sets unpickled, kernels compiled.
@@ -179,23 +179,23 @@ class ActorGroup:
         limit_s = self.workers.start_ping_timeout_s if is_start else self.workers.ping_timeout_s
         yield from self._until_done(self._watch(limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
 
-    def sees(self, place: str) -> bool:
+    def can_read(self, place: str) -> bool:
         """Where one does not answer, for its death or its silence, the next command says so."""
         try:
-            return all(ray.get([actor.sees.remote(place) for actor in self._actors], timeout=_SEEING_S))
+            return all(ray.get([actor.can_read.remote(place) for actor in self._actors], timeout=_SEEING_S))
         except (GetTimeoutError, *DEATHS):
             return False
 
-    def holder(self, *, is_in_parts: bool) -> Handover | PartsHandover:
+    def holder(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
         limit_s = self.workers.ping_timeout_s
         if is_in_parts:
-            return PartsHandover(self._actors, ping_timeout_s=limit_s)
-        return Handover(self._actors[0], ping_timeout_s=limit_s)
+            return PartTransfer(self._actors, ping_timeout_s=limit_s)
+        return CheckpointTransfer(self._actors[0], ping_timeout_s=limit_s)
 
-    def brake(self) -> None:
+    def arm_stop(self) -> None:
         self._is_braking = True  # seen as soon as the wait for reports wakes up
 
-    def unbrake(self) -> None:
+    def disarm_stop(self) -> None:
         self._is_braking = False
 
     def dismiss(self) -> None:
@@ -213,7 +213,7 @@ class ActorGroup:
             return
         with contextlib.suppress(RayError):
             # Busy ones may wait in a collective for ever: there is nothing to say goodbye to.
-            farewells = [actor.stop.remote() for actor in actors if self.is_at_rest]
+            farewells = [actor.stop.remote() for actor in actors if self.is_idle]
             if farewells:
                 ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
         placement, self._placement = self._placement, None
@@ -245,13 +245,13 @@ class ActorGroup:
             for place in map(places.__getitem__, order)
         ]
 
-    def _started(self, calls: list[Any]) -> list[Whereabouts]:
+    def _started(self, calls: list[Any]) -> list[ActorInfo]:
         """Where they have come to run, once all of them do. ResourcesError: not in time, or not at all."""
-        waiting = Waiting(timeout_s=self.workers.start_timeout_s, first_line_s=_STARTING_S)
+        waiting = CapacityWait(timeout_s=self.workers.start_timeout_s, first_line_s=_STARTING_S)
         while True:
             started, late = ray.wait(calls, num_returns=len(calls), timeout=waiting.slice_s)
             try:
-                places: list[Whereabouts] = ray.get(started)
+                places: list[ActorInfo] = ray.get(started)
             except DEATHS as error:
                 raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
             if not late:
@@ -290,14 +290,16 @@ class ActorGroup:
         for _ in self._until_done(self._watch(limit_s=limit_s)):
             raise AssertionError("only a command reports")
 
-    def _watch(self, *, limit_s: float) -> Watch:
+    def _watch(self, *, limit_s: float) -> Heartbeat:
         def is_stopped(rank: int) -> bool:
             end = self._ends[rank]
             return end is not None and end.is_stopped
 
-        return Watch(self._actors, limit_s=limit_s, stopped_limit_s=self.workers.ping_timeout_s, is_stopped=is_stopped)
+        return Heartbeat(
+            self._actors, limit_s=limit_s, stopped_limit_s=self.workers.ping_timeout_s, is_stopped=is_stopped
+        )
 
-    def _until_done(self, watch: Watch, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
+    def _until_done(self, watch: Heartbeat, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
         """Reports of all workers until each has said that it is through."""
         waiting = set(range(len(self._actors)))
         for end in self._ends:
@@ -306,7 +308,7 @@ class ActorGroup:
         self._leftovers = []
         self._failures = {}
         is_usable, self.is_usable = self.is_usable, False
-        self.is_at_rest = False
+        self.is_idle = False
         while waiting:
             if (silent := watch.silent_rank()) is not None:
                 raise self._silence(*silent)
@@ -325,7 +327,7 @@ class ActorGroup:
                         self._calls.append(self._actors[rank].make_room.remote())
         self._printouts.show_due(is_end=True)
         self.is_usable = is_usable
-        self.is_at_rest = True
+        self.is_idle = True
 
     def _brake(self) -> None:
         """Let the loops of all ranks end at the furthest border that any of them will reach."""
@@ -354,14 +356,14 @@ class ActorGroup:
         for stream in ready:
             rank = self._streams.index(stream)
             try:
-                reports: list[Mail] = ray.get(next(stream))
+                reports: list[ActorMessage] = ray.get(next(stream))
             except (*DEATHS, StopIteration) as error:
                 raise self._death(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
                 if isinstance(report, Printed):
                     self._printouts.take_in(rank, report)
                 else:
-                    yield rank, unpacked(report)
+                    yield rank, unpack(report)
         self._printouts.show_due()
 
     def _silence(self, rank: int, limit_s: float) -> WorkerDied:
@@ -392,7 +394,7 @@ class ActorGroup:
             ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=left_s, fetch_local=False)[0]
             for stream in ready:
                 try:
-                    reports = [unpacked(report) for report in ray.get(next(stream)) if not isinstance(report, Printed)]
+                    reports = [unpack(report) for report in ray.get(next(stream)) if not isinstance(report, Printed)]
                 except (*DEATHS, StopIteration):
                     del streams[stream]
                     continue
@@ -426,7 +428,7 @@ class ActorGroup:
         if death is not None and all(it.is_consequence for it in failures.values()):
             raise death
         if len(failures) == len(self._actors) and is_at_one_line(list(failures.values())) and first.is_harmless:
-            self.is_usable, self.is_at_rest = was_usable, True
+            self.is_usable, self.is_idle = was_usable, True
         raise_failures(list(failures.values()), num_workers=len(self._contexts))
 
     def _kill(self, actors: list[Any]) -> None:
@@ -449,7 +451,7 @@ def _stored(value: Any, what: str) -> Any:
         ) from error
 
 
-def _rank_order(places: list[Whereabouts]) -> list[int]:
+def _rank_order(places: list[ActorInfo]) -> list[int]:
     """Indices by host, the driver's first, then by GPU: neighbours in rank are neighbours in the machine."""
     own = ray.get_runtime_context().get_node_id()
     return sorted(
@@ -458,7 +460,7 @@ def _rank_order(places: list[Whereabouts]) -> list[int]:
     )
 
 
-def _contexts(places: list[Whereabouts]) -> list[WorkerContext]:
+def _contexts(places: list[ActorInfo]) -> list[WorkerContext]:
     nodes = list(dict.fromkeys(place.node_id for place in places))
     contexts = []
     for rank, place in enumerate(places):
@@ -479,7 +481,7 @@ def _contexts(places: list[Whereabouts]) -> list[WorkerContext]:
     return contexts
 
 
-def _num_threads(place: Whereabouts, local_world_size: int) -> int:
+def _num_threads(place: ActorInfo, local_world_size: int) -> int:
     """CPU threads for torch: what the user has set, else the host's cores shared by its workers.
 
     Ray sets OMP_NUM_THREADS in the workers to the CPUs they asked for, so only the driver's counts as the user's word.

@@ -12,17 +12,17 @@ from raylit.checkpoint import files, remote
 from raylit.checkpoint.sharded import METADATA, name_of_part
 from raylit.driver.loop.checkpoint_queue import HolderLost
 from raylit.driver.ray.actor import Held
-from raylit.driver.ray.heartbeat import Watch
-from raylit.driver.ray.serialization import packed
+from raylit.driver.ray.heartbeat import Heartbeat
+from raylit.driver.ray.serialization import pack
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import Part
-from raylit.storage import file_system, is_object_store, is_url, joined
+from raylit.storage import file_system, is_object_store, is_url, join
 
 _WAKE_S = 0.5
 _RELEASE_S = 5.0
 
 
-class Handover:
+class CheckpointTransfer:
     """Of what one actor holds. It writes the file itself where it sees the driver's, or where the store can be reached
     from anywhere; else its bytes come in pieces, and the driver writes them."""
 
@@ -35,7 +35,7 @@ class Handover:
     def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         """See HeldCheckpoint. CheckpointError: it did not work, or the actor has died; so the next ones."""
         with self._errors_of("the checkpoint"):
-            self._answer(self._actor.complete_held.remote(packed(others), packed(callbacks)))
+            self._answer(self._actor.complete_held.remote(pack(others), pack(callbacks)))
 
     def add_parts(self, parts: Sequence[Part], *, subdirectory: str) -> bytes:
         """See HeldCheckpoint."""
@@ -54,7 +54,7 @@ class Handover:
         if is_url(path):
             self.end(path, self.begin(path))
             return
-        with files.drafted(path) as draft:
+        with files.draft_file(path) as draft:
             self.end(str(draft), self.begin(str(draft)))
 
     def begin(self, path: str) -> Any:
@@ -80,7 +80,7 @@ class Handover:
         return self._actor.release_held.remote(self._what)
 
     def _pull(self, path: str) -> None:
-        with remote.collected(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
+        with remote.draft_upload(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
             self._answer(self._actor.begin_pieces.remote(self._what))
             files.fill(self._write_pieces, draft)
 
@@ -104,20 +104,21 @@ class Handover:
 
     def _answer(self, call: Any) -> Any:
         """HolderLost: the actor has fallen silent."""
-        watch = Watch([self._actor], limit_s=self._ping_timeout_s)
+        watch = Heartbeat([self._actor], limit_s=self._ping_timeout_s)
         while not ray.wait([call], timeout=_WAKE_S)[0]:
             if watch.silent_rank() is not None:
                 raise HolderLost(f"the worker of rank {self._rank} has fallen silent while it wrote a checkpoint")
         return ray.get(call)
 
 
-class PartsHandover:
+class PartTransfer:
     """Of a checkpoint in parts, which becomes a directory: all actors write at the same time, then rank 0 all else."""
 
     def __init__(self, actors: Sequence[Any], *, ping_timeout_s: float) -> None:
-        self._whole = Handover(actors[0], ping_timeout_s=ping_timeout_s)
+        self._whole = CheckpointTransfer(actors[0], ping_timeout_s=ping_timeout_s)
         self._parts = [
-            Handover(actor, what="part", rank=rank, ping_timeout_s=ping_timeout_s) for rank, actor in enumerate(actors)
+            CheckpointTransfer(actor, what="part", rank=rank, ping_timeout_s=ping_timeout_s)
+            for rank, actor in enumerate(actors)
         ]
 
     def complete(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
@@ -129,7 +130,7 @@ class PartsHandover:
         try:
             parts = self._written(draft.place)
             metadata = self._whole.add_parts(parts, subdirectory=draft.subdirectory)
-            files.write_bytes(metadata, joined(draft.place, METADATA))
+            files.write_bytes(metadata, join(draft.place, METADATA))
             self._whole.write(draft.index)
             draft.publish()
         except CheckpointError as error:
@@ -142,7 +143,7 @@ class PartsHandover:
         _wait_briefly([handover.begin_release() for handover in (self._whole, *self._parts)])
 
     def _written(self, place: str) -> list[Part]:
-        paths = [joined(place, name_of_part(rank)) for rank in range(len(self._parts))]
+        paths = [join(place, name_of_part(rank)) for rank in range(len(self._parts))]
         if not is_url(place):
             for path in paths:
                 Path(path).touch()  # an actor that sees it is at the same file system

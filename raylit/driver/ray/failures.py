@@ -130,7 +130,7 @@ DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 """What Ray answers in place of an actor that has died."""
 
 
-def failure(error: BaseException, context: WorkerContext) -> Failed:
+def explain_failure(error: BaseException, context: WorkerContext) -> Failed:
     """For the driver, in the worker."""
     error = _with_reason(error)
     told = traceback.TracebackException.from_exception(error)
@@ -173,7 +173,7 @@ def is_at_one_line(failures: Sequence[Failed]) -> bool:
     return len({(failure.summary, failure.traceback) for failure in failures}) == 1
 
 
-def words_of(error: BaseException) -> str:
+def format_traceback(error: BaseException) -> str:
     """The traceback, without the frames that are raylit's or Ray's: the worker's where it was raised there. For where
     the exception itself cannot go."""
     if isinstance(error.__cause__, RemoteTraceback):

@@ -11,7 +11,7 @@ _MAX_GAP_S = 2.0
 """Longer between two looks, the driver itself was busy, or asleep with the whole machine: that is nobody's silence."""
 
 
-class Watch:
+class Heartbeat:
     """A pending ping of each actor and for how long it has been so."""
 
     def __init__(

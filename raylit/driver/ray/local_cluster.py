@@ -46,7 +46,7 @@ _ALL_ENDED_S = 10.0
 _PERIOD_S = 0.05
 
 
-class Janitor:
+class NodeReaper:
     """The driver's end of it. Linux only: elsewhere there is no /proc to find the processes by."""
 
     def __init__(self, directory: str) -> None:
@@ -168,7 +168,7 @@ class _EmbeddedNode:
     def __init__(self) -> None:
         self._pid = 0
         self._address = ""
-        self._janitor: Janitor | None = None
+        self._janitor: NodeReaper | None = None
         self._variables: dict[str, str | None] = {}
         self.environment: dict[str, str] = {}
         """What its processes begin with."""
@@ -199,7 +199,7 @@ class _EmbeddedNode:
         self._sessions_path = os.path.join(directory, SESSIONS)
         try:
             if sys.platform == "linux":
-                self._janitor = Janitor(directory)
+                self._janitor = NodeReaper(directory)
             self._starting_thread = threading.get_ident()
             with listen_on_loopback():
                 ray.init(

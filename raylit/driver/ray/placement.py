@@ -14,11 +14,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raylit.compat import ray_core
 from raylit.config.plan import Workers
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.resource_request import Demand, Host, Resources, Waiting, gigabytes, in_words, num_slots
+from raylit.driver.ray.resource_request import (
+    CapacityWait,
+    Host,
+    ResourceRequest,
+    Resources,
+    format_gigabytes,
+    format_resources,
+    num_slots,
+)
 from raylit.errors import ConfigError, ResourcesError
 
 
-def bundles_for(demand: Demand, group: PlacementGroup) -> list[tuple[int, Resources]]:
+def bundles_for(demand: ResourceRequest, group: PlacementGroup) -> list[tuple[int, Resources]]:
     """For each worker the index of a bundle with room for it, and what it asks for there.
 
     Where the bundles are too small beside what this process holds itself, its workers use its CPUs as well: it only
@@ -32,7 +40,7 @@ def bundles_for(demand: Demand, group: PlacementGroup) -> list[tuple[int, Resour
     lent = {"CPU": own.get("CPU", 0.0)} if _chosen(demand, rest, hosts) is None else {}
     if _chosen(demand, _with(rest, home, lent), hosts) is None:
         raise ResourcesError(_too_small(demand, specs, own))
-    waiting = Waiting(timeout_s=demand.workers.start_timeout_s)
+    waiting = CapacityWait(timeout_s=demand.workers.start_timeout_s)
     while True:
         free = ray_core.read_free_in_group(group.id.hex())
         chosen = _chosen(demand, _with(free, home, lent), hosts)
@@ -49,7 +57,9 @@ def bundles_for(demand: Demand, group: PlacementGroup) -> list[tuple[int, Resour
         time.sleep(min(0.1, waiting.slice_s))
 
 
-def _chosen(demand: Demand, bundles: dict[int, Resources], hosts: dict[int, tuple[str, Host]]) -> list[int] | None:
+def _chosen(
+    demand: ResourceRequest, bundles: dict[int, Resources], hosts: dict[int, tuple[str, Host]]
+) -> list[int] | None:
     """A bundle for each worker; the first bundle comes last, as it is by custom that of the trial itself."""
     by_host: dict[str, list[int]] = defaultdict(list)
     for index in sorted(bundles, key=lambda index: (index == 0, index)):
@@ -85,25 +95,25 @@ def _with(bundles: dict[int, Resources], home: int, more: Resources) -> dict[int
     return {**bundles, home: at_home}
 
 
-def _asked(demand: Demand, lent: Resources, num_workers: int) -> Resources:
+def _asked(demand: ResourceRequest, lent: Resources, num_workers: int) -> Resources:
     """What Ray has to give to each of so many workers in a bundle, where they share what is lent to them."""
     missing = {name: amount - lent.get(name, 0.0) / num_workers for name, amount in demand.each.items()}
     return {name: round(amount, 4) for name, amount in missing.items() if amount >= 0.0001}
 
 
-def _too_small(demand: Demand, specs: dict[int, Resources], own: Resources) -> str:
+def _too_small(demand: ResourceRequest, specs: dict[int, Resources], own: Resources) -> str:
     head = {name: amount for name, amount in own.items() if amount > 0} or {"CPU": 1.0}
     needed = f"PlacementGroupFactory([{_short(head)}] + [{_short(demand.bundles[0])}] * {len(demand.bundles)})"
     return (
         f"{demand} are asked for inside a placement group of {_listed(specs)}, of which this task, actor or trial "
-        f"holds {in_words(own)} itself: that is too small. Give it a bundle for each worker (in Tune: "
+        f"holds {format_resources(own)} itself: that is too small. Give it a bundle for each worker (in Tune: "
         f"tune.with_resources(trainable, tune.{needed})) or more CPUs of its own, which its workers use then (Train's "
         "ScalingConfig(resources_per_worker=...)), or ask for fewer workers or resources"
     )
 
 
 def _listed(bundles: dict[int, Resources]) -> str:
-    return "[" + ", ".join(f"{{{in_words(bundle)}}}" for _, bundle in sorted(bundles.items())) + "]"
+    return "[" + ", ".join(f"{{{format_resources(bundle)}}}" for _, bundle in sorted(bundles.items())) + "]"
 
 
 def _short(resources: Resources) -> str:
@@ -130,10 +140,12 @@ class Placement:
         self._is_own = current is None
         if current is not None:
             self._group = current
-            self._places = bundles_for(Demand(workers=workers, each=each_of(workers, cpu=1.0)), current)
+            self._places = bundles_for(
+                ResourceRequest(workers=workers, each=resources_per_worker(workers, cpu=1.0)), current
+            )
         else:
             demand = _demand(workers)
-            self._group = placed(demand, make_room=make_room)
+            self._group = create_placement_group(demand, make_room=make_room)
             self._places = [(bundle, demand.each) for bundle in demand.bundle_of_worker]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -154,7 +166,7 @@ class Placement:
         """What a worker takes away from others; in a group that was there before, nothing."""
         return self._places[0][1] if self._is_own else {}
 
-    def is_within_reach(self) -> bool:
+    def is_reusable(self) -> bool:
         """The process still stands where it stood: a process of Ray's runs tasks of several groups, one by one."""
         current = ray.util.get_current_placement_group()
         return current is None if self._is_own else current is not None and current.id == self._group.id
@@ -165,7 +177,7 @@ class Placement:
             remove_placement_group(self._group)
 
 
-def _demand(workers: Workers) -> Demand:
+def _demand(workers: Workers) -> ResourceRequest:
     """What the workers ask for. ResourcesError: nothing can meet it."""
     hosts = cluster_hosts()
     # On the node that is ours alone, a small share leaves room beside warm workers that wait for their next run.
@@ -173,7 +185,7 @@ def _demand(workers: Workers) -> Demand:
     # A task or actor only waits for its workers: they use what it holds, or tasks that fill a cluster would wait for
     # each other.
     lent = _own()[1].get("CPU", 0.0) / workers.num_workers
-    demand = Demand(workers=workers, each=each_of(workers, cpu=max(0.0, round(cpu - lent, 4))))
+    demand = ResourceRequest(workers=workers, each=resources_per_worker(workers, cpu=max(0.0, round(cpu - lent, 4))))
     if demand.fits(hosts):
         check_memory(demand, hosts)
         return demand
@@ -182,7 +194,7 @@ def _demand(workers: Workers) -> Demand:
     # More processes than cores are allowed: they share.
     cpu = 0.5
     while "CPU" not in workers.resources_per_worker and cpu >= 0.001:
-        shared = Demand(workers=workers, each=each_of(workers, cpu=math.floor(cpu * 1000) / 1000))
+        shared = ResourceRequest(workers=workers, each=resources_per_worker(workers, cpu=math.floor(cpu * 1000) / 1000))
         if shared.fits(hosts):
             check_memory(shared, hosts)
             return shared
@@ -194,7 +206,7 @@ def _demand(workers: Workers) -> Demand:
     )
 
 
-def check_memory(demand: Demand, hosts: list[Host]) -> None:
+def check_memory(demand: ResourceRequest, hosts: list[Host]) -> None:
     """Ray does not count the memory of workers that say nothing of it. ResourcesError: with so many, none would come to
     train, and the machine to a standstill."""
     if "memory" in demand.workers.resources_per_worker or ray_core.read_autoscaling() is not None:
@@ -205,24 +217,24 @@ def check_memory(demand: Demand, hosts: list[Host]) -> None:
     if num_fitting < num_workers:
         raise ResourcesError(
             f"num_workers={num_workers}: there is memory for {num_fitting} such workers: a worker takes "
-            f"{gigabytes(_LEAST_WORKER_BYTES)} before it holds a model or data, and this cluster of "
+            f"{format_gigabytes(_LEAST_WORKER_BYTES)} before it holds a model or data, and this cluster of "
             f"{_offer(counted, hosts)} has no more. Ask for fewer workers; or say what a worker of yours needs, which "
             "counts instead: resources_per_worker={'memory': BYTES}, 0 for as many as you say"
         )
 
 
-def each_of(workers: Workers, *, cpu: float) -> Resources:
+def resources_per_worker(workers: Workers, *, cpu: float) -> Resources:
     """What a worker asks for: what is named, and what every worker needs where it is not named."""
     each = {"CPU": cpu, **({"GPU": 1.0} if workers.accelerator == "cuda" else {}), **workers.resources_per_worker}
     # Ray has no bundles of nothing, and counts memory in bytes.
     return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 
 
-def placed(demand: Demand, *, make_room: Callable[[], bool] = lambda: False) -> PlacementGroup:
+def create_placement_group(demand: ResourceRequest, *, make_room: Callable[[], bool] = lambda: False) -> PlacementGroup:
     """A group that is there. Whatever ends the wait early leaves no demand behind."""
     group = _group(demand)
     timeout_s = demand.workers.start_timeout_s
-    waiting = Waiting(timeout_s=timeout_s)
+    waiting = CapacityWait(timeout_s=timeout_s)
     hopeless_since_s: float | None = None
     try:
         # In slices, as a wait of Ray's does not notice Ctrl-C; of a second, as Ray cuts off fractions (2.60).
@@ -239,25 +251,27 @@ def placed(demand: Demand, *, make_room: Callable[[], bool] = lambda: False) -> 
             elif waiting.waited_s - hopeless_since_s >= _HOPELESS_S:
                 raise ResourcesError(
                     f"{demand} {_are(demand.workers)} asked for, which this cluster of "
-                    f"{hosts_in_words(cluster_hosts())} cannot offer, and its autoscaler says that no nodes it may "
+                    f"{format_hosts(cluster_hosts())} cannot offer, and its autoscaler says that no nodes it may "
                     "start could: ask for fewer workers or resources, or give the cluster larger or more worker nodes "
                     "(available_node_types, max_workers)"
                 )
-            missing = f"{demand}; free now: {in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
+            missing = (
+                f"{demand}; free now: {format_resources(ray.available_resources())} of {format_hosts(cluster_hosts())}"
+            )
             if waiting.is_over:
                 raise ResourcesError(
                     f"{missing}: not free within start_timeout_s={timeout_s:g}. Ask for fewer workers or resources, "
                     "end what holds them, or wait longer"
                 )
             if is_line_due:
-                waiting.say(f"{missing}; {hope(demand, scaler)}")
+                waiting.say(f"{missing}; {describe_pending_capacity(demand, scaler)}")
     except BaseException:
         remove_placement_group(group)
         raise
     return group
 
 
-def _group(demand: Demand) -> PlacementGroup:
+def _group(demand: ResourceRequest) -> PlacementGroup:
     selector = demand.workers.label_selector
     options = {"bundle_label_selector": [dict(selector) for _ in demand.bundles]} if selector else {}
     try:
@@ -266,7 +280,7 @@ def _group(demand: Demand) -> PlacementGroup:
         raise ConfigError(f"Ray does not take resources_per_worker or label_selector as they are: {error}") from error
 
 
-def hope(demand: Demand, scaler: ray_core.Autoscaling | None) -> str:
+def describe_pending_capacity(demand: ResourceRequest, scaler: ray_core.Autoscaling | None) -> str:
     """Whence the missing may come."""
     if demand.fits(cluster_hosts()):
         return "others hold the rest"
@@ -296,22 +310,23 @@ def _own() -> tuple[str, Resources]:
 
 
 def _note_on_own() -> str:
-    held = in_words(_own()[1])
+    held = format_resources(_own()[1])
     if held == "nothing":
         return ""
     return f" The task or actor that waits for them holds {held} itself, which its num_cpus=0 would leave to them."
 
 
-def hosts_in_words(hosts: list[Host], *, is_with_memory: bool = False) -> str:
+def format_hosts(hosts: list[Host], *, is_with_memory: bool = False) -> str:
     total: Resources = {}
     for host in hosts:
         for name, amount in host.resources.items():
             total[name] = total.get(name, 0.0) + amount
-    return f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} with {in_words(total, is_with_memory=is_with_memory)}"
+    plural = "s" if len(hosts) > 1 else ""
+    return f"{len(hosts)} host{plural} with {format_resources(total, is_with_memory=is_with_memory)}"
 
 
-def _offer(demand: Demand, hosts: list[Host]) -> str:
-    return hosts_in_words(hosts, is_with_memory=demand.each.get("memory", 0.0) > 1)
+def _offer(demand: ResourceRequest, hosts: list[Host]) -> str:
+    return format_hosts(hosts, is_with_memory=demand.each.get("memory", 0.0) > 1)
 
 
 def _are(workers: Workers) -> str:

@@ -16,7 +16,7 @@ _BACKLOG = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meeting:
+class RendezvousInfo:
     """Where the ranks of one generation meet."""
 
     host: str
@@ -56,9 +56,9 @@ class Rendezvous:
             )
         self._generation = 0
 
-    def next_meeting(self) -> Meeting:
+    def next_meeting(self) -> RendezvousInfo:
         self._generation += 1
-        return Meeting(host=self._host, port=self._store.port, generation=self._generation)
+        return RendezvousInfo(host=self._host, port=self._store.port, generation=self._generation)
 
 
 def _listen(host: str) -> socket.socket:

@@ -14,7 +14,7 @@ _BETWEEN_LINES_S = 10.0
 _SLICE_S = 0.5
 
 
-class Waiting:
+class CapacityWait:
     def __init__(self, *, timeout_s: float, first_line_s: float = _FIRST_LINE_S) -> None:
         self._timeout_s = timeout_s
         self._started_s = time.monotonic()
@@ -61,7 +61,7 @@ class Host:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
+class ResourceRequest:
     """`workers` of the same `each`."""
 
     workers: Workers
@@ -107,7 +107,7 @@ class Demand:
 
     def __str__(self) -> str:
         wanted, num_nodes = self.workers.num_workers, self.workers.num_nodes
-        each = in_words(self.each, is_with_memory=True)
+        each = format_resources(self.each, is_with_memory=True)
         text = f"{_counted(wanted, 'worker')} of {each} each"
         if num_nodes:
             text = f"{_counted(wanted // num_nodes, 'worker')} of {each} each on each of {num_nodes} hosts"
@@ -125,18 +125,18 @@ def num_slots(resources: Resources, each: Resources) -> int:
     return min(math.floor((resources.get(name, 0.0) + _TOLERANCE) / amount) for name, amount in each.items())
 
 
-def in_words(resources: Resources, *, is_with_memory: bool = False) -> str:
+def format_resources(resources: Resources, *, is_with_memory: bool = False) -> str:
     """Amounts by name, CPU and GPU first, without Ray's internal ones, such as those of placement groups. Ray itself
     lists them in no order."""
     named = select_plain_resources(resources)
     ordered = sorted(named, key=lambda name: (name != "CPU", name != "GPU", name))
     words = [f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0]
     if is_with_memory and resources.get("memory", 0.0) > 1:
-        words.append(f"{gigabytes(resources['memory'])} of memory")
+        words.append(f"{format_gigabytes(resources['memory'])} of memory")
     return ", ".join(words) or "nothing"
 
 
-def gigabytes(num_bytes: float) -> str:
+def format_gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.3g} GB"
 
 

@@ -34,12 +34,12 @@ class _Packed:
     shape: tuple[int, ...]
 
 
-def packed(message: Any) -> Any:
+def pack(message: Any) -> Any:
     """The message with the plain CPU tensors of its dicts, lists and tuples packed."""
     return _mapped(message, _pack)
 
 
-def unpacked(message: Any, *, is_copying: bool = False) -> Any:
+def unpack(message: Any, *, is_copying: bool = False) -> Any:
     """The message with its tensors again. Without `is_copying` they are views of memory that other processes share:
     copy from them, never write to them."""
     return _mapped(message, _unpack_copy if is_copying else _unpack)
@@ -89,7 +89,7 @@ _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Parcel:
+class SerializedJob:
     """A pickled Job. The buffers are views of the user's memory until Ray's store has copied them."""
 
     pickled: NDArray[np.uint8]
@@ -102,7 +102,7 @@ class Parcel:
         return self.pickled.nbytes + sum(buffer.nbytes for buffer in self.buffers)
 
 
-def pickle_job(job: Job) -> Parcel:
+def pickle_job(job: Job) -> SerializedJob:
     """The user's objects as one: what they share stays shared. ModuleError: they cannot travel."""
     writable = {_key(tensor) for tensor in _written_by_training(job.module, is_top=True)}
     try:
@@ -126,7 +126,7 @@ def pickle_job(job: Job) -> Parcel:
     return _parcel(pickled, pickler)
 
 
-def unpickle_job(parcel: Parcel) -> tuple[Job, SharedMemory]:
+def unpickle_job(parcel: SerializedJob) -> tuple[Job, SharedMemory]:
     """The Job, with its data in the shared memory."""
     memory = SharedMemory(parcel.buffers)
     views = (memory.views[index][start:stop] for index, start, stop in parcel.places.tolist())
@@ -212,7 +212,7 @@ class _Pickler(cloudpickle.Pickler):
         return False
 
 
-def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> Parcel:
+def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> SerializedJob:
     buffers: list[NDArray[np.uint8]] = []
     places: list[tuple[int, int, int]] = []
     small: list[NDArray[np.uint8]] = []
@@ -227,7 +227,7 @@ def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> Parcel:
             size += data.nbytes + small[-1].nbytes
     if small:
         buffers.append(np.concatenate(small))
-    return Parcel(pickled=pickled, buffers=buffers, places=np.array(places, dtype=np.int64).reshape(-1, 3))
+    return SerializedJob(pickled=pickled, buffers=buffers, places=np.array(places, dtype=np.int64).reshape(-1, 3))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ class _Line:
     came_at: float
 
 
-class Printouts:
+class WorkerOutput:
     """Lines of all ranks, each rank's in its order. A single worker's go straight through."""
 
     def __init__(self, *, num_workers: int) -> None:

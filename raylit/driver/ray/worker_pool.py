@@ -13,8 +13,8 @@ from raylit.compat.ray_core import list_waiting_demands
 from raylit.config.plan import Plan, Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor_group import ActorGroup
-from raylit.driver.ray.checkpoint_transfer import Handover, PartsHandover
-from raylit.driver.ray.serialization import Parcel, pickle_job
+from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
+from raylit.driver.ray.serialization import SerializedJob, pickle_job
 from raylit.errors import WorkerDied
 from raylit.protocol.messages import Command, Report
 from raylit.protocol.process_settings import variables_for_new_processes
@@ -26,7 +26,7 @@ _LOOK_S = 1.0
 """Between two looks at what the cluster waits for."""
 
 
-class WarmGroup:
+class PooledGroup:
     """A run's loan of an ActorGroup."""
 
     is_in_driver = False
@@ -43,7 +43,7 @@ class WarmGroup:
             self.release(is_kept=False)
             raise
 
-    def _take_up(self, plan: Plan, parcel: Parcel) -> None:
+    def _take_up(self, plan: Plan, parcel: SerializedJob) -> None:
         """Idle workers that have died or fallen silent meanwhile, or hold code that has changed, make way for
         others."""
         is_ready = False
@@ -65,24 +65,24 @@ class WarmGroup:
         yield from self._group.run(command)
 
     @property
-    def is_at_rest(self) -> bool:
-        return self._group is not None and self._group.is_at_rest
+    def is_idle(self) -> bool:
+        return self._group is not None and self._group.is_idle
 
-    def sees(self, place: str) -> bool:
+    def can_read(self, place: str) -> bool:
         assert self._group is not None
-        return self._group.sees(place)
+        return self._group.can_read(place)
 
-    def holder(self, *, is_in_parts: bool) -> Handover | PartsHandover:
+    def holder(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
         assert self._group is not None
         return self._group.holder(is_in_parts=is_in_parts)
 
-    def brake(self) -> None:
+    def arm_stop(self) -> None:
         if self._group is not None:
-            self._group.brake()
+            self._group.arm_stop()
 
-    def unbrake(self) -> None:
+    def disarm_stop(self) -> None:
         if self._group is not None:
-            self._group.unbrake()
+            self._group.disarm_stop()
 
     def release(self, *, is_kept: bool = True) -> None:
         group, self._group = self._group, None
@@ -135,7 +135,7 @@ class _Pool:
         with self._lock:
             for idle in self._idle:
                 group = idle.group
-                if group.workers == workers and group.variables == variables and group.is_within_reach():
+                if group.workers == workers and group.variables == variables and group.is_reusable():
                     self._idle.remove(idle)
                     return group, False
         if not local_cluster.is_embedded():

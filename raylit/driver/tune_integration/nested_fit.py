@@ -16,12 +16,12 @@ from raylit.callbacks.perturbed import PerturbedHyperparameters
 from raylit.checkpoint import files
 from raylit.driver.tune_integration.report_callback import FILE, TuneReport
 from raylit.driver.tune_integration.session import RaySession, current_session
-from raylit.storage import absolute, joined
+from raylit.storage import absolute, join
 from raylit.worker.job import Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inside:
+class NestedFit:
     """A fit, as its surroundings would have it."""
 
     job: Job
@@ -41,7 +41,7 @@ class _Fits(threading.local):
 _fits = _Fits()
 
 
-def look_around(job: Job, callbacks: Sequence[DriverCallback], *, is_continued: bool) -> Inside:
+def detect_tune_session(job: Job, callbacks: Sequence[DriverCallback], *, is_continued: bool) -> NestedFit:
     """Add a TuneReport where the user has given none, and find the checkpoint to continue from. Called once per fit.
 
     `is_continued`: the user has said which checkpoint this fit continues from.
@@ -51,7 +51,7 @@ def look_around(job: Job, callbacks: Sequence[DriverCallback], *, is_continued: 
     for report in reports:
         report.attach(None, {})
     if session is None:
-        return Inside(job=job, callbacks=list(callbacks))
+        return NestedFit(job=job, callbacks=list(callbacks))
     number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
     if not reports:
         is_saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
@@ -61,7 +61,7 @@ def look_around(job: Job, callbacks: Sequence[DriverCallback], *, is_continued: 
     for report in reports:
         report.attach(session, {"fit": number, "config": _digest(session.config)})
     others = [callback for callback in callbacks if not isinstance(callback, TuneReport)]
-    inside = Inside(job=job, callbacks=[*others, *reports])  # last, so that it sees what the others have done
+    inside = NestedFit(job=job, callbacks=[*others, *reports])  # last, so that it sees what the others have done
     if number > 0 or is_continued or not any(report.is_reporting for report in reports):
         return inside
     return _restored(session, inside)
@@ -75,7 +75,7 @@ def _has_reported_itself(session: RaySession, last_report: TuneReport | None) ->
     return last_report is not None and session.num_reports != last_report.num_reports
 
 
-def _restored(session: RaySession, inside: Inside) -> Inside:
+def _restored(session: RaySession, inside: NestedFit) -> NestedFit:
     """With the checkpoint that the function is restored from, where a fit has reported it."""
     checkpoint = session.checkpoint
     notes = None if checkpoint is None else checkpoint.get_metadata().get("raylit")
@@ -92,7 +92,7 @@ def _restored(session: RaySession, inside: Inside) -> Inside:
         restored = files.read(os.path.join(directory, FILE))
     # Tune moves trials, and hands out those of others: a ModelCheckpoint begins anew where its files are not.
     savers = [callback for callback in inside.callbacks if isinstance(callback, ModelCheckpoint)]
-    places = [saver.dirpath or joined(absolute(inside.job.log_dir), "checkpoints") for saver in savers]
+    places = [saver.dirpath or join(absolute(inside.job.log_dir), "checkpoints") for saver in savers]
     for key, state in list(restored["callbacks"].items()):
         if key.startswith(ModelCheckpoint.__name__) and state.get("dirpath") not in places:
             del restored["callbacks"][key]

@@ -54,7 +54,7 @@ def _halved(dtype: torch.dtype, state: Any, bucket: dist.GradBucket) -> torch.fu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Travel:
+class ReducedPrecision:
     """How gradients go from rank to rank, here as in DDP."""
 
     bucket_bytes: float = 25 * 2**20
@@ -63,7 +63,7 @@ class Travel:
     """As what they travel; None: as what they are."""
 
     @classmethod
-    def of(cls, options: DDPStrategy) -> "Travel":
+    def of(cls, options: DDPStrategy) -> "ReducedPrecision":
         size = {} if options.bucket_cap_mb is None else {"bucket_bytes": options.bucket_cap_mb * 2**20}
         return cls(**size, dtype=dtype_on_the_way(options.ddp_comm_hook))
 
@@ -81,7 +81,7 @@ class Travel:
 
 
 def average_gradients(
-    parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None, *, travel: Travel
+    parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None, *, travel: ReducedPrecision
 ) -> None:
     """The mean of the gradients over the ranks, in place. Collective; the same parameters on every rank.
 
@@ -116,7 +116,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 class TouchedGradients:
     """Knows which parameters' gradients backward passes have changed since they were last averaged."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, travel: Travel) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, travel: ReducedPrecision) -> None:
         self._travel = travel
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._touched: set[int] = set()

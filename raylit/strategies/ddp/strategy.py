@@ -23,8 +23,14 @@ from raylit.compat.torch_ddp import (
 )
 from raylit.config.strategy import DDPStrategy
 from raylit.errors import ModuleError
-from raylit.strategies.base import PendingGradients, Skipped, SyncedCheck, TrainingStep
-from raylit.strategies.ddp.grad_averaging import TouchedGradients, Travel, average_gradients, broadcast, comm_hook
+from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep, ZeroLoss
+from raylit.strategies.ddp.grad_averaging import (
+    ReducedPrecision,
+    TouchedGradients,
+    average_gradients,
+    broadcast,
+    comm_hook,
+)
 from raylit.strategies.single import Single
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 
@@ -39,7 +45,7 @@ class DDP(Single):
         # A static graph shows what is unused in its first step.
         self._is_finding_unused = options.find_unused_parameters is True and not options.static_graph
         self._may_find_unused = options.find_unused_parameters == "auto" and not options.static_graph
-        self._travel = Travel.of(options)
+        self._travel = ReducedPrecision.of(options)
         self._is_syncing_batch_norm = is_syncing_batch_norm
         self._batch_norms: SyncedBatchNorms | None = None
 
@@ -175,7 +181,7 @@ class _StepModule(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         outputs = self._training_step(*args)
-        return Skipped(loss=self._nothing()) if outputs is None else outputs
+        return ZeroLoss(loss=self._nothing()) if outputs is None else outputs
 
     def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if name in self.trained)

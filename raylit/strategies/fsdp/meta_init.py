@@ -73,7 +73,7 @@ class BuildOrder:
             self.owners.setdefault(value, module)
 
 
-class Materializer:
+class MetaInitializer:
     """Gives modules their numbers, in the order in which they were built: the generator then draws for each what it
     would draw in a plain build whose constructors end with `reset_parameters`.
 

@@ -20,23 +20,23 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor if tensor.numel() > 0 else tensor.new_zeros(1) for tensor in own]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full_tensor(tensor: Tensor) -> Tensor:
     """On the CPU. Collective where it is sharded."""
     own = tensor.detach()
     return (own.full_tensor() if isinstance(own, DTensor) else own).cpu()
 
 
-def gathered(value: Any) -> Any:
+def all_gather_shards(value: Any) -> Any:
     """With whole tensors on rank 0, one gathered after the other; what the other ranks get is of no use. Collective."""
     if isinstance(value, Tensor):
-        tensor = whole(value)
+        tensor = gather_full_tensor(value)
         return tensor if dist.get_rank() == 0 else None
     if isinstance(value, dict):
         together = copy.copy(value)
         for name, item in value.items():
-            together[name] = gathered(item)
+            together[name] = all_gather_shards(item)
         return together
-    return type(value)(gathered(item) for item in value) if type(value) in (list, tuple) else value
+    return type(value)(all_gather_shards(item) for item in value) if type(value) in (list, tuple) else value
 
 
 def counterpart(value: Any, own: Any, where: str, targets: dict[str, Tensor], *, is_in_place: bool = False) -> Any:

@@ -20,7 +20,7 @@ from raylit.compat.torch_fsdp import (
     run_pre_backward,
     run_pre_forward,
 )
-from raylit.strategies.base import Skipped, TrainingStep
+from raylit.strategies.base import TrainingStep, ZeroLoss
 
 _END = 2**31 - 1
 """Announced after the last unit of a forward pass."""
@@ -35,7 +35,7 @@ class _Use:
     """The backward pass comes through it."""
 
 
-class Course:
+class CollectiveSchedule:
     """In which order a training step runs the units of a model, and which of them its loss depends on.
 
     It is learned in the first step: ranks then tell each other before each unit, as one that skips the batch cannot
@@ -169,10 +169,10 @@ class Course:
         else:
             run_post_forward(state, unit, (), None)
 
-    def _skipped(self) -> Skipped:
+    def _skipped(self) -> ZeroLoss:
         anchor = torch.zeros((), device=self._device, requires_grad=True)
         loss = _NoGradients.apply(anchor, partial(self._pass_backward, self._passes()))
-        return Skipped(loss=loss)
+        return ZeroLoss(loss=loss)
 
     def _pass_backward(self, passes: Sequence[tuple[_Use, bool]], gradient: Tensor) -> None:
         run_pre_backward(get_state(self._root), gradient)

@@ -34,12 +34,19 @@ from raylit.config.plan import PrecisionName
 from raylit.config.strategy import FSDPStrategy
 from raylit.errors import ConfigError, ModuleError
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
-from raylit.strategies.ddp.grad_averaging import TouchedGradients, Travel, average_gradients, broadcast
-from raylit.strategies.fsdp.meta_init import BuildOrder, Materializer
-from raylit.strategies.fsdp.shards import ShardedScaler, counterpart, counterpart_of_state, gathered, shards, whole
-from raylit.strategies.fsdp.skipped_batches import Course
-from raylit.strategies.fsdp.unshard import Entries, forget_sharding, free_eagerly, hold_little, leave_on_meta
-from raylit.strategies.fsdp.wrap_policy import Recomputed, called_parts, check_not_shared, chosen_units
+from raylit.strategies.ddp.grad_averaging import ReducedPrecision, TouchedGradients, average_gradients, broadcast
+from raylit.strategies.fsdp.meta_init import BuildOrder, MetaInitializer
+from raylit.strategies.fsdp.shards import (
+    ShardedScaler,
+    all_gather_shards,
+    counterpart,
+    counterpart_of_state,
+    gather_full_tensor,
+    shards,
+)
+from raylit.strategies.fsdp.skipped_batches import CollectiveSchedule
+from raylit.strategies.fsdp.unshard import MethodEntryPoints, forget_sharding, free_eagerly, hold_little, leave_on_meta
+from raylit.strategies.fsdp.wrap_policy import ActivationCheckpointing, called_parts, check_not_shared, chosen_units
 from raylit.strategies.sharded_state import Reader, split
 from raylit.strategies.single import Single
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
@@ -63,12 +70,12 @@ class FSDP(Single):
         self._order = BuildOrder()
         self._root: Any = None
         """The module, once it is sharded."""
-        self._entries: Entries | None = None
+        self._entries: MethodEntryPoints | None = None
         self._replicated: list[nn.Parameter] = []
         """Parameters that every rank has the whole of."""
         self._added: list[tuple[nn.Module, set[str]]] = []
         """Modules and the attributes that sharding has added to each."""
-        self._recomputed: Recomputed | None = None
+        self._recomputed: ActivationCheckpointing | None = None
         self._is_syncing_batch_norm = is_syncing_batch_norm
         self._batch_norms: SyncedBatchNorms | None = None
 
@@ -101,10 +108,10 @@ class FSDP(Single):
             units = list(dict.fromkeys([*units, *called_parts(module)]))
         check_not_shared(module, units)
         if self._options.activation_checkpointing_policy is not None:
-            self._recomputed = Recomputed(module, self._options.activation_checkpointing_policy)
+            self._recomputed = ActivationCheckpointing(module, self._options.activation_checkpointing_policy)
         alone = set(_norms_in_full_precision(module) if self._policy.param_dtype is not None else ())
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        materializer = Materializer(module, owners=self._order.owners)
+        materializer = MetaInitializer(module, owners=self._order.owners)
         for part in self._order.over(module):
             materializer.materialize(part)
             if part in alone or part is module or part in units:
@@ -122,7 +129,7 @@ class FSDP(Single):
         # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
         sharded = type(module).__name__
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({sharded}\) returned a view tensor")
-        self._entries = Entries(module, steps=steps, is_manual=is_manual)
+        self._entries = MethodEntryPoints(module, steps=steps, is_manual=is_manual)
 
     def recall(self, module: nn.Module) -> None:
         if self._entries is None:
@@ -148,7 +155,7 @@ class FSDP(Single):
             if size_bytes + value.nbytes > _PIECE_BYTES and piece:
                 yield piece
                 piece, size_bytes = {}, 0
-            piece[name] = whole(value)
+            piece[name] = gather_full_tensor(value)
             size_bytes += value.nbytes
         yield piece
 
@@ -164,7 +171,7 @@ class FSDP(Single):
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         self._initialize()
-        course = Course(module, replicated=self._replicated, device=self._device)
+        course = CollectiveSchedule(module, replicated=self._replicated, device=self._device)
         assert self._entries is not None
         return partial(self._entries.run_on, course, training_step)
 
@@ -237,7 +244,7 @@ class FSDP(Single):
     # State
 
     def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
-        handed: dict[str, Any] = gathered(state) if self.is_gathering else split(state, "", {})
+        handed: dict[str, Any] = all_gather_shards(state) if self.is_gathering else split(state, "", {})
         return handed
 
     def parts(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
@@ -301,7 +308,7 @@ class FSDP(Single):
 
     def _finish_window(self) -> None:
         self._finish_backward()
-        average_gradients([one for one in self._replicated if one.requires_grad], travel=Travel())
+        average_gradients([one for one in self._replicated if one.requires_grad], travel=ReducedPrecision())
 
     def _finish_backward(self) -> None:
         """What the backward pass has left over to reduce: gradients added up without a sync; those of a module in
@@ -367,7 +374,7 @@ class _PendingShards:
     def __init__(self, replicated: Sequence[nn.Parameter], *, finish_backward: Callable[[], None]) -> None:
         self._replicated = replicated
         self._finish_backward = finish_backward
-        self._touched = TouchedGradients(replicated, travel=Travel())
+        self._touched = TouchedGradients(replicated, travel=ReducedPrecision())
 
     def average(self) -> None:
         self._finish_backward()

@@ -21,12 +21,12 @@ from raylit.compat.torch_fsdp import (
 )
 from raylit.errors import ModuleError
 from raylit.strategies.base import TrainingStep
-from raylit.strategies.fsdp.skipped_batches import Course
+from raylit.strategies.fsdp.skipped_batches import CollectiveSchedule
 
 _CALL = "forward"
 
 
-class Entries:
+class MethodEntryPoints:
     """Those of one module, until `restore`."""
 
     def __init__(self, module: nn.Module, *, steps: Sequence[str], is_manual: bool) -> None:
@@ -34,7 +34,7 @@ class Entries:
         self._module = module
         self._state: Any = get_state(module)
         self._is_running = False
-        self._course: Course | None = None
+        self._course: CollectiveSchedule | None = None
         """Of the training step that runs."""
         remove_forward_hooks(self._state)
         self._names = [*steps, _CALL]
@@ -49,7 +49,7 @@ class Entries:
         for name in self._names:
             del vars(self._module)[name]
 
-    def run_on(self, course: Course, training_step: TrainingStep, *args: Any) -> Any:
+    def run_on(self, course: CollectiveSchedule, training_step: TrainingStep, *args: Any) -> Any:
         """The step, which may skip its batch where the others run theirs."""
         self._course = course
         try:

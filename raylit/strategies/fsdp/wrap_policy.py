@@ -87,7 +87,7 @@ def _named(policy: WrapPolicy) -> str:
     return getattr(policy, "__name__", repr(policy))
 
 
-class Recomputed:
+class ActivationCheckpointing:
     """Modules of some classes, whose forward runs under torch.utils.checkpoint until `restore`."""
 
     def __init__(self, module: nn.Module, classes: Collection[type[nn.Module]]) -> None:

@@ -2,7 +2,7 @@
 
 from raylit.trainer.arguments.command_line import add_arguments, from_arguments
 from raylit.trainer.arguments.given import Given
-from raylit.trainer.arguments.names import EarlierNames, accepts_earlier_names, settled
+from raylit.trainer.arguments.names import EarlierNames, accepts_earlier_names, resolve_aliases
 from raylit.trainer.arguments.searches import parse_searches
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "add_arguments",
     "from_arguments",
     "parse_searches",
-    "settled",
+    "resolve_aliases",
 ]

@@ -77,7 +77,7 @@ def accepts_earlier_names(init: Callable[_Parameters, None]) -> Callable[_Parame
     return construct
 
 
-def settled(**named: Any) -> Any:
+def resolve_aliases(**named: Any) -> Any:
     """The value of one thing that has several names; None where none of them is given.
 
     ConfigError: two of them are, with different values.

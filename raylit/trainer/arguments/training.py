@@ -4,7 +4,7 @@ import math
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
-from raylit.callbacks.timer import Duration, seconds_of
+from raylit.callbacks.timer import Duration, parse_seconds
 from raylit.config.plan import BatchLimit, Limits, MatmulPrecisionName, Optimization, PrecisionName, Validation, Workers
 from raylit.config.strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyOptions
 from raylit.errors import ConfigError
@@ -38,7 +38,7 @@ def parse_limits(
         limit_predict_batches=limit_predict_batches,
         overfit_batches=overfit_batches,
     )
-    max_time_s = None if max_time is None else seconds_of(max_time, name="max_time")
+    max_time_s = None if max_time is None else parse_seconds(max_time, name="max_time")
     if fast_dev_run:
         return _dev_run(int(fast_dev_run))
     if max_epochs is None:
@@ -65,7 +65,7 @@ def parse_validation(
     if check_val_every_n_epoch is not None:
         check_count(1, check_val_every_n_epoch=check_val_every_n_epoch)
     if isinstance(val_check_interval, (str, dict, timedelta)):
-        interval_s = seconds_of(val_check_interval, name="val_check_interval")
+        interval_s = parse_seconds(val_check_interval, name="val_check_interval")
         if interval_s == 0:
             raise ConfigError(f"val_check_interval={val_check_interval!r}: no time at all; 1 is after every batch")
         validation = Validation(interval_s=interval_s, every_n_epochs=check_val_every_n_epoch)

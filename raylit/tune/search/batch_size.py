@@ -22,7 +22,7 @@ from raylit.worker.job import Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Windows:
+class BatchSizeChoices:
     """Per worker, for a search."""
 
     sizes: Sequence[int]
@@ -34,7 +34,9 @@ class Windows:
     """Samples of an optimizer's step, over all workers; None: as many as the size makes them."""
 
     @classmethod
-    def of(cls, wanted: int | Literal["keep", "any"], job: Job, plan: Plan, *, size: Any, max_size: int) -> "Windows":
+    def of(
+        cls, wanted: int | Literal["keep", "any"], job: Job, plan: Plan, *, size: Any, max_size: int
+    ) -> "BatchSizeChoices":
         """ConfigError: no size can make steps of what is wanted. `size` is what the module has now."""
         is_number = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0
         if wanted not in ("keep", "any") and not is_number:
@@ -155,7 +157,7 @@ class SizeTrial:
         return self.status == "fits"
 
 
-Course = Generator[int, SizeTrial, None]
+SearchSteps = Generator[int, SizeTrial, None]
 """Yields the next size, is sent what came of it."""
 
 
@@ -164,7 +166,7 @@ class SizeSearch:
 
     num_at_once = 1
 
-    def __init__(self, course: Course, *, num_trials: int, windows: Windows) -> None:
+    def __init__(self, course: SearchSteps, *, num_trials: int, windows: BatchSizeChoices) -> None:
         self.trials: list[SizeTrial] = []
         self.error: BaseException | None = None
         """Of the last size that did not fit."""
@@ -200,18 +202,18 @@ class SizeSearch:
             self._next = None
 
 
-def course_of(mode: SizeMode, sizes: Sequence[int], *, first: int) -> Course:
+def search_steps(mode: SizeMode, sizes: Sequence[int], *, first: int) -> SearchSteps:
     """`sizes` are those that are allowed, ascending."""
     courses: dict[SizeMode, Any] = {"power": _power, "binsearch": _binsearch, "throughput": _throughput}
-    course: Course = courses[mode](sizes, first)
+    course: SearchSteps = courses[mode](sizes, first)
     return course
 
 
-def _power(sizes: Sequence[int], first: int) -> Course:
+def _power(sizes: Sequence[int], first: int) -> SearchSteps:
     yield from _doubling(sizes, first)
 
 
-def _binsearch(sizes: Sequence[int], first: int) -> Course:
+def _binsearch(sizes: Sequence[int], first: int) -> SearchSteps:
     good, bad = yield from _doubling(sizes, first)
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -222,7 +224,7 @@ def _binsearch(sizes: Sequence[int], first: int) -> Course:
             bad = middle
 
 
-def _throughput(sizes: Sequence[int], first: int) -> Course:
+def _throughput(sizes: Sequence[int], first: int) -> SearchSteps:
     """Doubled for as long as that is faster, then what lies beside the fastest."""
     trials: list[SizeTrial] = []
     doubling = _doubling(sizes, first)
@@ -268,7 +270,9 @@ def _is_falling(trials: list[SizeTrial]) -> bool:
 class BatchSizes:
     """The sizes that were tried, and the one that was chosen."""
 
-    def __init__(self, trials: Sequence[SizeTrial], *, mode: SizeMode, windows: Windows, margin: float) -> None:
+    def __init__(
+        self, trials: Sequence[SizeTrial], *, mode: SizeMode, windows: BatchSizeChoices, margin: float
+    ) -> None:
         """`margin`: of the largest size that fits, where a larger one did not."""
         self.trials = sorted(trials, key=lambda trial: trial.size)
         self.results: dict[str, list[Any]] = {

@@ -34,7 +34,7 @@ class Entrant:
     """What ended its trial, where it was not the race."""
 
 
-class Race:
+class LearningRateRace:
     """Proposes the candidates, keeps their losses at the rungs and says who is to go."""
 
     def __init__(self, min_lr: float, max_lr: float, *, num_candidates: int, num_steps: int) -> None:
@@ -70,7 +70,7 @@ class Race:
 class RaceResult:
     """How far each candidate came, and with which loss."""
 
-    def __init__(self, race: Race) -> None:
+    def __init__(self, race: LearningRateRace) -> None:
         entrants = [entrant for entrant in race.entrants if entrant.losses]
         self.results: dict[str, Any] = {
             "lr": [entrant.lr for entrant in entrants],

@@ -27,7 +27,7 @@ _OF_MEMORY = re.compile(
 _OF_THE_DEVICE = re.compile(r"(CUDA|HIP|NCCL|CUDA driver) error|(CUBLAS|CUDNN)_STATUS_|device-side assert")
 
 
-def verdict_on(error: BaseException) -> Verdict | None:
+def classify_failure(error: BaseException) -> Verdict | None:
     """What an exception says of a trial: it needs too much memory, or it has crashed its worker or the device. None: it
     is a mistake that every trial would make."""
     chain = list(_chain(error))
@@ -90,7 +90,7 @@ def check_limit(num_bytes: int | None, *, is_on_cpu: bool) -> None:
         raise ConfigError("memory_limit_bytes on a CPU needs Linux, whose /proc tells what a process has")
 
 
-def without_traces(error: BaseException) -> BaseException:
+def without_tracebacks(error: BaseException) -> BaseException:
     """The exception, but no longer the frames that it has passed, whose variables hold a failed step's tensors: a text
     tells of them."""
     if error.__cause__ is None:

@@ -14,15 +14,15 @@ from ray.tune.search import Searcher
 from raylit.checkpoint import format
 from raylit.compat import ray_core
 from raylit.config.plan import Workers
-from raylit.driver.ray.failures import words_of
+from raylit.driver.ray.failures import format_traceback
 from raylit.driver.ray.placement import cluster_hosts
-from raylit.driver.ray.serialization import Parcel, pickle_job, unpickle_job
+from raylit.driver.ray.serialization import SerializedJob, pickle_job, unpickle_job
 from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed
-from raylit.tune.search.out_of_memory import verdict_on
-from raylit.tune.search.runner import tried
+from raylit.tune.search.out_of_memory import classify_failure
+from raylit.tune.search.runner import run_trial
 from raylit.tune.search.trial import Experiment, Outcome, Search
 from raylit.tune.trial.progress import error_of
-from raylit.tune.trial.resources import Room, find_room
+from raylit.tune.trial.resources import TrialResources, find_trial_resources
 from raylit.tune.trial.run_trials import Run, run_trials
 from raylit.tune.trial.trainable import TrialContext
 from raylit.worker.job import Job
@@ -47,7 +47,7 @@ class TuneRunner:
             run_trials(
                 _Recipe(experiment, pickle_job(job)),
                 {},
-                room=find_room(workers, title=_TITLE),
+                room=find_trial_resources(workers, title=_TITLE),
                 run=Run(
                     title=_TITLE,
                     directory=os.path.join(directory, "trials"),
@@ -67,9 +67,9 @@ class TuneRunner:
 class _Recipe:
     """A trial, in its own process. The data comes once for all trials of a process."""
 
-    def __init__(self, experiment: Experiment, parcel: Parcel) -> None:
+    def __init__(self, experiment: Experiment, parcel: SerializedJob) -> None:
         self._experiment = replace(experiment, random_state={})
-        self._parcel: Parcel | None = parcel
+        self._parcel: SerializedJob | None = parcel
         self._job: Job | None = None
 
     def __call__(self, context: TrialContext) -> Mapping[str, Any]:
@@ -84,7 +84,7 @@ class _Recipe:
         # A trial's process starts with the driver's.
         experiment = replace(self._experiment, random_state=format.random_state())
         try:
-            outcome = tried(experiment, context.config[_VALUE], self._job, told=told)
+            outcome = run_trial(experiment, context.config[_VALUE], self._job, told=told)
         except Exception as error:
             outcome = Outcome(error=error)
         return {_OUTCOME: _pickled(outcome)}
@@ -123,7 +123,7 @@ class _Trials:
     def receive(self, trial_id: str, result: Mapping[str, Any]) -> None:
         error = self._errors.pop(trial_id, None)
         if error is not None:
-            outcome = Outcome(error=error, verdict=verdict_on(error))
+            outcome = Outcome(error=error, verdict=classify_failure(error))
         else:
             # Without one, the trial was cut.
             outcome = _unpickled(result[_OUTCOME]) if _OUTCOME in result else Outcome()
@@ -176,15 +176,17 @@ def _with_room(workers: Workers) -> Workers:
     if ray_core.read_autoscaling() is not None:
         return workers
     hosts, cpu = cluster_hosts(), 1.0
-    room = Room(workers=workers)
+    room = TrialResources(workers=workers)
     while "CPU" not in workers.resources_per_worker and not room.demand.fits(hosts) and cpu > _LEAST_CPU:
         cpu = round(cpu / 2, 3)
-        room = Room(workers=replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker}))
+        room = TrialResources(
+            workers=replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker})
+        )
     return room.workers if room.demand.fits(hosts) else workers
 
 
 def _pickled(outcome: Outcome) -> bytes:
-    text = None if outcome.error is None else words_of(outcome.error)
+    text = None if outcome.error is None else format_traceback(outcome.error)
     try:
         pickled = cloudpickle.dumps((outcome, text))
         cloudpickle.loads(pickled)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from raylit.config.plan import Plan
-from raylit.tune.search.out_of_memory import verdict_on, without_traces
-from raylit.tune.search.trial import Experiment, Outcome, Search, Told, attempt, copied
+from raylit.tune.search.out_of_memory import classify_failure, without_tracebacks
+from raylit.tune.search.trial import Experiment, Outcome, ReportLoss, Search, copy_job, fit_trial
 from raylit.worker.job import Job
 
 
@@ -37,18 +37,18 @@ class DirectRunner:
 
     def run(self, search: Search, experiment: Experiment, job: Job) -> None:
         while (value := search.propose()) is not None:
-            search.receive(value, tried(experiment, value, job, told=partial(search.is_losing, value)))
+            search.receive(value, run_trial(experiment, value, job, told=partial(search.is_losing, value)))
 
 
-def tried(experiment: Experiment, value: Any, job: Job, *, told: Told) -> Outcome:
+def run_trial(experiment: Experiment, value: Any, job: Job, *, told: ReportLoss) -> Outcome:
     """A trial with a copy of the job. What is wrong with this one alone is its outcome; else it is raised."""
     try:
-        return attempt(experiment, value, job=copied(job), told=told)
+        return fit_trial(experiment, value, job=copy_job(job), told=told)
     except Exception as error:
-        verdict = verdict_on(error)
+        verdict = classify_failure(error)
         if verdict is None:
             raise
-        outcome = Outcome(error=without_traces(error), verdict=verdict)
+        outcome = Outcome(error=without_tracebacks(error), verdict=verdict)
     # Outside of the except clause, which keeps the failed step's frames and with them its tensors.
     gc.collect()
     if torch.cuda.is_initialized():

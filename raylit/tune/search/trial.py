@@ -124,11 +124,11 @@ class Search(Protocol):
     def receive(self, value: Any, outcome: Outcome) -> None: ...
 
 
-Told = Callable[[int, float], bool]
+ReportLoss = Callable[[int, float], bool]
 """Is told the step and the loss of a rung; says whether the trial is to end."""
 
 
-def attempt(experiment: Experiment, value: Any, *, job: Job, told: Told) -> Outcome:
+def fit_trial(experiment: Experiment, value: Any, *, job: Job, told: ReportLoss) -> Outcome:
     """Fit `job`, which is the trial's own. Raises what ends it; the random state of the process stays."""
     if experiment.attribute is not None:
         put(experiment.attribute, value, job)
@@ -146,7 +146,7 @@ def attempt(experiment: Experiment, value: Any, *, job: Job, told: Told) -> Outc
     return Outcome(findings=probe.found(), num_batches=coordinator.state.num_training_batches)
 
 
-def copied(job: Job) -> Job:
+def copy_job(job: Job) -> Job:
     """For a worker in this process, which would train the user's own objects. Data sets are shared, as nobody writes
     to them; what cannot be copied, such as a generator, is used itself."""
     memo: dict[int, Any] = {}
@@ -164,7 +164,7 @@ def copied(job: Job) -> Job:
 class _Rungs(DriverCallback):
     """Tells the trial's loss at each rung, and ends the trial where it is to end."""
 
-    def __init__(self, steps: Sequence[int], told: Told) -> None:
+    def __init__(self, steps: Sequence[int], told: ReportLoss) -> None:
         self._left = list(steps)
         self._told = told
 

@@ -14,7 +14,7 @@ from typing import Any
 from raylit.errors import ConfigError
 from raylit.tune import figures
 from raylit.tune.records import Mode, TrialRecord, best_of, is_better, is_number
-from raylit.tune.sweep.parameters import Parameter, Quality, shown, varying
+from raylit.tune.sweep.parameters import Parameter, Quality, format_value, varying
 
 _INK = "#30343f"
 _FAINT = "#c9ccd3"
@@ -161,7 +161,7 @@ def _ticks(parameter: Parameter) -> list[tuple[float, str]]:
     within = [value for value in found if parameter.low <= value <= parameter.high]
     if len(within) < 2:
         within = [parameter.low, parameter.high]
-    return [(parameter.place(value), shown(value)) for value in within]
+    return [(parameter.place(value), format_value(value)) for value in within]
 
 
 def _draw_axis(axes: Any, x: float, name: str, ticks: Sequence[tuple[float, str]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raylit.core.hparams import flattened
+from raylit.core.hparams import flatten
 from raylit.tune.records import Mode, TrialRecord, is_better, is_number
 
 _MAX_LEVELS = 5
@@ -32,7 +32,7 @@ class Parameter:
     def place(self, value: Any) -> float:
         """From 0, the bottom, to 1."""
         if self.scale == "levels":
-            return (self.levels.index(shown(value)) + 0.5) / len(self.levels)
+            return (self.levels.index(format_value(value)) + 0.5) / len(self.levels)
         if self.scale == "log":
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -40,23 +40,24 @@ class Parameter:
 
 def varying(trials: Sequence[TrialRecord]) -> list[Parameter]:
     """In the order of the configs; what is the same in all trials is left out."""
-    configs = [dict(flattened(trial.config)) for trial in trials]
+    configs = [dict(flatten(trial.config)) for trial in trials]
     names = dict.fromkeys(name for config in configs for name in config)
     columns = [(name, tuple(config.get(name) for config in configs)) for name in names]
-    return [_parameter(name, values) for name, values in columns if len(set(map(shown, values))) > 1]
+    return [_parameter(name, values) for name, values in columns if len(set(map(format_value, values))) > 1]
 
 
 def constant(trials: Sequence[TrialRecord]) -> dict[str, Any]:
     """What all trials have in common."""
-    configs = [dict(flattened(trial.config)) for trial in trials]
+    configs = [dict(flatten(trial.config)) for trial in trials]
     first = configs[0] if configs else {}
     is_common = {
-        name: all(shown(config.get(name)) == shown(value) for config in configs) for name, value in first.items()
+        name: all(format_value(config.get(name)) == format_value(value) for config in configs)
+        for name, value in first.items()
     }
     return {name: value for name, value in first.items() if is_common[name]}
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """In a few characters."""
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -69,8 +70,8 @@ def _parameter(name: str, values: tuple[Any, ...]) -> Parameter:
     distinct = sorted(set(numbers))
     is_few = len(distinct) <= min(_MAX_LEVELS, len(values) // 2)
     if len(numbers) < len(values) or is_few:
-        others = dict.fromkeys(shown(value) for value in values if not is_number(value))
-        levels = (*sorted(others, reverse=True), *dict.fromkeys(map(shown, distinct)))
+        others = dict.fromkeys(format_value(value) for value in values if not is_number(value))
+        levels = (*sorted(others, reverse=True), *dict.fromkeys(map(format_value, distinct)))
         return Parameter(name=name, values=values, scale="levels", levels=levels)
     low, high = numbers[0], numbers[-1]
     straight, bent = (Parameter(name=name, values=values, scale=it, low=low, high=high) for it in _SCALES)
@@ -83,7 +84,7 @@ def _parameter(name: str, values: tuple[Any, ...]) -> Parameter:
 
 _OUTLYING = 4.0
 """So many times as far from the best as the median: off the scale."""
-_LOG_RATIO = 100.0
+_QUALITY_LOG_RATIO = 100.0
 
 
 class Quality:
@@ -101,7 +102,7 @@ class Quality:
         self._best, self._worst = best, worst
         self._has_outliers = len(within) < len(values)
         low, high = sorted((best, worst))
-        self.is_log = low > 0 and high / low > _LOG_RATIO
+        self.is_log = low > 0 and high / low > _QUALITY_LOG_RATIO
 
     def of(self, trial: TrialRecord) -> float | None:
         """None: it has reported no number."""
@@ -129,11 +130,11 @@ class Quality:
 
         low, high = sorted((self._best, self._worst))
         found = (LogLocator() if self.is_log else MaxNLocator(6)).tick_values(low, high)
-        ticks = [(self._place(value), shown(value)) for value in map(float, found) if low <= value <= high]
+        ticks = [(self._place(value), format_value(value)) for value in map(float, found) if low <= value <= high]
         if self._has_outliers:
             sign = "\N{GREATER-THAN OR EQUAL TO}" if self._mode == "min" else "\N{LESS-THAN OR EQUAL TO}"
             ticks = [tick for tick in ticks if tick[0] > 0.05] + [(0.0, f"{sign} {self._worst:.3g}")]
-        return ticks or [(1.0, shown(self._best))]
+        return ticks or [(1.0, format_value(self._best))]
 
     def _place(self, value: float) -> float:
         if self._best == self._worst:

@@ -10,11 +10,11 @@ from raylit.checkpoint import files
 from raylit.core.hparams import load_weights
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
-from raylit.storage import joined
-from raylit.text_table import drawn, fitting_widths, printable
+from raylit.storage import join
+from raylit.text_table import draw_table, fitting_widths, printable
 from raylit.tune.records import Mode, TrialRecord, best_of
 from raylit.tune.sweep.figures import is_pictured, objective_figure, parallel_figure
-from raylit.tune.sweep.parameters import constant, shown, varying
+from raylit.tune.sweep.parameters import constant, format_value, varying
 from raylit.tune.trial.trainable import config_of
 
 _MAX_ROWS = 20
@@ -36,7 +36,7 @@ def summary(trials: Sequence[TrialRecord], *, metric: str, mode: Mode, directory
         rows.append(
             [
                 f"{trial.id}{mark}",
-                *(shown(parameter.values[index]) for parameter in parameters),
+                *(format_value(parameter.values[index]) for parameter in parameters),
                 "-" if best is None else f"{best:.5g}",
                 *epochs,
                 _duration(trial.history[-1].get("time_s") if trial.history else None),
@@ -45,7 +45,7 @@ def summary(trials: Sequence[TrialRecord], *, metric: str, mode: Mode, directory
         )
     align = "l" + "r" * (len(header) - 2) + "l"
     header, rows, align, num_hidden = _fitted(header, rows, align, width or shutil.get_terminal_size().columns)
-    lines = drawn(header, rows, fitting_widths(header, rows), align=align)
+    lines = draw_table(header, rows, fitting_widths(header, rows), align=align)
     return "\n".join([*lines, *_notes(ranked, num_hidden=num_hidden, directory=directory)])
 
 
@@ -85,7 +85,7 @@ def _notes(ranked: Sequence[TrialRecord], *, num_hidden: int, directory: str) ->
     if num_hidden:
         notes.append(f"and {num_hidden} more parameter{'s' if num_hidden > 1 else ''}")
     if same := constant(ranked):
-        notes.append("in all trials: " + ", ".join(f"{name}={shown(value)}" for name, value in same.items()))
+        notes.append("in all trials: " + ", ".join(f"{name}={format_value(value)}" for name, value in same.items()))
     for trial in ranked:
         if trial.error is not None:
             notes.append(f"trial {trial.id} failed: {trial.error.strip().splitlines()[-1]}")
@@ -197,7 +197,7 @@ class SweepResult:
         if not is_pictured():
             return
         for draw, name in ((self.plot, "objective.png"), (self.plot_parallel, "parallel.png")):
-            draw(joined(self.directory, name))
+            draw(join(self.directory, name))
 
     def __len__(self) -> int:
         return len(self.trials)

@@ -17,7 +17,7 @@ from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError, shows_user_frames
 from raylit.loggers import TensorBoardLogger
-from raylit.storage import absolute, entries, joined
+from raylit.storage import absolute, entries, join
 from raylit.trainer.arguments.checks import check_count
 from raylit.trainer.trainer import Trainer
 from raylit.tune.records import Mode
@@ -88,13 +88,13 @@ def sweep(
         _check_has_no_metric(named, given)
     # Importing Ray Tune takes seconds, which only a sweep should pay.
     from raylit.tune.sweep.tensorboard_hparams import write_experiment
-    from raylit.tune.trial.resources import find_room
+    from raylit.tune.trial.resources import find_trial_resources
     from raylit.tune.trial.run_trials import Run, run_trials
 
     directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
     arguments = _of_trials(trainer_arguments)
     workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments).plan.workers
-    room = find_room(workers, title=_TITLE, directory=directory)
+    room = find_trial_resources(workers, title=_TITLE, directory=directory)
     is_saving = trainer_arguments.get("enable_checkpointing", trainer_arguments.get("checkpoint_callback", True))
     run = Run(
         title=_TITLE,
@@ -272,14 +272,14 @@ def _check_has_no_metric(name: str, given: Any) -> None:
 def _directory(root: str | os.PathLike[str] | None, name: str | None, *, is_resuming: bool) -> tuple[str, bool]:
     """Where the sweep's files go, and whether there is something to resume."""
     # A file: URL is a path as any other, and so that of a place which only some hosts may see.
-    place = joined(absolute(os.fspath(root or os.getcwd()).removeprefix("file://")), _PLACE)
+    place = join(absolute(os.fspath(root or os.getcwd()).removeprefix("file://")), _PLACE)
     if name is None:
         if is_resuming:
             raise ConfigError("resume=True needs the name of the sweep to continue")
         name = time.strftime("%Y-%m-%d_%H-%M-%S")
     if not name or "/" in name:
         raise ConfigError(f"name={name!r}: must be the name of a directory")
-    directory = joined(place, name)
+    directory = join(place, name)
     is_there = bool(entries(directory))
     if is_there and not is_resuming:
         raise ConfigError(f"{directory} holds a sweep already: say resume=True to continue it, or give another name")

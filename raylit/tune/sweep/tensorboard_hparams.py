@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
 
 from raylit.callbacks.base import DriverCallback, Run
-from raylit.core.hparams import flattened
+from raylit.core.hparams import flatten
 from raylit.loggers import TensorBoardLogger
 from raylit.tune.records import Mode, is_better, is_number
 
@@ -46,7 +46,7 @@ class Session(DriverCallback):
         self._has_failed = False
 
     def on_start(self, run: Run) -> None:
-        hparams = {name: _plain(value) for name, value in flattened(self._config)}
+        hparams = {name: _plain(value) for name, value in flatten(self._config)}
         self._write(summary_v2.hparams_pb(hparams, trial_id=self._name))
 
     def on_validation_end(self, run: Run) -> None:

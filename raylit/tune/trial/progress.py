@@ -16,10 +16,10 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from raylit.compat import ray_core
 from raylit.driver.ray.failures import DEATHS, reason_of_death
-from raylit.driver.ray.placement import cluster_hosts, hope, hosts_in_words
-from raylit.driver.ray.resource_request import Demand, Waiting, in_words
+from raylit.driver.ray.placement import cluster_hosts, describe_pending_capacity, format_hosts
+from raylit.driver.ray.resource_request import CapacityWait, ResourceRequest, format_resources
 from raylit.errors import WorkerDied
-from raylit.storage import is_url, joined, make_directory, read_text, write_text
+from raylit.storage import is_url, join, make_directory, read_text, write_text
 from raylit.tune.records import Mode, is_better, is_number
 from raylit.tune.trial.trainable import TrialFailed
 from raylit.tune.trial.trial_thread import IS_LAST
@@ -35,7 +35,7 @@ _TUNES_OWN = frozenset(
 _ITERATION = "training_iteration"
 
 
-class Histories(tune.Callback):
+class ReportHistory(tune.Callback):
     """What `of` tells holds for resumed runs too."""
 
     def __init__(self, directory: str) -> None:
@@ -73,10 +73,10 @@ class Histories(tune.Callback):
             self._write(path)
 
     def _path(self, trial: TuneTrial) -> str:
-        directory = joined(self._directory, f"trial_{trial.trial_id}")
+        directory = join(self._directory, f"trial_{trial.trial_id}")
         if trial.trial_id not in self._seen:
             make_directory(directory)
-        return joined(directory, _FILE)
+        return join(directory, _FILE)
 
     def _drop_repeated(self, path: str, *, first: int) -> None:
         """A trial that goes on from a checkpoint after a crash makes some reports again."""
@@ -93,7 +93,7 @@ class Histories(tune.Callback):
 
 def history_of(trial_id: str, directory: str) -> list[dict[str, Any]]:
     """The reports of a trial, oldest first."""
-    reports = _reports(joined(directory, f"trial_{trial_id}", _FILE))
+    reports = _reports(join(directory, f"trial_{trial_id}", _FILE))
     return [{name: value for name, value in report.items() if name != _ITERATION} for report in reports]
 
 
@@ -124,11 +124,18 @@ class Ending(tune.Stopper):
         return self.is_due
 
 
-class Watcher(tune.Callback):
+class ProgressReporter(tune.Callback):
     """Says how far the trials are, which have failed, and what the first of them wait for."""
 
     def __init__(
-        self, *, title: str, metric: str | None, mode: Mode, demand: Demand, ending: Ending, is_shown: bool = True
+        self,
+        *,
+        title: str,
+        metric: str | None,
+        mode: Mode,
+        demand: ResourceRequest,
+        ending: Ending,
+        is_shown: bool = True,
     ) -> None:
         """`demand`: what a trial asks the cluster for."""
         self._title = title
@@ -146,16 +153,16 @@ class Watcher(tune.Callback):
         """Called once more when a run is resumed, with an object that comes from the storage."""
         # A search says "until it proposes no more" by a number as large as there is.
         self._num_trials: int | None = None if total_num_samples == sys.maxsize else total_num_samples
-        self._waiting = Waiting(timeout_s=math.inf)
+        self._waiting = CapacityWait(timeout_s=math.inf)
         self._groups_before = _placed_groups()
         self._shown_at_s = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if any(trial.status == TuneTrial.RUNNING for trial in trials):
-            self._waiting = Waiting(timeout_s=math.inf)
+            self._waiting = CapacityWait(timeout_s=math.inf)
         elif self._is_shown and self._waiting.is_line_due and _placed_groups() <= self._groups_before:
-            free = f"{in_words(ray.available_resources())} of {hosts_in_words(cluster_hosts())}"
-            why = hope(self._demand, ray_core.read_autoscaling())
+            free = f"{format_resources(ray.available_resources())} of {format_hosts(cluster_hosts())}"
+            why = describe_pending_capacity(self._demand, ray_core.read_autoscaling())
             self._waiting.say(f"room for a trial of {self._demand}; free now: {free}; {why}")
 
     def on_trial_result(

@@ -14,8 +14,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylit.compat import ray_core
 from raylit.config.plan import Workers
 from raylit.driver.ray import local_cluster, worker_pool
-from raylit.driver.ray.placement import check_memory, cluster_hosts, each_of, hosts_in_words, placed
-from raylit.driver.ray.resource_request import Demand, Resources
+from raylit.driver.ray.placement import (
+    check_memory,
+    cluster_hosts,
+    create_placement_group,
+    format_hosts,
+    resources_per_worker,
+)
+from raylit.driver.ray.resource_request import ResourceRequest, Resources
 from raylit.errors import ConfigError, ResourcesError
 from raylit.storage import is_url
 
@@ -26,7 +32,7 @@ _LOOK_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class TrialResources:
     """A placement group for each trial."""
 
     workers: Workers
@@ -34,10 +40,12 @@ class Room:
     """Ray's resource of the host where the trials' own processes have to stand; empty: anywhere."""
 
     @property
-    def demand(self) -> Demand:
+    def demand(self) -> ResourceRequest:
         """Without workers the trial's own process trains, and needs what a worker would."""
         workers = self.workers
-        return Demand(workers=replace(workers, num_workers=workers.world_size), each=each_of(workers, cpu=1.0))
+        return ResourceRequest(
+            workers=replace(workers, num_workers=workers.world_size), each=resources_per_worker(workers, cpu=1.0)
+        )
 
     @property
     def placement(self) -> tune.PlacementGroupFactory:
@@ -50,24 +58,24 @@ class Room:
         return tune.PlacementGroupFactory([*head, *demand.bundles], strategy=demand.strategy, **options)
 
 
-def find_room(workers: Workers, *, title: str, directory: str | None = None) -> Room:
+def find_trial_resources(workers: Workers, *, title: str, directory: str | None = None) -> TrialResources:
     """Once the cluster can run a single trial: with an autoscaler, that may be after a wait. `directory`: what the
     trials' own processes write to. ResourcesError: it never can. ConfigError: nor where those processes may stand."""
     local_cluster.connect()
     # Idle workers of this process's own fits hold what trials need.
     worker_pool.clear()
-    room = Room(workers=workers)
+    room = TrialResources(workers=workers)
     demand, hosts = room.demand, cluster_hosts()
     if not demand.fits(hosts):
         if ray_core.read_autoscaling() is None:
             raise ResourcesError(
-                f"a trial needs {demand}, which this cluster of {hosts_in_words(hosts)} can never offer, and no "
+                f"a trial needs {demand}, which this cluster of {format_hosts(hosts)} can never offer, and no "
                 "autoscaler adds to it. Ask for fewer workers (num_workers) or fewer resources for each "
                 "(resources_per_worker; resources_per_worker={'CPU': 0.5} has two workers share a core), or connect to "
                 "a larger cluster (RAY_ADDRESS)"
             )
         # Nodes that have come stay for a while.
-        ray.util.remove_placement_group(placed(demand))
+        ray.util.remove_placement_group(create_placement_group(demand))
     else:
         check_memory(demand, hosts)
     if directory is None or is_url(directory) or _is_seen_by_all(directory):
@@ -86,7 +94,7 @@ def find_room(workers: Workers, *, title: str, directory: str | None = None) -> 
         "write for their workers, which run anywhere; with a shared directory or a URL as default_root_dir both may "
         "run on any host\n"
     )
-    return Room(workers=workers, home=_own_resource())
+    return TrialResources(workers=workers, home=_own_resource())
 
 
 def _is_seen_by_all(directory: str) -> bool:

@@ -21,14 +21,14 @@ from raylit.compat.ray_exit import load_exit_imports
 from raylit.compat.ray_tune import list_trials, set_trial_variables
 from raylit.compat.ray_tune_controller import replace_controller
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.serialization import packed
+from raylit.driver.ray.serialization import pack
 from raylit.errors import ConfigError
 from raylit.protocol.process_settings import TorchSettings, variables_for_live_processes, variables_for_new_processes
-from raylit.storage import entries, is_url, joined, remove_directory
+from raylit.storage import entries, is_url, join, remove_directory
 from raylit.tune.records import Mode, TrialRecord, TrialStatus
-from raylit.tune.trial.progress import Ending, Histories, Watcher, error_of, history_of, text_of
-from raylit.tune.trial.resources import Room
-from raylit.tune.trial.trainable import CHECKPOINT, Recipe, Setting, Trial, TrialFailed, UnknownMetric
+from raylit.tune.trial.progress import Ending, ProgressReporter, ReportHistory, error_of, history_of, text_of
+from raylit.tune.trial.resources import TrialResources
+from raylit.tune.trial.trainable import CHECKPOINT, TrainingFunction, Trial, TrialFailed, TrialSettings, UnknownMetric
 from raylit.tune.trial.trial_thread import IS_LAST
 
 _ENVIRONMENT = {
@@ -63,16 +63,18 @@ class Run:
     is_shown: bool = True
 
 
-def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run) -> list[TrialRecord]:
+def run_trials(
+    recipe: TrainingFunction, space: Mapping[str, Any], *, room: TrialResources, run: Run
+) -> list[TrialRecord]:
     """Every trial's record. A trial that follows another takes its room and its processes over. KeyboardInterrupt: what
     is done is kept, for `is_resuming`."""
-    setting = Setting(
+    setting = TrialSettings(
         recipe=cloudpickle.dumps(recipe),
         directory=run.directory,
         metric=run.metric,
         is_saving=run.num_checkpoints != 0,
         import_path=tuple(os.path.abspath(path) for path in sys.path),
-        random_state=packed(format.random_state()),
+        random_state=pack(format.random_state()),
         torch_settings=TorchSettings.current(),
         process_settings=local_cluster.settings_for_workers(),
         variables=variables_for_live_processes(
@@ -108,12 +110,12 @@ def run_trials(recipe: Recipe, space: Mapping[str, Any], *, room: Room, run: Run
     return [_record(trial, run) for trial in trials]
 
 
-def _tuner(trainable: Any, space: Mapping[str, Any], room: Room, run: Run) -> tune.Tuner:
+def _tuner(trainable: Any, space: Mapping[str, Any], room: TrialResources, run: Run) -> tune.Tuner:
     if run.is_resuming and tune.Tuner.can_restore(run.directory):
         return _restored(trainable, space, run)
     place, _, name = run.directory.rpartition("/")
     ending = Ending()
-    watcher = Watcher(
+    watcher = ProgressReporter(
         title=run.title, metric=run.metric, mode=run.mode, demand=room.demand, ending=ending, is_shown=run.is_shown
     )
     return tune.Tuner(
@@ -134,7 +136,7 @@ def _tuner(trainable: Any, space: Mapping[str, Any], room: Room, run: Run) -> tu
             name=name,
             storage_path=place,
             verbose=0,
-            callbacks=[Histories(run.directory), watcher],
+            callbacks=[ReportHistory(run.directory), watcher],
             stop=ending,
             failure_config=tune.FailureConfig(max_failures=run.max_failures),
             checkpoint_config=_checkpoints(run),
@@ -178,9 +180,9 @@ def _prune(trials: list[TuneTrial], run: Run) -> None:
             results = [result for result in (*best, manager.latest_checkpoint_result) if result is not None]
             kept |= {_place(result.checkpoint.path) for result in results if result.checkpoint is not None}
     for trial in trials:
-        directory = joined(run.directory, _name(trial))
+        directory = join(run.directory, _name(trial))
         for name in entries(directory):
-            path = joined(directory, name)
+            path = join(directory, name)
             if name.startswith("checkpoint_") and _place(path) not in kept:
                 remove_directory(path)
 
@@ -262,14 +264,14 @@ def _record(trial: TuneTrial, run: Run) -> TrialRecord:
     manager = trial.run_metadata.checkpoint_manager
     best = None if manager is None else manager.best_checkpoint_result
     kept = None if best is None else best.checkpoint
-    directory = joined(run.directory, _name(trial))
+    directory = join(run.directory, _name(trial))
     return TrialRecord(
         id=trial.trial_id,
         config=dict(trial.config),
         status=status,
         metrics=metrics,
         history=history,
-        checkpoint=None if kept is None else joined(directory, os.path.basename(kept.path), CHECKPOINT),
+        checkpoint=None if kept is None else join(directory, os.path.basename(kept.path), CHECKPOINT),
         directory=directory,
         error=None if status != "failed" else text_of(error_of(trial)),
     )

@@ -17,12 +17,12 @@ from ray.tune.result import DONE, RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
 from raylit.checkpoint import format
 from raylit.driver.ray import worker_pool
-from raylit.driver.ray.failures import is_harmless, words_of
-from raylit.driver.ray.serialization import unpacked
+from raylit.driver.ray.failures import format_traceback, is_harmless
+from raylit.driver.ray.serialization import unpack
 from raylit.errors import RaylitError
 from raylit.protocol.process_settings import ProcessSettings, TorchSettings, take_over_variables
 from raylit.storage import file_system, is_url
-from raylit.tune.trial.trial_thread import IS_LAST, NOT_LOGGED, Handover, Reported, Reporter
+from raylit.tune.trial.trial_thread import IS_LAST, NOT_LOGGED, Reported, Reporter, TrialThread
 
 CHECKPOINT = "trial.ckpt"
 _CONFIG = "config.pkl"
@@ -53,7 +53,7 @@ class TrialContext:
     """For the trial's own files. With storage elsewhere, such as s3://, there too."""
     reporter: Reporter
     """A driver callback for the fit: it reports, has checkpoints written, and stops the fit when Tune says so."""
-    handover: Handover
+    handover: TrialThread
     """For reports of another kind than the reporter's."""
     checkpoint: str | None
     """Where a fit goes on from."""
@@ -61,13 +61,13 @@ class TrialContext:
     """The checkpoint was trained with another config, as population based training does it."""
 
 
-Recipe = Callable[[TrialContext], Mapping[str, Any] | None]
+TrainingFunction = Callable[[TrialContext], Mapping[str, Any] | None]
 """Runs a trial's training to its end, in a thread of the trial's process. What it returns is reported as the last
 result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class TrialSettings:
     """What all trials of a run have in common, from the driver."""
 
     recipe: bytes
@@ -124,11 +124,11 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
         """`parameters`: the Setting."""
-        setting: Setting = parameters["setting"]
+        setting: TrialSettings = parameters["setting"]
         sys.path.extend(path for path in setting.import_path if path not in sys.path)
         self._setting = setting
-        self._recipe: Recipe | None = None
-        self._handover: Handover | None = None
+        self._recipe: TrainingFunction | None = None
+        self._handover: TrialThread | None = None
         self._checkpoint: str | None = None
         self._take_up(config)
 
@@ -141,7 +141,7 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train to the next report."""
         if self._handover is None:
-            self._handover = Handover(self._train)
+            self._handover = TrialThread(self._train)
         metrics: dict[str, Any] = {}
         answer = self._handover.next()
         while isinstance(answer, Reported):
@@ -155,7 +155,7 @@ class Trial(tune.Trainable):
             self._save_last()
             answer = self._handover.next()
         if answer.error is not None:
-            raise TrialFailed(words_of(answer.error), is_harmless=is_harmless(answer.error)) from None
+            raise TrialFailed(format_traceback(answer.error), is_harmless=is_harmless(answer.error)) from None
         if answer.metrics is not None:
             self._check_metric(answer.metrics)
             metrics = {**metrics, **answer.metrics}
@@ -171,7 +171,7 @@ class Trial(tune.Trainable):
             with tempfile.TemporaryDirectory(prefix="saved-", dir=self.logdir) as directory:
                 return super().save(checkpoint_dir or directory)
         except Exception as error:
-            raise TrialFailed(words_of(error)) from None
+            raise TrialFailed(format_traceback(error)) from None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._handover is not None
@@ -205,7 +205,7 @@ class Trial(tune.Trainable):
         self._last = ""
         self._has_reported = False
 
-    def _train(self, handover: Handover) -> Mapping[str, Any] | None:
+    def _train(self, handover: TrialThread) -> Mapping[str, Any] | None:
         setting = self._setting
         # Here, as some of them are a thread's own.
         take_over_variables(setting.variables)
@@ -215,7 +215,7 @@ class Trial(tune.Trainable):
         # Here, as what goes wrong with it is the trial's error; once, as it may hold data.
         self._recipe = self._recipe or cloudpickle.loads(setting.recipe)
         setting.process_settings.apply_warning_filters()  # what has been imported may have added some of its own
-        format.set_random_state(unpacked(setting.random_state, is_copying=True))
+        format.set_random_state(unpack(setting.random_state, is_copying=True))
         context = TrialContext(
             id=self.trial_id,
             config=dict(self.config),

@@ -40,10 +40,10 @@ class _Saved:
     error: BaseException | None = None
 
 
-class Handover:
+class TrialThread:
     """The thread that trains calls `report`; the one that answers Tune calls everything else, one call at a time."""
 
-    def __init__(self, train: Callable[["Handover"], Mapping[str, Any] | None]) -> None:
+    def __init__(self, train: Callable[["TrialThread"], Mapping[str, Any] | None]) -> None:
         """`train` runs to the training's end, once `next` is called."""
         self._train = train
         self._wishes: queue.SimpleQueue[Literal["go on", "stop"] | tuple[Literal["save"], str]] = queue.SimpleQueue()
@@ -137,7 +137,7 @@ class Reporter(SavedReport):
     training metrics as well.
     """
 
-    def __init__(self, handover: Handover) -> None:
+    def __init__(self, handover: TrialThread) -> None:
         self._handover = handover
         self.reset_state()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from raylit.errors import ModuleError
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 
 Description = dict[str, Any]
 """What ranks must have alike of a loader: plain values and Fingerprints by what an error calls them."""
@@ -191,16 +191,16 @@ def fingerprint_of_indices(indices: Sequence[Any]) -> int:
     return int.from_bytes(blake2b(data, digest_size=6).digest(), "little")
 
 
-def check_ranks_agree(peers: Peers, describe: Mapping[str, Callable[[], Sequence[Description]]]) -> None:
+def check_ranks_agree(collectives: Collectives, describe: Mapping[str, Callable[[], Sequence[Description]]]) -> None:
     """Compare the loaders of all ranks, which `describe` describes by what an error calls them ("training").
 
     Collective. ModuleError on every rank: they differ.
     """
-    if peers.world_size == 1:
+    if collectives.world_size == 1:
         return
     # Strings have other hashes, and sets another order, where PYTHONHASHSEED differs.
     described = {name: of_loaders() for name, of_loaders in describe.items()}
-    answers = peers.gather_objects((hash("PYTHONHASHSEED"), described))
+    answers = collectives.gather_objects((hash("PYTHONHASHSEED"), described))
     for name in described:
         loaders = [of_rank.get(name, ()) for _, of_rank in answers]
         difference = _difference("loaders", [len(of_rank) for of_rank in loaders])
@@ -218,19 +218,19 @@ def check_ranks_agree(peers: Peers, describe: Mapping[str, Callable[[], Sequence
             )
 
 
-def check_epoch(peers: Peers, *, name: str, order: int, num_batches: float = 0.0) -> None:
+def check_epoch(collectives: Collectives, *, name: str, order: int, num_batches: float = 0.0) -> None:
     """Compare the order in which the ranks are about to take their samples, and how many batches each will have.
 
     `order`: see fingerprint_of_indices. Collective, once an epoch. ModuleError on every rank: they differ.
     """
-    if peers.world_size == 1:
+    if collectives.world_size == 1:
         return
-    rows = peers.gather_vector(torch.tensor([float(order), num_batches], dtype=torch.float64))
+    rows = collectives.gather_vector(torch.tensor([float(order), num_batches], dtype=torch.float64))
     if bool((rows == rows[0]).all()):
         return
     difference = _difference("number of batches in the epoch", [float(count) for count in rows[:, 1]])
     if difference is None:
-        ranks = ", ".join(str(rank) for rank in range(peers.world_size) if rows[rank, 0] != rows[0, 0])
+        ranks = ", ".join(str(rank) for rank in range(collectives.world_size) if rows[rank, 0] != rows[0, 0])
         difference = f"the sampler's order on rank {ranks} is not that of rank 0"
     raise ModuleError(
         f"the ranks do not agree about the {name} data: {difference}. Each worker has a sampler of its own, and all "
@@ -240,14 +240,14 @@ def check_epoch(peers: Peers, *, name: str, order: int, num_batches: float = 0.0
     )
 
 
-def check_first_batches(peers: Peers, batches: Sequence[Any], *, name: str) -> None:
+def check_first_batches(collectives: Collectives, batches: Sequence[Any], *, name: str) -> None:
     """Compare the first batches of a stream that each rank reads from its start and keeps its part of.
 
     Collective, at a stream's start. ModuleError on every rank: they differ.
     """
     fingerprint = Fingerprint()
     fingerprint.add_value(list(batches))
-    answers = peers.gather_objects(fingerprint)
+    answers = collectives.gather_objects(fingerprint)
     different = [rank for rank, answer in enumerate(answers) if answer != answers[0]]
     if not different:
         return

@@ -92,7 +92,7 @@ class Feed:
             )
 
 
-def of_uneven(weight: float) -> float:
+def wrap_uneven(weight: float) -> float:
     """The weight of a batch where those of other ranks have others: 1.0 would say that all of them are alike."""
     return math.nextafter(1.0, 2.0) if weight == 1.0 else weight
 

@@ -61,15 +61,15 @@ class SameEpoch:
         return self._source.order_fingerprint()
 
 
-def unshuffled(loader: Any) -> Any:
+def remove_shuffling(loader: Any) -> Any:
     """The loader, or each one of a collection, in the order of its data set; a warning where it was shuffled.
 
     Samplers that torch does not know stay: their order is the same in every epoch, which is what matters.
     """
     if isinstance(loader, CombinedLoader):
-        return CombinedLoader(loader.shaped([unshuffled(member) for member in loader.flattened]), loader.mode)
+        return CombinedLoader(loader.shaped([remove_shuffling(member) for member in loader.flattened]), loader.mode)
     if isinstance(loader, dict) or holds_loaders(loader):
-        return unshuffled(CombinedLoader(loader)).iterables
+        return remove_shuffling(CombinedLoader(loader)).iterables
     if not is_map_style(loader):
         return loader
     batch_sampler = loader.batch_sampler
@@ -128,7 +128,7 @@ def build_train_source(
     is_syncing_batchnorm: bool = False,
 ) -> TrainSource:
     """Of one loader, or of several: a CombinedLoader, or a bare collection, combined by `combination`. Collective."""
-    loader = joined(loader, combination)
+    loader = combine_loaders(loader, combination)
     make = partial(
         TrainData,
         rank=rank,
@@ -143,7 +143,7 @@ def build_train_source(
     return CombinedTrainData(loader, make=make, seed=seed)
 
 
-def joined(loader: Any, combination: CombinationName) -> Any:
+def combine_loaders(loader: Any, combination: CombinationName) -> Any:
     """A bare collection as a CombinedLoader; any other loader as it is."""
     is_collection = isinstance(loader, dict) or holds_loaders(loader)
     return CombinedLoader(loader, combination) if is_collection else loader

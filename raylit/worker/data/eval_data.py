@@ -16,7 +16,7 @@ from raylit.worker.data.sampling import (
     describe,
     is_map_style,
     is_users_own_split,
-    iterated,
+    iterate_share,
     length_of,
     may_run_ahead,
     share_of_sequence,
@@ -138,7 +138,7 @@ class EvalData:
             )[0]
         if self._share is not None:
             self._share.start(0, num_dealt=0, weights=deque(maxlen=0))
-        return iterated(self._loader, self._share)
+        return iterate_share(self._loader, self._share)
 
 
 class _RecordedShare:

@@ -110,7 +110,7 @@ class ProcessRandom:
             return None
         python, numpy = pickle.loads(bytes(others[:num_bytes].tolist()))
         state: dict[str, Any] = {"torch": of_torch.clone(), "python": python}
-        return state if numpy is None else {**state, "numpy": format.plain(numpy, "numpy.random")}
+        return state if numpy is None else {**state, "numpy": format.to_plain_values(numpy, "numpy.random")}
 
 
 class SeedingByRank:

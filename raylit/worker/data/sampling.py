@@ -442,7 +442,7 @@ def share_of_sequence(sequence: Sequence[Any], *, rank: int, world_size: int, is
     )
 
 
-def copied_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
+def copy_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
     """One with processes of its own."""
     clone = copy.copy(loader)
     drop_iterator(clone)
@@ -452,7 +452,7 @@ def copied_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
 def with_indices(loader: "DataLoader[Any]", share: Iterable[Any], *, in_order: bool | None) -> "DataLoader[Any]":
     """The same loader with other index batches. Through its `__dict__`, because a DataLoader refuses to have its
     samplers replaced, and making a new one would lose what a subclass added."""
-    clone = copied_loader(loader)
+    clone = copy_loader(loader)
     clone.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = share
     if in_order is not None:
         clone.__dict__["in_order"] = in_order
@@ -475,7 +475,7 @@ def describe(loader: Any, *, share: Share | None) -> Description:
     return description
 
 
-def iterated(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
+def iterate_share(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
     """The loader's batches of this share; a DataLoader has it as its batch sampler."""
     if share is not None and isinstance(loader, Sequence):
         return map(loader.__getitem__, share)

@@ -33,7 +33,7 @@ class Opening:
             self.state = {name: value for name, value in format.random_state().items() if name != "cuda"}
 
 
-def opened(stream: Iterable[Any], *, opening: Opening) -> tuple[Iterator[Any], Any]:
+def open_stream(stream: Iterable[Any], *, opening: Opening) -> tuple[Iterator[Any], Any]:
     """What comes after those items of a stream that a run has had, and the last of them. The process's random numbers
     go on undisturbed by what is passed over."""
     if opening.num_passed == 0:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
 from raylit.worker.data.agreement import Description
-from raylit.worker.data.batches import Feed, batch_size_of, of_uneven
+from raylit.worker.data.batches import Feed, batch_size_of, wrap_uneven
 from raylit.worker.data.loader_random import ProcessRandom, SeedingByRank
 from raylit.worker.data.sampling import (
     IndexSource,
@@ -21,12 +21,12 @@ from raylit.worker.data.sampling import (
     RandomState,
     SamplerGenerators,
     Share,
-    copied_loader,
+    copy_loader,
     describe,
     is_map_style,
     is_plain_batching,
     is_users_own_split,
-    iterated,
+    iterate_share,
     length_of,
     may_run_ahead,
     parts_of,
@@ -35,7 +35,7 @@ from raylit.worker.data.sampling import (
     stateful_part,
     with_indices,
 )
-from raylit.worker.data.sources import Opening, every_nth, opened
+from raylit.worker.data.sources import Opening, every_nth, open_stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +136,7 @@ class TrainData:
             self._loader = with_indices(loader, self._share, in_order=True if is_order_needed else None)
         has_own_seeds = isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.generator is not None
         if rank > 0 and has_own_seeds and (self._share is not None or not self._is_divided):
-            self._loader = copied_loader(self._loader)
+            self._loader = copy_loader(self._loader)
             self._loader.worker_init_fn = SeedingByRank(self._loader.worker_init_fn, rank=rank)
         self._must_agree = world_size > 1 and not self._is_even(loader)
         stateful = stateful_part(loader)
@@ -323,7 +323,7 @@ class TrainData:
         num_replayed = skip - origin.num_batches
         share.start(origin.epoch, num_dealt=origin.num_items, num_replayed=num_replayed, weights=weights)
         outside = RandomState.take() if self._is_seeding_again else None
-        batches = iterated(self._loader, share)
+        batches = iterate_share(self._loader, share)
         if outside is not None:
             outside.restore()
         self._is_seeding_again = False
@@ -340,7 +340,7 @@ class TrainData:
         self._opening.num_passed = num_passed
         self._generators.begin(epoch)
         if not self._is_divided or self._world_size == 1:
-            return opened(self._loader, opening=self._opening)
+            return open_stream(self._loader, opening=self._opening)
         return every_nth(
             self._loader,
             rank=self._rank,
@@ -412,7 +412,7 @@ def _own_order(epoch: int, *, generators: SamplerGenerators, source: IndexSource
     """The user's own, drawn from the random numbers of the process."""
     generators.begin(epoch)
     passed = opening.num_passed
-    items, _ = opened(source.sampler, opening=opening)
+    items, _ = open_stream(source.sampler, opening=opening)
     return chain(range(passed), items)
 
 
@@ -437,7 +437,7 @@ def _agreed(
             return
         if not is_padded:
             weight = sizes[rank] * len(sizes) / sum(sizes)
-            weights.append(weight if len(set(sizes)) == 1 else of_uneven(weight))
+            weights.append(weight if len(set(sizes)) == 1 else wrap_uneven(weight))
             yield None if batch is _END else batch
             continue
         weights.append(1.0)

@@ -9,7 +9,7 @@ import torch
 from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
-from raylit.profilers.base import Profiler, timed
+from raylit.profilers.base import Profiler, time_items
 from raylit.worker.data.batches import Feed
 from raylit.worker.loops.hooks import is_overridden, num_positional
 from raylit.worker.process.profiling import TimedFeed
@@ -45,9 +45,9 @@ class Mover:
         """From now on, by the names of the user's hooks."""
         self._copy = TimedCopy(self._copy, profiler)
         if self._before is not None:
-            self._before = timed(profiler, "on_before_batch_transfer", self._before)
+            self._before = time_items(profiler, "on_before_batch_transfer", self._before)
         if self._after is not None:
-            self._after = timed(profiler, "on_after_batch_transfer", self._after)
+            self._after = time_items(profiler, "on_after_batch_transfer", self._after)
 
     def over(
         self, batches: Iterator[tuple[Any, Any]], *, dataloader_idx: int = 0, may_run_ahead: bool
@@ -119,7 +119,7 @@ class TimedCopy:
     """A copy that is measured where it begins."""
 
     def __init__(self, copy: Copy, profiler: Profiler) -> None:
-        self.start = timed(profiler, "transfer_batch_to_device", copy.start)
+        self.start = time_items(profiler, "transfer_batch_to_device", copy.start)
         self.finish = copy.finish
 
 

@@ -18,7 +18,7 @@ _MEETING_S = 300.0
 """Rank 0 may have been busy with something of its own, which the others wait for."""
 
 
-class Peers:
+class Collectives:
     """The ranks of the run; all of its methods are collective and answer at once for a single worker."""
 
     def __init__(self, *, rank: int, world_size: int) -> None:
@@ -93,7 +93,7 @@ class Peers:
 _MAX_DIMS = 16
 
 
-def gathered(value: Any, *, group: Any, with_gradients: bool, device: torch.device, is_even: bool) -> Any:
+def all_gather_nested(value: Any, *, group: Any, with_gradients: bool, device: torch.device, is_even: bool) -> Any:
     """Every tensor or number in nested dicts, lists and tuples as a stack with a row of each rank. Collective.
 
     `is_even`: tensors have one shape on all ranks. Else those that are shorter in their first dimension than another
@@ -103,7 +103,7 @@ def gathered(value: Any, *, group: Any, with_gradients: bool, device: torch.devi
     """
 
     def gather(item: Any) -> Any:
-        return gathered(item, group=group, with_gradients=with_gradients, device=device, is_even=is_even)
+        return all_gather_nested(item, group=group, with_gradients=with_gradients, device=device, is_even=is_even)
 
     if isinstance(value, (bool, int, float)):
         value = torch.tensor(value, device=device)

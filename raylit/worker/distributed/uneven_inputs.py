@@ -12,28 +12,30 @@ from raylit.accelerators.transfer import to_device
 from raylit.compat.torch_collectives import CollectiveWatch
 from raylit.errors import ModuleError
 from raylit.worker.data.transfer import to_cpu
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.view import TrainerView
 
-BORROWED = -1
+PADDING = -1
 """The place of a batch that belongs to another rank."""
 
 
-def followed(batches: Iterator[tuple[int, Any]], *, num_batches: float, peers: Peers) -> Iterator[tuple[int, Any]]:
+def iterate_uneven_batches(
+    batches: Iterator[tuple[int, Any]], *, num_batches: float, collectives: Collectives
+) -> Iterator[tuple[int, Any]]:
     """(place, batch) pairs until no rank has any left: a rank that is through gets another's batch, so that it runs
     as many steps as they do. Collective, at each pair."""
     num_done = 0
     while True:
-        place, batch = next(batches, (BORROWED, None)) if num_done < num_batches else (BORROWED, None)
+        place, batch = next(batches, (PADDING, None)) if num_done < num_batches else (PADDING, None)
         num_done += 1
-        num_owners = sum(peers.gather_counts(int(place != BORROWED)))
+        num_owners = sum(collectives.gather_counts(int(place != PADDING)))
         if num_owners == 0:
             return
-        if num_owners < peers.world_size:
-            offers = peers.gather_objects((place, batch))
-            if place == BORROWED:
-                batch = next(offer for owned, offer in offers if owned != BORROWED)
+        if num_owners < collectives.world_size:
+            offers = collectives.gather_objects((place, batch))
+            if place == PADDING:
+                batch = next(offer for owned, offer in offers if owned != PADDING)
         yield place, batch
 
 
@@ -57,8 +59,8 @@ class _Message:
 class UnevenSteps:
     """Runs the user's code where it is not known that all ranks have samples for it."""
 
-    def __init__(self, peers: Peers, *, module: nn.Module, view: TrainerView, device: torch.device) -> None:
-        self._peers = peers
+    def __init__(self, collectives: Collectives, *, module: nn.Module, view: TrainerView, device: torch.device) -> None:
+        self._collectives = collectives
         self._module = module
         self._view = view
         self._device = device
@@ -78,7 +80,7 @@ class UnevenSteps:
 
         Returns what the call does; for a rank without samples the others' answer, if it is an int.
         """
-        if self._peers.world_size == 1:
+        if self._collectives.world_size == 1:
             return None if own is None else call(*own)
         message = _Message(is_idle=True)
         result = None
@@ -132,7 +134,7 @@ class UnevenSteps:
 
     def _exchange(self, own: _Message, args: tuple[Any, ...] | None) -> tuple[list[_Message], tuple[Any, ...] | None]:
         """What every rank is at; for those that are idle, while others come to a collective, their arguments."""
-        messages: list[_Message] = self._peers.gather_objects(own)
+        messages: list[_Message] = self._collectives.gather_objects(own)
         callers = [rank for rank, one in enumerate(messages) if one.collective is not None]
         if not callers:
             return messages, None
@@ -140,7 +142,7 @@ class UnevenSteps:
         _check_alike(messages)
         if not any(one.is_idle for one in messages):
             return messages, None
-        offers = self._peers.gather_objects(to_cpu(args) if self._peers.rank == callers[0] else None)
+        offers = self._collectives.gather_objects(to_cpu(args) if self._collectives.rank == callers[0] else None)
         return messages, to_device(offers[callers[0]], self._device) if own.is_idle else None
 
 
@@ -154,7 +156,7 @@ def _counting_for_nothing(module: nn.Module, view: TrainerView) -> Iterator[None
     if metrics is not None:
         metrics.is_muted = True
     try:
-        with torchmetrics_adapter.preserved(module):
+        with torchmetrics_adapter.preserve_state(module):
             yield
     finally:
         if metrics is not None:

@@ -18,13 +18,13 @@ from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.protocol.state import Stage
 from raylit.worker.data.agreement import Description, check_epoch, check_first_batches
-from raylit.worker.data.combined import build_eval_data, joined
+from raylit.worker.data.combined import build_eval_data, combine_loaders
 from raylit.worker.data.sources import loaders_of
 from raylit.worker.data.transfer import to_cpu
-from raylit.worker.distributed.uneven_inputs import BORROWED, followed
-from raylit.worker.loops.hooks import accepting_index, is_overridden, num_positional
-from raylit.worker.loops.step_outputs import EpochOutputs, file_evaluated
-from raylit.worker.loops.train import limited
+from raylit.worker.distributed.uneven_inputs import PADDING, iterate_uneven_batches
+from raylit.worker.loops.hooks import adapt_to_batch_index, is_overridden, num_positional
+from raylit.worker.loops.step_outputs import EpochOutputs, record_evaluation
+from raylit.worker.loops.train import apply_limit
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.process.profiling import timed_items
@@ -56,7 +56,7 @@ class _SharedLoop:
         limit: BatchLimit = getattr(plan.limits, {"validate": "val"}.get(self._stage, self._stage) + "_batches")
         if session.stage == "fit" and plan.limits.overfit_batches:
             # For as many validation loaders as there are: the steps are written for their number.
-            loaders = [joined(session.view.train_dataloader, plan.combination)] * len(loaders)
+            loaders = [combine_loaders(session.view.train_dataloader, plan.combination)] * len(loaders)
             limit = plan.limits.overfit_batches
         self._loaders = [
             build_eval_data(
@@ -66,11 +66,11 @@ class _SharedLoop:
                 seed=plan.seed,
                 shard=plan.use_distributed_sampler,
                 is_recording=self._is_recording,
-                compare=partial(check_first_batches, session.peers, name=self.data_name),
+                compare=partial(check_first_batches, session.collectives, name=self.data_name),
             )
             for loader in loaders
         ]
-        self.num_batches = tuple(limited(loader.num_batches, limit) for loader in self._loaders)
+        self.num_batches = tuple(apply_limit(loader.num_batches, limit) for loader in self._loaders)
 
     def descriptions(self) -> list[Description]:
         """Of each loader what all ranks must have alike."""
@@ -93,18 +93,18 @@ class _SharedLoop:
         first_uneven = self._loaders[index].first_uneven
         is_known = first_uneven > 0
         if session.strategy.is_evaluation_collective:
-            batches = followed(batches, num_batches=num_batches, peers=session.peers)
+            batches = iterate_uneven_batches(batches, num_batches=num_batches, collectives=session.collectives)
             num_batches = first_uneven = math.inf
-        brake, uneven = session.brake, session.uneven
+        brake, uneven = session.arm_stop, session.uneven
         uneven.start()
         run_uneven = partial(self._run_uneven, on_start, step, on_end, extra, of_step)
-        while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_go_on()):
+        while self._num_done < num_batches and (brake.num_done < brake.limit or brake.may_continue()):
             try:
                 place, batch = next(batches)
             except StopIteration:
                 break
             metrics.batch, metrics.place = batch, place
-            if place == BORROWED:
+            if place == PADDING:
                 self._follow(step, batch, metrics, of_step)
                 continue
             if self._num_done >= first_uneven:
@@ -124,7 +124,7 @@ class _SharedLoop:
         # Others may have batches left, and collectives in their steps.
         num_steps = self._num_done
         while first_uneven <= num_steps < (num_batches if is_known else math.inf) and (
-            brake.num_done < brake.limit or brake.may_go_on()
+            brake.num_done < brake.limit or brake.may_continue()
         ):
             metrics.batch, metrics.place = None, None
             run_uneven(None, num_steps)
@@ -164,17 +164,17 @@ class _SharedLoop:
         """Run the step as others wait for it; it counts for nothing."""
         metrics.is_muted = True
         try:
-            with torchmetrics_adapter.preserved(self._session.module), self._session.around_step():
+            with torchmetrics_adapter.preserve_state(self._session.module), self._session.around_step():
                 step(batch, self._num_done, *of_step)
         finally:
             metrics.is_muted = False
-        self._session.brake.num_done += 1
+        self._session.arm_stop.num_done += 1
 
     def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
         loader, mover = self._loaders[index], self._session.mover
         batches = iter(loader)
         if loader.has_own_order:
-            check_epoch(self._session.peers, order=loader.order_fingerprint(), name=self.data_name)
+            check_epoch(self._session.collectives, order=loader.order_fingerprint(), name=self.data_name)
         if self._session.profiler is not None:
             batches = timed_items(batches, self._session.profiler, NEXT_BATCH[self._stage])
         if mover is None:
@@ -183,7 +183,7 @@ class _SharedLoop:
 
     def _step(self) -> Callable[..., Any]:
         step = getattr(self._session.module, f"{_PREFIXES[self._stage]}_step")
-        return accepting_index(step)
+        return adapt_to_batch_index(step)
 
     def _batches_of(self, index: int, is_sanity_check: bool) -> float:
         limit = self._session.plan.limits.sanity_val_batches
@@ -249,14 +249,14 @@ class EvalLoop(_SharedLoop):
     def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
         super().__init__(session, stage=stage)
         self._training_metrics = training_metrics
-        self._set_aside = torchmetrics_adapter.SetAside(session.module, session.peers)
+        self._set_aside = torchmetrics_adapter.SuspendedStates(session.module, session.collectives)
         self._kept: EpochOutputs | None = None
         self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
 
     def run(self, command: Evaluate) -> Iterator[Report]:
         """The whole loop with its hooks; its metrics reduced over the ranks."""
         session, view = self._session, self._session.view
-        metrics = MetricBuffer(session.peers, is_evaluation=True)
+        metrics = MetricBuffer(session.collectives, is_evaluation=True)
         self._kept = EpochOutputs.of(
             session, hook=f"{_PREFIXES[self._stage]}_epoch_end", metrics=metrics, num_lists=max(1, len(self._loaders))
         )
@@ -286,12 +286,12 @@ class EvalLoop(_SharedLoop):
             self._set_aside.end()
             view.receive({} if command.is_sanity_check else reduced)
             if self._training_metrics is not None and not command.is_sanity_check:
-                self._training_metrics.withhold(reduced)
+                self._training_metrics.suppress(reduced)
             session.module.redirect_log(None)
             self._call("end")
             self._set_aside.note_counts()
         # Every rank has come to the metrics by now, so a brake that has ended any of them early is on here.
-        if session.brake.is_on:
+        if session.arm_stop.is_on:
             yield Evaluated(stage=self._stage, metrics={}, is_broken_off=True)
             return
         if session.stage == "fit" and not command.is_sanity_check:
@@ -331,7 +331,7 @@ class EvalLoop(_SharedLoop):
     def _take(self, place: int, output: Any, index: int, metrics: MetricBuffer) -> None:
         """What a step has returned: metrics, something for the hook at the end, rows for a file."""
         step = f"{_PREFIXES[self._stage]}_step"
-        file_evaluated(output, metrics, step=step, has_hook=self._kept is not None)
+        record_evaluation(output, metrics, step=step, has_hook=self._kept is not None)
         if self._kept is not None:
             self._kept.keep(place, output, index=index)
         if self._stage == "test" and isinstance(output, EvalResult):
@@ -380,7 +380,7 @@ class PredictLoop(_SharedLoop):
 
     def run(self, command: Predict) -> Iterator[Report]:
         session = self._session
-        metrics = MetricBuffer(session.peers)
+        metrics = MetricBuffer(session.collectives)
         self._collected, self._num_of_loaders = [], []
         is_kept = command.is_returning or self._is_keeping
         with self._as_stage(metrics), self._evaluating():

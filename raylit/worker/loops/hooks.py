@@ -8,7 +8,7 @@ from typing import Any
 from raylit.callbacks.base import Callback
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
-from raylit.profilers.base import Profiler, timed
+from raylit.profilers.base import Profiler, time_items
 
 
 def num_positional(function: Callable[..., Any]) -> float:
@@ -19,11 +19,11 @@ def num_positional(function: Callable[..., Any]) -> float:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
-def takes(function: Callable[..., Any], name: str) -> bool:
+def accepts_argument(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def accepting_index(step: Callable[..., Any]) -> Callable[..., Any]:
+def adapt_to_batch_index(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step itself, or, where it takes a batch only, one that drops the index."""
     if num_positional(step) >= 2:
         return step
@@ -93,4 +93,4 @@ class Hooks:
         call_with_stage(self._module.teardown, stage)
 
     def _timed(self, owner: object, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        return hook if self._profiler is None else timed(self._profiler, f"{type(owner).__name__}.{name}", hook)
+        return hook if self._profiler is None else time_items(self._profiler, f"{type(owner).__name__}.{name}", hook)

@@ -42,7 +42,7 @@ def loss_of(outputs: Any, metrics: MetricBuffer) -> Tensor | None:
             f"{', '.join(map(str, outputs)) or 'none'}): return the loss as a tensor with a gradient, a dict with it "
             "under 'loss', a TrainResult(minimize=loss), or None to skip the batch"
         )
-    file_metrics(outputs, metrics)
+    record_metrics(outputs, metrics)
     return loss
 
 
@@ -53,20 +53,20 @@ def hiddens_of(outputs: Any) -> Any:
     return outputs.get("hiddens") if isinstance(outputs, Mapping) else None
 
 
-def detached(outputs: Any) -> Any:
+def detach_outputs(outputs: Any) -> Any:
     """What `on_train_batch_end` and `training_epoch_end` get: Lightning's dict with the detached loss."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
     if outputs is None:
         return None
     if isinstance(outputs, list):
-        return [detached(one) for one in outputs]
+        return [detach_outputs(one) for one in outputs]
     if isinstance(outputs, TrainResult):
         outputs = {**({} if outputs.minimize is None else {"loss": outputs.minimize}), **outputs}
     return map_tensors({name: value for name, value in outputs.items() if name != "hiddens"}, Tensor.detach)
 
 
-def file_metrics(outputs: Any, metrics: MetricBuffer) -> None:
+def record_metrics(outputs: Any, metrics: MetricBuffer) -> None:
     """The metrics of a dict or result into the buffer that `self.log` fills; tensors and None carry none."""
     if isinstance(outputs, Tensor) or outputs is None:
         return
@@ -78,7 +78,7 @@ def file_metrics(outputs: Any, metrics: MetricBuffer) -> None:
         _file_dict(outputs, metrics)
 
 
-def file_evaluated(outputs: Any, metrics: MetricBuffer, *, step: str, has_hook: bool) -> None:
+def record_evaluation(outputs: Any, metrics: MetricBuffer, *, step: str, has_hook: bool) -> None:
     """The metrics of what `step`, of validation or test, has returned. The keys of a dict are left to the hook at the
     epoch's end where the module has one."""
     if isinstance(outputs, EvalResult):
@@ -144,19 +144,19 @@ class EpochOutputs:
         session, kept = self._session, self._kept
         self._kept = [[] for _ in kept]
         ranked = [kept]
-        if session.peers.world_size > 1:
-            ranked = to_device(session.peers.gather_objects(to_cpu(kept)), session.device)
+        if session.collectives.world_size > 1:
+            ranked = to_device(session.collectives.gather_objects(to_cpu(kept)), session.device)
         lists = [
             # Sorted by place alone; ranks stay in order where they share a batch.
             [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda placed: placed[0])]
             for parts in zip(*ranked, strict=True)
         ]
         hook = session.timed(f"{type(session.module).__name__}.{self._hook}", getattr(session.module, self._hook))
-        with self._metrics.as_global():
+        with self._metrics.already_reduced():
             _file_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
 
 
-def joined(states: Sequence[list[list[tuple[int, Any]]]]) -> list[list[tuple[int, Any]]]:
+def join_outputs(states: Sequence[list[list[tuple[int, Any]]]]) -> list[list[tuple[int, Any]]]:
     """Several ranks' outputs, as EpochOutputs keeps them, as one rank's."""
     return [[*chain.from_iterable(parts)] for parts in zip(*states, strict=True)]
 

@@ -4,7 +4,7 @@ import math
 import threading
 
 
-class Brake:
+class StopBarrier:
     """Held from another thread, the loop waits at its next border until it is told how far to go.
 
     No rank passes the border that it reports when it is held, so the furthest of these is one that every rank can still
@@ -36,7 +36,7 @@ class Brake:
         self.limit = limit
         self._is_released.set()
 
-    def may_go_on(self) -> bool:
+    def may_continue(self) -> bool:
         """Asked by the loop at a border where `num_done` has reached the limit; waits while it is held."""
         self._is_released.wait()
         return self.num_done < self.limit

@@ -20,10 +20,10 @@ from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 from raylit.worker.data.agreement import check_epoch
 from raylit.worker.data.batches import Feed, PeekableFeed, TrainSource
 from raylit.worker.data.transfer import MovedFeed
-from raylit.worker.loops.step_outputs import EpochOutputs, detached, joined
+from raylit.worker.loops.step_outputs import EpochOutputs, detach_outputs, join_outputs
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.metrics.entry import added_up
+from raylit.worker.metrics.entry import sum_states
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.optimization.gradient_sync import mean_gradients
@@ -39,13 +39,13 @@ def run_forward(session: Session, data: TrainSource, *, metrics: MetricBuffer, e
     feed: Any = data.epoch(epoch)
     if session.mover is not None:
         feed = MovedFeed(feed, session.mover)
-    step, peers = session.module.training_step, session.peers
+    step, collectives = session.module.training_step, session.collectives
     with _unlogged(session, metrics), _synced(session) as norms:
         for batch_idx, batch in enumerate(feed):
             is_silent = False
             if feed.weight != 1.0:
                 # A rank without a share runs another's: the statistics of all wait for it.
-                offers = peers.gather_objects(batch)
+                offers = collectives.gather_objects(batch)
                 is_silent = batch is None
                 batch = next(offer for offer in offers if offer is not None) if is_silent else batch
             if norms is not None:
@@ -70,7 +70,7 @@ def _unlogged(session: Session, metrics: MetricBuffer) -> Iterator[None]:
 
 @contextmanager
 def _synced(session: Session) -> Iterator[SyncedBatchNorms | None]:
-    if session.peers.world_size == 1:
+    if session.collectives.world_size == 1:
         yield None
         return
     norms = SyncedBatchNorms(session.module, device=session.device)
@@ -142,8 +142,8 @@ class TrainLoop:
             on_batch_end = (self._kept.keep_batch, *on_batch_end)
             on_uneven_end = [self._kept.keep_share, *on_uneven_end]
         run_batch, run_share = optimization.run_batch, optimization.run_share
-        num_batches, is_alone = self.num_batches_in_epoch, session.peers.world_size == 1
-        brake, peekable = session.brake, self._peekable
+        num_batches, is_alone = self.num_batches_in_epoch, session.collectives.world_size == 1
+        brake, peekable = session.arm_stop, self._peekable
         window = session.plan.optimization.window_in(view.current_epoch)
         log_every = session.plan.reporting.log_every_n_steps or math.inf
         period_s = session.plan.reporting.refresh_period_s if session.context.rank == 0 else math.inf
@@ -155,7 +155,7 @@ class TrainLoop:
             view.num_batches_done < until_batch
             and view.global_step < command.until_step
             and not is_stopping
-            and (brake.num_done < brake.limit or brake.may_go_on())
+            and (brake.num_done < brake.limit or brake.may_continue())
         ):
             batch = next(feed, _END)
             if batch is _END:
@@ -188,7 +188,7 @@ class TrainLoop:
             if is_step_due:
                 self._count_step()
             for hook in on_uneven_end if is_uneven else on_batch_end:
-                hook(detached(outputs), batch, batch_idx)
+                hook(detach_outputs(outputs), batch, batch_idx)
             if is_uneven:
                 view.is_uneven = False
             if is_step_due and view.num_windows % log_every == 0:
@@ -297,9 +297,9 @@ class TrainLoop:
                 "way some of the samples before the checkpoint do not count",
                 stacklevel=2,
             )
-        self.metrics.load_state_dict(added_up([state["metrics"] for state in own]), module)
+        self.metrics.load_state_dict(sum_states([state["metrics"] for state in own]), module)
         if self._kept is not None:
-            self._kept.load_state_dict(joined([state.get("outputs", []) for state in own]))
+            self._kept.load_state_dict(join_outputs([state.get("outputs", []) for state in own]))
         self._optimization.load_state_dict(mean_gradients([state.get("optimization", {}) for state in states]))
         self._view.load_metrics_state(states[0].get("reduced", {}))
         # How far the data was dealt out, and what the samplers' own generators stood at, is alike on all ranks.
@@ -338,7 +338,7 @@ class TrainLoop:
             batches = Feed(iter(())) if is_over else self._data.epoch(view.current_epoch, skip=skip)
             if not is_over:
                 check_epoch(
-                    self._session.peers,
+                    self._session.collectives,
                     name="training",
                     order=self._data.order_fingerprint(),
                     num_batches=self.num_batches_in_epoch,
@@ -379,15 +379,15 @@ class TrainLoop:
         num_left = self._data.num_left(epoch, num_done)
         limit = limits.overfit_batches or limits.train_batches
         if math.isinf(usual) or isinstance(limit, int):
-            return limited(num_done + num_left, limit)
+            return apply_limit(num_done + num_left, limit)
         # A fraction's end in these batches, less what they would have been up to here.
-        return num_done + max(0, limited(usual, limit) - (usual - num_left))
+        return num_done + max(0, apply_limit(usual, limit) - (usual - num_left))
 
     def _count_step(self) -> None:
         """After every step, or window of batches at whose end there was to be one."""
         view = self._view
         view.num_windows += 1
-        self._session.brake.num_done += 1
+        self._session.arm_stop.num_done += 1
         if self._step_schedules:
             self._step_schedulers(self._step_schedules, view.num_windows)
 
@@ -426,10 +426,10 @@ class TrainLoop:
 
 def batches_of_epoch(data: TrainSource, limits: Limits) -> float:
     """What an epoch takes of the data; infinite where it has no length."""
-    return limited(data.num_batches, limits.overfit_batches or limits.train_batches)
+    return apply_limit(data.num_batches, limits.overfit_batches or limits.train_batches)
 
 
-def limited(num_batches: float, limit: BatchLimit) -> float:
+def apply_limit(num_batches: float, limit: BatchLimit) -> float:
     """Batches after a limit: a float is a fraction of them, an int a count."""
     if isinstance(limit, int):
         return min(num_batches, limit)

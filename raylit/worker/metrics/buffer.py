@@ -11,7 +11,7 @@ from raylit.compat.torch_metrics import is_metric, read_num_updates
 from raylit.errors import ConfigError
 from raylit.protocol.messages import Metric, Metrics
 from raylit.worker.data.batches import batch_size_of
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.entry import (
     FUNCTION,
@@ -19,7 +19,7 @@ from raylit.worker.metrics.entry import (
     OBJECT,
     Entry,
     Spec,
-    applied,
+    apply_reduction,
     check_scalar,
     entry_of,
     epoch_across,
@@ -27,34 +27,34 @@ from raylit.worker.metrics.entry import (
     kept_of,
     last_value,
     reduction_of,
-    stacked,
+    stack_values,
     step_across,
     total_and_weight,
     warn_of_missing_function,
 )
 
 
-def own_value(entry: Entry) -> float | None:
+def local_epoch_value(entry: Entry) -> float | None:
     """Over the batches so far; None: there is none. Waits for the device, changes nothing."""
     entry.fold()
     reduction = entry.spec.reduction
     if entry.object is not None and entry.segments:
-        with torchmetrics_adapter.detached(entry.object):
+        with torchmetrics_adapter.detach_metric(entry.object):
             segments = [[entry.segments[index]] for index in sorted(entry.segments)]
-            return torchmetrics_adapter.computed(entry.name, entry.object, segments)
+            return torchmetrics_adapter.compute_value(entry.name, entry.object, segments)
     if entry.object is not None:
-        return torchmetrics_adapter.computed(entry.name, entry.object, None)
+        return torchmetrics_adapter.compute_value(entry.name, entry.object, None)
     if entry.total is None or reduction == FUNCTION:
         return None
     if callable(reduction):
-        return applied(reduction, entry.total.tolist())
+        return apply_reduction(reduction, entry.total.tolist())
     total, weight = total_and_weight(entry)
-    return epoch_across(stacked([total]), stacked([weight]), reduction)
+    return epoch_across(stack_values([total]), stack_values([weight]), reduction)
 
 
-def own_values(entries: Iterable[Entry]) -> dict[str, float]:
+def local_epoch_values(entries: Iterable[Entry]) -> dict[str, float]:
     """By the names that the epoch's values go by."""
-    values = {entry: value for entry in entries if entry.on_epoch and (value := own_value(entry)) is not None}
+    values = {entry: value for entry in entries if entry.on_epoch and (value := local_epoch_value(entry)) is not None}
     published = [entry.spec.published(entry.name, value, suffix="epoch") for entry, value in values.items()]
     return {name: metric.value for named in published for name, metric in named.items()}
 
@@ -65,8 +65,8 @@ _Layout = list[tuple[str, Spec]]
 class MetricBuffer:
     """The metrics of one loop. Reading is collective; logging is local and free of device syncs."""
 
-    def __init__(self, peers: Peers, *, is_evaluation: bool = False) -> None:
-        self._peers = peers
+    def __init__(self, collectives: Collectives, *, is_evaluation: bool = False) -> None:
+        self._collectives = collectives
         self._is_evaluation = is_evaluation
         self._entries: dict[str, Entry] = {}
         self._global_entries: dict[str, Entry] = {}
@@ -247,7 +247,7 @@ class MetricBuffer:
         entry.is_returned = True
 
     @contextmanager
-    def as_global(self) -> Iterator[None]:
+    def already_reduced(self) -> Iterator[None]:
         """What is logged inside is the value over all ranks already: it is not reduced again, and takes the place of
         what the batches have logged under the same name."""
         batches = self._entries
@@ -271,7 +271,7 @@ class MetricBuffer:
                     torchmetrics_adapter.reset(replaced)
             self._entries = {**batches, **self._entries}
 
-    def withhold(self, evaluated: Metrics) -> None:
+    def suppress(self, evaluated: Metrics) -> None:
         """Do not publish what validation has a better say in: its own `early_stop_on` and `checkpoint_on`, and
         `val_loss` rather than a loss that is `checkpoint_on` by default."""
         self._withheld.update({"early_stop_on", "checkpoint_on"} & evaluated.keys())
@@ -323,7 +323,7 @@ class MetricBuffer:
     def latest(self, *, only_prog_bar: bool = False) -> dict[str, float]:
         """This rank's own last values, by the names that steps go by; in the hooks at an epoch's end its own of the
         epoch. Waits for the device."""
-        ended = {} if only_prog_bar else own_values(self._ended.values())
+        ended = {} if only_prog_bar else local_epoch_values(self._ended.values())
         entries = [entry for entry in self._entries.values() if entry.spec.on_step and entry.last is not None]
         shown = [entry for entry in entries if entry.spec.prog_bar or not only_prog_bar]
         steps = {entry.spec.step_name(entry.name): float(entry.last) for entry in shown}
@@ -360,7 +360,7 @@ class MetricBuffer:
             totals, weights = rows[:, 2 * index], rows[:, 2 * index + 1]
             if callable(spec.reduction):
                 values[name] = self._applied(spec.reduction, entries.get(name))
-            elif spec.reduction == FUNCTION and self._peers.rank == 0:
+            elif spec.reduction == FUNCTION and self._collectives.rank == 0:
                 warn_of_missing_function(name)
             elif spec.reduction == "mean" or weights.any():
                 is_present = weights > 0
@@ -381,7 +381,7 @@ class MetricBuffer:
         entries = [entry for entry in self._global_entries.values() if entry.object is None]
         self._global_entries = {}
         for entry in entries:
-            value = own_value(entry)
+            value = local_epoch_value(entry)
             assert value is not None
             published.append((entry.spec, entry.spec.published(entry.name, value, suffix="epoch")))
         metrics: Metrics = {}
@@ -394,7 +394,7 @@ class MetricBuffer:
 
     def _applied(self, reduction: Callable[[Tensor], Tensor], entry: Entry | None) -> float:
         own = entry.total.tolist() if entry is not None and entry.total is not None else []
-        return applied(reduction, in_turns(self._peers.gather_objects(own)))
+        return apply_reduction(reduction, in_turns(self._collectives.gather_objects(own)))
 
     def _computed(self, entries: dict[str, Entry | None]) -> dict[str, float]:
         """The values of torchmetrics objects over the states of all ranks; resets them."""
@@ -403,19 +403,19 @@ class MetricBuffer:
         objects = {name: entry.object for name, entry in entries.items() if entry is not None}
         on_epoch = [name for name, entry in entries.items() if entry is not None and entry.on_epoch]
         own = {name: _segments_of(entry) for name, entry in entries.items() if entry is not None}
-        ranked = self._peers.gather_objects(own)
+        ranked = self._collectives.gather_objects(own)
         values = {}
         for name in on_epoch:
             entry = entries[name]
             assert entry is not None
-            is_alone = self._peers.world_size == 1 and not entry.segments
+            is_alone = self._collectives.world_size == 1 and not entry.segments
             segments = None if is_alone else _in_order([states[name] for states in ranked if name in states])
-            values[name] = torchmetrics_adapter.computed(name, entry.object, segments)
+            values[name] = torchmetrics_adapter.compute_value(name, entry.object, segments)
         self._newest_logs = {}
         for metric in objects.values():
             torchmetrics_adapter.reset(metric)
         # A rank without a batch has no object, and yet is to know the value.
-        return dict(chain.from_iterable(one.items() for one in reversed(self._peers.gather_objects(values))))
+        return dict(chain.from_iterable(one.items() for one in reversed(self._collectives.gather_objects(values))))
 
     def _gathered_rows(self, layout: _Layout, entries: dict[str, Entry]) -> list[tuple[int, int, Metrics]]:
         specs = {name: spec for name, spec in layout if spec.on_step}
@@ -423,7 +423,7 @@ class MetricBuffer:
             return []
         own = {name: _as_numbers(entry.rows) for name, entry in entries.items() if entry.rows}
         rows: dict[tuple[int, int], Metrics] = {}
-        for named, num_places in self._peers.gather_objects((own, dict(self.num_places))):
+        for named, num_places in self._collectives.gather_objects((own, dict(self.num_places))):
             self.num_places.update(
                 {index: max(num, self.num_places.get(index, 0)) for index, num in num_places.items()}
             )
@@ -447,10 +447,10 @@ class MetricBuffer:
             unknown = {name: entry.spec for name, entry in entries.items() if _is_new(entry.spec, known.get(name))}
             pairs = [number_of(entries.get(name)) for name, _ in layout]
             own = [*(number for pair in pairs for number in pair), float(bool(unknown)), float(stop_wish)]
-            rows = self._peers.gather_vector(stacked(own).cpu())
+            rows = self._collectives.gather_vector(stack_values(own).cpu())
             if not rows[:, -2].any():
                 return layout, rows, bool(rows[:, -1].any())
-            for specs in self._peers.gather_objects(unknown):
+            for specs in self._collectives.gather_objects(unknown):
                 for name, spec in specs.items():
                     known[name] = spec if name not in known else known[name].joined(spec)
             layout = sorted(known.items(), key=lambda item: item[0])
@@ -502,4 +502,4 @@ def _is_new(spec: Spec, known: Spec | None) -> bool:
 
 def _as_numbers(rows: list[tuple[int, Any]]) -> tuple[list[int], list[float]]:
     """Places and values; waits for the device once."""
-    return [place for place, _ in rows], stacked([value for _, value in rows]).tolist()
+    return [place for place, _ in rows], stack_values([value for _, value in rows]).tolist()

@@ -45,12 +45,12 @@ class Spec(NamedTuple):
         if not (self.on_step and self.on_epoch):
             return {name: Metric(value=value, prog_bar=self.prog_bar, logger=self.logger)}
         return {
-            forked(name, suffix): Metric(value=value, prog_bar=self.prog_bar, logger=self.logger),
+            fork_entry(name, suffix): Metric(value=value, prog_bar=self.prog_bar, logger=self.logger),
             name: Metric(value=value, prog_bar=False, logger=False, is_alias=True),
         }
 
     def step_name(self, name: str) -> str:
-        return forked(name, "step") if self.on_epoch else name
+        return fork_entry(name, "step") if self.on_epoch else name
 
 
 class Entry:
@@ -108,7 +108,7 @@ class Entry:
             self.values.pop()
             self.weights.pop()
         reduction = reduction_of(self.name, reduce_fx)
-        together = stacked(self.pieces[1])
+        together = stack_values(self.pieces[1])
         return _REDUCTIONS[reduction](together) if isinstance(reduction, str) else reduction(together)
 
     def start_pieces(self, value: Any, batch: Any) -> None:
@@ -123,7 +123,7 @@ class Entry:
         reduction = self.spec.reduction
         values = self.stacked()
         if reduction == "mean":
-            weights = stacked(self.weights).to(values.device, non_blocking=True)
+            weights = stack_values(self.weights).to(values.device, non_blocking=True)
             # The value of an empty batch is often nan, and counts for nothing all the same.
             folded = torch.where(weights > 0, values * weights, 0.0).sum()
             has_tensors = any(isinstance(weight, Tensor) for weight in self.weights)
@@ -137,7 +137,7 @@ class Entry:
 
     def stacked(self) -> Tensor:
         try:
-            return stacked(self.values)
+            return stack_values(self.values)
         except RuntimeError as error:
             shapes = {tuple(value.shape) for value in self.values if isinstance(value, Tensor)}
             raise ConfigError(f"self.log({self.name!r}) got tensors of shapes {shapes}: one element each") from error
@@ -204,7 +204,7 @@ def entry_of(name: str, kept: dict[str, Any]) -> Entry:
     return entry
 
 
-def added_up(states: list[dict[str, Any]]) -> dict[str, Any]:
+def sum_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     """What MetricBuffer.state_dict gave on several ranks, as one rank's."""
     merged: dict[str, Any] = {}
     for name in dict.fromkeys(chain.from_iterable(states)):
@@ -234,11 +234,11 @@ def warn_of_missing_function(name: str) -> None:
     )
 
 
-def applied(reduction: Callable[[Tensor], Tensor], values: list[Any]) -> float:
+def apply_reduction(reduction: Callable[[Tensor], Tensor], values: list[Any]) -> float:
     return float(reduction(torch.tensor(values)))
 
 
-def stacked(values: list[Any]) -> Tensor:
+def stack_values(values: list[Any]) -> Tensor:
     """Scalars, on any device, as one float64 vector."""
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if not devices:
@@ -261,7 +261,7 @@ def check_scalar(name: str, value: Any) -> None:
         ) from None
 
 
-def forked(name: str, suffix: str) -> str:
+def fork_entry(name: str, suffix: str) -> str:
     base, separator, loader = name.partition("/dataloader_idx_")
     return f"{base}_{suffix}{separator}{loader}"
 

@@ -27,7 +27,7 @@ from raylit.compat.torch_metrics import (
     set_num_updates,
 )
 from raylit.errors import ConfigError
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.metrics.entry import check_scalar, in_turns
 
 State = tuple[int, dict[str, Any]]
@@ -73,7 +73,7 @@ def attach_state(part: Any, state: State) -> None:
 
 
 @contextmanager
-def detached(metric: Any) -> Iterator[None]:
+def detach_metric(metric: Any) -> Iterator[None]:
     """The metric's own states are out of the way for the time being."""
     parts = parts_of(metric)
     before = [detach_state(part) for part in parts]
@@ -97,7 +97,7 @@ def load_joined(part: Any, segments: Sequence[State]) -> None:
         _set_state(part, count, {name: map_tensors(value, Tensor.clone) for name, value in merged.items()})
 
 
-def computed(name: str, metric: Any, segments: list[list[list[State]]] | None) -> float:
+def compute_value(name: str, metric: Any, segments: list[list[list[State]]] | None) -> float:
     """The value over the states of all ranks, given in rank order, for each stretch of data in turn; None: those that
     the metric has. With others the metric is of no more use before its reset."""
     parts = parts_of(metric)
@@ -166,7 +166,7 @@ def load_merged(module: nn.Module, ranked: Sequence[dict[str, State]]) -> list[s
 
 
 @contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
+def preserve_state(module: nn.Module) -> Iterator[None]:
     """Around a step with a batch of another rank's: the module's metrics are to know nothing of it."""
     parts = [part for part in module.modules() if is_metric(part)]
     before = [_state_of(part) for part in parts]
@@ -253,16 +253,16 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-class SetAside:
+class SuspendedStates:
     """What the torchmetrics objects of a module have seen before an evaluation, out of its way: an object that training
     updates as well begins afresh, and goes on afterwards where it was.
 
     An object that only the hooks around evaluations update, such as the best value so far, is left alone.
     """
 
-    def __init__(self, module: nn.Module, peers: Peers) -> None:
+    def __init__(self, module: nn.Module, collectives: Collectives) -> None:
         self._module = module
-        self._peers = peers
+        self._collectives = collectives
         self._counts: dict[str, int] = {}
         """Updates of each at the end of the last evaluation: one that has others now was updated in training."""
         self._parts: dict[str, Any] = {}
@@ -284,7 +284,7 @@ class SetAside:
         """After the last batch: the hooks at the end may read what no rank has updated. Collective."""
         used = {name for name, part in self._parts.items() if _count_of(part) > 0}
         if any(not name.startswith("#") for name in self._parts):
-            used.update(*self._peers.gather_objects(used))
+            used.update(*self._collectives.gather_objects(used))
         for name in self._before.keys() - used:
             attach_state(self._parts[name], self._before.pop(name))
 

@@ -7,14 +7,14 @@ from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization.automatic import AutomaticOptimization, SeveralOptimizers
 from raylit.worker.optimization.base import FollowingOptimization, Optimization, step_of
 from raylit.worker.optimization.closure import ClosureOptimization, needs_closure
-from raylit.worker.optimization.configured import Configured, configured
+from raylit.worker.optimization.configured import Configured, read_configured_optimizers
 from raylit.worker.optimization.handles import Handles
 from raylit.worker.optimization.manual import ManualOptimization
 from raylit.worker.optimization.stepper import SharedScale, Stepper
 from raylit.worker.optimization.truncated import TruncatedOptimization
 from raylit.worker.session import Session
 
-__all__ = ["Configured", "Optimization", "build_optimization", "configured"]
+__all__ = ["Configured", "Optimization", "build_optimization", "read_configured_optimizers"]
 
 
 def build_optimization(session: Session, optimizers: Configured, *, metrics: MetricBuffer) -> Optimization:
@@ -53,5 +53,7 @@ def build_optimization(session: Session, optimizers: Configured, *, metrics: Met
     if session.strategy.is_forward_collective:
         kind = FollowingOptimization(kind, session=session, metrics=metrics)
     if length:
-        return TruncatedOptimization(kind, module=module, length=length, peers=session.peers, metrics=metrics)
+        return TruncatedOptimization(
+            kind, module=module, length=length, collectives=session.collectives, metrics=metrics
+        )
     return kind

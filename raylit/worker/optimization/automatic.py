@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raylit.accelerators.transfer import map_tensors
 from raylit.core.module import LightningModule
-from raylit.strategies import Skipped
+from raylit.strategies import ZeroLoss
 from raylit.strategies.base import SyncedCheck
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.step_outputs import hiddens_of, loss_of
@@ -68,7 +68,7 @@ class AutomaticOptimization:
         if is_window_end and not self._is_window_start:
             self._is_window_start = True
             self._stepper.step()
-        return None if type(outputs) is Skipped else outputs
+        return None if type(outputs) is ZeroLoss else outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
         if self._is_following:
@@ -80,7 +80,7 @@ class AutomaticOptimization:
             self._start_window()
         if is_window_end:
             self.finish_window()
-        return None if type(outputs) is Skipped else outputs
+        return None if type(outputs) is ZeroLoss else outputs
 
     def finish_window(self) -> bool:
         if self._is_window_start:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from raylit.core.module import LightningModule
 from raylit.errors import ModuleError
-from raylit.worker.loops.hooks import accepting_index, num_positional
+from raylit.worker.loops.hooks import adapt_to_batch_index, num_positional
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.session import Session
@@ -61,7 +61,7 @@ def step_of(module: LightningModule, *, optimizer_idx: int | None, is_truncated:
     if is_truncated:
         wanted.append("hiddens")
     if len(wanted) == 2:
-        return accepting_index(step)
+        return adapt_to_batch_index(step)
     if num_positional(step) < len(wanted):
         reason = "configure_optimizers returns several optimizers" if optimizer_idx is not None else ""
         more = "truncated back-propagation is on" if is_truncated else ""
@@ -85,7 +85,7 @@ class FollowingOptimization:
     def __init__(self, inner: Optimization, *, session: Session, metrics: MetricBuffer) -> None:
         self._inner = inner
         self._module = session.module
-        self._peers = session.peers
+        self._collectives = session.collectives
         self._strategy = session.strategy
         self._metrics = metrics
         self.num_outputs = inner.num_outputs
@@ -98,14 +98,14 @@ class FollowingOptimization:
         self.hiddens_of = inner.hiddens_of
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        offers = self._peers.gather_objects(None if batch is None else (batch, extra))
+        offers = self._collectives.gather_objects(None if batch is None else (batch, extra))
         if batch is not None:
             return self._inner.run_share(batch, batch_idx, is_window_end, weight, *extra)
         others, extra = next(offer for offer in offers if offer is not None)
         self._metrics.is_muted = True
         self._strategy.silence(is_silent=True)
         try:
-            with torchmetrics_adapter.preserved(self._module):
+            with torchmetrics_adapter.preserve_state(self._module):
                 self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
         finally:
             self._metrics.is_muted = False

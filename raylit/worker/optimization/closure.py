@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 from raylit.accelerators.transfer import map_tensors
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
-from raylit.strategies import Skipped
+from raylit.strategies import ZeroLoss
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.step_outputs import hiddens_of, loss_of
 from raylit.worker.metrics.buffer import MetricBuffer
@@ -44,7 +44,7 @@ class ClosureOptimization:
             raise ConfigError("LBFGS evaluates its loss several times in a step, which a gradient scaler cannot follow")
         self._module = session.module
         self._view = session.view
-        self._peers = session.peers
+        self._collectives = session.collectives
         self._device = session.device
         self._stepper = stepper
         self._strategy = session.strategy
@@ -80,7 +80,7 @@ class ClosureOptimization:
         evaluation = _Evaluation(self._sync.step, (batch, batch_idx, *extra), is_synced=is_window_end)
         with nullcontext() if is_window_end else self._sync.paused():
             self._run(functools.partial(self._evaluate, evaluation, 1.0), batch_idx, is_window_end)
-        return None if type(evaluation.outputs) is Skipped else evaluation.outputs
+        return None if type(evaluation.outputs) is ZeroLoss else evaluation.outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
         evaluation = _Evaluation(
@@ -90,7 +90,7 @@ class ClosureOptimization:
             is_synced_by_hand=is_window_end,
         )
         self._run(functools.partial(self._evaluate, evaluation, weight), batch_idx, is_window_end)
-        return None if type(evaluation.outputs) is Skipped else evaluation.outputs
+        return None if type(evaluation.outputs) is ZeroLoss else evaluation.outputs
 
     def finish_window(self) -> bool:
         if self._is_window_start:
@@ -145,7 +145,7 @@ class ClosureOptimization:
             return loss
         # In one type on every rank, those without a batch included.
         share = torch.zeros((), dtype=torch.float64, device=self._device)
-        return self._peers.mean(share if loss is None else share + loss.detach() * weight)
+        return self._collectives.mean(share if loss is None else share + loss.detach() * weight)
 
     def _add(self, evaluation: "_Evaluation", weight: float, *args: Any) -> torch.Tensor | None:
         """The gradients of the batch, to those of its window; returns its loss."""

@@ -88,7 +88,7 @@ class NoOptimizer(Optimizer):
         return {}
 
 
-def configured(module: LightningModule) -> Configured:
+def read_configured_optimizers(module: LightningModule) -> Configured:
     """Call `configure_optimizers` and read its answer."""
     answer = module.configure_optimizers()
     if answer is None:

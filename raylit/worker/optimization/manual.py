@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from raylit.worker.loops.step_outputs import file_metrics
+from raylit.worker.loops.step_outputs import record_metrics
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization.gradient_sync import gradients_of, set_gradients
 from raylit.worker.optimization.handles import Handles
@@ -32,7 +32,7 @@ class ManualOptimization:
         with self._precision.around_step():
             outputs = self._training_step(batch, batch_idx)
         self._handles.end_batch()
-        file_metrics(outputs, self._metrics)
+        record_metrics(outputs, self._metrics)
         return outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from raylit.core.module import LightningModule
-from raylit.worker.data.batches import of_uneven
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.data.batches import wrap_uneven
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization.base import Optimization
 
@@ -15,14 +15,20 @@ class TruncatedOptimization:
     """Splits a batch along time and runs each piece as a batch of its own, which gets the hiddens of the one before."""
 
     def __init__(
-        self, inner: Optimization, *, module: LightningModule, length: int, peers: Peers, metrics: MetricBuffer
+        self,
+        inner: Optimization,
+        *,
+        module: LightningModule,
+        length: int,
+        collectives: Collectives,
+        metrics: MetricBuffer,
     ) -> None:
         self.num_outputs = inner.num_outputs
         self._inner = inner
         self._metrics = metrics
         self._module = module
         self._length = length
-        self._peers = peers
+        self._collectives = collectives
 
     def start_epoch(self, *, window: int) -> None:
         self._inner.start_epoch(window=window)
@@ -69,14 +75,14 @@ class TruncatedOptimization:
 
     def _weights(self, num_pieces: int, weight: float) -> list[float]:
         """This rank's weight in each piece that any rank has: sequences differ in length. Collective, once a batch."""
-        if self._peers.world_size == 1:
+        if self._collectives.world_size == 1:
             return [weight] * num_pieces
-        rows = self._peers.gather_vector(torch.tensor([num_pieces, weight], dtype=torch.float64))
+        rows = self._collectives.gather_vector(torch.tensor([num_pieces, weight], dtype=torch.float64))
         weights = []
         for index in range(int(rows[:, 0].max())):
             has_it = rows[:, 0] > index
             share = weight * len(rows) / float(rows[has_it, 1].sum())
             own = share if index < num_pieces else 0.0
             is_even = bool(has_it.all()) and len(set(rows[:, 1].tolist())) == 1
-            weights.append(own if is_even else of_uneven(own))
+            weights.append(own if is_even else wrap_uneven(own))
         return weights

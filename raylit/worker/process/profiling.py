@@ -24,7 +24,7 @@ from raylit.protocol.messages import (
     Train,
 )
 from raylit.worker.data.batches import Feed
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import WorkerContext
 
 DRIVER = "wait for the driver"
@@ -46,7 +46,7 @@ _SHARED = frozenset({*_COMMANDS.values(), DRIVER, "backward"})
 """In these a rank may wait for others."""
 
 
-class Recording:
+class RankProfiler:
     """From a stage's start to its end. Between commands, and while a report is on its way, the time is the driver's."""
 
     def __init__(
@@ -68,13 +68,13 @@ class Recording:
         if isinstance(command, Start):
             self._busy_before_s = self._busy_s  # one rank prepares the data of all, which does not make it a slow one
 
-    def taken(self, peers: Peers) -> Profile | None:
+    def taken(self, collectives: Collectives) -> Profile | None:
         """Of the ranks which took most and least time in the loops for what they do alone; in the rest they wait for
         each other. None on the other ranks. Collective."""
         profiler = self._profiler
         actions, elapsed_s = profiler.actions, profiler.elapsed_s
         busy_s = self._busy_s - self._busy_before_s
-        busy = peers.gather_vector(torch.tensor([busy_s], dtype=torch.float64))[:, 0]
+        busy = collectives.gather_vector(torch.tensor([busy_s], dtype=torch.float64))[:, 0]
         rank, (slowest, fastest) = self._context.rank, (int(busy.argmax()), int(busy.argmin()))
         if rank not in (slowest, fastest):
             return None

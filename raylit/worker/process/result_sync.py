@@ -79,7 +79,7 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
     return attributes.left_out
 
 
-class Returned:
+class GatheredWeights:
     """Weights that come back in pieces. What the driver's module has memory for goes there at once, so that there is
     never a second copy of it; a run that fails while they come leaves it with some of them."""
 

@@ -17,7 +17,7 @@ _MAX_LINE_CHARS = 100_000
 StreamName = Literal["stdout", "stderr"]
 
 
-class Output:
+class StdoutCapture:
     """Stands in for sys.stdout and sys.stderr, from the moment it is made to the end of the process.
 
     What comes from C, and from processes that are not forks of this one, does not pass here.

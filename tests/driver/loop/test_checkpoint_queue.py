@@ -17,7 +17,7 @@ from torch import Tensor
 import raylit as pl
 from raylit.checkpoint import files, index
 from raylit.checkpoint.host_copy import HostCopy
-from raylit.checkpoint.pending import PIECE_BYTES, HeldCheckpoint
+from raylit.checkpoint.pending import PIECE_BYTES, PendingCheckpoint
 from raylit.driver.loop import checkpoint_queue
 
 
@@ -234,7 +234,7 @@ def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
 
 def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
     state = {"large": torch.randn(PIECE_BYTES // 3), "small": torch.arange(3), "empty": torch.empty(0)}
-    held = HeldCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
+    held = PendingCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
     pieces = pieces_of(held)
     path = tmp_path / "a"
     path.touch()
@@ -246,14 +246,14 @@ def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
     assert torch.equal(read["again"], state["large"][5:9])
 
 
-def pieces_of(held: HeldCheckpoint) -> list[bytes]:
+def pieces_of(held: PendingCheckpoint) -> list[bytes]:
     held.begin_pieces()
     return list(iter(lambda: held.next_piece().tobytes(), b""))
 
 
 def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
     before = threading.active_count()
-    held = HeldCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
+    held = PendingCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
     whole = pieces_of(held)
     held.begin_pieces()
     assert held.next_piece().tobytes() == whole[0]
@@ -267,7 +267,7 @@ def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
 
 
 def test_an_error_of_what_is_saved_is_raised_with_the_pieces() -> None:
-    held = HeldCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
+    held = PendingCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
     with pytest.raises(TypeError, match="cannot pickle"):
         pieces_of(held)
 

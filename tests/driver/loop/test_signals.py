@@ -16,7 +16,7 @@ from models import Regression, RegressionData, assert_same_weights
 
 import raylit as pl
 from raylit.checkpoint import format
-from raylit.driver.loop.signals import Interrupts
+from raylit.driver.loop.signals import SignalHandler
 
 LIMIT_S = 60
 """From the signal to the end of the run, on a busy machine."""
@@ -162,7 +162,7 @@ def test_sigterm_in_a_validation_breaks_it_off(num_workers, tmp_path):
     (path,) = tmp_path.rglob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["global_step"] == (6 if num_workers == 0 else 3)
-    assert format.progress_of(checkpoint).validated_batch == 0
+    assert format.read_progress(checkpoint).validated_batch == 0
     assert hooks_of(tmp_path, 0)[::2] == ["SystemExit"]
 
 
@@ -200,7 +200,7 @@ def test_ctrl_c_in_a_save_lets_it_finish(tmp_path):
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_while_ray_starts_is_heeded_once_it_has(number, error):
-    interrupts = Interrupts(on_first=lambda: None)
+    interrupts = SignalHandler(on_first=lambda: None)
     interrupts.is_connecting = True
     interrupts.install()
     try:
@@ -213,13 +213,13 @@ def test_a_signal_while_ray_starts_is_heeded_once_it_has(number, error):
 
 
 def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
-    interrupts = Interrupts(on_first=lambda: None)
+    interrupts = SignalHandler(on_first=lambda: None)
     interrupts.is_connecting = True
     error = SystemExit(signal.SIGTERM)
     assert interrupts.status_after(error) == "interrupted"
     assert (error.code, interrupts.pending) == (143, "SIGTERM")
     of_the_user_s = SystemExit(4)
-    assert Interrupts(on_first=lambda: None).status_after(of_the_user_s) == "failed"
+    assert SignalHandler(on_first=lambda: None).status_after(of_the_user_s) == "failed"
     assert of_the_user_s.code == 4
 
 

@@ -19,7 +19,7 @@ import raylit as pl
 from raylit.driver.ray import failures
 from raylit.driver.ray.failures import (
     describe_end,
-    failure,
+    explain_failure,
     is_at_one_line,
     is_harmless,
     raise_failures,
@@ -221,7 +221,7 @@ def failed(error, rank):
     try:
         raise error
     except Exception as caught:
-        return failure(caught, WorkerContext(rank=rank, world_size=4, host="here"))
+        return explain_failure(caught, WorkerContext(rank=rank, world_size=4, host="here"))
 
 
 def test_the_users_error_goes_before_the_collective_errors_that_follow_from_it():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from raylit.driver.ray.local_cluster import MARK, Janitor
+from raylit.driver.ray.local_cluster import MARK, NodeReaper
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
@@ -45,7 +45,7 @@ def test_the_node_s_processes_end_and_nobody_else_s(tmp_path, start):
         own = [start(directory), start(directory, title), start("", title, stdout=log)]
     spared = [start(other), start(other, title), start("", title), start(directory, start_new_session=True)]
     time.sleep(0.2)  # for bash to become what it starts
-    janitor = Janitor(str(directory))
+    janitor = NodeReaper(str(directory))
     assert [process.poll() for process in own] == [None] * 3
     janitor.finish()
     assert [process.wait(timeout=10) for process in own] == [-signal.SIGKILL] * 3
@@ -83,14 +83,14 @@ def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path
     for directory in directories:
         directory.mkdir()
     killed, living, young, _, own = directories
-    janitors = [Janitor(str(directory)) for directory in (killed, living, young)]
+    janitors = [NodeReaper(str(directory)) for directory in (killed, living, young)]
     for janitor in (janitors[0], janitors[2]):
         janitor._process.kill()
         janitor._process.wait(timeout=10)
     long_ago = time.time() - 100
     for directory in (killed, living):
         os.utime(directory / "raylit.lock", (long_ago, long_ago))
-    last = Janitor(str(own))
+    last = NodeReaper(str(own))
     assert is_gone(killed)
     last.finish()
     assert [directory.exists() for directory in directories] == [False, True, True, True, False]
@@ -162,7 +162,7 @@ def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are
     if os.geteuid() == 0:
         os.chown(stranger, 65534, 65534)
         others.append(stranger)
-    janitor = Janitor(str(own))
+    janitor = NodeReaper(str(own))
     assert is_gone(abandoned)
     janitor.finish()
     assert [path.exists() for path in others] == [True] * len(others)
@@ -175,5 +175,5 @@ def test_what_lives_on_in_a_session_of_the_node_s_ends_with_it(tmp_path, start):
     # As a node's process that has gone, and what it has started: marked, but not Ray's.
     process = start(directory, start_new_session=True)
     (directory / "raylit.sessions").write_text(f"{process.pid}\n")
-    Janitor(str(directory)).finish()
+    NodeReaper(str(directory)).finish()
     assert process.wait(timeout=10) == -signal.SIGKILL

@@ -15,13 +15,13 @@ from raylit.compat import ray_core
 from raylit.config.plan import Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.placement import Placement
-from raylit.driver.ray.resource_request import Demand, Host, num_slots
+from raylit.driver.ray.resource_request import Host, ResourceRequest, num_slots
 
 TESTS = pathlib.Path(__file__).parents[1]
 
 
 def demand(num_workers=2, each=None, **workers):
-    return Demand(workers=Workers(num_workers=num_workers, **workers), each=each or {"CPU": 1.0})
+    return ResourceRequest(workers=Workers(num_workers=num_workers, **workers), each=each or {"CPU": 1.0})
 
 
 def hosts(*cpus, **labels):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raylit.driver.ray.worker_output import Printouts
+from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.protocol.messages import Printed
-from raylit.worker.process.stdout_capture import Output
+from raylit.worker.process.stdout_capture import StdoutCapture
 
 SCRIPT = """
     import logging, warnings
@@ -118,7 +118,7 @@ def printed(*lines):
 
 
 def test_a_rank_keeps_its_order_and_common_lines_are_shown_once(capsys):
-    printouts = Printouts(num_workers=2)
+    printouts = WorkerOutput(num_workers=2)
     printouts.take_in(0, printed("a", "common", "b"))
     printouts.take_in(1, printed("common"))
     assert capsys.readouterr().out == ""
@@ -128,7 +128,7 @@ def test_a_rank_keeps_its_order_and_common_lines_are_shown_once(capsys):
 
 
 def test_a_single_worker_needs_no_label(capsys):
-    Printouts(num_workers=1).take_in(0, printed("a"))
+    WorkerOutput(num_workers=1).take_in(0, printed("a"))
     assert capsys.readouterr().out == "a\n"
 
 
@@ -139,7 +139,7 @@ def make_output(monkeypatch):
     def make():
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-        return Output(on_lines=lambda: None)
+        return StdoutCapture(on_lines=lambda: None)
 
     return make
 

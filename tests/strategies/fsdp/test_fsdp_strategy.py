@@ -528,7 +528,7 @@ def test_the_driver_holds_the_model_once_at_the_most(tmp_path):
 def test_weights_come_back_into_the_memory_that_is_there(has_grown):
     module, trained = nn.Linear(3, 2), {name: value + 1 for name, value in nn.Linear(3, 2).state_dict().items()}
     places = [parameter.data_ptr() for parameter in module.parameters()]
-    returned = result_sync.Returned(module)
+    returned = result_sync.GatheredWeights(module)
     for name, value in trained.items():
         returned.take({name: value})
     if has_grown:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from raylit.errors import ModuleError
-from raylit.strategies.fsdp.meta_init import BuildOrder, Materializer
+from raylit.strategies.fsdp.meta_init import BuildOrder, MetaInitializer
 
 
 def materialized(build):
@@ -13,7 +13,7 @@ def materialized(build):
     with torch.device("meta"), order.recording():
         module = build()
     torch.manual_seed(3)
-    materializer = Materializer(module, owners=order.owners)
+    materializer = MetaInitializer(module, owners=order.owners)
     for part in order.over(module):
         materializer.materialize(part)
     return module

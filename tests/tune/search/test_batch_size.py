@@ -2,7 +2,7 @@
 
 import pytest
 
-from raylit.tune.search.batch_size import BatchSizes, SizeSearch, Timing, Windows, course_of
+from raylit.tune.search.batch_size import BatchSizeChoices, BatchSizes, SizeSearch, Timing, search_steps
 from raylit.tune.search.trial import Outcome
 
 
@@ -18,8 +18,8 @@ def search(
     batch_s=lambda size: 1.0,
 ):
     """The chosen size and those that were tried."""
-    windows = Windows(sizes=sizes, world_size=1, window=1)
-    searched = SizeSearch(course_of(mode, sizes, first=first), num_trials=num_trials, windows=windows)
+    windows = BatchSizeChoices(sizes=sizes, world_size=1, window=1)
+    searched = SizeSearch(search_steps(mode, sizes, first=first), num_trials=num_trials, windows=windows)
     tried = []
     while (size := searched.propose()) is not None:
         tried.append(size)

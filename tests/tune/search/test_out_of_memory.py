@@ -9,7 +9,7 @@ import torch
 
 import raylit as pl
 from raylit.errors import RemoteTraceback, WorkerDied
-from raylit.tune.search.out_of_memory import verdict_on, without_traces
+from raylit.tune.search.out_of_memory import classify_failure, without_tracebacks
 
 
 def died(reason):
@@ -45,7 +45,7 @@ def died(reason):
     ],
 )
 def test_an_error_is_known_by_type_or_words(error, verdict):
-    assert verdict_on(error) == verdict
+    assert classify_failure(error) == verdict
 
 
 def caught(function):
@@ -63,13 +63,13 @@ def test_the_cause_of_an_error_counts_and_its_frames_go():
             raise KeyError("step") from error
     except KeyError as error:
         outer = error
-    assert verdict_on(outer) == "too large"
-    assert without_traces(outer).__traceback__ is outer.__cause__.__traceback__ is None
+    assert classify_failure(outer) == "too large"
+    assert without_tracebacks(outer).__traceback__ is outer.__cause__.__traceback__ is None
     told = caught(lambda: [][1])
-    assert "[][1]" in str(without_traces(told).__cause__)
+    assert "[][1]" in str(without_tracebacks(told).__cause__)
     told = RuntimeError("bug")
     told.__cause__ = RemoteTraceback("In rank 0: out of memory")  # only a text, of whatever
-    assert verdict_on(told) is None
+    assert classify_failure(told) is None
 
 
 class Allocates(pl.LightningModule):

@@ -12,7 +12,7 @@ from models import Regression, RegressionData
 import raylit as pl
 from raylit.config.plan import Workers
 from raylit.driver.ray import local_cluster
-from raylit.tune.trial.resources import Room, find_room
+from raylit.tune.trial.resources import TrialResources, find_trial_resources
 
 QUIET = {"logger": False, "log_every_n_steps": 1}
 
@@ -215,21 +215,21 @@ def test_a_trial_larger_than_the_cluster_is_refused_before_the_sweep():
     with pytest.raises(pl.ResourcesError, match=rf"a trial needs {cores + 1} workers of 1 CPU each"):
         pl.sweep(build_of(), {"lr": 0.1}, metric="val_loss", num_workers=cores + 1, **QUIET)
     with pytest.raises(pl.ResourcesError, match="1 worker of 1 CPU, 1 magic"):
-        find_room(Workers(num_workers=1, resources_per_worker={"magic": 1}), title="sweep")
+        find_trial_resources(Workers(num_workers=1, resources_per_worker={"magic": 1}), title="sweep")
     assert time.monotonic() - started < 60
 
 
 def test_a_trials_own_process_holds_nothing_beside_its_workers():
-    assert Room(workers=Workers(num_workers=2)).placement.bundles == [{"CPU": 1}, {"CPU": 1}]
-    assert Room(workers=Workers(num_workers=2)).placement.head_cpus == 0
-    assert Room(workers=Workers(num_workers=0)).placement.bundles == [{"CPU": 1}]
-    hosts = Room(workers=Workers(num_workers=4, num_nodes=2)).placement
+    assert TrialResources(workers=Workers(num_workers=2)).placement.bundles == [{"CPU": 1}, {"CPU": 1}]
+    assert TrialResources(workers=Workers(num_workers=2)).placement.head_cpus == 0
+    assert TrialResources(workers=Workers(num_workers=0)).placement.bundles == [{"CPU": 1}]
+    hosts = TrialResources(workers=Workers(num_workers=4, num_nodes=2)).placement
     assert (hosts.bundles, hosts.strategy) == ([{"CPU": 2}] * 2, "STRICT_SPREAD")
 
 
 def test_where_only_one_host_sees_the_directory_the_trials_own_process_stands_there():
     selected = Workers(num_workers=1, label_selector={"zone": "a"})
-    here = Room(workers=selected, home="node:10.0.0.1").placement
+    here = TrialResources(workers=selected, home="node:10.0.0.1").placement
     assert here.bundles == [{"node:10.0.0.1": 0.001}, {"CPU": 1}]
     assert here._kwargs == {"bundle_label_selector": [{}, {"zone": "a"}]}
 

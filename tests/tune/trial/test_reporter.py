@@ -4,7 +4,7 @@ import torch
 from models import Regression, RegressionData
 
 import raylit as pl
-from raylit.tune.trial.trial_thread import IS_LAST, Ended, Handover, Reporter
+from raylit.tune.trial.trial_thread import IS_LAST, Ended, Reporter, TrialThread
 
 
 class Fitted:
@@ -20,7 +20,7 @@ class Fitted:
             )
             self.trainer.fit(self.model, datamodule or RegressionData(), ckpt_path=ckpt_path)
 
-        self.handover = Handover(train)
+        self.handover = TrialThread(train)
 
     def reports(self):
         reports = []

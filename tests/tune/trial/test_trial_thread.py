@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from raylit.tune.trial.trial_thread import Ended, Handover, Reported, TrainingCut
+from raylit.tune.trial.trial_thread import Ended, Reported, TrainingCut, TrialThread
 
 
 def counting(events, *, num_reports=3):
@@ -22,7 +22,7 @@ def counting(events, *, num_reports=3):
 
 def test_training_stands_still_until_the_next_report_is_asked_for():
     events = []
-    handover = Handover(counting(events))
+    handover = TrialThread(counting(events))
     assert events == []
     assert handover.next() == Reported(metrics={"number": 0})
     assert events == ["train 0"]
@@ -31,7 +31,7 @@ def test_training_stands_still_until_the_next_report_is_asked_for():
 
 
 def test_it_ends_with_what_the_training_returned():
-    handover = Handover(counting([], num_reports=1))
+    handover = TrialThread(counting([], num_reports=1))
     handover.next()
     assert handover.next() == Ended(metrics={"total": 1})
     handover.end()
@@ -44,7 +44,7 @@ def test_a_save_happens_in_the_trainings_thread_while_it_stands():
         handover.report({}, save=lambda path: threads.append(threading.current_thread()))
         events.append("on")
 
-    handover = Handover(train)
+    handover = TrialThread(train)
     handover.next()
     handover.save("a")
     handover.save("b")
@@ -60,7 +60,7 @@ def test_a_failed_save_is_the_savers_error_and_training_goes_on():
     def train(handover):
         handover.report({}, save=save)
 
-    handover = Handover(train)
+    handover = TrialThread(train)
     handover.next()
     with pytest.raises(OSError, match="disk full"):
         handover.save("a")
@@ -69,7 +69,7 @@ def test_a_failed_save_is_the_savers_error_and_training_goes_on():
 
 def test_a_stop_lets_the_training_end_by_itself():
     events = []
-    handover = Handover(counting(events))
+    handover = TrialThread(counting(events))
     handover.next()
     handover.end()
     handover.end()
@@ -87,7 +87,7 @@ def test_a_training_that_does_not_stop_is_cut():
             events.append("cut")
             raise
 
-    handover = Handover(train)
+    handover = TrialThread(train)
     handover.next()
     handover.end()
     assert events == ["cut"]
@@ -97,11 +97,11 @@ def test_an_error_comes_with_the_end():
     def train(handover):
         raise SystemExit(3)
 
-    ended = Handover(train).next()
+    ended = TrialThread(train).next()
     assert isinstance(ended.error, SystemExit)
 
 
 def test_one_that_has_not_begun_needs_no_end():
     events = []
-    Handover(counting(events)).end()
+    TrialThread(counting(events)).end()
     assert events == []

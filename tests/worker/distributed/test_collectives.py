@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylit as pl
-from raylit.worker.distributed.collectives import Peers
+from raylit.worker.distributed.collectives import Collectives
 
 
 class Gathering(pl.LightningModule):
@@ -255,7 +255,7 @@ def test_a_collective_of_one_rank_alone_is_named_with_what_gloo_said(quiet):
 
 def meet(rank, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    peers = Peers(rank=rank, world_size=2)
+    peers = Collectives(rank=rank, world_size=2)
     peers.meet("trainer.save_checkpoint", notice_s=30, timeout_s=60)
     if rank == 0:
         with pytest.raises(pl.ModuleError, match=r"rank 0 waits in trainer\.save_checkpoint.* collective.* within 2 s"):
