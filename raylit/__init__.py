@@ -1,5 +1,6 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
+from raylit import callbacks, metrics
 from raylit.api import fit, lr_find, predict, scale_batch_size, shutdown, test, tune, validate
 from raylit.callbacks import (
     BackboneFinetuning,

@@ -1,9 +1,33 @@
-"""TrialRecord: what a finished trial has to show, for results, tables and pictures. Driver; knows nothing of Ray."""
+"""Records of a sweep's trials, and the files in their directories."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
+
+import cloudpickle
+
+from raylit.storage import file_system, is_url
+
+CHECKPOINT = "trial.ckpt"
+_CONFIG = "config.pkl"
+
+
+def write_config(config: Mapping[str, Any], directory: str) -> None:
+    with open(os.path.join(directory, _CONFIG), "wb") as file:
+        cloudpickle.dump(dict(config), file)
+
+
+def config_of(checkpoint: str) -> dict[str, Any]:
+    """Of a trial's checkpoint, by its path or URL. It is unpickled: for one's own sweeps."""
+    path = checkpoint.removesuffix(CHECKPOINT) + _CONFIG
+    if is_url(path):
+        files, place = file_system(path)
+        return cloudpickle.loads(files.cat_file(place))
+    with open(path, "rb") as file:
+        return cloudpickle.load(file)
+
 
 TrialStatus = Literal["finished", "stopped", "failed", "unfinished"]
 Mode = Literal["min", "max"]

@@ -12,10 +12,9 @@ from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.storage import join
 from raylit.text_table import draw_table, fitting_widths, printable
-from raylit.tune.records import Mode, TrialRecord, best_of
+from raylit.tune.records import Mode, TrialRecord, best_of, config_of
 from raylit.tune.sweep.figures import is_pictured, objective_figure, parallel_figure
 from raylit.tune.sweep.parameters import constant, format_value, varying
-from raylit.tune.trial.trainable import config_of
 
 _MAX_ROWS = 20
 

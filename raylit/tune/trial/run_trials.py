@@ -25,10 +25,10 @@ from raylit.driver.ray.serialization import pack
 from raylit.errors import ConfigError
 from raylit.protocol.process_settings import TorchSettings, variables_for_live_processes, variables_for_new_processes
 from raylit.storage import entries, is_url, join, remove_directory
-from raylit.tune.records import Mode, TrialRecord, TrialStatus
+from raylit.tune.records import CHECKPOINT, Mode, TrialRecord, TrialStatus
 from raylit.tune.trial.progress import Ending, ProgressReporter, ReportHistory, error_of, history_of, text_of
 from raylit.tune.trial.resources import TrialResources
-from raylit.tune.trial.trainable import CHECKPOINT, TrainingFunction, Trial, TrialFailed, TrialSettings, UnknownMetric
+from raylit.tune.trial.trainable import TrainingFunction, Trial, TrialFailed, TrialSettings, UnknownMetric
 from raylit.tune.trial.trial_thread import IS_LAST
 
 _ENVIRONMENT = {

@@ -1,4 +1,4 @@
-"""One trial of a sweep as a Ray Tune trainable, and the files of its checkpoints."""
+"""Trial: Ray Tune's actor around trainings, one after the other on the same warm workers. The trial's process."""
 
 import contextlib
 import copy
@@ -21,26 +21,8 @@ from raylit.driver.ray.failures import format_traceback, is_harmless
 from raylit.driver.ray.serialization import unpack
 from raylit.errors import RaylitError
 from raylit.protocol.process_settings import ProcessSettings, TorchSettings, take_over_variables
-from raylit.storage import file_system, is_url
+from raylit.tune.records import CHECKPOINT, config_of, write_config
 from raylit.tune.trial.trial_thread import IS_LAST, NOT_LOGGED, Reported, Reporter, TrialThread
-
-CHECKPOINT = "trial.ckpt"
-_CONFIG = "config.pkl"
-
-
-def write_config(config: Mapping[str, Any], directory: str) -> None:
-    with open(os.path.join(directory, _CONFIG), "wb") as file:
-        cloudpickle.dump(dict(config), file)
-
-
-def config_of(checkpoint: str) -> dict[str, Any]:
-    """Of a trial's checkpoint, by its path or URL. It is unpickled: for one's own sweeps."""
-    path = checkpoint.removesuffix(CHECKPOINT) + _CONFIG
-    if is_url(path):
-        files, place = file_system(path)
-        return cloudpickle.loads(files.cat_file(place))
-    with open(path, "rb") as file:
-        return cloudpickle.load(file)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
