@@ -1,6 +1,8 @@
 """The rules of the house, checked by parsing the source: layers, where Ray may be imported, public names."""
 
 import ast
+import functools
+import graphlib
 import pathlib
 import re
 import subprocess
@@ -29,12 +31,14 @@ LAYERS = (
 RAY_IS_ALLOWED_IN = {"driver", "tune"}
 """Beside the files `compat/ray_*`, which only these may import."""
 
+ATTRIBUTE_FUNCTIONS = ("getattr", "setattr", "hasattr", "delattr")
+
 PUBLIC_UNDERSCORES = {"_asdict", "_fields", "_make", "_replace"}
 """Documented names of named tuples, which begin with an underscore only to keep clear of their fields."""
 
 
 def part_of(file: pathlib.Path) -> str:
-    """`driver` for raylit/driver/loop/worker_group.py, `plan` for raylit/config/plan.py."""
+    """`driver` for raylit/driver/ray/actor.py, `api` for raylit/api.py."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -45,9 +49,14 @@ def layer_of(part: str) -> int:
     raise AssertionError(f"raylit/{part} is in no layer: put it into LAYERS")
 
 
+@functools.cache
+def parse(file: pathlib.Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything imported, wherever in the file it stands."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -69,18 +78,36 @@ def place(file: pathlib.Path, line: int) -> str:
     return f"{file.relative_to(ROOT)}:{line}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_down(file: pathlib.Path) -> None:
-    own = layer_of(part_of(file))
+def test_imports_point_down() -> None:
     upward = [
         f"{place(file, line)} imports {name}"
+        for file in FILES
         for line, name in imports_of(file)
-        if (part := imported_part(name)) is not None and layer_of(part) > own
+        if (part := imported_part(name)) is not None and layer_of(part) > layer_of(part_of(file))
     ]
     assert upward == []
 
 
-def test_the_layers_are_told_apart() -> None:
+def module_of(file: pathlib.Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions count. TopologicalSorter raises CycleError, which names the modules."""
+    modules = {module_of(file): file for file in FILES}
+    graph = {
+        module: {
+            imported
+            for _, name in imports_of(file)
+            if (imported := name if name in modules else name.rpartition(".")[0]) in modules and imported != module
+        }
+        for module, file in modules.items()
+    }
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(modules)
+
+
+def test_layer_of_an_import_is_found() -> None:
     assert imported_part("raylit.driver.loop.worker_group.WorkerGroup") == "driver"
     assert imported_part("raylit.config.plan.Plan") == "config"
     assert imported_part("raylit.Trainer") == "__init__"
@@ -107,10 +134,10 @@ def test_only_driver_tune_and_compat_import_ray() -> None:
     assert not is_of_ray("raylit.compat.private_names")
 
 
-def private_names_of_others(source: str) -> Iterator[tuple[int, str]]:
+def private_names_of_others(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and name of every private attribute of something other than `self`, `cls` and `super()`, read as an
     attribute or by getattr and the like, and of every import that has a private name in its path."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node.value):
             yield node.lineno, node.attr
         elif isinstance(node, ast.Import):
@@ -118,18 +145,10 @@ def private_names_of_others(source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from ((node.lineno, name) for name in names if has_private_part(name))
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-            "getattr",
-            "setattr",
-            "hasattr",
-            "delattr",
-        ):
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ATTRIBUTE_FUNCTIONS:
             owner, name = node.args[0], node.args[1]
             if isinstance(name, ast.Constant) and is_private(name.value) and not is_own(owner):
                 yield node.lineno, name.value
-
-
-ATTRIBUTE_FUNCTIONS = ("getattr", "setattr", "hasattr", "delattr")
 
 
 def is_private(name: str) -> bool:
@@ -146,13 +165,14 @@ def is_own(owner: ast.expr) -> bool:
     )
 
 
-OUTSIDE_COMPAT = [file for file in FILES if part_of(file) != "compat"]
-
-
-@pytest.mark.parametrize("file", OUTSIDE_COMPAT, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_private_names_are_confined_to_compat(file: pathlib.Path) -> None:
-    found = private_names_of_others(file.read_text(encoding="utf-8"))
-    assert [f"{place(file, line)} uses {name}" for line, name in found] == []
+def test_private_names_are_confined_to_compat() -> None:
+    found = [
+        f"{place(file, line)} uses {name}"
+        for file in FILES
+        if part_of(file) != "compat"
+        for line, name in private_names_of_others(parse(file))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -168,8 +188,8 @@ def test_private_names_are_confined_to_compat(file: pathlib.Path) -> None:
         ("self._other._step", ["_step"]),
     ],
 )
-def test_private_names_of_others_are_told_from_own(source: str, names: list[str]) -> None:
-    assert sorted(name for _, name in private_names_of_others(source)) == sorted(names)
+def test_own_private_names_are_allowed(source: str, names: list[str]) -> None:
+    assert sorted(name for _, name in private_names_of_others(ast.parse(source))) == sorted(names)
 
 
 def test_public_names_are_sorted_and_there() -> None:

@@ -24,6 +24,7 @@ def run(tmp_path: pathlib.Path, name: str, *arguments: str) -> str:
     return result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_gan_makes_digits_that_a_classifier_knows(tmp_path: pathlib.Path) -> None:
     last = run(tmp_path, "gan.py", "--num-workers", "2")
@@ -46,6 +47,7 @@ def test_the_character_model_learns_what_follows_what(tmp_path: pathlib.Path) ->
     assert float(found[1]) < 3.5 < 6 < float(found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_policy_balances_the_pole(tmp_path: pathlib.Path) -> None:
     found = re.fullmatch(r"steps balanced: (\d+) of 200", run(tmp_path, "reinforcement.py", "--num-workers", "2"))
@@ -53,6 +55,7 @@ def test_the_policy_balances_the_pole(tmp_path: pathlib.Path) -> None:
     assert int(found[1]) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_callbacks_watch_average_and_stop_a_training(tmp_path: pathlib.Path) -> None:
     last = run(tmp_path, "callbacks.py", "--num-workers", "2")
@@ -98,6 +101,7 @@ def test_a_found_rate_and_size_train_well(tmp_path: pathlib.Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["race.png", "range.png", "sizes.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_language_model_learns_in_shards(tmp_path: pathlib.Path) -> None:
     assert run(tmp_path, "fsdp.py", "--num-workers", "2") == "the quick brown fox jumps over"
