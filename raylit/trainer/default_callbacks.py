@@ -173,6 +173,6 @@ def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: st
 def known_to_hooks(loggers: Sequence[Logger], *, num_workers: int) -> list[Logger | LoggerFacts]:
     """What travels to where the hooks run: there a logger is itself, or what is known of it."""
     return [
-        logger if num_workers == 0 or isinstance(logger, DummyLogger) else LoggerFacts.of(logger, index)
+        logger if num_workers == 0 or isinstance(logger, DummyLogger) else LoggerFacts.from_logger(logger, index)
         for index, logger in enumerate(loggers)
     ]

@@ -1,4 +1,4 @@
-"""Who a worker is, and the user's objects it runs. Worker."""
+"""A worker's ranks and host, and the user's objects that it runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from raylit.worker.process.logger_proxy import LoggerFacts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerContext:
-    """A worker's place among the others. Ranks of one host are consecutive."""
+    """A worker's ranks and host. The ranks of one host are consecutive."""
 
     rank: int = 0
     local_rank: int = 0
@@ -28,27 +28,27 @@ class WorkerContext:
     host: str = "localhost"
     host_ip: str = "127.0.0.1"
     num_threads: int | None = None
-    """CPU threads for torch; None: as they are."""
+    """CPU threads for torch; None leaves torch's setting."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """The user's objects of one run. Pickled as one, so that what they share stays shared."""
+    """The user's objects of one run, pickled together so that references between them are kept."""
 
     module: LightningModule
     datamodule: DataModule | None = None
     callbacks: Sequence[Callback] = ()
     loaders: dict[str, Any] = field(default_factory=dict)
-    """What was given to fit and the others: by stage "train", "validate", "test", "predict"."""
+    """Loaders that were passed to the entry point, by stage "train", "validate", "test", "predict"."""
     compilations: Compilations = field(default_factory=dict)
     """How the user has compiled the module and its parts, which pickling drops."""
     profiler: Profiler | None = None
     ckpt_path: str | None = None
-    """Where the run's checkpoint was read."""
+    """Path that the run's checkpoint was read from."""
     log_dir: str = "."
     loggers: Sequence[Logger | LoggerFacts] = ()
-    """The driver's loggers in its own process; elsewhere what is known of them."""
+    """The driver's loggers in its own process; on other workers their facts."""
     script_objects: ScriptObjects = field(default_factory=dict)
-    """In an actor: what of the user's script has come with these objects."""
+    """In an actor: classes and functions of the user's script that came with these objects."""
     shared_memory: SharedMemory | None = None
-    """In an actor: where the data lies. It stays out of what goes back to the driver, which has it."""
+    """In an actor: the memory of the data. Unmodified data is not sent back to the driver, which has it."""

@@ -1,4 +1,4 @@
-"""Session: what the loops of one stage share, built when it starts. Worker."""
+"""Session: the objects that the loops of one stage share, built when the stage starts."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,11 +32,11 @@ from raylit.worker.view import TrainerView
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _PREPARE_TIMEOUT_S = 24 * 3600.0
-"""A download in prepare_data may take hours on one host while the others wait."""
+"""A download in `prepare_data` may take hours on one host while the others wait."""
 
 
 class Session:
-    """The user's objects on this rank with what they need to run: view, hooks, strategy, precision, device."""
+    """The user's objects on this rank and what runs them: view, hooks, strategy, precision, device."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class Session:
         job: Job,
         collectives: Collectives,
         accelerator: Accelerator,
-        brake: StopBarrier,
+        stop_barrier: StopBarrier,
     ) -> None:
         self.stage = stage
         self.plan = plan
         self.context = context
         self.job = job
         self.collectives = collectives
-        self.arm_stop = brake
+        self.stop_barrier = stop_barrier
         self.module = job.module
         self.device = accelerator.device()
         self.strategy = build_strategy(plan)
@@ -74,26 +74,26 @@ class Session:
                 floating_dtype=self.precision.weights_dtype, is_channels_last=plan.optimization.is_channels_last
             ),
         )
-        """Brings batches to the device; None where they are as they should be already."""
+        """Moves batches to the device; None where they need neither hooks nor a transfer."""
         if self.mover is not None and self.profiler is not None:
-            self.mover.be_measured(self.profiler)
-        self._attached: list[RemovableHandle] = []
+            self.mover.measure_with(self.profiler)
+        self._profiler_hooks: list[RemovableHandle] = []
         """A profiler's hooks on the user's objects."""
-        self._compiled: list[nn.Module] = []
+        self._compiled_modules: list[nn.Module] = []
         self._compilations: CompilationWatch | None = None
         self._pending_random_state: dict[str, Any] | None = None
 
     def set_up(self) -> None:
-        """Data, then `setup` of everyone, then the module on its device. Collective."""
+        """Prepare the data, call `setup` of all objects and place the module on its device. Collective."""
         job = self.job
         self.module.attach_run(self.view)
         if job.datamodule is not None:
             job.datamodule.trainer = self.view
         for owner in (job.datamodule, self.module):
-            if owner is not None and self._is_preparing(owner):
+            if owner is not None and self._prepares_data(owner):
                 self.timed(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
         self.collectives.barrier(timeout_s=_PREPARE_TIMEOUT_S)
-        self._take_random_state_of_first_rank()
+        self._broadcast_random_state()
         self.hooks.set_up(self.stage, job.datamodule)
         with self.strategy.building():
             self.module.configure_model()
@@ -104,73 +104,82 @@ class Session:
             steps=[name for name in _STEPS if is_overridden(name, self.module, LightningModule)],
             is_manual=self.stage == "fit" and not self.module.automatic_optimization,
         )
-        # A share of a weight has no such layout; what is gathered takes that of the images with it.
+        # A shard has no such layout; gathered weights take the layout of the images.
         if self.plan.optimization.is_channels_last and not self.strategy.is_sharding:
             set_layout(self.module, torch.channels_last)
         self._compile()
         if self.profiler is not None:
-            self._attached += self.profiler.attach(self.module)
+            self._profiler_hooks += self.profiler.attach(self.module)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
 
-    def _take_random_state_of_first_rank(self) -> None:
-        """Only some ranks have prepared the data, and may have drawn random numbers for it. `setup` and what else comes
-        before `seed_rank` draws the same on all ranks: they split data sets with it."""
+    def _broadcast_random_state(self) -> None:
+        """Set every rank's random state to that of rank 0.
+
+        Only some ranks prepare the data and may have drawn random numbers for it. `setup` and the rest before
+        `seed_rank` must draw the same numbers on all ranks, as they split data sets with them.
+        """
         if self.collectives.world_size > 1:
             state: RandomState = self.collectives.gather_objects(
-                RandomState.take() if self.context.rank == 0 else None
+                RandomState.capture() if self.context.rank == 0 else None
             )[0]
             state.restore()
 
     def _compile(self) -> None:
-        """As the user has it, and what the Trainer is asked for besides."""
+        """Compile the modules that the user has compiled, and what the Trainer's options ask for."""
         options = self.plan.optimization.compile_options
-        self._compiled = compile_again(self.module, self.job.compilations)
+        self._compiled_modules = compile_again(self.module, self.job.compilations)
         if options is not None:
-            self._compiled += compile_parts(self.module, options, host=self.context.host)
+            self._compiled_modules += compile_parts(self.module, options, host=self.context.host)
         if options is not None or self.job.compilations:
             isolate_script_globals(self.module)
             self._compilations = CompilationWatch()
 
-    def _is_preparing(self, owner: Any) -> bool:
-        """One rank of each host prepares the data, or one in all."""
+    def _prepares_data(self, owner: Any) -> bool:
+        """Return whether this rank prepares the data: one rank of each host, or one in all."""
         is_per_node = self.plan.prepares_per_node and getattr(owner, "prepare_data_per_node", True)
         return (self.context.local_rank if is_per_node else self.context.rank) == 0
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """For a profiler to measure; the call itself without one."""
+        """Return the call, measured by the profiler if there is one."""
         return call if self.profiler is None else time_items(self.profiler, name, call)
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """For a profiler to measure its own step, whoever asks for it."""
+        """Measure the optimizer's steps if there is a profiler."""
         profiler = self.profiler
         if profiler is not None:
-            self._attached.append(optimizer.register_step_pre_hook(lambda *_: profiler.start("optimizer_step")))
-            self._attached.append(optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
+            self._profiler_hooks.append(optimizer.register_step_pre_hook(lambda *_: profiler.start("optimizer_step")))
+            self._profiler_hooks.append(optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
 
     def seed_rank(self) -> None:
-        """Give every rank but the first random numbers of its own, of torch, NumPy and Python: the same dropout masks
-        and augmentations everywhere would waste samples. Rank 0 goes on with the driver's, as a single process would.
+        """Set a different random state of torch, NumPy and Python on every rank except rank 0.
 
-        The processes of a DataLoader follow: torch seeds them from this process's generator.
+        Equal dropout masks and augmentations on all ranks would waste samples. Rank 0 continues the driver's random
+        state, as a single process would. The processes of a DataLoader follow: torch seeds them from this process's
+        generator.
         """
         if self.context.rank > 0:
             diverge_random_state(self.context.rank)
 
     def continue_random_state_at_next_batch(self, state: dict[str, Any]) -> None:
+        """Keep a checkpoint's random state for `restore_random_state`."""
         self._pending_random_state = state
 
     def restore_random_state(self) -> None:
-        """Of a checkpoint: after the loader's iterator, whose start draws a number, has been made anew."""
+        """Set a checkpoint's random state once the loader's iterator has been created.
+
+        Creating the iterator draws a number.
+        """
         if self._pending_random_state is not None:
             format.set_random_state(self._pending_random_state)
             self._pending_random_state = None
 
     def around_step(self) -> AbstractContextManager[object]:
+        """Return the precision's context for a step."""
         return self.precision.around_step()
 
     def tear_down(self) -> None:
-        """`teardown` of everyone, and the module as an ordinary one again."""
+        """Call `teardown` of all objects and restore the module for use outside of the run."""
         if self.plan.optimization.compile_options is not None and self._compilations is not None:
             self._compilations.check_use()
         try:
@@ -182,15 +191,15 @@ class Session:
             self.strategy.recall(self.module)
             if self.plan.optimization.is_channels_last:
                 set_layout(self.module, torch.contiguous_format)
-            self.let_go()
+            self.release()
 
-    def let_go(self) -> None:
-        """The user's objects are ordinary ones again, whatever has ended the run."""
+    def release(self) -> None:
+        """Detach the run from the user's objects, however it has ended."""
         self.module.attach_run(None)
         self.module.redirect_log(None)
-        for attached in self._attached:
-            attached.remove()
-        drop_compiled(self._compiled)
+        for hook in self._profiler_hooks:
+            hook.remove()
+        drop_compiled(self._compiled_modules)
         if self._compilations is not None:
             self._compilations.close()
         if self.job.datamodule is not None:

@@ -1,4 +1,4 @@
-"""The whole state of a run on one worker: taken for a checkpoint, and loaded from one."""
+"""The whole state of a run on one worker: captured for a checkpoint, and loaded from one."""
 
 import io
 import os
@@ -29,11 +29,11 @@ from raylit.worker.optimization.configured import Schedule
 from raylit.worker.session import Session
 
 _WRITE_TIMEOUT_S = 3600.0
-"""The others wait for rank 0's disk."""
+"""The other ranks wait for rank 0's disk."""
 
 
 class StateCapture:
-    """Takes the state of a fit session and puts it back."""
+    """Captures the state of a session for a checkpoint and loads it from one."""
 
     def __init__(
         self, session: Session, *, optimizers: list[Any], schedules: list[Schedule], loop: TrainLoop | None
@@ -44,87 +44,96 @@ class StateCapture:
         self._loop = loop
         self._host_copy = HostCopy()
         self._part_copy = HostCopy()
-        self.held: PendingCheckpoint | None = None
-        """The checkpoint that the driver has asked for last, on rank 0."""
-        self.held_part: PendingPart | None = None
-        """This rank's part of it, where checkpoints are in parts."""
+        self.pending: PendingCheckpoint | None = None
+        """On rank 0: the checkpoint that the driver's last `Save` asked for."""
+        self.pending_part: PendingPart | None = None
+        """This rank's part of it, where checkpoints are written in parts."""
         self.driver_states: dict[str, Any] = {}
-        """Of the driver's callbacks, by key, as the command under way found them: for what hooks write."""
+        """States of the driver's callbacks by key, at the start of the current command, for checkpoints from hooks."""
 
-    def hold(self, command: Save) -> Saved:
-        """Keep the whole run ready to be written on rank 0, and on each rank its part; what this rank alone has, on the
-        others. Collective where sharded state is brought together.
+    def prepare(self, command: Save) -> Saved:
+        """Prepare the whole run for writing on rank 0, and on each rank its part or its own state.
 
-        CheckpointError: something in it is not plain.
+        Collective where sharded state is gathered.
+
+        Raises:
+            CheckpointError: Something in the state is not plain.
         """
         session = self._session
         rank = session.context.rank
-        self.held, self.held_part = None, None
-        own = self._take(is_weights_only=command.is_weights_only)
+        self.pending, self.pending_part = None, None
+        saved = self._capture(is_weights_only=command.is_weights_only)
         is_copying = command.is_copying or session.device.type != "cpu"
         if session.plan.strategy.is_saving_parts:
-            self.held_part = PendingPart(
+            self.pending_part = PendingPart(
                 session.strategy.parts(session.module, self._saved_optimizers(command.is_weights_only)),
                 rank=rank,
                 copied=self._part_copy.taken if is_copying else None,
                 on_release=self._part_copy.lend,
             )
         if rank > 0:
-            return Saved(rank=rank, checkpoint={}, of_rank=format.to_plain_values(own.of_rank, "the rank's state"))
-        checkpoint = format.merge([own], command.driver_part)
+            return Saved(rank=rank, checkpoint={}, of_rank=format.to_plain_values(saved.of_rank, "the rank's state"))
+        checkpoint = format.merge([saved], command.driver_part)
         if is_copying:
             checkpoint = self._host_copy.taken(checkpoint)
-        self.held = PendingCheckpoint(checkpoint, on_release=self._host_copy.lend)
+        self.pending = PendingCheckpoint(checkpoint, on_release=self._host_copy.lend)
         return Saved(rank=0, checkpoint={}, of_rank={})
 
-    def meet(self) -> None:
-        """Before `write`, where the user's code calls it."""
-        self._session.collectives.meet("trainer.save_checkpoint")
+    def wait_for_all_ranks(self) -> None:
+        """Wait for all ranks before `write` in the user's code. Collective."""
+        self._session.collectives.wait_for_all_ranks("trainer.save_checkpoint")
 
     def write(self, path: Any, *, is_weights_only: bool) -> None:
-        """A checkpoint of this moment, written by rank 0; of sharded state each rank's part by itself. Collective.
+        """Write a checkpoint of the current state: rank 0 writes it, and each rank its part of sharded state.
 
-        CheckpointError: it did not work, on rank 0 or, where there are parts, on all ranks.
+        Collective.
+
+        Raises:
+            CheckpointError: Writing failed; raised on rank 0 or, where there are parts, on all ranks.
         """
         session = self._session
-        own = self._take(is_weights_only=is_weights_only)
-        # torch's own format, as its tensors of NumPy's unsigned types cannot be pickled.
+        saved = self._capture(is_weights_only=is_weights_only)
+        # torch.save, as torch tensors of NumPy's unsigned types cannot be pickled.
         buffer = io.BytesIO()
-        torch.save(format.to_plain_values(own.of_rank, "the rank's state"), buffer)
-        ranked = session.collectives.gather_objects(buffer.getvalue())
-        held: PendingCheckpoint | None = None
+        torch.save(format.to_plain_values(saved.of_rank, "the rank's state"), buffer)
+        states_of_ranks = session.collectives.gather_objects(buffer.getvalue())
+        pending: PendingCheckpoint | None = None
         if session.context.rank == 0:
-            checkpoint = format.merge([own], {} if is_weights_only else self._driver_part)
-            held = PendingCheckpoint(self._on_host(checkpoint), on_release=lambda: None)
-            others = [torch.load(io.BytesIO(state), weights_only=True) for state in ranked[1:]]
-            held.complete(others, {})
+            checkpoint = format.merge([saved], {} if is_weights_only else self._driver_part)
+            pending = PendingCheckpoint(self._copy_to_host(checkpoint), on_release=lambda: None)
+            other_states = [torch.load(io.BytesIO(state), weights_only=True) for state in states_of_ranks[1:]]
+            pending.complete(other_states, {})
         if session.plan.strategy.is_saving_parts:
             parts = session.strategy.parts(session.module, self._saved_optimizers(is_weights_only))
-            write_in_parts(path, held, parts, context=session.context, collectives=session.collectives)
-        elif held is not None:
-            held.write(path)
+            write_in_parts(path, pending, parts, context=session.context, collectives=session.collectives)
+        elif pending is not None:
+            pending.write(path)
         session.collectives.barrier(timeout_s=_WRITE_TIMEOUT_S)
 
     def write_alone(self, path: Any) -> None:
-        """The same by this rank alone, without what only the others have. CheckpointError: it has a part only."""
+        """Write a checkpoint from this rank alone, without the states of the other ranks.
+
+        Raises:
+            CheckpointError: This rank has only a part of a sharded model, or writing failed.
+        """
         if self._session.strategy.is_sharding:
             raise CheckpointError(f"cannot write {path}: a single rank has only its part of a model that is sharded")
-        of_rank = self._of_rank() if self._session.context.world_size == 1 else {}
+        rank_state = self._capture_rank_state() if self._session.context.world_size == 1 else {}
         checkpoint = format.merge(
-            [Saved(rank=0, checkpoint=self._whole(is_weights_only=False), of_rank=of_rank)],
+            [Saved(rank=0, checkpoint=self._capture_checkpoint(is_weights_only=False), of_rank=rank_state)],
             self._driver_part,
         )
-        if not of_rank:
+        if not rank_state:
             checkpoint["raylit"]["ranks"] = []
-        files.write(self._on_host(checkpoint), path)
+        files.write(self._copy_to_host(checkpoint), path)
 
     def apply(self, checkpoint: dict[str, Any], *, is_resuming: bool) -> None:
-        """Weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
+        """Load weights; when resuming also optimizers, schedulers, callbacks, random state and position."""
         session = self._session
-        if not session.strategy.is_sharding and self._is_looked_into():
+        if not session.strategy.is_sharding and self._is_checkpoint_read_by_hooks():
             checkpoint = directories.read_whole(checkpoint)
         session.module.on_load_checkpoint(checkpoint)
-        read = self._reader(checkpoint)
+        read = self._open_reader(checkpoint)
         check_weights(session.module, checkpoint["state_dict"], source=self._source)
         session.strategy.load_weights(session.module, checkpoint["state_dict"], read=read)
         if not is_resuming:
@@ -144,31 +153,34 @@ class StateCapture:
             session.precision.scaler.load_state_dict(scale)
         self._apply_position(checkpoint)
 
-    def _take(self, *, is_weights_only: bool) -> Saved:
-        """The whole run on rank 0, what this rank alone has on the others; its tensors are the training's own."""
+    def _capture(self, *, is_weights_only: bool) -> Saved:
+        """Capture the whole run on rank 0, and on the others their own state, without copying tensors.
+
+        Collective where sharded state is gathered.
+        """
         session = self._session
         rank, strategy = session.context.rank, session.strategy
         checkpoint = {}
         if rank == 0:
-            checkpoint = self._whole(is_weights_only)
+            checkpoint = self._capture_checkpoint(is_weights_only)
         elif strategy.is_gathering:
             optimizers = self._saved_optimizers(is_weights_only)
             for state in (session.module.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)):
                 strategy.handed_over(state)
-        return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._of_rank())
+        return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._capture_rank_state())
 
     def _saved_optimizers(self, is_weights_only: bool) -> list[Any]:
         return [] if is_weights_only else self._optimizers
 
-    def _is_looked_into(self) -> bool:
-        """Hooks see the checkpoint before it is loaded, and may expect all of it."""
+    def _is_checkpoint_read_by_hooks(self) -> bool:
+        """Return whether hooks read the checkpoint before it is loaded, and may expect all of it."""
         job = self._session.job
         return is_overridden("on_load_checkpoint", job.module, LightningModule) or any(
             is_overridden("on_load_checkpoint", callback, Callback) for callback in job.callbacks
         )
 
-    def _reader(self, checkpoint: dict[str, Any]) -> Reader | None:
-        """Of what the checkpoint has placeholders for. Checks this rank's share of the files where they are near."""
+    def _open_reader(self, checkpoint: dict[str, Any]) -> Reader | None:
+        """Open a reader of sharded tensors; check this rank's share of the files if they are on a local file system."""
         directory = directories.place_of(checkpoint)
         if directory is not None and not is_url(directory):
             context = self._session.context
@@ -181,18 +193,18 @@ class StateCapture:
             directories.check(checkpoint, directory, share=(context.rank, context.world_size))
         return directories.open_reader(checkpoint)
 
-    def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """In memory of its own, as another copy may be on its way to a file."""
+    def _copy_to_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Copy to separate host memory, as another copy may be in use by a write."""
         return checkpoint if self._session.device.type == "cpu" else HostCopy().taken(checkpoint)
 
     @property
     def _driver_part(self) -> dict[str, Any]:
         return {"callbacks": self.driver_states, "seed": self._session.plan.seed}
 
-    def _of_rank(self) -> dict[str, Any]:
-        return {} if self._loop is None else {"random": format.random_state(), **self._loop.state_of_rank()}
+    def _capture_rank_state(self) -> dict[str, Any]:
+        return {} if self._loop is None else {"random": format.random_state(), **self._loop.rank_state()}
 
-    def _whole(self, is_weights_only: bool) -> dict[str, Any]:
+    def _capture_checkpoint(self, is_weights_only: bool) -> dict[str, Any]:
         session = self._session
         module, view, datamodule = session.module, session.view, session.job.datamodule
         strategy = session.strategy
@@ -216,31 +228,33 @@ class StateCapture:
         return checkpoint
 
     def _apply_optimizers(self, checkpoint: dict[str, Any], read: Reader | None) -> None:
-        states, of_schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-        for what, saved, own in (
+        states, schedule_states = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        for kind, saved, current in (
             ("optimizers", states, self._optimizers),
-            ("learning rate schedulers", of_schedules, self._schedules),
+            ("learning rate schedulers", schedule_states, self._schedules),
         ):
-            if len(saved) != len(own):
-                raise self._unfit(f"is of a run with {len(saved)} {what}, and there are {len(own)} now")
+            if len(saved) != len(current):
+                raise self._build_mismatch_error(
+                    f"is of a run with {len(saved)} {kind}, and there are {len(current)} now"
+                )
         settings = [list(optimizer.defaults) for optimizer in self._optimizers]
         try:
             self._session.strategy.load_optimizer_states(self._optimizers, states, read=read)
         except (KeyError, ValueError) as error:
-            raise self._unfit(f"has optimizer states that do not fit: {error}") from error
+            raise self._build_mismatch_error(f"has optimizer states that do not fit: {error}") from error
         for optimizer, needed in zip(self._optimizers, settings, strict=True):
-            # torch takes the groups of another class as they are, and misses what they lack at the next step.
+            # torch accepts groups of another optimizer class and fails at the next step, where they lack a setting.
             if missing := [name for name in needed if any(name not in group for group in optimizer.param_groups)]:
-                raise self._unfit(f"has no {', '.join(missing)} for {type(optimizer).__name__}")
-        for schedule, state in zip(self._schedules, of_schedules, strict=True):
+                raise self._build_mismatch_error(f"has no {', '.join(missing)} for {type(optimizer).__name__}")
+        for schedule, state in zip(self._schedules, schedule_states, strict=True):
             schedule.scheduler.load_state_dict(state)
 
     @property
     def _source(self) -> str:
-        """How errors call the checkpoint."""
+        """The checkpoint's name in errors."""
         return self._session.job.ckpt_path or "the checkpoint"
 
-    def _unfit(self, what: str) -> CheckpointError:
+    def _build_mismatch_error(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self._source} {what}: fit resumes with the optimizers and schedulers that it was saved with. For a new "
             "run from its weights there is load_from_checkpoint(path)"
@@ -254,50 +268,58 @@ class StateCapture:
         if not ranks or self._loop is None:
             return
         if len(ranks) != session.context.world_size:
-            # Random numbers belong to ranks that were.
-            self._loop.load_states_of_others(ranks)
+            # With another world size the saved random states fit no rank.
+            self._loop.load_redistributed_states(ranks)
             return
-        of_rank = ranks[session.context.rank]
-        self._loop.load_state_of_rank(of_rank)
+        rank_state = ranks[session.context.rank]
+        self._loop.load_rank_state(rank_state)
         if progress.is_inside_epoch:
-            session.continue_random_state_at_next_batch(of_rank["random"])
+            session.continue_random_state_at_next_batch(rank_state["random"])
         else:
-            format.set_random_state(of_rank["random"])
+            format.set_random_state(rank_state["random"])
 
 
 def write_in_parts(
     path: Any,
-    held: PendingCheckpoint | None,
+    pending: PendingCheckpoint | None,
     tensors: Mapping[str, Tensor],
     *,
     context: WorkerContext,
     collectives: Collectives,
 ) -> None:
-    """Rank 0 makes a directory at the path or URL, which has all else in `held`; each rank writes its `tensors` there.
+    """Write a checkpoint as a directory: rank 0 the common file, each rank its tensors. Collective.
 
-    Collective. CheckpointError, on all ranks: it did not work on one of them.
+    Args:
+        path: Path or URL of the directory.
+        pending: On rank 0: the checkpoint without the tensors.
+        tensors: This rank's tensors.
+        context: The worker's ranks and host.
+        collectives: The ranks that write.
+
+    Raises:
+        CheckpointError: Writing failed on a rank; raised on all ranks.
     """
     draft, error = None, ""
-    if held is not None:
+    if pending is not None:
         try:
             draft = files.directory_draft(path)
         except CheckpointError as raised:
             error = str(raised)
     try:
-        [(place, error), *_] = collectives.gather_objects(("" if draft is None else draft.place, error))
-        written = Part(rank=context.rank, num_bytes=0, crc=0, chunks=())
+        [(draft_path, error), *_] = collectives.gather_objects(("" if draft is None else draft.place, error))
+        part = Part(rank=context.rank, num_bytes=0, crc=0, chunks=())
         if not error:
             try:
-                written = _written(place, tensors, context=context)
+                part = _write_part(draft_path, tensors, context=context)
             except CheckpointError as raised:
                 error = str(raised)
-        ranked = collectives.gather_objects((written, error))
-        errors = [one for _, one in ranked if one]
-        if held is not None and draft is not None and not errors:
+        parts_of_ranks = collectives.gather_objects((part, error))
+        errors = [one for _, one in parts_of_ranks if one]
+        if pending is not None and draft is not None and not errors:
             try:
-                metadata = held.add_parts([part for part, _ in ranked], subdirectory=draft.subdirectory)
+                metadata = pending.add_parts([part for part, _ in parts_of_ranks], subdirectory=draft.subdirectory)
                 files.write_bytes(metadata, join(draft.place, METADATA))
-                held.write(draft.index)
+                pending.write(draft.index)
                 draft.publish()
             except CheckpointError as raised:
                 errors = [str(raised)]
@@ -307,17 +329,17 @@ def write_in_parts(
             draft.discard()
     if errors:
         failure = CheckpointError(errors[0])
-        if place:  # else there was no draft
-            files.name_target(failure, draft=place, target=path)
+        if draft_path:  # else there was no draft
+            files.name_target(failure, draft=draft_path, target=path)
         raise failure
 
 
-def _written(place: str, tensors: Mapping[str, Tensor], *, context: WorkerContext) -> Part:
-    if not is_url(place) and not os.path.isdir(place):
+def _write_part(draft_path: str, tensors: Mapping[str, Tensor], *, context: WorkerContext) -> Part:
+    if not is_url(draft_path) and not os.path.isdir(draft_path):
         raise CheckpointError(
-            f"worker {context.rank} on {context.host} cannot see {place}, which rank 0 has made: what a hook saves in "
-            "parts has to go to a file system that all hosts share, or to a URL; ModelCheckpoint needs neither"
+            f"worker {context.rank} on {context.host} cannot see {draft_path}, which rank 0 has made: what a hook "
+            "saves in parts has to go to a file system that all hosts share, or to a URL; ModelCheckpoint needs neither"
         )
     part = PendingPart(tensors, rank=context.rank)
-    part.write(join(place, name_of_part(context.rank)))
+    part.write(join(draft_path, name_of_part(context.rank)))
     return part.described()

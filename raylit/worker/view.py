@@ -1,4 +1,4 @@
-"""TrainerView: the `trainer` that hooks and callbacks see. A light view of the worker's run. Worker."""
+"""The `trainer` that hooks and callbacks get on a worker: a light view of the run."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,14 +16,17 @@ from raylit.worker.distributed.collectives import all_gather_nested
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.metrics.buffer import MetricBuffer
 
-_IN_THE_DRIVER = (
+_DRIVER_ATTRIBUTES = (
     *("checkpoint_callback", "checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks"),
     *("progress_bar_callback", "interrupted", "received_sigterm", "tuner", "fit", "validate", "test", "predict"),
 )
 
 
 class TrainerView(PlanProperties):
-    """Where the run stands, as this worker knows it. Setting `should_stop` asks for the end of training."""
+    """State of the run as this worker knows it; hooks and callbacks get it as `trainer`.
+
+    Setting `should_stop` requests the end of training.
+    """
 
     def __init__(self, *, plan: Plan, context: WorkerContext, job: Job, stage: Stage) -> None:
         self._plan = plan
@@ -36,35 +39,40 @@ class TrainerView(PlanProperties):
         self.global_step = 0
         self.num_batches_done = 0
         self.batch_idx = 0
-        """Of the training batch under way, or the last one."""
+        """Index of the current training batch, or of the last one between batches."""
         self.is_uneven = False
-        """The training batch under way has not as many samples on every rank."""
+        """The current training batch does not have the same number of samples on every rank."""
         self.num_batches_in_all = 0
         self.num_windows = 0
         self.validated_batch = 0
         self.num_evaluated: Counter[int] = Counter()
-        """Batches of each loader in the evaluations so far: where their values stand in the logs."""
+        """Batches of each loader in the evaluations so far: the index of their next value in the logs."""
         self.is_epoch_ended = False
         self.is_epoch_cut_short = False
-        """In `on_train_epoch_end`: the run ends before the epoch's last batch. If it is continued from a checkpoint,
-        the hook comes again when the epoch is complete."""
+        """In `on_train_epoch_end`: the run ends before the epoch's last batch.
+
+        If the run is continued from a checkpoint, the hook is called again when the epoch is complete.
+        """
         self.stage: Stage | None = stage
         self.sanity_checking = False
         self.should_stop = False
         self.metrics: MetricBuffer | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         self.handles: Any = None
-        """What the module's optimization methods reach."""
+        """What the module's manual-optimization methods use."""
         self.lr_schedulers: list[Any] = []
         self.lr_scheduler_configs: list[Any] = []
-        """Each scheduler with its interval, frequency, monitor and name; what is taken out no longer steps."""
+        """Each scheduler with its interval, frequency, monitor and name; one that is removed no longer steps."""
         self.num_training_batches: float = 0
         self.count_training_batches: Callable[[], float] | None = None
-        """An epoch's, of loaders that need not be there yet; only in a fit. Collective when it is called first."""
+        """Counts an epoch's batches, also before the loaders are built; None outside of a fit.
+
+        Collective at its first call.
+        """
         self.num_val_batches: list[float] = []
         self.train_dataloader: Any = None
         self.loggers: list[Any] = []
-        """Stand-ins for the driver's, whose calls are made there: see LoggerView. With num_workers=0 its own."""
+        """Proxies of the driver's loggers, see LoggerView; with num_workers=0 the loggers themselves."""
         self.val_dataloaders: Any = None
         """The loader, or a list where there are several."""
         self.test_dataloaders: Any = None
@@ -72,17 +80,17 @@ class TrainerView(PlanProperties):
         self.fit_loop: Any = None
         self.predict_loop: Any = None
         self.saving: Any = None
-        """Takes this rank's state for a checkpoint."""
+        """Captures this rank's state for a checkpoint."""
         self.strategy: Any = None
         self.profiler = job.profiler or PassThroughProfiler()
 
     def receive(self, metrics: Metrics) -> None:
-        """Take reduced metrics in."""
+        """Add reduced metrics."""
         self._reduced.update({name: metric.value for name, metric in metrics.items()})
         self._logged.update({name: metric.value for name, metric in metrics.items() if metric.logger})
 
     def metrics_state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the reduced metrics for a checkpoint."""
         return {
             "values": dict(self._reduced),
             "logged": list(self._logged),
@@ -90,13 +98,14 @@ class TrainerView(PlanProperties):
         }
 
     def load_metrics_state(self, state: dict[str, Any]) -> None:
+        """Load the reduced metrics of a checkpoint."""
         self._reduced = dict(state.get("values", {}))
         self.num_evaluated = Counter(state.get("num_evaluated", {}))
         self._logged = {name: self._reduced[name] for name in state.get("logged", [])}
 
     @property
     def progress(self) -> Progress:
-        """The position as a message takes it."""
+        """The position as a message to the driver."""
         return Progress(
             epoch=self.current_epoch,
             batch=self.num_batches_done,
@@ -108,7 +117,7 @@ class TrainerView(PlanProperties):
         )
 
     def move_to(self, progress: Progress) -> None:
-        """Take up a position from a checkpoint."""
+        """Set the position to that of a checkpoint."""
         self.current_epoch = progress.epoch
         self.num_batches_done = progress.batch
         self.num_batches_in_all = progress.batch_in_all
@@ -119,11 +128,11 @@ class TrainerView(PlanProperties):
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
-        """The last reduced values and, where this worker has logged anything since, its own."""
+        """The last reduced values, and this rank's own values where it has logged since."""
         return {name: torch.tensor(value) for name, value in self.metric_values().items()}
 
     def metric_values(self) -> dict[str, float]:
-        """`callback_metrics` as numbers."""
+        """Return `callback_metrics` as numbers."""
         return {**self._reduced, **(self.metrics.latest() if self.metrics is not None else {})}
 
     @property
@@ -132,7 +141,7 @@ class TrainerView(PlanProperties):
 
     @property
     def progress_bar_metrics(self) -> dict[str, Any]:
-        """What this worker would show."""
+        """The values that this rank would show in a progress bar."""
         return self._job.module.get_progress_bar_dict()
 
     @property
@@ -140,61 +149,72 @@ class TrainerView(PlanProperties):
         return sum(self.num_val_batches) > 0
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """`print` on rank 0 only."""
+        """Call `print` on rank 0 only."""
         if self.is_global_zero:
             print(*args, **kwargs)
 
     def all_gather(self, data: Any, *, group: Any = None, sync_grads: bool = False) -> Any:
-        """See LightningModule.all_gather."""
+        """Gather tensors of all ranks; see `LightningModule.all_gather`. Collective."""
         if self._context.world_size == 1:
             return data
-        # Batches of training have one size, but at the end of an epoch, so that nothing needs to be asked about them.
+        # Training batches have one size except at an epoch's end, so their shapes need not be compared.
         is_even = self.metrics is not None and self.metrics.is_training_batch and not self.is_uneven
         return all_gather_nested(
             data, group=group, with_gradients=sync_grads, device=self._job.module.device, is_even=is_even
         )
 
     def save_checkpoint(self, filepath: Any, weights_only: bool = False) -> None:
-        """Write the run as it stands now to a path that rank 0's host has. Collective: every rank calls it.
+        """Write the run's current state to a path on rank 0's host. Collective: every rank calls it.
 
-        What callbacks in the driver keep is as it was when the workers last stood still.
+        The states of driver callbacks are those from the workers' last pause.
+
+        Args:
+            filepath: Path or URL of the checkpoint.
+            weights_only: Leave out optimizers, callbacks and position.
+
+        Raises:
+            CheckpointError: Writing failed.
         """
-        self.saving.meet()
+        self.saving.wait_for_all_ranks()
         self.saving.write(filepath, is_weights_only=bool(weights_only))
 
     def save_own_checkpoint(self, filepath: Any) -> None:
-        """`save_checkpoint` by this rank alone, in an exception's hook where the others cannot take part: without what
-        only they have, their random state."""
+        """Write a checkpoint from this rank alone, in an exception's hook where other ranks cannot take part.
+
+        It lacks what only the other ranks have: their random states and data positions.
+        """
         self.saving.write_alone(filepath)
 
     @property
     def state(self) -> TrainerState:
-        """What runs: `fn` the entry point, `stage` the loop."""
+        """The entry point that runs (`fn`) and the loop (`stage`)."""
         return TrainerState(fn=self._entry, stage=self._loop_name, status="running")
 
     @property
     def is_last_batch(self) -> bool:
-        """The training batch under way is the epoch's last; False where the loader has no length."""
+        """True if the current training batch is the epoch's last; False where the loader has no length."""
         return self.batch_idx + 1 >= self.num_training_batches
 
     @property
     def estimated_stepping_batches(self) -> float:
-        """Optimizer steps of the whole fit, each window of accumulated batches one: what a scheduler that steps with
-        the optimizer needs to know. Infinite where neither max_steps nor the data says. Read by all ranks: in `setup`
-        and `configure_optimizers` it has the training loader made."""
+        """Optimizer steps of the whole fit, one per accumulation window, for schedulers that step with the optimizer.
+
+        Infinite where neither max_steps nor the data limits it. Every rank must read it: in `setup` and
+        `configure_optimizers` it builds the training loader, which is collective.
+        """
         if self.count_training_batches is None:
             raise ConfigError(f"estimated_stepping_batches is about a fit, there is none in {self._entry}")
         return self._plan.num_windows(self.count_training_batches())
 
     @property
     def is_logging_step(self) -> bool:
-        """The metrics of the optimizer step under way go to the loggers once it is done."""
+        """True if the metrics of the current optimizer step will go to the loggers."""
         every = self._plan.reporting.log_every_n_steps
         return every > 0 and (self.num_windows + 1) % every == 0
 
     @property
     def logger(self) -> Any:
-        """The first of `loggers`, None where there are none."""
+        """The first of `loggers`; None where there is none."""
         return self.loggers[0] if self.loggers else None
 
     @property
@@ -247,7 +267,7 @@ class TrainerView(PlanProperties):
 
     @property
     def num_devices(self) -> int:
-        """Workers of this one's host."""
+        """Number of workers on this worker's host."""
         return self._context.local_world_size
 
     @property
@@ -268,12 +288,12 @@ class TrainerView(PlanProperties):
 
     @property
     def ckpt_path(self) -> str | None:
-        """Where the checkpoint was read that the run continues or evaluates."""
+        """Path of the checkpoint that the run continues or evaluates."""
         return self._job.ckpt_path
 
     def __getattr__(self, name: str) -> Any:
-        """Only for what is not here."""
-        if name in _IN_THE_DRIVER:
+        """Raise an AttributeError that says where the attribute is."""
+        if name in _DRIVER_ATTRIBUTES:
             raise AttributeError(
                 f"self.trainer.{name}: it lives in the driver. Read it there after the run (trainer.{name}), or have a "
                 "DriverCallback, whose hooks run there"

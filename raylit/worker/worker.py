@@ -1,4 +1,4 @@
-"""Worker: carries out the driver's commands on one rank, in an actor or in the driver's process. Worker."""
+"""Worker: runs the driver's commands on one rank, in an actor or in the driver's process."""
 
 import os
 import pickle
@@ -42,15 +42,15 @@ from raylit.protocol.process_settings import set_matmul_precision
 from raylit.protocol.summary import Summary, summarize
 from raylit.worker.data.agreement import Description, check_first_batches, check_ranks_agree
 from raylit.worker.data.batches import TrainSource
-from raylit.worker.data.combined import SameEpoch, build_train_source, remove_shuffling
+from raylit.worker.data.combined import RepeatedEpoch, build_train_source, remove_shuffling
 from raylit.worker.data.sampling import IsolatedRandom, explain_dead_process
-from raylit.worker.data.sources import has_loader, is_from_hook, loader_of
+from raylit.worker.data.sources import build_loader, has_loader, is_from_hook
 from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.loops.evaluate import EvalLoop, PredictLoop
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.stop_barrier import StopBarrier
-from raylit.worker.loops.train import NO_SHARE_OF_LAST_BATCH, TrainLoop, batches_of_epoch
+from raylit.worker.loops.train import NO_SHARE_OF_LAST_BATCH, TrainLoop, count_epoch_batches
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization import build_optimization, read_configured_optimizers
 from raylit.worker.process import result_sync
@@ -61,7 +61,10 @@ from raylit.worker.state_capture import StateCapture
 
 
 class Worker:
-    """One stage of one run on one rank. The collective group, if there is one, is up before it is made."""
+    """Worker of one rank for one stage of one run.
+
+    The process group, if there is one, exists before the worker is created.
+    """
 
     def __init__(
         self,
@@ -73,10 +76,19 @@ class Worker:
         brake: StopBarrier,
         forward: Callable[[LogCall], None] | None = None,
     ) -> None:
-        """`forward`: sends what hooks log to the driver, at any time; None in the driver itself."""
+        """Create the worker; nothing of the user's runs before the command `Start`.
+
+        Args:
+            plan: The run's configuration.
+            context: The worker's ranks and host.
+            job: The user's objects.
+            is_in_driver: The worker runs in the driver's process.
+            brake: Stop barrier of the loops, armed by another thread.
+            forward: Sends what hooks log to the driver, at any time; None in the driver itself.
+        """
         self._forward = forward if context.rank == 0 else None
         self._plan = plan
-        self._brake = brake
+        self._stop_barrier = brake
         self._context = context
         self._job = job
         self._is_in_driver = is_in_driver
@@ -85,14 +97,14 @@ class Worker:
         self._session: Session | None = None
         self._train_loop: TrainLoop | None = None
         self._validation_loop: EvalLoop | None = None
-        """During a fit."""
-        self._saving: StateCapture | None = None
-        self._recording: RankProfiler | None = None
-        """What a profiler is told, if there is one."""
+        """The validation loop of a fit."""
+        self._state_capture: StateCapture | None = None
+        self._rank_profiler: RankProfiler | None = None
+        """Measures this rank if the run has a profiler."""
         self._has_new_weights = False
-        """By training, or from a checkpoint: the driver's module is to have them too."""
+        """Training or a checkpoint has changed the weights, so that the driver's module needs them too."""
         self._state_keys = frozenset(job.module.state_dict())
-        # The loops' own methods join when a stage starts: no frame of ours stands between `run` and them.
+        # `_start` adds the loops' own methods, so that `run` calls them directly.
         self._handlers: dict[type, Callable[[Any], Iterator[Report]]] = {
             Start: self._start,
             Reload: self._reload,
@@ -102,52 +114,56 @@ class Worker:
 
     @property
     def held(self) -> PendingCheckpoint:
-        """What the last Save has left to be written."""
-        assert self._saving is not None and self._saving.held is not None
-        return self._saving.held
+        """The checkpoint that the last `Save` has prepared for writing."""
+        assert self._state_capture is not None and self._state_capture.pending is not None
+        return self._state_capture.pending
 
     @property
     def held_part(self) -> PendingPart:
-        """This rank's, where checkpoints are in parts."""
-        assert self._saving is not None and self._saving.held_part is not None
-        return self._saving.held_part
+        """This rank's part of it, where checkpoints are written in parts."""
+        assert self._state_capture is not None and self._state_capture.pending_part is not None
+        return self._state_capture.pending_part
 
     def run(self, command: Command) -> Iterator[Report]:
-        """Carry a command out, reporting on the way. What a hook raises passes through, after `on_exception`."""
+        """Run a command and yield its reports.
+
+        Exceptions of hooks are re-raised after `on_exception`.
+        """
         if isinstance(command, HookedCommand) and command.callback_states is not None:
-            assert self._saving is not None
-            self._saving.driver_states = pickle.loads(command.callback_states)
+            assert self._state_capture is not None
+            self._state_capture.driver_states = pickle.loads(command.callback_states)
         try:
             if self._job.profiler is None:
                 yield from self._handlers[type(command)](command)
             else:
-                yield from self._profiled(command, self._job.profiler)
+                yield from self._run_measured(command, self._job.profiler)
         except GeneratorExit:
             raise
         except BaseException as error:
-            _advise(error)
+            _add_advice(error)
             view = None if self._session is None else self._session.view
-            self._fail(error)
+            self._clean_up_after(error)
             if view is not None and view.state.fn == "fit":
                 yield Raised(progress=view.progress)
             raise
 
-    def _profiled(self, command: Command, profiler: Profiler) -> Iterator[Report]:
+    def _run_measured(self, command: Command, profiler: Profiler) -> Iterator[Report]:
+        """Run a command with the run's profiler; `Finish` reports the profile first."""
         if isinstance(command, Start):
-            self._recording = RankProfiler(
+            self._rank_profiler = RankProfiler(
                 profiler,
                 stage=command.stage,
                 context=self._context,
                 accelerator=self._accelerator,
                 log_dir=self._job.log_dir,
             )
-        assert self._recording is not None
-        reports = self._recording.over(command, self._handlers[type(command)](command))
+        assert self._rank_profiler is not None
+        reports = self._rank_profiler.measure_reports(command, self._handlers[type(command)](command))
         if isinstance(command, Finish):
             reports = iter([*reports])
-            if (profile := self._recording.taken(self._collectives)) is not None:
+            if (profile := self._rank_profiler.read_profile(self._collectives)) is not None:
                 yield profile
-            self._recording.close()
+            self._rank_profiler.close()
         yield from reports
 
     def _start(self, command: Start) -> Iterator[Report]:
@@ -162,37 +178,37 @@ class Worker:
             job=self._job,
             collectives=self._collectives,
             accelerator=self._accelerator,
-            brake=self._brake,
+            stop_barrier=self._stop_barrier,
         )
         view = session.view
         view.move_to(command.progress)
         view.loggers = logger_views(self._job.loggers, forward=self._forward, step=lambda: view.global_step)
-        # Made by whoever asks first how long the training is: `setup` or `configure_optimizers`, else the loop.
-        train_source = cache(lambda: self._train_source(session))
+        # Built at its first use: by `setup` or `configure_optimizers` if they read the run's length, else by the loop.
+        build_source = cache(lambda: self._build_train_source(session))
         if command.stage == "fit":
-            view.count_training_batches = lambda: batches_of_epoch(train_source(), self._plan.limits)
+            view.count_training_batches = lambda: count_epoch_batches(build_source(), self._plan.limits)
         session.set_up()
         self._has_new_weights = command.stage == "fit" or command.checkpoint is not None
         if command.stage == "fit":
-            yield from self._start_fit(session, command, train_source)
+            yield from self._start_fit(session, command, build_source)
             return
         loop = PredictLoop(session) if command.stage == "predict" else EvalLoop(session, stage=command.stage)
         check_ranks_agree(self._collectives, {loop.data_name: loop.descriptions})
         self._handlers[Predict if isinstance(loop, PredictLoop) else Evaluate] = loop.run
-        self._saving = session.view.saving = StateCapture(session, optimizers=[], schedules=[], loop=None)
+        self._state_capture = session.view.saving = StateCapture(session, optimizers=[], schedules=[], loop=None)
         if command.checkpoint is not None:
-            self._saving.apply(command.checkpoint, is_resuming=False)
+            self._state_capture.apply(command.checkpoint, is_resuming=False)
         session.seed_rank()
         yield Started(progress=session.view.progress, num_eval_batches=loop.num_batches)
 
-    def _start_fit(self, session: Session, command: Start, train_source: Callable[[], TrainSource]) -> Iterator[Report]:
+    def _start_fit(self, session: Session, command: Start, build_source: Callable[[], TrainSource]) -> Iterator[Report]:
         with without_compiler():
             optimizers = read_configured_optimizers(session.module)
         session.strategy.check_optimizers(optimizers.optimizers)
         session.view.optimizers = optimizers.optimizers
         session.view.lr_schedulers = [schedule.scheduler for schedule in optimizers.schedules]
         session.view.lr_scheduler_configs = optimizers.schedules
-        data = train_source()
+        data = build_source()
         metrics = MetricBuffer(session.collectives)
         loop = self._train_loop = TrainLoop(
             session,
@@ -214,12 +230,12 @@ class Worker:
         session.seed_rank()
         session.view.fit_loop = loop
         session.view.count_training_batches = lambda: loop.num_batches
-        self._saving = session.view.saving = StateCapture(
+        self._state_capture = session.view.saving = StateCapture(
             session, optimizers=optimizers.optimizers, schedules=optimizers.schedules, loop=loop
         )
         if command.checkpoint is not None:
             with without_compiler():
-                self._saving.apply(command.checkpoint, is_resuming=command.is_resuming)
+                self._state_capture.apply(command.checkpoint, is_resuming=command.is_resuming)
         _enable_training(session.module)
         session.hooks.call("on_fit_start")
         yield Started(
@@ -227,12 +243,12 @@ class Worker:
             num_training_batches=loop.num_batches,
             num_batches_in_epoch=loop.num_batches_in_epoch,
             num_eval_batches=self._num_val_batches,
-            summary=self._summary(session),
+            summary=self._summarize(session),
         )
 
-    def _summary(self, session: Session) -> Summary | None:
+    def _summarize(self, session: Session) -> Summary | None:
         depth = self._plan.reporting.summary_depth
-        # With an example input it runs the module, for which a rank that shards needs the others.
+        # With an example input it runs the module, which is collective with sharded weights.
         if depth is None or (self._context.rank > 0 and not session.strategy.is_evaluation_collective):
             return None
         with session.strategy.evaluating(is_inference_mode=False):
@@ -245,12 +261,12 @@ class Worker:
         view = session.view
         view.move_to(view.progress.at_next_batch())
         source: TrainSource | None = None
-        # Where a hook draws random numbers, to split a data set, all ranks are to draw the same.
+        # A hook may draw random numbers, to split a data set: all ranks must draw the same.
         with (
             nullcontext() if self._collectives.world_size == 1 else IsolatedRandom(self._plan.seed + view.current_epoch)
         ):
             if is_from_hook(self._job, "train"):
-                source = self._train_source(session)
+                source = self._build_train_source(session)
                 loop.load(source)
             is_overfitting = self._plan.limits.overfit_batches > 0
             if validation is not None and (is_overfitting or is_from_hook(self._job, "validate")):
@@ -260,20 +276,20 @@ class Worker:
         yield Reloaded(num_training_batches=loop.num_batches, num_eval_batches=self._num_val_batches)
 
     def _check_ranks_agree(self, source: TrainSource | None) -> None:
-        """About the loaders of a fit. Collective."""
-        described: dict[str, Callable[[], list[Description]]] = {}
+        """Compare the loaders of a fit over the ranks. Collective."""
+        describe_by_name: dict[str, Callable[[], list[Description]]] = {}
         if source is not None:
-            described["training"] = source.descriptions
+            describe_by_name["training"] = source.descriptions
         if self._validation_loop is not None:
-            described[self._validation_loop.data_name] = self._validation_loop.descriptions
-        check_ranks_agree(self._collectives, described)
+            describe_by_name[self._validation_loop.data_name] = self._validation_loop.descriptions
+        check_ranks_agree(self._collectives, describe_by_name)
 
     @property
     def _num_val_batches(self) -> tuple[float, ...]:
         return () if self._validation_loop is None else self._validation_loop.num_batches
 
-    def _train_source(self, session: Session) -> TrainSource:
-        loader = loader_of(self._job, "train")
+    def _build_train_source(self, session: Session) -> TrainSource:
+        loader = build_loader(self._job, "train")
         if loader is None:
             raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
         is_overfitting = self._plan.limits.overfit_batches > 0
@@ -289,19 +305,19 @@ class Worker:
             compare=partial(check_first_batches, self._collectives, name="training"),
             is_syncing_batchnorm=self._plan.is_syncing_batchnorm,
         )
-        return SameEpoch(source) if is_overfitting else source
+        return RepeatedEpoch(source) if is_overfitting else source
 
     def _save(self, command: Save) -> Iterator[Report]:
-        assert self._saving is not None
+        assert self._state_capture is not None
         with without_compiler():
-            held = self._saving.hold(command)
-        yield held
+            saved = self._state_capture.prepare(command)
+        yield saved
 
     def _finish(self, command: Finish) -> Iterator[Report]:
         assert self._session is not None
         session = self._session
         if command.interruption is not None:
-            _tell(session, KeyboardInterrupt() if command.interruption == "SIGINT" else SystemExit())
+            _call_exception_hooks(session, KeyboardInterrupt() if command.interruption == "SIGINT" else SystemExit())
         elif self._train_loop is not None:
             self._train_loop.end()
             session.hooks.call("on_fit_end")
@@ -324,22 +340,22 @@ class Worker:
         yield Finished(state_dict=state_dict, attributes=attributes)
 
     def abandon(self) -> None:
-        """After an end outside the worker's commands: the module is an ordinary one again."""
+        """Release the user's objects after an end outside the worker's commands."""
         session, self._session = self._session, None
         if session is not None:
-            session.let_go()
+            session.release()
         if self._train_loop is not None:
             self._train_loop.metrics.discard_objects()
-        if self._recording is not None:
-            self._recording.close()
+        if self._rank_profiler is not None:
+            self._rank_profiler.close()
 
-    def _fail(self, error: BaseException) -> None:
-        """`on_exception` of everyone; the module is an ordinary one again."""
+    def _clean_up_after(self, error: BaseException) -> None:
+        """Call `on_exception` of callbacks and module, then release the user's objects."""
         session = self._session
         try:
             if session is not None:
                 try:
-                    _tell(session, error)
+                    _call_exception_hooks(session, error)
                 finally:
                     if isinstance(error, KeyboardInterrupt):
                         _tear_down_after(session, error)
@@ -354,21 +370,21 @@ class Worker:
         if self._plan.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=self._plan.deterministic == "warn")
         if torch.are_deterministic_algorithms_enabled():
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for of deterministic cuBLAS
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it for deterministic cuBLAS
         if self._plan.benchmark is not None or self._plan.deterministic:
-            # The fastest kernel of a benchmark may be another one in each run.
+            # Benchmarking may choose a different kernel in each run.
             torch.backends.cudnn.benchmark = bool(self._plan.benchmark)
         self._accelerator.set_up(num_threads=self._context.num_threads)
 
 
-def _advise(error: BaseException) -> None:
-    """Add to errors of torch's what the user can do."""
+def _add_advice(error: BaseException) -> None:
+    """Add to torch's error what the user can do."""
     explain_dead_process(error)
-    _advise_on_batch_norm(error)
+    _add_batch_norm_advice(error)
 
 
-def _advise_on_batch_norm(error: BaseException) -> None:
-    """What torch says of a batch norm without more than one value leaves open where such a batch comes from."""
+def _add_batch_norm_advice(error: BaseException) -> None:
+    """Add to torch's error about a batch norm with one value per channel where such a batch comes from."""
     if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
         error.args = (
             f"{error}. The batch has one sample, of which a batch norm can take no variance; mostly it is what is left "
@@ -376,17 +392,17 @@ def _advise_on_batch_norm(error: BaseException) -> None:
         )
 
 
-def _tell(session: Session, error: BaseException) -> None:
-    """The hooks for an end before its time."""
+def _call_exception_hooks(session: Session, error: BaseException) -> None:
+    """Call the hooks for an early end of the run."""
     if isinstance(error, KeyboardInterrupt):
         session.hooks.call("on_keyboard_interrupt")
     session.hooks.call("on_exception", error)
 
 
 def _tear_down_after(session: Session, error: KeyboardInterrupt) -> None:
-    """`teardown` of everyone, as at the end that Ctrl-C asks for between two steps; what it raises is told, not raised.
+    """Call `teardown` of all objects after Ctrl-C, as at the end of a run; warn if it raises.
 
-    Not after other exceptions, as in Lightning: one rank's `teardown` might wait there for the others.
+    Not called after other exceptions, as in Lightning: one rank's `teardown` might wait there for the other ranks.
     """
     try:
         session.hooks.tear_down(session.stage, session.job.datamodule)
@@ -399,7 +415,7 @@ def _tear_down_after(session: Session, error: KeyboardInterrupt) -> None:
 
 
 def _enable_training(module: LightningModule) -> None:
-    """Train mode, but submodules that the user has put into eval mode stay frozen in it."""
+    """Set train mode, except for submodules that the user has put into eval mode."""
     if not module.training:
         module.train()
     torch.set_grad_enabled(True)

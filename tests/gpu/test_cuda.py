@@ -158,7 +158,7 @@ def test_the_copy_runs_on_a_stream_of_its_own_while_the_device_computes():
     device = torch.device("cuda", torch.cuda.current_device())
     copy = StreamCopy(device, BatchForm())
     batch = [torch.ones(1 << 20).pin_memory(), "text"]
-    mover = Mover(copy, may_run_ahead=True)
+    mover = Mover(copy, can_prefetch=True)
     torch.cuda.synchronize()
     busy_until = torch.cuda.Event()
     torch.cuda._sleep(500_000_000)
@@ -169,15 +169,15 @@ def test_the_copy_runs_on_a_stream_of_its_own_while_the_device_computes():
     (whole, text), reference = copy.finish((moved, arrived)), torch.ones(1 << 20, device=device)
     assert torch.equal(whole, reference)
     assert text == "text"
-    assert [note for note, _ in mover.over(iter([(0, batch), (1, batch)]), may_run_ahead=True)] == [0, 1]
+    assert [note for note, _ in mover.move_batches(iter([(0, batch), (1, batch)]), can_prefetch=True)] == [0, 1]
 
 
 def test_memory_of_a_batch_is_not_given_away_while_a_step_reads_it():
     device = torch.device("cuda", torch.cuda.current_device())
-    mover = Mover(StreamCopy(device, BatchForm()), may_run_ahead=True)
+    mover = Mover(StreamCopy(device, BatchForm()), can_prefetch=True)
     sums = torch.zeros(50, device=device)
     batches = ((number, [torch.full((1 << 18,), float(number)).pin_memory()]) for number in range(50))
-    for number, (batch,) in mover.over(batches, may_run_ahead=True):
+    for number, (batch,) in mover.move_batches(batches, can_prefetch=True):
         torch.cuda._sleep(1_000_000)
         sums[number] = batch.mean()
         del batch

@@ -1,5 +1,7 @@
-"""Training data that goes on inside an epoch: with other numbers of ranks, with states of loaders and data sets, with
-random augmentation in a DataLoader's processes. The ranks run in this process."""
+"""Training data resumed inside an epoch: other world sizes, stateful loaders and data sets, random augmentation.
+
+The ranks run in this process.
+"""
 
 import itertools
 import random
@@ -61,7 +63,7 @@ LOADERS = {
 }
 COMBINED = ("min_size", "max_size", "max_size_cycle", "sequential")
 CHAINS = [((2, 2), (3, 1), (1, None)), ((1, 3), (2, None)), ((3, 1), (2, 2), (3, 0), (2, None)), ((2, 6), (1, None))]
-"""Numbers of ranks, each with the batches of a rank until the next takes over; None: to the end."""
+"""World sizes, each with the batches of a rank before the next one resumes; None: to the end."""
 
 
 def samples(batch):
@@ -71,7 +73,7 @@ def samples(batch):
 
 
 def run_of(make_source, state, *, world_size, epoch, num_done, num_more):
-    """What each rank takes, and the state it leaves; the weights of every step add up to the number of ranks."""
+    """Return what each rank takes and its state; the weights of every step add up to the number of ranks."""
 
     def run(rank, agree):
         torch.manual_seed(100 + rank)
@@ -90,7 +92,7 @@ def run_of(make_source, state, *, world_size, epoch, num_done, num_more):
 
 
 def through(make_source, chain, *, epoch=1):
-    """All that the ranks of a chain take, and how far off each run's own estimate of its length was."""
+    """Return all samples that the ranks of a chain take, and how far off each run's estimate of its length was."""
     state, num_done, met, estimates = None, 0, [], []
     for world_size, num_more in chain:
         taken, states, num_left = run_of(
@@ -111,7 +113,7 @@ def flat(nested):
 @THROWN_AWAY
 @pytest.mark.parametrize("chain", CHAINS, ids=str)
 @pytest.mark.parametrize("name", LOADERS)
-def test_other_numbers_of_ranks_share_out_every_sample_that_is_left_once(name, chain):
+def test_another_world_size_takes_every_remaining_sample_once(name, chain):
     def make_source(rank, world_size, agree):
         return TrainData(LOADERS[name](), rank=rank, world_size=world_size, seed=7, agree=agree)
 
@@ -122,7 +124,7 @@ def test_other_numbers_of_ranks_share_out_every_sample_that_is_left_once(name, c
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("num_samples", [1, 5, 6, 12, 13, 24])
-def test_the_rest_of_an_epoch_is_cut_into_full_batches_but_for_the_last(num_samples, drop_last):
+def test_the_rest_of_an_epoch_is_cut_into_full_batches_except_the_last(num_samples, drop_last):
     def make_source(rank, world_size, agree):
         loader = DataLoader(numbers(num_samples), batch_size=2, shuffle=True, drop_last=drop_last)
         return TrainData(loader, rank=rank, world_size=world_size, seed=7)
@@ -136,7 +138,7 @@ def test_the_rest_of_an_epoch_is_cut_into_full_batches_but_for_the_last(num_samp
         assert error == 0
 
 
-def test_batches_of_another_size_go_on_with_the_samples_that_are_left():
+def test_another_batch_size_continues_with_the_remaining_samples():
     def of_size(batch_size):
         def make_source(rank, world_size, agree):
             loader = DataLoader(numbers(23), batch_size=batch_size, shuffle=True)
@@ -153,7 +155,7 @@ def test_batches_of_another_size_go_on_with_the_samples_that_are_left():
 
 @pytest.mark.parametrize("chain", CHAINS[:3], ids=str)
 @pytest.mark.parametrize("mode", COMBINED)
-def test_a_combination_goes_on_where_each_of_its_loaders_was(mode, chain):
+def test_a_combination_continues_each_loader_at_its_position(mode, chain):
     def make_source(rank, world_size, agree):
         loaders = [
             DataLoader(numbers(50), batch_size=2, shuffle=True),
@@ -180,7 +182,7 @@ def test_a_combination_goes_on_where_each_of_its_loaders_was(mode, chain):
         assert set(short) == set(range(100, 117))
 
 
-def test_what_cannot_go_on_exactly_is_spoken_of():
+def test_a_resume_that_is_not_exact_warns():
     def make(num_samples, world_size, **options):
         loader = DataLoader(numbers(num_samples), batch_size=2, **options)
         return TrainData(
@@ -198,7 +200,7 @@ def test_what_cannot_go_on_exactly_is_spoken_of():
             after.epoch(0, skip=2)
 
 
-def test_a_stream_without_a_state_says_once_that_it_is_run_through():
+def test_a_stream_without_a_state_warns_once_that_it_is_read_from_its_start():
     first = TrainData(DataLoader(Stream(9)), rank=0, world_size=1, seed=0)
     list(itertools.islice(first.epoch(0), 2))
     resumed = TrainData(DataLoader(Stream(9)), rank=0, world_size=1, seed=0)
@@ -210,7 +212,7 @@ def test_a_stream_without_a_state_says_once_that_it_is_run_through():
 
 
 class Counter(IterableDataset):
-    """Knows where it is; counts what is fetched."""
+    """Stateful stream that counts the samples fetched."""
 
     def __init__(self):
         self.position = 0
@@ -233,7 +235,7 @@ class Counter(IterableDataset):
 
 
 @pytest.mark.parametrize("chain", [((1, 3), (1, None)), ((2, 2), (2, None)), ((2, 2), (1, 3), (3, None))], ids=str)
-def test_a_data_set_with_a_state_goes_on_from_it_whatever_the_number_of_ranks(chain):
+def test_a_stateful_data_set_continues_from_its_state_with_any_world_size(chain):
     made = []
 
     def make_source(rank, world_size, agree):
@@ -275,7 +277,7 @@ PROCESSES = {
 
 
 @pytest.mark.parametrize("options", PROCESSES.values(), ids=PROCESSES)
-def test_the_augmentation_of_worker_processes_goes_on(options):
+def test_random_augmentation_in_loader_processes_continues_after_a_resume(options):
     def make():
         seed = options.get("generator")
         of_own = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
@@ -310,7 +312,7 @@ def test_the_augmentation_of_worker_processes_goes_on(options):
             assert taken(resumed, epoch + 1) == epochs[epoch + 1], (epoch, num_done)
 
 
-def test_noting_random_numbers_changes_none_of_them():
+def test_recording_random_states_does_not_change_random_numbers():
     def loader():
         return DataLoader(Augmented(), batch_size=2, num_workers=2)
 

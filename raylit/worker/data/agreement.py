@@ -1,9 +1,8 @@
-"""Checks that the ranks have the same data: each makes its own data set in its own process, and shares of different
-data sets would repeat some samples and leave out others. Worker.
+"""Checks that all ranks have the same data, before shares of different data sets repeat some samples and omit others.
 
-Nothing is fetched for it: a data set is compared by its length and by what can be seen of its samples without asking
-for one (the indices of a Subset, tensors, lists of file names and labels), the order by its indices, a stream by the
-first batches that every rank reads anyway.
+Each rank builds its data set in its own process. No sample is fetched for the checks: a data set is compared by its
+length and by what identifies its samples without fetching them (the indices of a Subset, tensors, lists of file names
+and labels), an order by its indices, a stream by its first batches, which every rank reads anyway.
 """
 
 import math
@@ -24,25 +23,27 @@ from raylit.errors import ModuleError
 from raylit.worker.distributed.collectives import Collectives
 
 Description = dict[str, Any]
-"""What ranks must have alike of a loader: plain values and Fingerprints by what an error calls them."""
+"""Properties of a loader that must be equal on all ranks: plain values and Fingerprints, by their names in errors."""
 
 _MAX_ROWS = 1024
-"""Entries of a collection that are looked at, evenly spaced."""
+"""Entries of a collection that are compared, evenly spaced."""
 _MAX_MAPPED_ROWS = 16
-"""Of an array in a file, where each may be a seek on a network disk."""
+"""Entries of a memory-mapped array that are compared; each may cost a seek on a network disk."""
 _MAX_ELEMENTS = 1024
-"""Of a tensor or array that is an entry."""
+"""Elements that are compared of a tensor or array that is one entry."""
 _MAX_FLOATS = 1024
 _MAX_DEPTH = 4
 _MAX_COLUMNS = 16
 _RELATIVE_TOLERANCE = 1e-3
-"""Two hosts' processors may round differently where a data set is computed in `setup`."""
+"""Tolerance for values computed in `setup`, which processors of different hosts may round differently."""
 _ABSOLUTE_TOLERANCE = 1e-6
 
 
 class Fingerprint:
-    """What identifies data: integers, strings and shapes by a hash, floating-point numbers as a sample of themselves,
-    so that they can be compared with a tolerance."""
+    """Fingerprint of data: a hash of integers, strings and shapes, and a sample of its floating-point numbers.
+
+    The floating-point numbers are compared with a tolerance.
+    """
 
     def __init__(self) -> None:
         self._hash = blake2b(digest_size=6)
@@ -50,7 +51,7 @@ class Fingerprint:
 
     @property
     def exact(self) -> int:
-        """48 bits, which a float64 holds exactly."""
+        """Hash of 48 bits, which a float64 holds exactly."""
         return int.from_bytes(self._hash.digest(), "little")
 
     def __eq__(self, other: object) -> bool:
@@ -65,16 +66,16 @@ class Fingerprint:
         return self.exact
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _SentFingerprint, (self.exact, self.floats)
+        return _ReceivedFingerprint, (self.exact, self.floats)
 
     def add_value(self, value: Any, *, depth: int = 0) -> None:
-        """A sample, a batch, or a part of one."""
+        """Add a sample, a batch, or a part of one."""
         if isinstance(value, (float, numpy.floating)):
             self._add_floats([float(value)])
         elif value is None or isinstance(value, (bool, int, complex, bytes)):
             self._add(repr(value))
         elif isinstance(value, str):
-            # Each host may have its files in a directory of another name.
+            # Only the file's name: its directory may differ between hosts.
             self._add(value.rsplit("/", 1)[-1] if value.startswith("/") else value)
         elif isinstance(value, PurePath):
             self._add(value.name)
@@ -90,7 +91,7 @@ class Fingerprint:
             self._add(type(value).__qualname__)
 
     def add_rows(self, rows: Any) -> None:
-        """A collection with an entry for each sample."""
+        """Add a collection with one entry per sample."""
         num_rows = len(rows)
         self._add(f"{num_rows} rows")
         is_mapped = isinstance(rows, numpy.memmap)
@@ -116,7 +117,7 @@ class Fingerprint:
     def _add_tensor(self, tensor: Tensor) -> None:
         self._add(f"{tuple(tensor.shape)} {tensor.dtype}")
         is_plain = tensor.layout is torch.strided and not tensor.is_quantized
-        if not is_plain or tensor.device.type != "cpu":  # to read a device would wait for it
+        if not is_plain or tensor.device.type != "cpu":  # reading from a device would wait for it
             return
         sampled = tensor.detach().reshape(-1)
         sampled = sampled[:: max(1, sampled.numel() // _MAX_ELEMENTS)]
@@ -154,8 +155,8 @@ class Fingerprint:
             self.add_value(item, depth=depth + 1)
 
 
-class _SentFingerprint(Fingerprint):
-    """One that has come from another rank."""
+class _ReceivedFingerprint(Fingerprint):
+    """Fingerprint that was computed on another rank."""
 
     def __init__(self, exact: int, floats: list[float]) -> None:
         super().__init__()
@@ -173,15 +174,15 @@ def _is_close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_RELATIVE_TOLERANCE, abs_tol=_ABSOLUTE_TOLERANCE)
 
 
-def fingerprint_of_samples(dataset: Any) -> Fingerprint:
-    """Of a map-style data set, as far as that goes without fetching a sample."""
+def fingerprint_samples(dataset: Any) -> Fingerprint:
+    """Fingerprint a map-style data set as far as is possible without fetching a sample."""
     fingerprint = Fingerprint()
     _add_dataset(fingerprint, dataset, depth=0)
     return fingerprint
 
 
-def fingerprint_of_indices(indices: Sequence[Any]) -> int:
-    """Of what a sampler has yielded. 48 bits. 65,536 integers take 2 ms."""
+def fingerprint_indices(indices: Sequence[Any]) -> int:
+    """Hash the indices that a sampler has yielded to 48 bits; 65,536 integers take 2 ms."""
     try:
         data = array("q", indices).tobytes()
     except (TypeError, OverflowError):  # names, pairs, batches of indices
@@ -192,43 +193,59 @@ def fingerprint_of_indices(indices: Sequence[Any]) -> int:
 
 
 def check_ranks_agree(collectives: Collectives, describe: Mapping[str, Callable[[], Sequence[Description]]]) -> None:
-    """Compare the loaders of all ranks, which `describe` describes by what an error calls them ("training").
+    """Compare the loaders of all ranks. Collective.
 
-    Collective. ModuleError on every rank: they differ.
+    Args:
+        collectives: The ranks to compare.
+        describe: Functions that describe the loaders, by the data's name in errors ("training").
+
+    Raises:
+        ModuleError: The descriptions differ; raised on every rank.
     """
     if collectives.world_size == 1:
         return
-    # Strings have other hashes, and sets another order, where PYTHONHASHSEED differs.
-    described = {name: of_loaders() for name, of_loaders in describe.items()}
-    answers = collectives.gather_objects((hash("PYTHONHASHSEED"), described))
-    for name in described:
-        loaders = [of_rank.get(name, ()) for _, of_rank in answers]
-        difference = _difference("loaders", [len(of_rank) for of_rank in loaders])
-        for index, descriptions in enumerate(zip(*loaders, strict=False)):
-            which = f" (loader {index})" if len(loaders[0]) > 1 else ""
-            for what in descriptions[0]:
-                difference = difference or _difference(what + which, [it.get(what) for it in descriptions])
+    # Where PYTHONHASHSEED differs, strings have different hashes and sets different orders.
+    descriptions = {name: describe_loaders() for name, describe_loaders in describe.items()}
+    answers_of_ranks = collectives.gather_objects((hash("PYTHONHASHSEED"), descriptions))
+    for name in descriptions:
+        loaders = [on_rank.get(name, ()) for _, on_rank in answers_of_ranks]
+        difference = _describe_difference("loaders", [len(on_rank) for on_rank in loaders])
+        for index, ranked_descriptions in enumerate(zip(*loaders, strict=False)):
+            which_loader = f" (loader {index})" if len(loaders[0]) > 1 else ""
+            for property_name in ranked_descriptions[0]:
+                difference = difference or _describe_difference(
+                    property_name + which_loader, [one.get(property_name) for one in ranked_descriptions]
+                )
         if difference is not None:
             raise ModuleError(
                 f"the ranks do not agree about the {name} data: {difference}. Each worker runs setup() and the loader "
                 "hooks in a process of its own, and all must make the same data set in the same order: sort what comes "
                 "out of a set or a directory listing, give random splits and generators of your own a fixed seed "
                 "(default_rng(0)). Data that is meant to differ between the ranks needs use_distributed_sampler=False"
-                + _advice_on_hashes({hash_of_string for hash_of_string, _ in answers})
+                + _describe_hash_seeds({hash_of_string for hash_of_string, _ in answers_of_ranks})
             )
 
 
 def check_epoch(collectives: Collectives, *, name: str, order: int, num_batches: float = 0.0) -> None:
-    """Compare the order in which the ranks are about to take their samples, and how many batches each will have.
+    """Compare the order in which the ranks are about to take their samples and their numbers of batches.
 
-    `order`: see fingerprint_of_indices. Collective, once an epoch. ModuleError on every rank: they differ.
+    Collective, once per epoch.
+
+    Args:
+        collectives: The ranks to compare.
+        name: The data's name in errors.
+        order: Fingerprint of the order; see `fingerprint_indices`.
+        num_batches: Batches that this rank will have.
+
+    Raises:
+        ModuleError: They differ; raised on every rank.
     """
     if collectives.world_size == 1:
         return
     rows = collectives.gather_vector(torch.tensor([float(order), num_batches], dtype=torch.float64))
     if bool((rows == rows[0]).all()):
         return
-    difference = _difference("number of batches in the epoch", [float(count) for count in rows[:, 1]])
+    difference = _describe_difference("number of batches in the epoch", [float(count) for count in rows[:, 1]])
     if difference is None:
         ranks = ", ".join(str(rank) for rank in range(collectives.world_size) if rows[rank, 0] != rows[0, 0])
         difference = f"the sampler's order on rank {ranks} is not that of rank 0"
@@ -243,7 +260,10 @@ def check_epoch(collectives: Collectives, *, name: str, order: int, num_batches:
 def check_first_batches(collectives: Collectives, batches: Sequence[Any], *, name: str) -> None:
     """Compare the first batches of a stream that each rank reads from its start and keeps its part of.
 
-    Collective, at a stream's start. ModuleError on every rank: they differ.
+    Collective, at a stream's start.
+
+    Raises:
+        ModuleError: They differ; raised on every rank.
     """
     fingerprint = Fingerprint()
     fingerprint.add_value(list(batches))
@@ -261,22 +281,22 @@ def check_first_batches(collectives: Collectives, batches: Sequence[Any], *, nam
     )
 
 
-def _difference(what: str, values: Sequence[Any]) -> str | None:
-    """In words; None where all ranks have the same."""
+def _describe_difference(what: str, values: Sequence[Any]) -> str | None:
+    """Describe how the ranks' values differ; None where all ranks have the same."""
     different = [rank for rank, value in enumerate(values) if value != values[0]]
     if not different:
         return None
     if isinstance(values[0], Fingerprint):
         return f"the {what} on rank {', '.join(map(str, different))} are not those of rank 0"
-    told = ", ".join(f"{_in_words(values[rank])} on rank {rank}" for rank in (0, *different))
-    return f"the {what} is {told}"
+    listed = ", ".join(f"{_format_value(values[rank])} on rank {rank}" for rank in (0, *different))
+    return f"the {what} is {listed}"
 
 
-def _in_words(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _advice_on_hashes(hashes: set[int]) -> str:
+def _describe_hash_seeds(hashes: set[int]) -> str:
     if len(hashes) == 1:
         return ""
     return (
@@ -305,8 +325,10 @@ def _add_dataset(fingerprint: Fingerprint, dataset: Any, *, depth: int) -> None:
 
 
 def _add_attributes(fingerprint: Fingerprint, dataset: Any, depth: int) -> None:
-    """Those with an entry for each sample, and data sets in a data set. Others may well be a rank's own: a cache, a
-    directory, a connection."""
+    """Add the attributes with one entry per sample, and data sets inside the data set.
+
+    Other attributes may legitimately differ between ranks: a cache, a directory, a connection.
+    """
     try:
         num_samples = len(dataset)
     except (TypeError, NotImplementedError):

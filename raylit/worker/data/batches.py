@@ -1,4 +1,4 @@
-"""Batches on their way from a loader to the step: read ahead, moved to the device, counted."""
+"""Batches on their way from a loader to the step: weighed, and where the loader has no length looked ahead at."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from raylit.worker.data.agreement import Description
 
 
 def batch_size_of(batch: Any) -> int:
-    """First dimension of the first tensor in the batch; 1 where that has none, or where there is no tensor."""
+    """Return the first dimension of the batch's first tensor; 1 where it has none or there is no tensor."""
     size = _first_dimension(batch)
     return 1 if size is None else size
 
@@ -37,10 +37,13 @@ _NOTHING = object()
 
 
 class Feed:
-    """An epoch's batches of this rank. A batch of None: this rank has no share of an incomplete last global batch, but
-    takes part in its step with weight 0."""
+    """Iterator over an epoch's batches on this rank.
 
-    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "may_run_ahead", "weight")
+    A batch of None means that this rank has no share of an incomplete last global batch; it takes part in its step with
+    weight 0.
+    """
+
+    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "can_prefetch", "weight")
 
     def __init__(
         self,
@@ -48,13 +51,15 @@ class Feed:
         *,
         weights: deque[float] | None = None,
         is_checked: bool = False,
-        may_run_ahead: bool = False,
+        can_prefetch: bool = False,
     ) -> None:
         self.weight = 1.0
-        """Of the batch just returned: the loss times this, averaged over the ranks, is the mean over the samples. 1.0:
-        it is so on every rank."""
-        self.may_run_ahead = may_run_ahead
-        """A batch may be fetched before the step that comes before it: that has no effect but on the loader."""
+        """Weight of the batch just returned: the loss times this, averaged over ranks, is the mean over the samples.
+
+        1.0 means that the weight is 1.0 on every rank.
+        """
+        self.can_prefetch = can_prefetch
+        """A batch may be fetched before the step on the batch before it: fetching only affects the loader."""
         self._batches = batches
         self._weights: deque[float] = deque() if weights is None else weights
         self._next_weight = repeat(1.0).__next__ if weights is None else weights.popleft
@@ -71,7 +76,7 @@ class Feed:
             self.weight = self._next_weight()
         except IndexError:
             self.weight = 1.0
-            self._mismatch()
+            self._raise_mismatch()
         return batch
 
     def _end(self) -> None:
@@ -80,10 +85,10 @@ class Feed:
         self.weight = self._weights.popleft()
         if self.weight > 0.0:
             self._weights.clear()
-            self._mismatch()
+            self._raise_mismatch()
             raise StopIteration
 
-    def _mismatch(self) -> None:
+    def _raise_mismatch(self) -> None:
         if self._is_checked:
             raise ModuleError(
                 "the training DataLoader does not yield one batch for each item of its batch sampler, so it cannot be "
@@ -93,12 +98,15 @@ class Feed:
 
 
 def wrap_uneven(weight: float) -> float:
-    """The weight of a batch where those of other ranks have others: 1.0 would say that all of them are alike."""
+    """Return a weight other than 1.0 for a batch whose weights differ between ranks.
+
+    A weight of 1.0 would say that it is 1.0 on every rank.
+    """
     return math.nextafter(1.0, 2.0) if weight == 1.0 else weight
 
 
 class AnyFeed(Protocol):
-    """A Feed, or what stands around one to time it or to move its batches to a device."""
+    """A Feed, or a wrapper that measures it or moves its batches to a device."""
 
     @property
     def weight(self) -> float: ...
@@ -106,17 +114,22 @@ class AnyFeed(Protocol):
 
 
 class PeekableFeed:
-    """A Feed of unknown length that can tell whether the batch just returned is the last one."""
+    """Feed of unknown length that can tell whether the batch just returned is the last one."""
 
     __slots__ = ("_ahead", "_feed", "_state_of_source", "_weight_ahead", "state_before", "weight")
 
     def __init__(self, feed: AnyFeed, *, state_of_source: Callable[..., dict[str, Any]] | None) -> None:
-        """`state_of_source`: `TrainSource.state_dict`, of a source whose state would, after a look ahead, be one batch
-        further than the training is. None: the state is a position, which does not depend on what has been fetched."""
+        """Wrap a feed.
+
+        Args:
+            feed: The feed to read.
+            state_of_source: `TrainSource.state_dict` of a source whose state is one batch ahead of the training after a
+                look ahead; None if the state is a position that does not depend on what has been fetched.
+        """
         self.weight = 1.0
-        """Of the batch just returned, as the Feed's."""
+        """Weight of the batch just returned, as `Feed.weight`."""
         self.state_before: dict[str, Any] | None = None
-        """The source's state before a batch was fetched that has not been returned yet."""
+        """The source's state from before it fetched a batch that has not been returned yet."""
         self._feed = feed
         self._state_of_source = state_of_source
         self._ahead: Any = _NOTHING
@@ -137,8 +150,10 @@ class PeekableFeed:
         return batch
 
     def has_next(self, *, num_done: int) -> bool:
-        """Fetch the next batch, unless that has been done. Collective where fetching is. `num_done`: batches of the
-        epoch with the one just returned."""
+        """Fetch the next batch, unless that has been done, and return whether there is one.
+
+        Collective where fetching is. `num_done` counts the epoch's batches including the one just returned.
+        """
         if self._ahead is _NOTHING:
             if self._state_of_source is not None:
                 self.state_before = self._state_of_source(num_done=num_done)
@@ -148,39 +163,41 @@ class PeekableFeed:
 
 
 class TrainSource(Protocol):
-    """What the training loop takes its batches from."""
+    """Source of the training loop's batches."""
 
     num_batches: float
-    """Per worker and epoch; infinite if unknown."""
+    """Batches per worker and epoch; infinite if unknown."""
     has_exact_length: bool
-    """`num_batches` is how many there will be; else the end may come unforeseen."""
+    """True if an epoch has exactly `num_batches` batches; else its end is not known in advance."""
     has_own_state: bool
-    """Some of the state is the loader's own, which knows only how far it has been read."""
+    """True if part of the state is the loader's own, which knows only how far it has been read."""
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
-        """The batches from `skip` on. Ends an earlier Feed."""
+        """Begin an epoch at batch `skip` and return its feed; an earlier feed ends."""
         ...
 
     def num_left(self, epoch: int, num_done: int) -> float:
-        """Batches that an epoch has after its first `num_done`, which other workers than these may have taken."""
+        """Return the number of batches of an epoch after its first `num_done`, which other workers may have taken."""
         ...
 
     def state_dict(self, *, num_done: int) -> dict[str, Any]:
-        """As of the first `num_done` batches of the epoch under way; the loader may be ahead of that."""
+        """Return the state after the first `num_done` batches of the epoch; the loader may be further ahead."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     @property
     def is_last_batch_short(self) -> bool:
-        """Some rank will be without a batch in the last step of an epoch; False where that is not known."""
+        """True if some rank will have no batch in the last step of an epoch; False where that is not known."""
         ...
 
     def descriptions(self) -> list[Description]:
-        """Of each loader what all ranks must have alike."""
+        """Return, for each loader, the properties that must be equal on all ranks."""
         ...
 
     def order_fingerprint(self) -> int:
-        """Of the order of samples in the epoch that has been begun last: alike on ranks that draw the same one, 0 where
-        there is nothing to compare."""
+        """Return the fingerprint of the order of samples in the epoch begun last.
+
+        Equal on ranks that draw the same order; 0 where there is nothing to compare.
+        """
         ...

@@ -21,16 +21,16 @@ from torch.utils.data import (
 from raylit.compat.torch_data import drop_iterator
 from raylit.config.plan import CombinationName
 from raylit.core.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
-from raylit.worker.data.agreement import Description, fingerprint_of_indices
+from raylit.worker.data.agreement import Description, fingerprint_indices
 from raylit.worker.data.batches import Feed, TrainSource
 from raylit.worker.data.eval_data import EvalData
-from raylit.worker.data.sampling import is_map_style, is_of_torchdata, is_plain_batching, is_users_own_split
-from raylit.worker.data.sources import advance
+from raylit.worker.data.sampling import is_map_style, is_plain_batching, is_split_by_user, is_torchdata_sampler
+from raylit.worker.data.sources import skip_batches
 from raylit.worker.data.train_data import TrainData
 
 
-class SameEpoch:
-    """A TrainSource whose epochs are all like the first: samplers that draw an order draw it again."""
+class RepeatedEpoch:
+    """TrainSource whose epochs are all like the first: samplers that draw an order draw it again."""
 
     def __init__(self, source: TrainSource) -> None:
         self._source = source
@@ -62,9 +62,9 @@ class SameEpoch:
 
 
 def remove_shuffling(loader: Any) -> Any:
-    """The loader, or each one of a collection, in the order of its data set; a warning where it was shuffled.
+    """Return the loader, or a collection of loaders, in the order of its data set; warn where it was shuffled.
 
-    Samplers that torch does not know stay: their order is the same in every epoch, which is what matters.
+    Samplers that torch does not define are kept: their order is the same in every epoch, which is what matters.
     """
     if isinstance(loader, CombinedLoader):
         return CombinedLoader(loader.shaped([remove_shuffling(member) for member in loader.flattened]), loader.mode)
@@ -74,9 +74,11 @@ def remove_shuffling(loader: Any) -> Any:
         return loader
     batch_sampler = loader.batch_sampler
     if batch_sampler is None:
-        sampler = _in_order(loader.sampler, loader)
+        sampler = _replace_shuffling_sampler(loader.sampler, loader)
     else:
-        sampler = _in_order(batch_sampler.sampler, loader) if is_plain_batching(batch_sampler) else None
+        sampler = (
+            _replace_shuffling_sampler(batch_sampler.sampler, loader) if is_plain_batching(batch_sampler) else None
+        )
     if sampler is None:
         return loader
     warnings.warn(
@@ -93,8 +95,8 @@ def remove_shuffling(loader: Any) -> Any:
     return clone
 
 
-def _in_order(sampler: Any, loader: "DataLoader[Any]") -> Any:
-    """What takes the place of a sampler that shuffles; None where it does not, or nobody knows."""
+def _replace_shuffling_sampler(sampler: Any, loader: "DataLoader[Any]") -> Any:
+    """Return a sampler in data-set order for one that shuffles; None where it does not or is unknown."""
     if isinstance(sampler, DistributedSampler):
         if not sampler.shuffle:
             return None
@@ -103,16 +105,16 @@ def _in_order(sampler: Any, loader: "DataLoader[Any]") -> Any:
         return split
     if isinstance(sampler, SubsetRandomSampler):
         return list(sampler.indices)
-    if isinstance(sampler, (RandomSampler, WeightedRandomSampler)) or is_of_torchdata(sampler, "RandomSampler"):
+    if isinstance(sampler, (RandomSampler, WeightedRandomSampler)) or is_torchdata_sampler(sampler, "RandomSampler"):
         dataset: Any = loader.dataset
         return SequentialSampler(dataset)
     return None
 
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Loaders of one length would else be shuffled alike."""
+"""Distance between the seeds of members; with one seed, loaders of one length would be shuffled alike."""
 _PASS_STRIDE = 1_000_000
-"""What a further pass through a loader in the same epoch adds to the epoch that its samplers are told."""
+"""Added to the epoch that a loader's samplers get, for each further pass over it in the same epoch."""
 
 
 def build_train_source(
@@ -127,7 +129,11 @@ def build_train_source(
     compare: Callable[[list[Any]], None] | None = None,
     is_syncing_batchnorm: bool = False,
 ) -> TrainSource:
-    """Of one loader, or of several: a CombinedLoader, or a bare collection, combined by `combination`. Collective."""
+    """Build the source of one loader or of several. Collective.
+
+    Several loaders are a CombinedLoader, or a bare collection, which is combined by `combination`. The other arguments
+    are those of `TrainData`.
+    """
     loader = combine_loaders(loader, combination)
     make = partial(
         TrainData,
@@ -144,17 +150,17 @@ def build_train_source(
 
 
 def combine_loaders(loader: Any, combination: CombinationName) -> Any:
-    """A bare collection as a CombinedLoader; any other loader as it is."""
+    """Return a bare collection as a CombinedLoader, and any other loader unchanged."""
     is_collection = isinstance(loader, dict) or holds_loaders(loader)
     return CombinedLoader(loader, combination) if is_collection else loader
 
 
 class CombinedTrainData:
-    """The training loaders of a combination, each a TrainData of its own. Building it is collective.
+    """Training loaders of a combination, each a TrainData. Building it is collective.
 
-    A loader that is run through more than once in an epoch has an order of its own for each pass. What TrainData says
-    of resumed epochs holds for each loader; with "max_size_cycle" or "sequential" and an iterable among the loaders a
-    resumed epoch is run through from its start, by steps: it is exact where the number of workers has stayed.
+    A loader that is read more than once in an epoch has a different order in each pass. What TrainData says of resumed
+    epochs holds for each loader. With "max_size_cycle" or "sequential" and an iterable among the loaders a resumed
+    epoch is replayed from its start, step by step; it is exact if the world size is unchanged.
     """
 
     def __init__(self, combined: CombinedLoader, *, make: Callable[..., TrainData], seed: int) -> None:
@@ -165,65 +171,66 @@ class CombinedTrainData:
         ]
         lengths = [member.num_batches for member in self._members]
         has_lengths = all(member.has_exact_length for member in self._members)
-        self._is_run_through = combined.mode in ("max_size_cycle", "sequential") and not has_lengths
-        """Where in which loader an epoch goes on can only be found out from its start."""
+        self._is_replayed = combined.mode in ("max_size_cycle", "sequential") and not has_lengths
+        """The position of an epoch in its loaders can only be found by replaying it from its start."""
         self.num_batches: float = num_steps(lengths, mode=combined.mode)
-        """Per worker and epoch; infinite if unknown, an estimate where a loader is an iterable."""
+        """Batches per worker and epoch; infinite if unknown, an estimate where a loader is an iterable."""
         self.has_exact_length = has_lengths
         self.has_own_state = any(member.has_own_state for member in self._members)
         self._epoch = -1
-        self._num_before = 0
-        """Steps of the epoch before this run, or the iteration under way, began."""
-        self._starts = [_Place() for _ in self._members]
-        """Where each loader was then."""
+        self._num_done_before = 0
+        """Steps of the epoch before the current iteration, or this run, began."""
+        self._start_positions = [_PassPosition() for _ in self._members]
+        """Position of each loader at that step."""
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Feed:
-        """The combined batches from `skip` on. Ends an earlier Feed."""
-        places = [_Place() for _ in self._members] if self._is_run_through else self._places(epoch, skip)
-        self._epoch, self._num_before, self._starts = epoch, skip, places
+        """Begin an epoch at combined batch `skip` and return its feed; an earlier feed ends."""
+        positions = [_PassPosition() for _ in self._members] if self._is_replayed else self._find_positions(epoch, skip)
+        self._epoch, self._num_done_before, self._start_positions = epoch, skip, positions
         if self._combined.mode == "sequential" and self._members:
-            return self._one_after_the_other(epoch, places, num_passed=skip if self._is_run_through else 0)
-        steps = self._steps(epoch, places)
-        if self._is_run_through:
-            advance(steps, skip)
-        # To begin another pass draws from torch's generator.
+            return self._chain_members(epoch, positions, num_passed=skip if self._is_replayed else 0)
+        steps = self._open_steps(epoch, positions)
+        if self._is_replayed:
+            skip_batches(steps, skip)
+        # Beginning another pass draws from torch's generator.
         is_cycling = self._combined.mode == "max_size_cycle"
-        may_run_ahead = not is_cycling and all(member.may_run_ahead for member in self._members)
-        return Feed(map(self._combined.shaped, steps), may_run_ahead=may_run_ahead)
+        can_prefetch = not is_cycling and all(member.can_prefetch for member in self._members)
+        return Feed(map(self._combined.shaped, steps), can_prefetch=can_prefetch)
 
     def num_left(self, epoch: int, num_done: int) -> float:
-        if self._is_run_through or not self._members:
+        if self._is_replayed or not self._members:
             return max(0, self.num_batches - num_done)
-        places = self._places(epoch, num_done)
-        lefts = [self._left_in_pass(epoch, index, place) for index, place in enumerate(places)]
+        positions = self._find_positions(epoch, num_done)
+        lefts = [self._count_left_in_pass(epoch, index, position) for index, position in enumerate(positions)]
         if self._combined.mode == "max_size_cycle":
-            first = [left for left, place in zip(lefts, places, strict=True) if place.number == 0]
+            left_in_first_pass = [left for left, position in zip(lefts, positions, strict=True) if position.number == 0]
             is_empty = any(member.num_batches == 0 for member in self._members)
-            return 0 if is_empty else max(first, default=0)
+            return 0 if is_empty else max(left_in_first_pass, default=0)
         return num_steps(lefts, mode=self._combined.mode)
 
     def state_dict(self, *, num_done: int) -> dict[str, Any]:
-        places = self._starts if self._is_run_through else self._places(self._epoch, num_done)
+        positions = self._start_positions if self._is_replayed else self._find_positions(self._epoch, num_done)
         return {
             "epoch": self._epoch,
             "num_done": num_done,
-            "places": [tuple(place) for place in places],
+            "places": [tuple(position) for position in positions],
             "members": [
-                member.state_dict(num_done=place.num_done) for member, place in zip(self._members, places, strict=True)
+                member.state_dict(num_done=position.num_done)
+                for member, position in zip(self._members, positions, strict=True)
             ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As TrainData's. The state of other loaders than these is left alone."""
+        """Load the state as TrainData does; the state of another number of loaders is ignored."""
         states = state.get("members", [])
         if len(states) != len(self._members):
             return
-        self._epoch, self._num_before = state["epoch"], state["num_done"]
-        self._starts = [_Place(*place) for place in state["places"]]
-        for member, of_member in zip(self._members, states, strict=True):
-            # A loader that goes on from its own state cannot be run through from its start.
-            left_out = {"loader"} if self._is_run_through else set()
-            member.load_state_dict({key: value for key, value in of_member.items() if key not in left_out})
+        self._epoch, self._num_done_before = state["epoch"], state["num_done"]
+        self._start_positions = [_PassPosition(*position) for position in state["places"]]
+        for member, member_state in zip(self._members, states, strict=True):
+            # A loader that continues from its own state cannot be replayed from its start.
+            ignored_keys = {"loader"} if self._is_replayed else set()
+            member.load_state_dict({key: value for key, value in member_state.items() if key not in ignored_keys})
 
     @property
     def is_last_batch_short(self) -> bool:
@@ -236,69 +243,76 @@ class CombinedTrainData:
         ]
 
     def order_fingerprint(self) -> int:
-        return fingerprint_of_indices([member.order_fingerprint() for member in self._members])
+        return fingerprint_indices([member.order_fingerprint() for member in self._members])
 
-    def _places(self, epoch: int, num_done: int) -> list["_Place"]:
-        """Where each loader is after so many steps of the epoch."""
-        num_more, starts = num_done - self._num_before, self._starts
-        if epoch != self._epoch or num_more < 0:
-            num_more, starts = num_done, [_Place() for _ in self._members]
-        places = []
+    def _find_positions(self, epoch: int, num_done: int) -> list["_PassPosition"]:
+        """Return the position of each loader after `num_done` steps of the epoch."""
+        num_steps_left, starts = num_done - self._num_done_before, self._start_positions
+        if epoch != self._epoch or num_steps_left < 0:
+            num_steps_left, starts = num_done, [_PassPosition() for _ in self._members]
+        positions = []
         for index, start in enumerate(starts):
-            # An estimate is no border.
-            left = self._left_in_pass(epoch, index, start) if self._members[index].has_exact_length else math.inf
-            num_taken = min(num_more, left)
-            place = _Place(start.number, start.num_done + int(num_taken))
+            # An estimated length does not end a pass.
+            left = self._count_left_in_pass(epoch, index, start) if self._members[index].has_exact_length else math.inf
+            num_steps_taken = min(num_steps_left, left)
+            position = _PassPosition(start.number, start.num_done + int(num_steps_taken))
             if self._combined.mode == "sequential":
-                num_more -= int(num_taken)
-            elif self._combined.mode == "max_size_cycle" and num_more > left and self._members[index].num_batches > 0:
-                # At its end a loader is still in the pass that ends there.
+                num_steps_left -= int(num_steps_taken)
+            elif (
+                self._combined.mode == "max_size_cycle"
+                and num_steps_left > left
+                and self._members[index].num_batches > 0
+            ):
+                # A loader at the end of a pass is still in that pass.
                 length = int(self._members[index].num_batches)
-                further, rest = divmod(int(num_more - left) - 1, length)
-                place = _Place(start.number + 1 + further, rest + 1)
-            places.append(place)
-        return places
+                num_passes, last_batch = divmod(int(num_steps_left - left) - 1, length)
+                position = _PassPosition(start.number + 1 + num_passes, last_batch + 1)
+            positions.append(position)
+        return positions
 
-    def _left_in_pass(self, epoch: int, index: int, place: "_Place") -> float:
-        return self._members[index].num_left(epoch + place.number * _PASS_STRIDE, place.num_done)
+    def _count_left_in_pass(self, epoch: int, index: int, position: "_PassPosition") -> float:
+        return self._members[index].num_left(epoch + position.number * _PASS_STRIDE, position.num_done)
 
-    def _steps(self, epoch: int, places: list["_Place"]) -> Iterator[list[Any]]:
-        """From where each loader stands."""
+    def _open_steps(self, epoch: int, positions: list["_PassPosition"]) -> Iterator[list[Any]]:
+        """Return an iterator over the steps from each loader's position on."""
 
-        def opened(number: int, *, member: TrainData, place: _Place) -> Feed:
-            return member.epoch(epoch + number * _PASS_STRIDE, skip=place.num_done if number == place.number else 0)
+        def open_pass(number: int, *, member: TrainData, position: _PassPosition) -> Feed:
+            return member.epoch(
+                epoch + number * _PASS_STRIDE, skip=position.num_done if number == position.number else 0
+            )
 
         openers = [
-            partial(opened, member=member, place=place) for member, place in zip(self._members, places, strict=True)
+            partial(open_pass, member=member, position=position)
+            for member, position in zip(self._members, positions, strict=True)
         ]
-        return stepwise(openers, mode=self._combined.mode, passes=[place.number for place in places])
+        return stepwise(openers, mode=self._combined.mode, passes=[position.number for position in positions])
 
-    def _one_after_the_other(self, epoch: int, places: list["_Place"], *, num_passed: int) -> Feed:
-        lefts = [self._left_in_pass(epoch, index, place) for index, place in enumerate(places)]
+    def _chain_members(self, epoch: int, positions: list["_PassPosition"], *, num_passed: int) -> Feed:
+        lefts = [self._count_left_in_pass(epoch, index, position) for index, position in enumerate(positions)]
         index = next((index for index, left in enumerate(lefts) if left > 0), len(lefts) - 1)
-        if self._is_run_through:
+        if self._is_replayed:
             index = 0
         weights: deque[float] = deque()
-        # Begun here and now; the loaders after it when it ends.
-        first = self._members[index].epoch(epoch, skip=places[index].num_done)
+        # The first loader begins now, each further one when the one before it ends.
+        first_feed = self._members[index].epoch(epoch, skip=positions[index].num_done)
 
-        def chained() -> Iterator[Any]:
+        def iterate_members() -> Iterator[Any]:
             for number in range(index, len(self._members)):
-                feed = first if number == index else self._members[number].epoch(epoch)
+                feed = first_feed if number == index else self._members[number].epoch(epoch)
                 for batch in feed:
                     weights.append(feed.weight)
                     yield batch
 
-        feed = Feed(chained(), weights=weights)
-        advance(feed, num_passed)
+        feed = Feed(iterate_members(), weights=weights)
+        skip_batches(feed, num_passed)
         return feed
 
 
-class _Place(NamedTuple):
-    """Of a loader in an epoch."""
+class _PassPosition(NamedTuple):
+    """Position of a loader in an epoch."""
 
     number: int = 0
-    """Of its pass through the data."""
+    """Number of the pass through the data."""
     num_done: int = 0
     """Batches of that pass."""
 
@@ -313,9 +327,9 @@ def build_eval_data(
     is_recording: bool = False,
     compare: Callable[[list[Any]], None] | None = None,
 ) -> EvalData:
-    """Of one loader; of several where they are combined into one stream of batches."""
+    """Build the evaluation data of one loader, or of several that are combined into one stream of batches."""
     if isinstance(loader, CombinedLoader):
-        shard = shard and not any(is_users_own_split(member) for member in loader.flattened)
+        shard = shard and not any(is_split_by_user(member) for member in loader.flattened)
         loader = _CombinedBatches(loader, seed=seed)
     return EvalData(
         loader,
@@ -329,7 +343,7 @@ def build_eval_data(
 
 
 class _CombinedBatches:
-    """The batches of a combination in a single process; every rank runs through them."""
+    """Batches of a combination in a single process; every rank reads all of them."""
 
     def __init__(self, combined: CombinedLoader, *, seed: int) -> None:
         self._combined = combined

@@ -1,5 +1,7 @@
-"""ProcessRandom: how far a DataLoader's own processes have got in their random numbers, for a resumed run to go on with
-the same augmentation. Worker, and the processes of its DataLoader."""
+"""Random states of a DataLoader's processes, from which a resumed run continues with the same augmentation.
+
+Runs in the worker and in the processes of its DataLoader.
+"""
 
 import pickle
 import random
@@ -17,16 +19,19 @@ from raylit.compat.torch_data import drop_iterator
 from raylit.seed import diverge_random_state
 
 _OTHERS_BYTES = 12 * 1024
-"""Room for the states of Python's and NumPy's generators, which take 7 KB as a rule."""
+"""Space for the states of Python's and NumPy's generators, which usually take 7 KB."""
 _SIZE_BYTES = 4
 _START_TIMEOUT_S = 60.0
 _NUM_SPARE_SLOTS = 4
-"""Beyond the batches that a process is ahead: those that the step and the copy to the device hold, and one in work."""
+"""Slots beyond the prefetched batches: those that the step and the copy to the device hold, and one in work."""
 
 
 class ProcessRandom:
-    """Each process notes its random state after every batch, in memory that it shares with this one: 0.05 ms of its own
-    time, nothing of the training's. Batch i of an iteration is made by process i modulo their number."""
+    """Random states of the DataLoader's processes after each batch, in memory shared with this process.
+
+    Recording costs a process 0.05 ms per batch and the training loop nothing. Batch i of an iteration is made by
+    process i modulo the number of processes.
+    """
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
         self._num_processes = loader.num_workers
@@ -35,87 +40,104 @@ class ProcessRandom:
         self._collate = loader.collate_fn
         self._init: Callable[[int], None] | None = loader.worker_init_fn
         self._slots: Tensor | None = None
-        self._num_noted = torch.zeros(0)
-        self._first = 0
-        """Whose part in the batches the first process has taken over."""
-        self._num_before: list[int] = []
+        self._num_recorded = torch.zeros(0)
+        self._first_process = 0
+        """Process whose part in the batches the first process has taken over."""
+        self._nums_made_before: list[int] = []
         """Batches that each process had made before this iteration."""
-        self._resumed: dict[str, Any] | None = None
+        self._state_to_restore: dict[str, Any] | None = None
 
     def is_restart_due(self) -> bool:
-        """Persistent processes took over each other's part in the epoch that went on: each is to have its own again."""
-        return self._slots is not None and self._first != 0 and self._is_persistent
+        """Return whether persistent processes must restart.
+
+        They must where each of them made another one's batches in a continued epoch.
+        """
+        return self._slots is not None and self._first_process != 0 and self._is_persistent
 
     def begin(self, loader: "DataLoader[Any]", *, num_drawn: int, is_going_on: bool) -> None:
-        """Before an iteration of `loader`, whose last one has asked for `num_drawn` batches. `is_going_on`: it begins
-        where the state that was loaded stood."""
+        """Prepare an iteration of `loader`.
+
+        Args:
+            loader: The DataLoader that is about to be iterated.
+            num_drawn: Batches that the last iteration has drawn.
+            is_going_on: The iteration begins at the position of the loaded state.
+        """
         if self._slots is not None and self._is_persistent:
             if not self.is_restart_due():
-                self._num_before = self._num_made(num_drawn)
+                self._nums_made_before = self._count_batches_made(num_drawn)
                 return
             drop_iterator(loader)
             self.load_state_dict(self.state_dict(num_given=num_drawn))
-        states = self._first_states(is_going_on)
+        states = self._start_states(is_going_on)
         torch_bytes = torch.get_rng_state().numel()
         num_bytes = torch_bytes + _SIZE_BYTES + _OTHERS_BYTES
         self._slots = torch.zeros(self._num_processes, self._num_slots, num_bytes, dtype=torch.uint8).share_memory_()
-        self._num_noted = torch.zeros(self._num_processes, dtype=torch.int64).share_memory_()
-        self._num_before = [0] * self._num_processes
-        noting = _Noting(self._collate, self._slots, self._num_noted)
-        loader.__dict__["collate_fn"] = noting
-        loader.__dict__["worker_init_fn"] = _Beginning(self._init, noting, states)
+        self._num_recorded = torch.zeros(self._num_processes, dtype=torch.int64).share_memory_()
+        self._nums_made_before = [0] * self._num_processes
+        recorder = _StateRecorder(self._collate, self._slots, self._num_recorded)
+        loader.__dict__["collate_fn"] = recorder
+        loader.__dict__["worker_init_fn"] = _WorkerInit(self._init, recorder, states)
 
     def state_dict(self, *, num_given: int) -> dict[str, Any] | None:
-        """As of this iteration's first `num_given` batches; None before the first iteration. Waits for processes that
-        have not begun."""
+        """Return the state after this iteration's first `num_given` batches; None before the first iteration.
+
+        Waits for processes that have not begun.
+        """
         if self._slots is None:
-            return self._resumed
-        noted = [self._noted(process, number) for process, number in enumerate(self._num_made(num_given))]
-        own = [noted[(process - self._first) % self._num_processes] for process in range(self._num_processes)]
-        return {"states": own, "next": (self._first + num_given) % self._num_processes}
+            return self._state_to_restore
+        states = [
+            self._wait_for_state(process, number) for process, number in enumerate(self._count_batches_made(num_given))
+        ]
+        states_by_process = [
+            states[(process - self._first_process) % self._num_processes] for process in range(self._num_processes)
+        ]
+        return {"states": states_by_process, "next": (self._first_process + num_given) % self._num_processes}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """For the next iteration; of another number of processes it says nothing."""
+        """Load a state for the next iteration; that of another number of processes is ignored."""
         if state is not None and len(state["states"]) == self._num_processes:
-            self._resumed = state
+            self._state_to_restore = state
 
-    def _first_states(self, is_going_on: bool) -> list[dict[str, Any] | None]:
-        resumed, self._resumed, self._first = self._resumed, None, 0
-        if resumed is None or not (is_going_on or self._is_persistent):
+    def _start_states(self, is_going_on: bool) -> list[dict[str, Any] | None]:
+        state, self._state_to_restore, self._first_process = self._state_to_restore, None, 0
+        if state is None or not (is_going_on or self._is_persistent):
             return [None] * self._num_processes
-        states: list[dict[str, Any] | None] = resumed["states"]
+        states: list[dict[str, Any] | None] = state["states"]
         if is_going_on:
-            # A DataLoader has its first process make the next batch, whichever would have had its turn.
-            self._first = resumed["next"]
-        return [*states[self._first :], *states[: self._first]]
+            # A DataLoader's first process always makes the next batch, whichever process's turn it was.
+            self._first_process = state["next"]
+        return [*states[self._first_process :], *states[: self._first_process]]
 
-    def _num_made(self, num_batches: int) -> list[int]:
-        """By each process, once the iteration has got so far."""
+    def _count_batches_made(self, num_batches: int) -> list[int]:
+        """Count the batches that each process has made after `num_batches` of this iteration."""
         return [
-            before + len(range(process, num_batches, self._num_processes))
-            for process, before in enumerate(self._num_before)
+            num_made_before + len(range(process, num_batches, self._num_processes))
+            for process, num_made_before in enumerate(self._nums_made_before)
         ]
 
-    def _noted(self, process: int, number: int) -> dict[str, Any] | None:
+    def _wait_for_state(self, process: int, number: int) -> dict[str, Any] | None:
+        """Read the state after batch `number` of a process; None if it does not come in time or did not fit."""
         assert self._slots is not None
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while self._num_noted[process] <= number:
+        while self._num_recorded[process] <= number:
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.005)
         slot = self._slots[process, number % self._num_slots]
-        of_torch, size, others = slot.split([slot.numel() - _SIZE_BYTES - _OTHERS_BYTES, _SIZE_BYTES, _OTHERS_BYTES])
+        torch_state, size, others = slot.split([slot.numel() - _SIZE_BYTES - _OTHERS_BYTES, _SIZE_BYTES, _OTHERS_BYTES])
         num_bytes = int.from_bytes(size.tolist(), "little")
         if num_bytes == 0:
             return None
         python, numpy = pickle.loads(bytes(others[:num_bytes].tolist()))
-        state: dict[str, Any] = {"torch": of_torch.clone(), "python": python}
+        state: dict[str, Any] = {"torch": torch_state.clone(), "python": python}
         return state if numpy is None else {**state, "numpy": format.to_plain_values(numpy, "numpy.random")}
 
 
-class SeedingByRank:
-    """A DataLoader's `worker_init_fn` for a loader with a `generator` of its own, which is alike on all ranks: torch
-    seeds the processes from it, and those of another rank than the first are to draw other numbers."""
+class RankSeeding:
+    """`worker_init_fn` of a DataLoader with its own `generator`, which is equal on all ranks.
+
+    torch seeds the processes from that generator; those of ranks other than 0 must draw different numbers.
+    """
 
     def __init__(self, init: Callable[[int], None] | None, *, rank: int) -> None:
         self._init = init
@@ -127,43 +149,43 @@ class SeedingByRank:
             self._init(process)
 
 
-class _Noting:
-    """A DataLoader's `collate_fn` that notes the random state once a batch is made: the next one begins with it."""
+class _StateRecorder:
+    """`collate_fn` of a DataLoader that records the random state after each batch, with which the next one begins."""
 
-    def __init__(self, collate: Callable[[Any], Any], slots: Tensor, num_noted: Tensor) -> None:
+    def __init__(self, collate: Callable[[Any], Any], slots: Tensor, num_recorded: Tensor) -> None:
         self._collate = collate
         self._slots = slots
-        self._num_noted = num_noted
+        self._num_recorded = num_recorded
 
     def __call__(self, samples: Any) -> Any:
         batch = self._collate(samples)
-        self.note()
+        self.record()
         return batch
 
-    def note(self) -> None:
+    def record(self) -> None:
         info = get_worker_info()
         if info is None:
             return
         numpy = sys.modules.get("numpy")
         others = pickle.dumps((random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)))
         num_bytes = len(others) if len(others) <= _OTHERS_BYTES else 0
-        number = int(self._num_noted[info.id])
+        number = int(self._num_recorded[info.id])
         slot = self._slots[info.id, number % self._slots.shape[1]]
         slot[: -_SIZE_BYTES - _OTHERS_BYTES] = torch.get_rng_state()
         packed = num_bytes.to_bytes(_SIZE_BYTES, "little") + others[:num_bytes]
         slot[-_SIZE_BYTES - _OTHERS_BYTES :][: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        # Last: it says that the rest is there.
-        self._num_noted[info.id] = number + 1
+        # Written last: it publishes the slot.
+        self._num_recorded[info.id] = number + 1
 
 
-class _Beginning:
-    """A DataLoader's `worker_init_fn`: the user's, then the random state with which the process is to begin."""
+class _WorkerInit:
+    """`worker_init_fn` of a DataLoader: calls the user's, then sets the random state that the process starts with."""
 
     def __init__(
-        self, init: Callable[[int], None] | None, noting: _Noting, states: list[dict[str, Any] | None]
+        self, init: Callable[[int], None] | None, recorder: _StateRecorder, states: list[dict[str, Any] | None]
     ) -> None:
         self._init = init
-        self._noting = noting
+        self._recorder = recorder
         self._states = states
 
     def __call__(self, process: int) -> None:
@@ -172,4 +194,4 @@ class _Beginning:
         state = self._states[process]
         if state is not None:
             format.set_random_state(state)
-        self._noting.note()
+        self._recorder.record()

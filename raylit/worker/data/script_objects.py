@@ -1,10 +1,10 @@
-"""Classes and functions of the user's script in processes whose `__main__` is another. Driver packs them, worker, and
-the processes of its DataLoaders.
+"""Classes and functions of the user's script in processes whose `__main__` is another module.
 
-A script's classes belong to the module `__main__`. cloudpickle sends them to a Ray worker by value, but there the
-module `__main__` is Ray's, and `pickle`, with which a DataLoader and its processes exchange data sets and batches,
-looks them up in it by name. So they are put there for the time of a run; and a process that is spawned gets its
-arguments by value again.
+A script's classes belong to the module `__main__`. cloudpickle sends them to a Ray worker by value, but in the worker
+`__main__` is Ray's module, and `pickle`, by which a DataLoader and its processes exchange data sets and batches, looks
+classes up there by name. raylit therefore adds them to the worker's `__main__` for the duration of a run, and sends
+them by value again to DataLoader processes that are spawned. The driver collects them; workers and the processes of
+their DataLoaders use them.
 """
 
 import io
@@ -22,13 +22,13 @@ import cloudpickle
 from torch.utils.data import DataLoader
 
 ScriptObjects = dict[str, Any]
-"""Classes and functions of the user's script, by their names in it."""
+"""Classes and functions of the user's script, by their names there."""
 
 _MISSING = object()
 
 
 def add_script_object(objects: ScriptObjects, obj: Any) -> None:
-    """Add what is a class or function at the top of the user's script; of a class in a class the outer one."""
+    """Add a class or function defined at the top level of the user's script; for a nested class the outer one."""
     if not isinstance(obj, (type, FunctionType)) or obj.__module__ != "__main__" or "<locals>" in obj.__qualname__:
         return
     name, _, inner = obj.__qualname__.partition(".")
@@ -39,25 +39,26 @@ def add_script_object(objects: ScriptObjects, obj: Any) -> None:
 
 
 class ScriptModule:
-    """The user's classes and functions in this process's `__main__`, until `restore`."""
+    """Adds the user's classes and functions to this process's `__main__` until `restore`."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
         namespace = vars(sys.modules["__main__"])
-        self._before = {name: namespace.get(name, _MISSING) for name in objects}
+        self._previous = {name: namespace.get(name, _MISSING) for name in objects}
         namespace.update(objects)
 
     def restore(self) -> None:
+        """Restore `__main__` to what it was before."""
         namespace = vars(sys.modules["__main__"])
-        for name, before in self._before.items():
-            if before is _MISSING:
+        for name, previous in self._previous.items():
+            if previous is _MISSING:
                 namespace.pop(name, None)
             else:
-                namespace[name] = before
-        self._before = {}
+                namespace[name] = previous
+        self._previous = {}
 
 
 def send_script_objects(loader: Any) -> None:
-    """Have the processes that a DataLoader is going to spawn get the script's classes by value."""
+    """Send the script's classes by value to the processes that a DataLoader will spawn."""
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return
     context = loader.multiprocessing_context or multiprocessing.get_context()
@@ -67,9 +68,9 @@ def send_script_objects(loader: Any) -> None:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """By value what is of the script; tensors, queues and locks as `multiprocessing` sends them."""
+    """Pickler that sends the script's objects by value, and tensors, queues and locks as `multiprocessing` does."""
 
-    # Of the class: the pickler has read it before `__init__` could set another.
+    # A class attribute, because the pickler reads it before `__init__` could set one.
     dispatch_table: ClassVar[Any] = ChainMap(
         ForkingPickler(io.BytesIO()).dispatch_table, cloudpickle.Pickler.dispatch_table
     )
@@ -83,17 +84,17 @@ class _Pickler(cloudpickle.Pickler):
         return super().reducer_override(obj)
 
 
-def _start_state(process: Any) -> tuple[Any, tuple[Any, ...]]:
-    """How a process that is about to be started is pickled."""
+def _reduce_process(process: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Pickle a process that is about to be started."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(dict(vars(process)))
     pickler.dump(pickler.objects)
-    return _process, (type(process), file.getvalue())
+    return _rebuild_process, (type(process), file.getvalue())
 
 
-def _process(kind: type, data: bytes) -> Any:
-    """In the process that has been started."""
+def _rebuild_process(kind: type, data: bytes) -> Any:
+    """Unpickle the process inside the started process, after its script objects."""
     file = io.BytesIO(data)
     unpickler = pickle.Unpickler(file)
     attributes, objects = unpickler.load(), unpickler.load()
@@ -105,12 +106,12 @@ def _process(kind: type, data: bytes) -> Any:
 
 class _ScriptSpawnProcess(SpawnProcess):
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _start_state(self)
+        return _reduce_process(self)
 
 
 class _ScriptForkServerProcess(ForkServerProcess):
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _start_state(self)
+        return _reduce_process(self)
 
 
 class _ScriptSpawnContext(SpawnContext):

@@ -1,4 +1,4 @@
-"""SharedMemory: data that all workers of a host map from one place, each with its own changes. Worker."""
+"""Data that all workers of a host map from one copy in Ray's object store, each with its own changes."""
 
 import mmap
 import os
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 class SharedMemory:
-    """The arrays of one object in Ray's store, mapped a second time by this process: copy-on-write.
+    """Arrays of one object in Ray's store, mapped a second time by this process: copy-on-write.
 
-    Ray's own mapping must not be handed out: torch cannot mark a tensor as read-only, and a write would change the data
-    of every process of the host. In a private mapping a write goes to a copy of the page that only its writer has, as
-    if each worker, and each process that it forks, had a copy of its own; reading costs nothing. NumPy's arrays are
-    marked as read-only besides, and refuse a write at once.
+    Ray's own mapping must not be passed to users: torch cannot mark a tensor as read-only, and a write would change the
+    data of every process of the host. In a private mapping a write goes to a copy of the page that only its writer has,
+    as if each worker, and each process that it forks, had its own copy; reading costs nothing. NumPy arrays are also
+    marked as read-only, and refuse a write at once.
 
-    The mapping must be of the store's own file, which was unlinked; the raylet, this process's parent, has it open.
+    The mapping must be of the store's own file, which is unlinked; the raylet, this process's parent, has it open.
     Where that cannot be reached (no /proc, another user's raylet), the data is copied: correct, but not shared.
     """
 
@@ -37,8 +37,8 @@ class SharedMemory:
             raise ValueError("nothing to map")
         first = min(starts) // mmap.PAGESIZE * mmap.PAGESIZE
         end = max(start + array.nbytes for start, array in zip(starts, stored, strict=True))
-        path, offset = _opened_file(first, end)
-        # Read-only: not even by mistake can this process write to what the others see.
+        path, offset = _find_store_file(first, end)
+        # Read-only, so that this process cannot write to the shared pages even by mistake.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             mapping = _Mapping(
@@ -54,27 +54,29 @@ class SharedMemory:
         self.views = [memoryview(mapping)[start:stop].toreadonly() for start, stop in self._bounds]
         self._mapping = mapping
 
-    def has_as_given(self, value: Any) -> bool:
-        """Whether a tensor or array, or one in a list, tuple or dict, lies in this memory, and nothing of what lies
-        there has been written to by this process."""
-        indices = set(self._indices_of(value))
-        return bool(indices) and all(self._is_as_given(index) for index in indices)
+    def is_unmodified(self, value: Any) -> bool:
+        """Return whether a value lies in this memory and this process has not written to it.
+
+        The value is a tensor or array, or a list, tuple or dict of them.
+        """
+        indices = set(self._find_indices(value))
+        return bool(indices) and all(self._is_array_unmodified(index) for index in indices)
 
     def release(self) -> tuple[str, ...]:
-        """Let go of the memory; names it if something still refers to a part of it, which keeps it from being freed."""
+        """Release the memory; return what keeps it from being freed if something still refers to it."""
         if self._mapping is None:
             return ()
         mapping = weakref.ref(self._mapping)
         self._mapping, self.views = None, []
         return () if mapping() is None else ("data of the run, which something still refers to",)
 
-    def _indices_of(self, value: Any) -> Iterator[int]:
+    def _find_indices(self, value: Any) -> Iterator[int]:
         """Yield the index of the stored array in which each tensor or array lies."""
         if isinstance(value, dict):
             value = list(value.values())
         if isinstance(value, (list, tuple)):
             for item in value:
-                yield from self._indices_of(item)
+                yield from self._find_indices(item)
             return
         if isinstance(value, Tensor):
             address = value.data_ptr() if type(value) is Tensor and value.device.type == "cpu" else 0
@@ -83,16 +85,16 @@ class SharedMemory:
         else:
             return
         if self._mapping is not None:
-            place = address - self._first
-            yield from (index for index, (start, stop) in enumerate(self._bounds) if start <= place < stop)
+            offset = address - self._first
+            yield from (index for index, (start, stop) in enumerate(self._bounds) if start <= offset < stop)
 
-    def _is_as_given(self, index: int) -> bool:
+    def _is_array_unmodified(self, index: int) -> bool:
         assert self._mapping is not None
         return np.array_equal(np.frombuffer(self.views[index], dtype=np.uint8), self._mapping.stored[index])
 
 
 class _Mapping(mmap.mmap):
-    """Ray must not reuse the object's memory while it is mapped here."""
+    """Mapping that keeps a reference to Ray's object, whose memory Ray must not reuse while it is mapped here."""
 
     stored: Sequence[NDArray[np.uint8]]
 
@@ -102,8 +104,8 @@ def _address(array: NDArray[Any]) -> int:
     return address
 
 
-def _opened_file(first: int, end: int) -> tuple[str, int]:
-    """Where the raylet has open what this process has mapped at these addresses, and from where in it."""
+def _find_store_file(first: int, end: int) -> tuple[str, int]:
+    """Return the path and offset of the store's file, open in the raylet, that is mapped at these addresses."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
             addresses, _, offset, _, inode = line.split()[:5]

@@ -17,89 +17,103 @@ from raylit.worker.loops.hooks import is_overridden
 _END = object()
 
 
-class Opening:
-    """The random numbers with which an epoch's data was begun, where those are not a function of seed and epoch."""
+class EpochRandomState:
+    """Random state in which an epoch's data was begun, where it is not a function of seed and epoch."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] | None = None
         self.num_passed = 0
-        """Items that a run has had before it goes on; 0: the data is begun for the first time."""
+        """Items that earlier runs have taken of the epoch; 0 if its data is begun for the first time."""
 
     def begin(self) -> None:
-        """Note the process's random state, or set it to what it was."""
+        """Record the process's random state, or restore the recorded one if the epoch is continued."""
         if self.num_passed > 0 and self.state is not None:
             format.set_random_state(self.state)
         else:
             self.state = {name: value for name, value in format.random_state().items() if name != "cuda"}
 
 
-def open_stream(stream: Iterable[Any], *, opening: Opening) -> tuple[Iterator[Any], Any]:
-    """What comes after those items of a stream that a run has had, and the last of them. The process's random numbers
-    go on undisturbed by what is passed over."""
-    if opening.num_passed == 0:
-        opening.begin()
+def open_stream(stream: Iterable[Any], *, start_state: EpochRandomState) -> tuple[Iterator[Any], Any]:
+    """Open a stream after the items that earlier runs have taken; return its iterator and the last skipped item.
+
+    Skipping items does not change the process's random numbers.
+    """
+    if start_state.num_passed == 0:
+        start_state.begin()
         return begin_iteration(stream), None
-    outside = RandomState.take()
-    opening.begin()
+    random_state = RandomState.capture()
+    start_state.begin()
     items = begin_iteration(stream)
-    last = advance(items, opening.num_passed)
-    outside.restore()
+    last = skip_batches(items, start_state.num_passed)
+    random_state.restore()
     return items, last
 
 
-def every_nth(
+def shard_stream(
     stream: Iterable[Any],
     *,
     rank: int,
     world_size: int,
-    own_random: IsolatedRandom,
-    opening: Opening,
+    isolated_random: IsolatedRandom,
+    start_state: EpochRandomState,
     compare: Callable[[list[Any]], None] | None = None,
 ) -> tuple[Iterator[Any], Any]:
-    """Batches `rank`, `rank + world_size`, ... after those of a stream that a run has had, and the last of these that
-    was this rank's. Worker processes start here and now, as with `iter` of the stream.
+    """Open a stream that all ranks read and of which each keeps every `world_size`-th batch.
 
-    The others' part of a global batch is fetched too before one's own is handed out, so that a stream with a state of
-    its own stands at the same place on all ranks. `compare` gets the first global batch: collective, it raises where
-    that is not alike on all ranks.
+    The stream is advanced past the items that earlier runs have taken. Worker processes start during the call, as with
+    `iter(stream)`. A rank fetches the whole global batch before it yields its own part, so that a stream with a state
+    of its own has the same position on all ranks.
+
+    Args:
+        stream: The user's loader.
+        rank: Rank of this worker; it keeps batches `rank`, `rank + world_size`, ...
+        world_size: Number of ranks.
+        isolated_random: Random numbers for iterating the stream, equal on all ranks.
+        start_state: Random state of the epoch's start and the number of items to skip.
+        compare: Gets the first global batch; collective, raises where it differs between ranks.
+
+    Returns:
+        The iterator of this rank's batches, and this rank's last skipped batch, or None.
     """
-    with own_random:
-        opening.begin()
+    with isolated_random:
+        start_state.begin()
         batches = iter(stream)
-        passed = deque(islice(batches, opening.num_passed), maxlen=world_size)
-    last = passed[rank] if len(passed) == world_size else None
-    own_batches = _own(batches, rank=rank, world_size=world_size, compare=compare)
-    # Worker processes have random numbers of their own, seeded by `iter`.
-    return own_batches if getattr(stream, "num_workers", 0) > 0 else _under(own_random, own_batches), last
+        skipped = deque(islice(batches, start_state.num_passed), maxlen=world_size)
+    last = skipped[rank] if len(skipped) == world_size else None
+    rank_batches = _iterate_rank_batches(batches, rank=rank, world_size=world_size, compare=compare)
+    # Worker processes have their own random numbers, seeded by `iter`.
+    if getattr(stream, "num_workers", 0) == 0:
+        rank_batches = _isolate_random(isolated_random, rank_batches)
+    return rank_batches, last
 
 
-def advance(batches: Iterator[Any], num_batches: int) -> Any:
-    """The last of the batches passed over; None if there is none."""
-    passed = deque(islice(batches, num_batches), maxlen=1)
-    return passed[0] if passed else None
+def skip_batches(batches: Iterator[Any], num_batches: int) -> Any:
+    """Skip batches and return the last one skipped; None if there is none."""
+    skipped = deque(islice(batches, num_batches), maxlen=1)
+    return skipped[0] if skipped else None
 
 
-def _own(
+def _iterate_rank_batches(
     batches: Iterator[Any], *, rank: int, world_size: int, compare: Callable[[list[Any]], None] | None
 ) -> Iterator[Any]:
     if compare is not None:
-        first = list(islice(batches, world_size))
-        compare(first)
-        batches = chain(first, batches)
-        del first
+        first_batches = list(islice(batches, world_size))
+        compare(first_batches)
+        batches = chain(first_batches, batches)
+        del first_batches
     while True:
-        own: Any = _END
+        rank_batch: Any = _END
         for index, batch in enumerate(islice(batches, world_size)):
             if index == rank:
-                own = batch
-        if own is _END:
+                rank_batch = batch
+        if rank_batch is _END:
             return
-        yield own
+        yield rank_batch
 
 
-def _under(own_random: IsolatedRandom, batches: Iterator[Any]) -> Iterator[Any]:
+def _isolate_random(isolated_random: IsolatedRandom, batches: Iterator[Any]) -> Iterator[Any]:
     while True:
-        with own_random:
+        with isolated_random:
             batch = next(batches, _END)
         if batch is _END:
             return
@@ -115,50 +129,50 @@ HOOKS = {
 
 
 def has_loader(job: Job, name: str) -> bool:
-    """Whether anything offers a loader for "train", "validate", "test" or "predict"; calls no hook."""
+    """Return whether a loader for "train", "validate", "test" or "predict" is defined; calls no hook."""
     hook = HOOKS[name]
     if job.loaders.get(name) is not None:
         return True
-    return _offers(job.datamodule, hook, DataModule) or _offers(job.module, hook, LightningModule)
+    return _defines_hook(job.datamodule, hook, DataModule) or _defines_hook(job.module, hook, LightningModule)
 
 
 def is_from_hook(job: Job, name: str) -> bool:
-    """Whether a hook makes the loader, which can do so again."""
+    """Return whether a hook builds the loader, so that it can be built again."""
     return job.loaders.get(name) is None
 
 
-def loader_of(job: Job, name: str) -> Any:
-    """The loader, or what the hook returns; None where nothing offers one."""
-    loader = _given_or_made(job, name)
+def build_loader(job: Job, name: str) -> Any:
+    """Return the loader that was passed or that the hook returns; None where there is neither."""
+    loader = _read_loader(job, name)
     if job.shared_memory is not None:
         for leaf in CombinedLoader(loader).flattened:
             send_script_objects(leaf)
     return loader
 
 
-def _given_or_made(job: Job, name: str) -> Any:
-    given = job.loaders.get(name)
-    if given is not None:
-        return given
+def _read_loader(job: Job, name: str) -> Any:
+    loader = job.loaders.get(name)
+    if loader is not None:
+        return loader
     hook = HOOKS[name]
-    if _offers(job.datamodule, hook, DataModule):
+    if _defines_hook(job.datamodule, hook, DataModule):
         return getattr(job.datamodule, hook)()
-    return getattr(job.module, hook)() if _offers(job.module, hook, LightningModule) else None
+    return getattr(job.module, hook)() if _defines_hook(job.module, hook, LightningModule) else None
 
 
-def loaders_of(job: Job, name: str) -> list[Any]:
-    """For an evaluation: one loader or several, as a list. A CombinedLoader is one, unless it is "sequential"."""
-    loaders = loader_of(job, name)
+def build_eval_loaders(job: Job, name: str) -> list[Any]:
+    """Return the loaders of an evaluation as a list; a CombinedLoader is one loader unless it is "sequential"."""
+    loaders = build_loader(job, name)
     if loaders is None:
         return []
     if isinstance(loaders, CombinedLoader):
         return loaders.flattened if loaders.mode == "sequential" else [loaders]
     if isinstance(loaders, dict) or holds_loaders(loaders):
         return CombinedLoader(loaders, "sequential").flattened
-    # A list without any loader in it is one: its items are batches.
+    # A list that holds no loader is itself the loader: its items are batches.
     return [] if isinstance(loaders, (list, tuple)) and not loaders else [loaders]
 
 
-def _offers(owner: Any, hook: str, base: type) -> bool:
-    # A data module need not be a DataModule by class: what has the hook is taken at its word.
+def _defines_hook(owner: Any, hook: str, base: type) -> bool:
+    # A data module need not subclass DataModule: an object that has the hook counts as one.
     return owner is not None and is_overridden(hook, owner, base)

@@ -1,3 +1,4 @@
 """Collectives that the loops use beside the strategy's gradient synchronization.
 
-Runs in the worker. Open `collectives.py` first."""
+Runs in the worker. Open `collectives.py` first.
+"""

@@ -14,19 +14,19 @@ from raylit.accelerators.transfer import is_namedtuple
 from raylit.errors import ModuleError
 
 _NOTICE_S = 10.0
-_MEETING_S = 300.0
-"""Rank 0 may have been busy with something of its own, which the others wait for."""
+_WAIT_TIMEOUT_S = 300.0
+"""Rank 0 may be busy with work of its own while the others wait."""
 
 
 class Collectives:
-    """The ranks of the run; all of its methods are collective and answer at once for a single worker."""
+    """Collectives over the ranks of the run; with one rank all of them return at once."""
 
     def __init__(self, *, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
 
     def gather_vector(self, values: Tensor) -> Tensor:
-        """A float64 CPU vector of one length on every rank, as the rows of a (world_size, length) matrix."""
+        """All-gather a float64 CPU vector of one length as the rows of a (world_size, length) matrix."""
         if self.world_size == 1:
             return values[None]
         rows = [torch.empty_like(values) for _ in range(self.world_size)]
@@ -34,7 +34,7 @@ class Collectives:
         return torch.stack(rows)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Of a tensor of one shape and device on every rank."""
+        """Average a tensor of one shape and device over all ranks."""
         if self.world_size == 1:
             return value
         total = value.clone()
@@ -42,11 +42,14 @@ class Collectives:
         return total / self.world_size
 
     def gather_counts(self, count: int) -> list[int]:
-        """An integer of every rank, in rank order."""
+        """All-gather an integer of every rank, in rank order."""
         return [int(value) for value in self.gather_vector(torch.tensor([float(count)], dtype=torch.float64))[:, 0]]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """A picklable object of every rank, in rank order. Slow: only at the end of an epoch, or rarer."""
+        """All-gather a picklable object of every rank, in rank order.
+
+        Slow: call it only at the end of an epoch, or less often.
+        """
         if self.world_size == 1:
             return [value]
         # cloudpickle, because a metric's reduction may be a lambda.
@@ -54,11 +57,19 @@ class Collectives:
         dist.all_gather_object(pickles, cloudpickle.dumps(value))
         return [cloudpickle.loads(pickle) for pickle in pickles]
 
-    def meet(self, what: str, *, notice_s: float = _NOTICE_S, timeout_s: float = _MEETING_S) -> None:
-        """Before something that the user's code calls on every rank. A rank that waits longer than `notice_s` says so,
-        as one that is alone in it would wait for ever.
+    def wait_for_all_ranks(self, what: str, *, notice_s: float = _NOTICE_S, timeout_s: float = _WAIT_TIMEOUT_S) -> None:
+        """Wait for all ranks before a collective that the user's code calls.
 
-        ModuleError: the others have not come within `timeout_s`.
+        A rank that waits longer than `notice_s` prints a notice, as a rank that is the only one to call it would wait
+        forever.
+
+        Args:
+            what: The user's call, for the notice.
+            notice_s: Seconds before the notice.
+            timeout_s: Seconds before the error.
+
+        Raises:
+            ModuleError: Other ranks have not called it within `timeout_s`.
         """
         if self.world_size == 1:
             return
@@ -71,7 +82,7 @@ class Collectives:
         notice.daemon = True
         notice.start()
         try:
-            # Its messages do not mix with those of another collective that a rank may be in, as a barrier's would.
+            # Unlike a barrier's, its messages do not mix with those of another collective that a rank may be in.
             if dist.get_backend() == "gloo":
                 dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
             else:
@@ -84,7 +95,7 @@ class Collectives:
             notice.cancel()
 
     def barrier(self, *, timeout_s: float) -> None:
-        """Every rank waits for the slowest one, up to `timeout_s` beyond the fastest."""
+        """Wait for the slowest rank, up to `timeout_s` beyond the fastest."""
         if self.world_size > 1:
             work = dist.barrier(async_op=True)
             work.wait(timedelta(seconds=timeout_s))
@@ -94,12 +105,18 @@ _MAX_DIMS = 16
 
 
 def all_gather_nested(value: Any, *, group: Any, with_gradients: bool, device: torch.device, is_even: bool) -> Any:
-    """Every tensor or number in nested dicts, lists and tuples as a stack with a row of each rank. Collective.
+    """Gather every tensor or number in nested dicts, lists and tuples into a stack with one row per rank. Collective.
 
-    `is_even`: tensors have one shape on all ranks. Else those that are shorter in their first dimension than another
-    rank's are filled up by repetition, as a DistributedSampler fills up a batch.
+    Args:
+        value: Nested values, alike on all ranks but for their numbers.
+        group: Process group; None for all ranks.
+        with_gradients: Back-propagate through the collective.
+        device: Device for numbers.
+        is_even: Tensors have one shape on all ranks. Otherwise those that are shorter in their first dimension than
+            another rank's are padded by repetition, as a DistributedSampler pads a batch.
 
-    ModuleError: they differ in other dimensions.
+    Raises:
+        ModuleError: Shapes differ in other dimensions.
     """
 
     def gather(item: Any) -> Any:
@@ -109,8 +126,8 @@ def all_gather_nested(value: Any, *, group: Any, with_gradients: bool, device: t
         value = torch.tensor(value, device=device)
     if isinstance(value, Tensor):
         if not is_even:
-            value = _filled_up(value, group)
-        return _Gather.apply(value, group) if with_gradients else _stacked(value, group)
+            value = _pad_first_dimension(value, group)
+        return _DifferentiableGather.apply(value, group) if with_gradients else _gather_stack(value, group)
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -119,11 +136,11 @@ def all_gather_nested(value: Any, *, group: Any, with_gradients: bool, device: t
     return value
 
 
-def _filled_up(tensor: Tensor, group: Any) -> Tensor:
-    """As long as the longest of the ranks'. Collective."""
-    own = torch.full((_MAX_DIMS + 1,), -1, dtype=torch.int64, device=tensor.device)
-    own[: tensor.ndim + 1] = torch.tensor([tensor.ndim, *tensor.shape], device=tensor.device)
-    shapes = [tuple(row[1 : row[0] + 1]) for row in _stacked(own, group).tolist()]
+def _pad_first_dimension(tensor: Tensor, group: Any) -> Tensor:
+    """Pad a tensor to the length of the longest of the ranks' tensors by repeating its rows. Collective."""
+    shape_row = torch.full((_MAX_DIMS + 1,), -1, dtype=torch.int64, device=tensor.device)
+    shape_row[: tensor.ndim + 1] = torch.tensor([tensor.ndim, *tensor.shape], device=tensor.device)
+    shapes = [tuple(row[1 : row[0] + 1]) for row in _gather_stack(shape_row, group).tolist()]
     if len(set(shapes)) == 1:
         return tensor
     if len({shape[1:] for shape in shapes}) > 1 or () in shapes:
@@ -137,13 +154,13 @@ def _filled_up(tensor: Tensor, group: Any) -> Tensor:
     return tensor[torch.arange(length, device=tensor.device) % tensor.shape[0]]
 
 
-class _Gather(torch.autograd.Function):
-    """The gradient of a rank's tensor is the sum of those that all ranks have for its row."""
+class _DifferentiableGather(torch.autograd.Function):
+    """All-gather whose gradient for a rank's tensor is the sum of all ranks' gradients for its row."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _stacked(tensor, group)
+        return _gather_stack(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -152,7 +169,7 @@ class _Gather(torch.autograd.Function):
         return summed[dist.get_rank(ctx.group)], None
 
 
-def _stacked(tensor: Tensor, group: Any) -> Tensor:
+def _gather_stack(tensor: Tensor, group: Any) -> Tensor:
     tensor = tensor.contiguous()
     rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, tensor, group=group)

@@ -1,4 +1,4 @@
-"""The hooks that a module overrides, found once, and the arguments that they take."""
+"""Hooks that callbacks and the module override: finding them, their arguments, calling them."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from raylit.profilers.base import Profiler, time_items
 
 
 def num_positional(function: Callable[..., Any]) -> float:
-    """Positional arguments that a bound method takes; infinite with `*args`."""
+    """Return the number of positional arguments that a bound method takes; infinite with `*args`."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return float("inf")
@@ -20,11 +20,12 @@ def num_positional(function: Callable[..., Any]) -> float:
 
 
 def accepts_argument(function: Callable[..., Any], name: str) -> bool:
+    """Return whether the function has a parameter of this name."""
     return name in inspect.signature(function).parameters
 
 
 def adapt_to_batch_index(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step itself, or, where it takes a batch only, one that drops the index."""
+    """Return the step itself or, where it takes a batch only, a function that drops the batch index."""
     if num_positional(step) >= 2:
         return step
 
@@ -36,7 +37,7 @@ def adapt_to_batch_index(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_overridden(name: str, owner: object, base: type) -> bool:
-    """Whether `owner` has a `name` other than the empty one of `base`, in its class or on itself."""
+    """Return whether `owner` has a `name` other than that of `base`, in its class or on the instance."""
     method = getattr(owner, name, None)
     if method is None:
         return False
@@ -52,7 +53,7 @@ def call_with_stage(hook: Callable[..., Any], stage: str) -> None:
 
 
 class Hooks:
-    """Calls a hook where it is overridden: callbacks first, then the module."""
+    """Hooks of a run, called where they are overridden: first those of the callbacks, then the module's."""
 
     def __init__(
         self, *, view: Any, module: LightningModule, callbacks: Sequence[Callback], profiler: Profiler | None = None
@@ -63,34 +64,37 @@ class Hooks:
         self._profiler = profiler
 
     def of(self, name: str) -> tuple[Callable[..., Any], ...]:
-        """The overridden hooks of this name, to be called with the module's arguments. Empty: nobody listens."""
+        """Return the overridden hooks of this name, to be called with the module's arguments; empty if none is."""
         calls: list[Callable[..., Any]] = [
-            self._timed(callback, name, partial(getattr(callback, name), self._view, self._module))
+            self._measure_hook(callback, name, partial(getattr(callback, name), self._view, self._module))
             for callback in self._callbacks
             if is_overridden(name, callback, Callback)
         ]
         if is_overridden(name, self._module, LightningModule):
-            calls.append(self._timed(self._module, name, getattr(self._module, name)))
+            calls.append(self._measure_hook(self._module, name, getattr(self._module, name)))
         return tuple(calls)
 
     def call(self, name: str, *args: Any) -> None:
+        """Call the overridden hooks of this name."""
         for hook in self.of(name):
             hook(*args)
 
     def set_up(self, stage: str, datamodule: DataModule | None) -> None:
-        """`setup` of data module, callbacks and module, in this order."""
+        """Call `setup` of the data module, the callbacks and the module, in this order."""
         if datamodule is not None:
-            call_with_stage(self._timed(datamodule, "setup", datamodule.setup), stage)
+            call_with_stage(self._measure_hook(datamodule, "setup", datamodule.setup), stage)
         for callback in self._callbacks:
             callback.setup(self._view, self._module, stage)
-        call_with_stage(self._timed(self._module, "setup", self._module.setup), stage)
+        call_with_stage(self._measure_hook(self._module, "setup", self._module.setup), stage)
 
     def tear_down(self, stage: str, datamodule: DataModule | None) -> None:
+        """Call `teardown` of the data module, the callbacks and the module, in this order."""
         if datamodule is not None:
             call_with_stage(datamodule.teardown, stage)
         for callback in self._callbacks:
             callback.teardown(self._view, self._module, stage)
         call_with_stage(self._module.teardown, stage)
 
-    def _timed(self, owner: object, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _measure_hook(self, owner: object, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the hook, measured by the profiler if there is one."""
         return hook if self._profiler is None else time_items(self._profiler, f"{type(owner).__name__}.{name}", hook)

@@ -1,4 +1,4 @@
-"""What steps return: the loss in it, the metrics it carries, and what hooks get to see of it. Worker."""
+"""Outputs of the user's steps: their loss, their metrics, and what the hooks get of them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -16,11 +16,15 @@ from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.session import Session
 
 _RESERVED = ("log", "progress_bar", "hiddens")
-"""Keys of a returned dict that are no metrics."""
+"""Keys of a returned dict that are not metrics."""
 
 
 def loss_of(outputs: Any, metrics: MetricBuffer) -> Tensor | None:
-    """The loss that `training_step` has returned, None to skip the batch; metrics that came with it are filed."""
+    """Return the loss from `training_step`'s output, or None to skip the batch; record metrics that came with it.
+
+    Raises:
+        ModuleError: The output has no loss tensor.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     if outputs is None:
@@ -35,7 +39,7 @@ def loss_of(outputs: Any, metrics: MetricBuffer) -> Tensor | None:
     elif isinstance(outputs, Mapping) and not isinstance(outputs, Result):
         loss = outputs.get("loss")
     else:
-        raise ModuleError(_wrong_kind("training_step", outputs))
+        raise ModuleError(_describe_wrong_type("training_step", outputs))
     if not isinstance(loss, Tensor):
         raise ModuleError(
             "training_step returned a dict without a tensor under 'loss' (its keys: "
@@ -47,14 +51,14 @@ def loss_of(outputs: Any, metrics: MetricBuffer) -> Tensor | None:
 
 
 def hiddens_of(outputs: Any) -> Any:
-    """What goes into the next piece of truncated back-propagation."""
+    """Return the hidden state for the next piece of truncated back-propagation."""
     if isinstance(outputs, Result):
         return outputs.hiddens
     return outputs.get("hiddens") if isinstance(outputs, Mapping) else None
 
 
 def detach_outputs(outputs: Any) -> Any:
-    """What `on_train_batch_end` and `training_epoch_end` get: Lightning's dict with the detached loss."""
+    """Return what `on_train_batch_end` and `training_epoch_end` get: Lightning's dict with the detached loss."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach()}
     if outputs is None:
@@ -67,115 +71,135 @@ def detach_outputs(outputs: Any) -> Any:
 
 
 def record_metrics(outputs: Any, metrics: MetricBuffer) -> None:
-    """The metrics of a dict or result into the buffer that `self.log` fills; tensors and None carry none."""
+    """Record the metrics of a dict or result in the buffer that `self.log` fills; tensors and None carry none."""
     if isinstance(outputs, Tensor) or outputs is None:
         return
     if isinstance(outputs, EvalResult) or not isinstance(outputs, Mapping):
-        raise ModuleError(_wrong_kind("training_step", outputs))
+        raise ModuleError(_describe_wrong_type("training_step", outputs))
     if isinstance(outputs, Result):
-        _file_result(outputs, metrics)
+        _record_result(outputs, metrics)
     else:
-        _file_dict(outputs, metrics)
+        _record_dict(outputs, metrics)
 
 
 def record_evaluation(outputs: Any, metrics: MetricBuffer, *, step: str, has_hook: bool) -> None:
-    """The metrics of what `step`, of validation or test, has returned. The keys of a dict are left to the hook at the
-    epoch's end where the module has one."""
+    """Record the metrics of the output of a validation or test `step`.
+
+    The keys of a dict are left to the hook at the epoch's end where the module has one.
+    """
     if isinstance(outputs, EvalResult):
-        _file_result(outputs, metrics)
+        _record_result(outputs, metrics)
     elif isinstance(outputs, Result):
         raise ModuleError(f"{step} returned a TrainResult: return an EvalResult; TrainResult is for training_step")
     elif isinstance(outputs, Mapping) and not has_hook:
-        _file_dict(outputs, metrics)
+        _record_dict(outputs, metrics)
 
 
 class EpochOutputs:
-    """What an epoch's steps have returned on this rank, kept for the module's hook that gets those of all ranks."""
+    """Outputs of an epoch's steps on this rank, for the hook that gets those of all ranks at the epoch's end."""
 
     def __init__(self, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1) -> None:
-        """The hook gets a list, or for several loaders or optimizers a list of as many."""
+        """Create empty lists; the hook gets one list, or with several loaders or optimizers a list of lists."""
         self._session = session
         self._hook = hook
         self._metrics = metrics
-        self._kept: list[list[tuple[int, Any]]] = [[] for _ in range(num_lists)]
+        self._outputs: list[list[tuple[int, Any]]] = [[] for _ in range(num_lists)]
 
     @classmethod
-    def of(cls, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1) -> "EpochOutputs | None":
-        """None where the module does not define the hook."""
+    def from_hook(
+        cls, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1
+    ) -> "EpochOutputs | None":
+        """Return an EpochOutputs, or None where the module does not override the hook."""
         if not is_overridden(hook, session.module, LightningModule):
             return None
         return cls(session, hook=hook, metrics=metrics, num_lists=num_lists)
 
-    def keep(self, place: int, outputs: Any, *, index: int = 0) -> None:
-        """`place`: the batch's in the data set; `index`: of the loader or optimizer. None is not kept."""
+    def add(self, global_idx: int, outputs: Any, *, index: int = 0) -> None:
+        """Add a step's outputs unless they are None.
+
+        Args:
+            global_idx: Index of the batch in the data set.
+            outputs: What the step returned.
+            index: Index of the loader or optimizer.
+        """
         if isinstance(outputs, Result):
             outputs = {name: value for name, value in outputs.items() if name != "hiddens"}
         if outputs is not None:
-            self._kept[index].append((place, outputs))
+            self._outputs[index].append((global_idx, outputs))
 
-    def keep_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """As `on_train_batch_end`: one output, a list of pieces' outputs, or either with a list for the optimizers."""
-        if len(self._kept) == 1:
-            self.keep(batch_idx, outputs)
+    def add_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Add the outputs of a training batch; called as `on_train_batch_end`.
+
+        With several optimizers or truncated back-propagation `outputs` is a list of one output per piece, per
+        optimizer, or both.
+        """
+        if len(self._outputs) == 1:
+            self.add(batch_idx, outputs)
             return
         is_truncated = isinstance(outputs[0], list)
-        for index in range(len(self._kept)):
-            own = [piece[index] for piece in outputs if piece[index] is not None] if is_truncated else outputs[index]
-            self.keep(batch_idx, own or None, index=index)
+        for index in range(len(self._outputs)):
+            outputs_of_optimizer = (
+                [piece[index] for piece in outputs if piece[index] is not None] if is_truncated else outputs[index]
+            )
+            self.add(batch_idx, outputs_of_optimizer or None, index=index)
 
-    def keep_share(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """`keep_batch`, of a batch that this rank may have no share of."""
+    def add_share(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Call `add_batch` unless this rank has no share of the batch."""
         if batch is not None:
-            self.keep_batch(outputs, batch, batch_idx)
+            self.add_batch(outputs, batch, batch_idx)
 
     def state_dict(self) -> list[list[tuple[int, Any]]]:
-        """What an unfinished epoch has returned so far; without what a checkpoint does not read back."""
-        return [[(place, to_cpu(one)) for place, one in kept if is_plain(one)] for kept in self._kept]
+        """Return the unfinished epoch's outputs so far, without values that a checkpoint cannot read back."""
+        return [
+            [(global_idx, to_cpu(output)) for global_idx, output in outputs if is_plain(output)]
+            for outputs in self._outputs
+        ]
 
     def load_state_dict(self, state: list[list[tuple[int, Any]]]) -> None:
-        if len(state) == len(self._kept):
-            self._kept = to_device(state, self._session.device)
+        if len(state) == len(self._outputs):
+            self._outputs = to_device(state, self._session.device)
 
     def call_hook(self) -> None:
-        """Call the hook, on every rank with the outputs of all of them in data-set order. Collective.
+        """Call the hook on every rank with the outputs of all ranks in data-set order. Collective.
 
-        What it logs or returns is the value over all ranks already.
+        What the hook logs or returns counts as reduced over the ranks already.
         """
-        session, kept = self._session, self._kept
-        self._kept = [[] for _ in kept]
-        ranked = [kept]
+        session, outputs_of_rank = self._session, self._outputs
+        self._outputs = [[] for _ in outputs_of_rank]
+        outputs_of_ranks = [outputs_of_rank]
         if session.collectives.world_size > 1:
-            ranked = to_device(session.collectives.gather_objects(to_cpu(kept)), session.device)
+            outputs_of_ranks = to_device(session.collectives.gather_objects(to_cpu(outputs_of_rank)), session.device)
         lists = [
-            # Sorted by place alone; ranks stay in order where they share a batch.
-            [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda placed: placed[0])]
-            for parts in zip(*ranked, strict=True)
+            # The sort is stable and by batch alone: ranks that share a batch stay in order.
+            [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda pair: pair[0])]
+            for parts in zip(*outputs_of_ranks, strict=True)
         ]
         hook = session.timed(f"{type(session.module).__name__}.{self._hook}", getattr(session.module, self._hook))
         with self._metrics.already_reduced():
-            _file_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
+            _record_epoch_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
 
 
 def join_outputs(states: Sequence[list[list[tuple[int, Any]]]]) -> list[list[tuple[int, Any]]]:
-    """Several ranks' outputs, as EpochOutputs keeps them, as one rank's."""
+    """Join the states of several ranks' EpochOutputs as if they were one rank's."""
     return [[*chain.from_iterable(parts)] for parts in zip(*states, strict=True)]
 
 
-def _file_end(outputs: Any, metrics: MetricBuffer, *, hook: str) -> None:
+def _record_epoch_end(outputs: Any, metrics: MetricBuffer, *, hook: str) -> None:
+    """Record what the hook at the epoch's end returned."""
     if isinstance(outputs, Result):
-        _file_result(outputs, metrics, is_epoch_end=True)
+        _record_result(outputs, metrics, is_epoch_end=True)
     elif isinstance(outputs, Mapping):
-        _file_dict(outputs, metrics)
+        _record_dict(outputs, metrics)
     elif outputs is not None:
         raise ModuleError(f"{hook} returned a {type(outputs).__name__}: return a dict of metrics, a result, or None")
 
 
-def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = False) -> None:
+def _record_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = False) -> None:
     if isinstance(result, TrainResult) and result.is_checkpoint_default:
         metrics.defaults.add("checkpoint_on")
     for name in ("early_stop_on", "checkpoint_on"):
         if (value := getattr(result, name)) is not None:
-            metrics.file(
+            metrics.record(
                 name,
                 value,
                 prog_bar=False,
@@ -186,7 +210,7 @@ def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = 
                 add_dataloader_idx=False,
             )
     for name, record in result.records.items():
-        metrics.file(
+        metrics.record(
             name,
             record.value,
             prog_bar=record.prog_bar,
@@ -198,21 +222,21 @@ def _file_result(result: Result, metrics: MetricBuffer, *, is_epoch_end: bool = 
         )
 
 
-def _file_dict(outputs: Mapping[str, Any], metrics: MetricBuffer) -> None:
+def _record_dict(outputs: Mapping[str, Any], metrics: MetricBuffer) -> None:
     logged = outputs.get("log") or {}
-    shown = outputs.get("progress_bar") or {}
+    in_progress_bar = outputs.get("progress_bar") or {}
     values = {name: value for name, value in outputs.items() if name not in _RESERVED and _is_scalar(value)}
-    values.update(shown)
+    values.update(in_progress_bar)
     values.update(logged)
     for name, value in values.items():
-        metrics.file(name, value, prog_bar=name in shown, logger=name in logged)
+        metrics.record(name, value, prog_bar=name in in_progress_bar, logger=name in logged)
 
 
 def _is_scalar(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
-def _wrong_kind(step: str, outputs: Any) -> str:
+def _describe_wrong_type(step: str, outputs: Any) -> str:
     if isinstance(outputs, EvalResult):
         return f"{step} returned an EvalResult: return a TrainResult(minimize=loss); EvalResult is for evaluation"
     return (

@@ -1,3 +1,4 @@
-"""What `self.log` is given, until it is reported: buffered on the device, reduced over the ranks.
+"""Metrics from `self.log` until they are reported: buffered on the device, reduced over the ranks.
 
-Runs in the worker. Open `buffer.py` first."""
+Runs in the worker. Open `buffer.py` first.
+"""

@@ -1,3 +1,4 @@
-"""What a worker's process does beside training: output, logger calls, profiles, results, and its reset between runs.
+"""Work of a worker's process besides training: output, logger calls, profiles, results, its reset between runs.
 
-Runs in the worker. Open `result_sync.py` first."""
+Runs in the worker. Open `result_sync.py` first.
+"""

@@ -106,7 +106,8 @@ def _check(options: dict[str, Any], *, host: str) -> None:
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """By name: the module where it has a `forward` of its own, and what is called on its own otherwise, its layers with
-    weights."""
+    weights.
+    """
     if type(module).forward is not nn.Module.forward:
         yield "forward", module
     yield from _layers(module)

@@ -1,4 +1,4 @@
-"""Loggers as a worker sees them: calls are recorded there and made in the driver."""
+"""Loggers on a worker: proxies whose calls are recorded and made in the driver."""
 
 import functools
 import inspect
@@ -23,8 +23,10 @@ from raylit.protocol.messages import LogCall
 
 
 def snapshot(value: Any) -> bytes:
-    """Pickle with tensors detached and on the CPU, matplotlib figures without their windows, wandb's media with the
-    files that they stand for. Waits for the device where there are tensors of its."""
+    """Pickle a value as it is now. Waits for the device if it has tensors there.
+
+    Tensors are detached and on the CPU, matplotlib figures without their windows, wandb's media with their files.
+    """
     file = io.BytesIO()
     _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()
@@ -34,25 +36,27 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if (kind is Tensor or kind is nn.Parameter) and obj.layout is torch.strided and not obj.is_quantized:
-            # A view's own numbers only, where torch would pickle the whole of its storage.
+            # Only the view's own numbers; torch would pickle its whole storage.
             dense = obj.detach().cpu().resolve_conj().resolve_neg().contiguous()
             numbers = dense.reshape(-1).view(torch.uint8).numpy()
-            return _tensor, (numbers, obj.dtype, tuple(obj.shape), kind is nn.Parameter)
+            return _rebuild_tensor, (numbers, obj.dtype, tuple(obj.shape), kind is nn.Parameter)
         figures = sys.modules.get("matplotlib.figure")
         if figures is not None and isinstance(obj, figures.Figure):
-            return _windowless(obj)
+            return _reduce_figure(obj)
         if (reduced := reduce_media(obj)) is not None:
             return reduced
         return super().reducer_override(obj)
 
 
-def _tensor(numbers: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...], is_parameter: bool) -> Tensor:
+def _rebuild_tensor(
+    numbers: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...], is_parameter: bool
+) -> Tensor:
     tensor = torch.from_numpy(numbers).view(dtype).reshape(shape)
     return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 
-def _windowless(figure: Any) -> Any:
-    """One that pyplot shows would open a window of its own where it is unpickled."""
+def _reduce_figure(figure: Any) -> Any:
+    """Reduce a figure without its pyplot window, which would be opened where it is unpickled."""
     function, arguments, state, *_ = figure.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     return function, arguments, {name: part for name, part in state.items() if name != "_restore_to_pylab"}
 
@@ -62,7 +66,7 @@ _Emit = Callable[[tuple[str, ...], tuple[Any, ...], dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggerFacts:
-    """What is known of a logger of the driver's on a worker."""
+    """Properties of a driver's logger that hooks on a worker can read."""
 
     index: int
     name: str | None
@@ -71,10 +75,10 @@ class LoggerFacts:
     root_dir: str | None
     log_dir: str | None
     kinds: tuple[tuple[str, str], ...]
-    """Module and name of its class and those above it."""
+    """Module and name of the logger's class and of its base classes."""
 
     @classmethod
-    def of(cls, logger: Logger, index: int) -> "LoggerFacts":
+    def from_logger(cls, logger: Logger, index: int) -> "LoggerFacts":
         return cls(
             index=index,
             name=logger.name,
@@ -89,16 +93,18 @@ class LoggerFacts:
 def logger_views(
     loggers: Sequence[Logger | LoggerFacts], *, forward: Callable[[LogCall], None] | None, step: Callable[[], int]
 ) -> list[Any]:
-    """What `trainer.loggers` is on a rank: the driver's own where this is its process, else stand-ins; without
-    `forward` they do nothing."""
+    """Return `trainer.loggers` of a rank: the driver's loggers in its own process, else proxies.
+
+    Proxies do nothing without `forward`.
+    """
     return [
-        LoggerView(logger, _sender(logger, forward, step)) if isinstance(logger, LoggerFacts) else logger
+        LoggerView(logger, _build_sender(logger, forward, step)) if isinstance(logger, LoggerFacts) else logger
         for logger in loggers
     ]
 
 
-class _Remote:
-    """Something that a logger of the driver's leads to: attributes lead on, a call or an assignment is sent there."""
+class _RemoteProxy:
+    """Proxy of an object in the driver: attributes return proxies, calls and assignments are sent to the driver."""
 
     __slots__ = ("_emit", "_path")
     _emit: _Emit | None
@@ -108,10 +114,10 @@ class _Remote:
         object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_emit", emit)
 
-    def __getattr__(self, name: str) -> "_Remote":
-        if name.startswith("__"):  # protocols that others ask for: arrays, copies, ...
+    def __getattr__(self, name: str) -> "_RemoteProxy":
+        if name.startswith("__"):  # special methods that libraries look up: arrays, copies, ...
             raise AttributeError(name)
-        return _Remote((*self._path, name), self._emit)
+        return _RemoteProxy((*self._path, name), self._emit)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self._emit is not None:
@@ -130,21 +136,21 @@ class _Remote:
     def __repr__(self) -> str:
         return f"<{'.'.join(('logger', *self._path))} in the driver>"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Remote":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_RemoteProxy":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()  # belongs to the run: what hooks have kept of it does not leave the worker
+        return _return_none, ()  # a proxy that a hook has stored is not sent back to the driver
 
 
-class LoggerView(_Remote):
-    """A logger of the driver's, as hooks on a worker see it.
+class LoggerView(_RemoteProxy):
+    """Proxy of a driver's logger for hooks on a worker.
 
-    `self.logger.log_metrics(...)`, `self.logger.experiment.add_image(...)`, `experiment.summary["best"] = 1`: a call is
-    kept with its arguments as they are now, and made in the driver a moment later, in order. On ranks other than 0
-    nothing happens, so that a run logs once. A call returns None, whatever it returns in the driver: with
-    `num_workers=0`, where this is the logger itself, it returns what it does. Paths among the arguments are the
-    driver's. An error of the call ends the run, and names the line that it stands on.
+    A call such as `self.logger.log_metrics(...)`, `self.logger.experiment.add_image(...)` or
+    `experiment.summary["best"] = 1` is recorded with its arguments as they are now, and made in the driver shortly
+    afterwards, in order. On ranks other than 0 nothing happens, so that a run logs once. A call returns None; only with
+    `num_workers=0`, where this is the logger itself, does it return the logger's result. Paths among the arguments are
+    paths on the driver's host. An error of the call ends the run and names the line of the call.
     """
 
     __slots__ = ("_facts",)
@@ -176,8 +182,10 @@ class LoggerView(_Remote):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """That of the driver's logger, so that isinstance says so; of a class unknown here, the first above it that
-        is known."""
+        """Class of the driver's logger, so that `isinstance` works.
+
+        If it cannot be imported here, the first of its base classes that can.
+        """
         for module, name in self._facts.kinds:
             try:
                 return functools.reduce(getattr, name.split("."), sys.modules[module])
@@ -186,19 +194,21 @@ class LoggerView(_Remote):
         return LoggerView
 
 
-def _sender(facts: LoggerFacts, forward: Callable[[LogCall], None] | None, step: Callable[[], int]) -> _Emit | None:
+def _build_sender(
+    facts: LoggerFacts, forward: Callable[[LogCall], None] | None, step: Callable[[], int]
+) -> _Emit | None:
     if forward is None:
         return None
 
     def emit(path: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = f"{_describe_line(inspect.currentframe(), above=2)} at step {step()}"
+        caller = f"{_describe_line(inspect.currentframe(), above=2)} at step {step()}"
         try:
             arguments = snapshot((args, kwargs))
         except Exception as error:
             raise ConfigError(
                 f"logger.{'.'.join(path)}(...): an argument cannot travel to the driver, where the logger is: {error}"
             ) from error
-        forward(LogCall(logger=facts.index, path=path, arguments=arguments, place=place))
+        forward(LogCall(logger=facts.index, path=path, arguments=arguments, place=caller))
 
     return emit
 
@@ -213,12 +223,12 @@ def _describe_line(frame: FrameType | None, *, above: int) -> str:
 
 
 def _close_figures(figures: Any) -> None:
-    """As the SummaryWriter does with what it has drawn; here, where they are open."""
+    """Close figures after they were logged, as SummaryWriter does, in the process where they are open."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is not None:
         for figure in figures if isinstance(figures, list) else [figures]:
             pyplot.close(figure)
 
 
-def _nothing() -> None:
+def _return_none() -> None:
     return None

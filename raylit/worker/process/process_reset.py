@@ -1,4 +1,4 @@
-"""ProcessState: what a run may change in its process, put back before the next run. Worker."""
+"""Reset of a worker's process between runs: undoes what a run may have changed."""
 
 import gc
 import multiprocessing
@@ -17,7 +17,7 @@ from raylit.protocol.process_settings import ProcessSettings, TorchSettings, fil
 
 
 class ProcessState:
-    """A worker's process as it was before its first run."""
+    """State of a worker's process before its first run."""
 
     def __init__(self) -> None:
         self._environment = dict(os.environ)
@@ -28,38 +28,40 @@ class ProcessState:
         self._settings = TorchSettings.current()
         self._num_threads = torch.get_num_threads()
         self._user_files: dict[str, tuple[str, float]] = {}
-        """Path and time of the last change, by module."""
-        _set_apart()
+        """Path and modification time of the user's modules, by name."""
+        _freeze_imported_objects()
 
     def restore(self, module: "weakref.ref[Any]") -> tuple[str, ...]:
-        """Undo what can be undone; names what is left of the run: of its module, threads, processes, device memory."""
+        """Undo what can be undone; return what is left of the run: its module, threads, processes, device memory."""
         take_over_variables({**dict.fromkeys(os.environ), **self._environment})
         self._process_settings.apply()
         self._settings.apply()
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(True)
         torch.autograd.set_detect_anomaly(False)
-        # Compiled code of a run would count against the next one's, whose functions may be the same.
+        # Compiled code of this run would count against the limit of the next one, which may use the same functions.
         reset_compiler()
-        self._note_user_modules()
+        self._record_user_modules()
         sys.path[:] = self._import_path
-        # An exception's traceback may hold the run's last frames.
+        # An exception's traceback may refer to the run's last frames.
         sys.last_value = sys.last_traceback = None
         gc.collect()
         if module() is not None:
-            gc.collect()  # what a graph's nodes, which are C++ objects, have held until the first
+            gc.collect()  # frees what autograd nodes, which are C++ objects, held until the first collection
         gc.freeze()
-        return tuple(self._leftovers(module))
+        return tuple(self._list_leftovers(module))
 
     def changed_modules(self, files_in_driver: Mapping[str, str]) -> tuple[str, ...]:
-        """The user's modules whose files have changed since a run imported them, or that are others in the driver now:
-        a new process would see them as they are now. They are not imported anew here, as what they have registered
-        with torch would clash with itself."""
+        """Return the user's modules whose files have changed since their import, or differ from the driver's.
+
+        Only a new process can import them as they are now: importing them again here could register the same names with
+        torch twice.
+        """
         return (
             *(
                 f"the module {name}, whose file has changed"
-                for name, (path, modified) in self._user_files.items()
-                if _modified(path) != modified
+                for name, (path, recorded_time) in self._user_files.items()
+                if _read_modification_time(path) != recorded_time
             ),
             *(
                 f"the module {name}, which is that of another directory in the driver"
@@ -68,45 +70,49 @@ class ProcessState:
             ),
         )
 
-    def _note_user_modules(self) -> None:
+    def _record_user_modules(self) -> None:
         new = set(sys.modules) - self._modules - set(self._user_files)
         for name, path in files_of_user_modules({name: sys.modules[name] for name in new}).items():
-            self._user_files[name] = (path, _modified(path))
+            self._user_files[name] = (path, _read_modification_time(path))
 
-    def _leftovers(self, module: "weakref.ref[Any]") -> list[str]:
-        left = []
+    def _list_leftovers(self, module: "weakref.ref[Any]") -> list[str]:
+        leftovers = []
         if module() is not None:
-            left.append(f"the module {type(module()).__name__}, which something still refers to")
-        left += [
+            leftovers.append(f"the module {type(module()).__name__}, which something still refers to")
+        leftovers += [
             f"the thread {thread.name}"
             for thread in threading.enumerate()
-            if thread not in self._threads and not _is_of_the_process(thread)
+            if thread not in self._threads and not _is_process_thread(thread)
         ]
-        left += [f"the process {child.name}" for child in multiprocessing.active_children()]
+        leftovers += [f"the process {child.name}" for child in multiprocessing.active_children()]
         if has_global_hooks():
-            left.append("global hooks of torch.nn")
+            leftovers.append("global hooks of torch.nn")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
             if torch.cuda.memory_allocated() > 0:
-                left.append(f"{torch.cuda.memory_allocated()} bytes of device memory")
-        return left
+                leftovers.append(f"{torch.cuda.memory_allocated()} bytes of device memory")
+        return leftovers
 
 
-def _set_apart() -> None:
-    """What a process has imported stays as long as it does: no collection of later garbage need look at it, which takes
-    0.1 s with torch's modules, at the end of each run and now and then in a step."""
+def _freeze_imported_objects() -> None:
+    """Exclude imported objects, which live as long as the process, from garbage collections.
+
+    With torch's modules a full collection takes 0.1 s, at the end of each run and now and then in a step.
+    """
     gc.collect()
     gc.freeze()
 
 
-def _is_of_the_process(thread: threading.Thread) -> bool:
-    """Autograd's threads show up when they call Python, asyncio's belong to the actor, and the process's first executor
-    is the one in which Ray runs the actor's stream of reports. tqdm, which torch's compiler uses too, has one that
-    looks after all bars."""
+def _is_process_thread(thread: threading.Thread) -> bool:
+    """Return whether a thread belongs to the process rather than to a run.
+
+    Autograd's threads appear when they call Python, asyncio's belong to the actor, and the process's first executor
+    runs the actor's stream of reports for Ray. tqdm, which torch's compiler uses too, has one that monitors all bars.
+    """
     return thread.name.startswith(("Dummy-", "asyncio_", "ThreadPoolExecutor-0_", "tqdm_monitor"))
 
 
-def _modified(path: str) -> float:
+def _read_modification_time(path: str) -> float:
     try:
         return os.stat(path).st_mtime
     except OSError:

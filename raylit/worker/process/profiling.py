@@ -1,4 +1,4 @@
-"""Recording: what a profiler is told of this rank's run besides the hooks and steps. Worker."""
+"""Profiling of one rank: the time of commands, waits and batches, besides the hooks and steps."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -40,14 +40,17 @@ _COMMANDS: dict[type, str] = {
     Save: "checkpoint: gather state",
     Finish: "finish",
 }
-"""What of a command is not in an action inside it."""
+"""Name of the time of a command that no action inside it accounts for."""
 
 _SHARED = frozenset({*_COMMANDS.values(), DRIVER, "backward"})
-"""In these a rank may wait for others."""
+"""Actions in which a rank may wait for others."""
 
 
 class RankProfiler:
-    """From a stage's start to its end. Between commands, and while a report is on its way, the time is the driver's."""
+    """Measures a rank from a stage's start to its end.
+
+    Between commands, and while a report is consumed, the time counts as the driver's.
+    """
 
     def __init__(
         self, profiler: Profiler, *, stage: str, context: WorkerContext, accelerator: Accelerator, log_dir: str
@@ -59,18 +62,21 @@ class RankProfiler:
         self._busy_before_s = 0.0
         profiler.setup(stage, context.local_rank, log_dir)
 
-    def over(self, command: Command, reports: Iterator[Report]) -> Iterator[Report]:
+    def measure_reports(self, command: Command, reports: Iterator[Report]) -> Iterator[Report]:
+        """Yield a command's reports and measure the time that each takes."""
         name, profiler = _COMMANDS[type(command)], self._profiler
         with profiler.profile(name):
             for report in reports:
                 with profiler.profile(DRIVER):
                     yield report
         if isinstance(command, Start):
-            self._busy_before_s = self._busy_s  # one rank prepares the data of all, which does not make it a slow one
+            self._busy_before_s = self._busy_s  # preparing the data for all ranks does not make a rank slow
 
-    def taken(self, collectives: Collectives) -> Profile | None:
-        """Of the ranks which took most and least time in the loops for what they do alone; in the rest they wait for
-        each other. None on the other ranks. Collective."""
+    def read_profile(self, collectives: Collectives) -> Profile | None:
+        """Return the profile of the slowest and of the fastest rank, and None on other ranks. Collective.
+
+        A rank's time is what it spends in the loops on work of its own; the rest is waiting for other ranks.
+        """
         profiler = self._profiler
         actions, elapsed_s = profiler.actions, profiler.elapsed_s
         busy_s = self._busy_s - self._busy_before_s
@@ -79,12 +85,12 @@ class RankProfiler:
         if rank not in (slowest, fastest):
             return None
         role = "Slowest rank" if rank == slowest else "Fastest rank"
-        of_many = f"{role}: {rank} of {len(busy)}, on {self._context.host}"
+        rank_title = f"{role}: {rank} of {len(busy)}, on {self._context.host}"
         return Profile(
-            title="Worker" if len(busy) == 1 else of_many,
+            title="Worker" if len(busy) == 1 else rank_title,
             rank=rank,
             elapsed_s=elapsed_s,
-            actions=_complete(actions, elapsed_s),
+            actions=_add_driver_time(actions, elapsed_s),
             peak_memory_bytes=self._memory.read(),
             text=profiler.summary(),
             files=dict(profiler.files()),
@@ -99,16 +105,16 @@ class RankProfiler:
 
 
 class TimedFeed:
-    """A Feed whose batches are measured as they come."""
+    """Feed that measures the time of fetching each batch."""
 
-    __slots__ = ("_feed", "_name", "_profiler", "may_run_ahead", "weight")
+    __slots__ = ("_feed", "_name", "_profiler", "can_prefetch", "weight")
 
     def __init__(self, feed: Feed, profiler: Profiler, name: str) -> None:
         self._feed = feed
         self._profiler = profiler
         self._name = name
         self.weight = 1.0
-        self.may_run_ahead = feed.may_run_ahead
+        self.can_prefetch = feed.can_prefetch
 
     def __iter__(self) -> "TimedFeed":
         return self
@@ -124,7 +130,7 @@ class TimedFeed:
 
 
 def timed_items(items: Iterator[Any], profiler: Profiler, name: str) -> Iterator[Any]:
-    """`items`, with the time that it takes to get each."""
+    """Yield the items and measure the time of fetching each."""
     end = object()
     while True:
         with profiler.profile(name):
@@ -134,11 +140,14 @@ def timed_items(items: Iterator[Any], profiler: Profiler, name: str) -> Iterator
         yield item
 
 
-def _complete(actions: tuple[Action, ...], elapsed_s: float) -> tuple[Action, ...]:
-    """With the rest, so that they add up."""
+def _add_driver_time(actions: tuple[Action, ...], elapsed_s: float) -> tuple[Action, ...]:
+    """Add the driver's time, so that the actions add up to the elapsed time."""
     if not actions:
         return ()
-    inside = {action.name: action for action in actions}
-    waits = inside.pop(DRIVER, None)
-    rest_s = elapsed_s - sum(action.total_s for action in inside.values())
-    return (*inside.values(), Action(name=DRIVER, num_calls=waits.num_calls if waits else 0, total_s=rest_s))
+    worker_actions = {action.name: action for action in actions}
+    driver_wait = worker_actions.pop(DRIVER, None)
+    rest_s = elapsed_s - sum(action.total_s for action in worker_actions.values())
+    return (
+        *worker_actions.values(),
+        Action(name=DRIVER, num_calls=driver_wait.num_calls if driver_wait else 0, total_s=rest_s),
+    )

@@ -1,4 +1,7 @@
-"""What hooks left on modules and callbacks, on its way back to the driver's objects. Worker packs, driver applies."""
+"""Attributes and weights of modules and callbacks, returned to the driver's objects after a run.
+
+The worker packs them, the driver applies them.
+"""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ from raylit.worker.data.shared_memory import SharedMemory
 
 _NN_INTERNAL = frozenset(nn.Module().__dict__)
 _LEFT_BEHIND = (DataLoader, Dataset, nn.Module)
-"""Data stays where it is; modules go by their state."""
+"""Types that are not returned as attributes: data stays on the worker, modules return their state."""
 
 
 @dataclass(slots=True)
@@ -25,30 +28,35 @@ class Attributes:
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    """Those that are not part of the module's state dict."""
+    """Buffers that are not part of the module's state dict."""
     frozen: frozenset[str] = frozenset()
     """Names of the parameters that require no gradient."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Attributes that cannot be pickled."""
     grown_module: nn.Module | None = None
-    """The whole module, where hooks have added or removed parts that the driver's lacks or still has."""
+    """The whole module, if hooks have added or removed parts of it."""
 
 
 def pack(
     module: nn.Module, callbacks: Sequence[Callback], *, state_keys: Set[str], shared: SharedMemory | None = None
 ) -> bytes:
-    """Pickle the attributes as one, so that what they share stays shared; what cannot travel is left out and named.
+    """Pickle the attributes together, so that references between them are kept; those that cannot be pickled are named.
 
-    `state_keys`: those of the module's state as it came from the driver, which also has what is as it was in the
-    `shared` memory.
+    Args:
+        module: The module.
+        callbacks: The callbacks.
+        state_keys: Keys of the module's state dict as it came from the driver.
+        shared: The run's shared memory; values that are unmodified in it are left out, as the driver has them.
     """
     own_keys = set(module.state_dict())
     attributes = Attributes(
-        modules={name: _without(shared, _own_attributes(child)) for name, child in module.named_modules()},
-        buffers=_transient_buffers(module, own_keys),
+        modules={
+            name: _drop_unmodified(shared, _read_module_attributes(child)) for name, child in module.named_modules()
+        },
+        buffers=_read_transient_buffers(module, own_keys),
         frozen=frozenset(name for name, parameter in module.named_parameters() if not parameter.requires_grad),
-        callbacks=[_without(shared, _state(callback)) for callback in callbacks],
+        callbacks=[_drop_unmodified(shared, _read_state(callback)) for callback in callbacks],
         grown_module=module if own_keys != state_keys else None,
     )
     try:
@@ -59,10 +67,10 @@ def pack(
 
 
 def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> list[str]:
-    """Put the attributes onto the driver's objects. Returns the names of those that could not travel."""
+    """Set the attributes on the driver's objects and return the names of those that could not be pickled."""
     attributes: Attributes = cloudpickle.loads(pickled)
     if attributes.grown_module is not None:
-        # What was a plain attribute, such as None, and is a layer now would hide it.
+        # A plain attribute, such as None, would hide the layer that has replaced it.
         for name in list_registered(attributes.grown_module) & module.__dict__.keys():
             del module.__dict__[name]
         module.__dict__.update(attributes.grown_module.__dict__)
@@ -80,33 +88,39 @@ def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> l
 
 
 class GatheredWeights:
-    """Weights that come back in pieces. What the driver's module has memory for goes there at once, so that there is
-    never a second copy of it; a run that fails while they come leaves it with some of them."""
+    """Weights that are returned in pieces.
+
+    A piece is copied into the memory of the driver's module at once where it fits, so that there is never a second copy
+    of the weights. A run that fails in between leaves the module with some of the new weights.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._own: dict[str, Any] | None = None
+        self._module_state: dict[str, Any] | None = None
         self.state_dict: dict[str, Tensor] = {}
-        """All that has come so far: the module's own tensors, and others with memory of their own."""
+        """All weights so far: the module's own tensors, and others with memory of their own."""
 
     def take(self, piece: Mapping[str, Tensor]) -> None:
-        if self._own is None:
-            self._own = self._module.state_dict(keep_vars=True)
+        """Copy a piece into the module's memory, or keep a clone where that does not fit."""
+        if self._module_state is None:
+            self._module_state = self._module.state_dict(keep_vars=True)
         for name, trained in piece.items():
-            own = self._own.get(name)
-            if not is_fit(own, trained.shape) or own.device.type != "cpu":
+            tensor = self._module_state.get(name)
+            if not is_fit(tensor, trained.shape) or tensor.device.type != "cpu":
                 self.state_dict[name] = trained.clone()
                 continue
-            if own.dtype == trained.dtype:
-                own.data.copy_(trained)
+            if tensor.dtype == trained.dtype:
+                tensor.data.copy_(trained)
             else:
-                own.data = trained.clone()
-            self.state_dict[name] = own.detach()
+                tensor.data = trained.clone()
+            self.state_dict[name] = tensor.detach()
 
 
 def apply_weights(state_dict: Mapping[str, Any], module: nn.Module, *, is_adopting: bool = False) -> None:
-    """Load what was trained into the driver's own tensors, in the precision that it was trained in. Those on the meta
-    device come to the CPU with it; `is_adopting`: by taking the state dict's memory for theirs."""
+    """Load trained weights into the driver's own tensors, in the precision that they were trained in.
+
+    Tensors on the meta device are created on the CPU; with `is_adopting` they use the state dict's memory.
+    """
     _materialize(module, state_dict if is_adopting else {})
     for name, tensor in module.state_dict(keep_vars=True).items():
         trained = state_dict.get(name)
@@ -116,26 +130,26 @@ def apply_weights(state_dict: Mapping[str, Any], module: nn.Module, *, is_adopti
 
 
 def _materialize(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    parameters: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter.is_meta:
-                if parameter not in made:
+                if parameter not in parameters:
                     trained = state_dict.get(f"{prefix}.{name}" if prefix else name)
                     data = trained if is_fit(trained, parameter.shape) else torch.empty_like(parameter, device="cpu")
-                    made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                setattr(part, name, made[parameter])
+                    parameters[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                setattr(part, name, parameters[parameter])
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
+def _read_module_attributes(module: nn.Module) -> dict[str, Any]:
     return {
-        name: _on_cpu(value)
-        for name, value in _state(module).items()
+        name: _to_cpu(value)
+        for name, value in _read_state(module).items()
         if (name not in _NN_INTERNAL or name == "training") and not isinstance(value, _LEFT_BEHIND)
     }
 
 
-def _transient_buffers(module: nn.Module, state_keys: Set[str]) -> dict[str, Tensor]:
+def _read_transient_buffers(module: nn.Module, state_keys: Set[str]) -> dict[str, Tensor]:
     return {
         name: buffer.detach().cpu()
         for name, buffer in module.named_buffers(remove_duplicate=False)
@@ -150,16 +164,16 @@ def _set_buffer(owner: nn.Module, name: str, buffer: Tensor) -> None:
         owner.register_buffer(name, buffer, persistent=False)
 
 
-def _without(shared: SharedMemory | None, attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if shared is None or not shared.has_as_given(value)}
+def _drop_unmodified(shared: SharedMemory | None, attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if shared is None or not shared.is_unmodified(value)}
 
 
-def _state(owner: Any) -> dict[str, Any]:
+def _read_state(owner: Any) -> dict[str, Any]:
     state = owner.__getstate__() if hasattr(owner, "__getstate__") else owner.__dict__
     return state if isinstance(state, dict) else {}
 
 
-def _on_cpu(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 

@@ -1,4 +1,4 @@
-"""Output: what a worker process prints, on its way to the driver. Worker."""
+"""Lines that a worker process prints, captured for the driver."""
 
 import contextlib
 import io
@@ -11,30 +11,34 @@ from typing import Any, Literal, TextIO, cast
 from raylit.protocol.messages import Printed
 
 _MAX_LINES = 2_000
-"""Waiting to be fetched, ten times a second: a print never waits for the driver, the surplus is only counted."""
+"""Lines kept between two fetches, ten a second: a print never waits for the driver; further lines are only counted."""
 _MAX_LINE_CHARS = 100_000
 
 StreamName = Literal["stdout", "stderr"]
 
 
 class StdoutCapture:
-    """Stands in for sys.stdout and sys.stderr, from the moment it is made to the end of the process.
+    """Replaces sys.stdout and sys.stderr from its creation to the end of the process.
 
-    What comes from C, and from processes that are not forks of this one, does not pass here.
+    Output of C code, and of processes that are not forks of this one, is not captured.
     """
 
     def __init__(self, *, on_lines: Callable[[], None]) -> None:
-        """`on_lines` is called in the thread that prints, when there is something to `take`."""
+        """Replace the streams.
+
+        Args:
+            on_lines: Called in the thread that prints when there is something to `take`.
+        """
         self._on_lines = on_lines
         self._lines: list[tuple[StreamName, str]] = []
         self._num_dropped = 0
-        # A print in a destructor may come in the middle of another one.
+        # Reentrant: a destructor may print during another print.
         self._lock = threading.RLock()
         self._streams = (_Stream(sys.stdout, "stdout", self._put), _Stream(sys.stderr, "stderr", self._put))
         sys.stdout, sys.stderr = cast(tuple[TextIO, TextIO], self._streams)
 
     def take(self) -> Printed | None:
-        """The lines since the last call."""
+        """Return the lines since the last call, or None."""
         with self._lock:
             lines, self._lines = self._lines, []
             num_dropped, self._num_dropped = self._num_dropped, 0
@@ -43,7 +47,7 @@ class StdoutCapture:
         return Printed(lines=tuple(lines)) if lines else None
 
     def finish_lines(self) -> None:
-        """Nothing will continue the lines that have no end yet."""
+        """End the lines that have no end yet."""
         for stream in self._streams:
             stream.finish()
 
@@ -58,7 +62,7 @@ class StdoutCapture:
 
 
 class _Stream(io.TextIOBase):
-    """One of the two. Everything but text is the original's business."""
+    """Replacement of one stream: captures text and delegates everything else to the original."""
 
     def __init__(self, original: TextIO, name: StreamName, put: Callable[[StreamName, list[str]], None]) -> None:
         self._original = original
@@ -67,12 +71,12 @@ class _Stream(io.TextIOBase):
         self._rest = ""
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._from_forks = _Pipe(lambda line: put(name, [line]))
+        self._fork_pipe = _Pipe(lambda line: put(name, [line]))
 
     def write(self, text: str) -> int:
         with self._lock:
             *lines, rest = (self._rest + text).split("\n")
-            # A bar that draws itself anew on its line: what it shows last is the line.
+            # A progress bar redraws its line after a carriage return: only its last text counts.
             self._rest = rest.rpartition("\r")[2] if len(rest) < _MAX_LINE_CHARS else ""
             lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
             if len(rest) >= _MAX_LINE_CHARS:
@@ -80,7 +84,7 @@ class _Stream(io.TextIOBase):
         if lines and os.getpid() == self._pid:
             self._put(self._name, lines)
         elif lines:
-            self._from_forks.write("".join(f"{line}\n" for line in lines))
+            self._fork_pipe.write("".join(f"{line}\n" for line in lines))
         return len(text)
 
     def writable(self) -> bool:
@@ -105,12 +109,12 @@ class _Stream(io.TextIOBase):
 
 
 class _Pipe:
-    """From forks of this process, a DataLoader's workers above all, whose threads and event loop stay behind."""
+    """Pipe from forks of this process, such as a DataLoader's workers, where its threads and event loop do not run."""
 
     def __init__(self, put: Callable[[str], None]) -> None:
         self._put = put
         reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)  # a full pipe loses lines, and never holds up the data
+        os.set_blocking(self._writer, False)  # a full pipe loses lines but never blocks data loading
         threading.Thread(target=self._read, args=[reader], name="asyncio_raylit_output", daemon=True).start()
 
     def write(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that make different data are told so; random numbers, small last batches and classes of the user's script."""
+"""Ranks with different data raise an error; random numbers, small last batches and classes of the user's script."""
 
 import os
 import random
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset, TensorDataset
 
 import raylit as pl
-from raylit.worker.data.agreement import Fingerprint, fingerprint_of_indices, fingerprint_of_samples
+from raylit.worker.data.agreement import Fingerprint, fingerprint_indices, fingerprint_samples
 from raylit.worker.data.sampling import Share
 
 FULL = TensorDataset(torch.arange(24.0)[:, None])
@@ -71,7 +71,7 @@ def loaders(case, rank):
 
 
 class Seen(pl.LightningModule):
-    """Writes what each rank has trained on to files."""
+    """Records what each rank has trained on in files."""
 
     def __init__(self, path):
         super().__init__()
@@ -122,7 +122,7 @@ class Disagreeing(pl.LightningDataModule):
         ("validation stream", "validation data is a stream .* use_distributed_sampler=False"),
     ],
 )
-def test_ranks_with_different_data_are_told_what_differs(case, message, quiet, tmp_path):
+def test_ranks_with_different_data_raise_an_error_that_names_the_difference(case, message, quiet, tmp_path):
     with pytest.raises(pl.ModuleError, match=message):
         pl.fit(Validated(tmp_path), datamodule=Disagreeing(case), num_workers=2, max_epochs=1, **quiet)
 
@@ -153,13 +153,13 @@ def test_a_random_split_of_a_set_is_the_same_on_all_ranks(quiet, tmp_path):
     assert len(set(parts[0] + parts[1])) == 16
 
 
-def test_a_stream_that_splits_itself_is_left_whole_where_that_is_said(quiet, tmp_path):
+def test_a_stream_that_splits_itself_is_not_sharded_without_use_distributed_sampler(quiet, tmp_path):
     loader = DataLoader(OwnSplit(), batch_size=2)
     pl.fit(Seen(tmp_path), loader, num_workers=2, max_epochs=1, use_distributed_sampler=False, **quiet)
     assert [numbers_of(tmp_path, rank) for rank in range(2)] == [list(range(0, 24, 2)), list(range(1, 24, 2))]
 
 
-def test_fingerprints_tell_data_apart_but_not_what_rounding_or_a_directory_changes():
+def test_fingerprints_differ_with_the_data_but_not_with_rounding_or_directories():
     def of(value):
         fingerprint = Fingerprint()
         fingerprint.add_value(value)
@@ -171,10 +171,10 @@ def test_fingerprints_tell_data_apart_but_not_what_rounding_or_a_directory_chang
     assert of("/one/a.png") == of("/two/a.png") != of("/two/b.png")
     for other in (torch.tensor([2.0, 1.0]), torch.tensor([[1.0, 2.0]]), [1.0, 2.0], torch.tensor([1, 2])):
         assert of(torch.tensor([1.0, 2.0])) != of(other)
-    assert fingerprint_of_samples(Names(["a", "b"])) != fingerprint_of_samples(Names(["b", "a"]))
-    assert fingerprint_of_samples(Subset(FULL, [0, 1])) != fingerprint_of_samples(Subset(FULL, [1, 0]))
-    assert fingerprint_of_indices([1, 2]) == fingerprint_of_indices([1, 2]) != fingerprint_of_indices([2, 1])
-    assert fingerprint_of_indices(["a", "b"]) != fingerprint_of_indices(["b", "a"])
+    assert fingerprint_samples(Names(["a", "b"])) != fingerprint_samples(Names(["b", "a"]))
+    assert fingerprint_samples(Subset(FULL, [0, 1])) != fingerprint_samples(Subset(FULL, [1, 0]))
+    assert fingerprint_indices([1, 2]) == fingerprint_indices([1, 2]) != fingerprint_indices([2, 1])
+    assert fingerprint_indices(["a", "b"]) != fingerprint_indices(["b", "a"])
 
 
 class Noise(Dataset):
@@ -187,7 +187,7 @@ class Noise(Dataset):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "generator": torch.Generator()}])
-def test_each_rank_draws_random_numbers_of_its_own(options, quiet, tmp_path):
+def test_each_rank_draws_different_random_numbers(options, quiet, tmp_path):
     pl.fit(Seen(tmp_path), DataLoader(Noise(), batch_size=2, **options), num_workers=2, max_epochs=1, **quiet)
     drawn = [numbers_of(tmp_path, rank) for rank in range(2)]
     assert len(set(drawn[0] + drawn[1])) == 2 * 4 * 3, "three generators, four samples on each rank"
@@ -241,7 +241,7 @@ def normed(num_samples, **options):
     return model.norm
 
 
-def test_batch_norm_has_no_batch_of_one_sample_by_sharing_out(quiet):
+def test_sharding_leaves_no_batch_of_one_sample_to_batch_norm(quiet):
     assert normed(11, num_workers=2, **quiet).num_batches_tracked.item() == 2
 
 
@@ -268,7 +268,7 @@ class NormedSignal(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_synced_batch_norm_goes_on_where_a_rank_has_no_sample_of_the_last_batch(quiet):
+def test_synced_batch_norm_works_where_a_rank_has_no_sample_of_the_last_batch(quiet):
     data = TensorDataset(torch.linspace(-1, 2, 9 * 24).reshape(9, 3, 8) ** 3)
     alone, shared = NormedSignal(), NormedSignal()
     pl.fit(alone, DataLoader(data, batch_size=4), max_epochs=2, num_workers=0, **quiet)
@@ -278,7 +278,7 @@ def test_synced_batch_norm_goes_on_where_a_rank_has_no_sample_of_the_last_batch(
 
 
 @pytest.mark.parametrize(("num_workers", "is_synced"), [(0, False), (2, False), (2, True)])
-def test_a_last_batch_of_one_sample_names_drop_last(num_workers, is_synced, quiet):
+def test_the_error_for_a_last_batch_of_one_sample_names_drop_last(num_workers, is_synced, quiet):
     with pytest.raises((ValueError, pl.ModuleError), match="drop_last=True"):
         normed(9, num_workers=num_workers, sync_batchnorm=is_synced, **quiet)
 
@@ -344,6 +344,6 @@ SCRIPT = """
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_loaders_processes_find_the_classes_of_the_script(run_script):
+def test_loader_processes_find_the_classes_of_the_script(run_script):
     lines = run_script(SCRIPT, timeout_s=400.0).splitlines()
     assert lines == ["0 spawn 3.5", "2 fork 3.5", "2 spawn 3.5", "2 forkserver 3.5"]

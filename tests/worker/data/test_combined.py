@@ -87,7 +87,7 @@ def test_every_rank_runs_the_same_number_of_steps(make, mode, world_size):
 @COLLECTIONS
 @pytest.mark.parametrize("mode", ["max_size_cycle", "max_size"])
 @WORLD_SIZES
-def test_no_rank_is_without_a_batch_and_every_sample_is_met(make, mode, world_size):
+def test_every_rank_has_a_batch_in_every_step_and_every_sample_is_seen(make, mode, world_size):
     ranks = trained(make, world_size, mode=mode)
     assert {weight for rank in ranks for _, weight in rank} == {1.0}
     for key, expected in [("short", set(range(7))), ("long", set(range(100, 123)))]:
@@ -100,7 +100,7 @@ def test_no_rank_is_without_a_batch_and_every_sample_is_met(make, mode, world_si
 
 
 @WORLD_SIZES
-def test_one_after_the_other_is_exact_as_single_loaders_are(world_size):
+def test_sequential_mode_shares_samples_out_exactly_once(world_size):
     ranks = trained(lambda: [numbers(0, 7), numbers(100, 105)], world_size, mode="sequential")
     met = [sample for rank in ranks for batch, _ in rank if batch for sample in batch]
     assert sorted(met) == [*range(7), *range(100, 105)]
@@ -112,13 +112,13 @@ def test_one_after_the_other_is_exact_as_single_loaders_are(world_size):
 @MODES
 @WORLD_SIZES
 @pytest.mark.filterwarnings("ignore:the training loader is a stream")
-def test_skipping_leaves_the_tail_of_the_uninterrupted_epoch(make, mode, world_size):
+def test_skipping_yields_the_rest_of_the_uninterrupted_epoch(make, mode, world_size):
     whole = trained(make, world_size, mode=mode, epoch=2)
     for skip in range(1, len(whole[0]) + 1):
         assert trained(make, world_size, mode=mode, epoch=2, skip=skip) == [rank[skip:] for rank in whole], skip
 
 
-def test_further_passes_and_other_loaders_have_orders_of_their_own():
+def test_each_pass_and_each_loader_has_a_different_order():
     source = source_of([numbers(0, 8, shuffle=True), numbers(0, 8, shuffle=True), numbers(0, 32)])
     steps = [[samples(part) for part in batch] for batch in source.epoch(0)]
     first, second = [steps[k][0] for k in range(4)], [steps[k][0] for k in range(4, 8)]
@@ -130,14 +130,14 @@ def test_further_passes_and_other_loaders_have_orders_of_their_own():
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_first_loader_has_the_batches_that_it_has_alone(world_size):
+def test_the_first_loader_has_the_same_batches_as_without_a_combination(world_size):
     alone = trained(lambda: numbers(0, 12, shuffle=True), world_size)
     combined = trained(lambda: {"x": numbers(0, 12, shuffle=True)}, world_size)
     assert combined == [[({"x": batch}, weight) for batch, weight in rank] for rank in alone]
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
-def test_a_samplers_own_generator_goes_on_after_a_resume(mode):
+def test_a_samplers_own_generator_continues_after_a_resume(mode):
     def make():
         def loader(start, stop):
             sampler = RandomSampler(range(stop - start), generator=torch.Generator().manual_seed(start))
@@ -158,7 +158,7 @@ def test_a_samplers_own_generator_goes_on_after_a_resume(mode):
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
 @WORLD_SIZES
-def test_an_evaluation_deals_the_single_process_combination_out_in_turn(mode, world_size):
+def test_an_evaluation_deals_out_the_single_process_combination_in_turn(mode, world_size):
     def evaluated(world_size):
         def data(rank):
             combined = pl.CombinedLoader(uneven(), mode)
@@ -173,6 +173,6 @@ def test_an_evaluation_deals_the_single_process_combination_out_in_turn(mode, wo
     assert data.num_batches == math.ceil(len(single) / world_size)
 
 
-def test_a_loader_with_fewer_batches_than_ranks_says_so():
+def test_a_loader_with_fewer_batches_than_ranks_is_an_error():
     with pytest.raises(pl.ModuleError, match=r"no batch at all .* workers \(3\)"):
         trained(lambda: {"few": DataLoader(Stream(0, 2), batch_size=2), "many": numbers(0, 12)}, 3)

@@ -45,7 +45,7 @@ class TestShare:
 
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     @pytest.mark.parametrize("num_items", SIZES)
-    def test_the_global_batches_are_those_of_one_process_with_all_batches_together(self, world_size, num_items):
+    def test_global_batches_equal_those_of_one_process_with_a_larger_batch_size(self, world_size, num_items):
         dealt = dealt_out(num_items, world_size=world_size, batch_size=2)
         together = list(BatchSampler(range(num_items), batch_size=2 * world_size, drop_last=False))
         columns = itertools.zip_longest(*[batches for batches, _, _ in dealt], fillvalue=[])
@@ -81,17 +81,17 @@ class TestShare:
         items = [item for batches, _, _ in dealt for batch in batches for item in batch]
         assert sorted(items) == list(range(num_groups * 2 * world_size))
 
-    def test_whole_batches_are_dealt_out_in_turn_and_weighed_by_the_ranks_that_have_one(self):
+    def test_whole_batches_are_dealt_out_in_turn_and_weighted_by_the_ranks_that_have_one(self):
         assert dealt_out(5, world_size=3) == [([0, 3], [1.0, 1.5], 2), ([1, 4], [1.0, 1.5], 2), ([2], [1.0, 0.0], 2)]
 
     @pytest.mark.parametrize("options", [{}, {"batch_size": 2}])
     @pytest.mark.parametrize("skip", [0, 1, 2, 3, 4, 9])
-    def test_skipping_leaves_the_tail(self, options, skip):
+    def test_skipping_yields_the_rest_of_the_epoch(self, options, skip):
         whole, tail = (dealt_out(13, world_size=3, skip=s, **options) for s in (0, skip))
         for (all_items, all_weights, _), (items, weights, _) in zip(whole, tail, strict=True):
             assert (items, weights) == (all_items[skip:], all_weights[skip:])
 
-    def test_an_iteration_keeps_to_what_was_started_when_it_began(self):
+    def test_a_later_start_does_not_change_a_running_iteration(self):
         share = Share(lambda epoch: iter(range(100 * epoch, 100 * epoch + 4)), num_items=4, rank=0, world_size=1)
         first, second = deque(), deque()
         share.start(1, num_dealt=0, weights=first)
@@ -100,7 +100,7 @@ class TestShare:
         assert list(batches) == [100, 101, 102, 103]
         assert (len(first), len(second)) == (4, 0)
 
-    def test_the_order_is_not_drawn_before_the_first_item_is_asked_for(self):
+    def test_the_order_is_drawn_at_the_first_item(self):
         drawn = []
         share = Share(lambda epoch: iter([drawn.append(epoch)]), num_items=1, rank=0, world_size=1)
         iter(share)
@@ -109,7 +109,7 @@ class TestShare:
         next(batches)
         assert drawn == [0]
 
-    def test_without_a_number_of_items_there_is_no_length(self):
+    def test_an_unknown_number_of_items_has_no_length(self):
         share = Share(lambda epoch: itertools.count(), num_items=float("inf"), batch_size=2, rank=1, world_size=2)
         with pytest.raises(TypeError):
             len(share)
@@ -117,7 +117,7 @@ class TestShare:
 
 
 class Drawing:
-    """A sampler that draws from all the global generators, item by item."""
+    """Sampler that draws from all the global generators, item by item."""
 
     def __iter__(self):
         for _ in range(7):
@@ -135,7 +135,7 @@ def ordered(sampler, *, seed=3, num_at_once=4):
 
 class TestOrder:
     @pytest.mark.parametrize("seed", [0, 3])
-    def test_a_plain_shuffle_is_that_of_distributed_sampler(self, seed):
+    def test_a_plain_shuffle_equals_distributed_sampler(self, seed):
         reference = DistributedSampler(range(20), num_replicas=1, rank=0, seed=seed)
         reference.set_epoch(2)
         assert list(ordered(RandomSampler(range(20)), seed=seed + 2)) == list(reference)
@@ -151,7 +151,7 @@ class TestOrder:
         assert list(ordered(own)) == torch.randperm(10, generator=torch.Generator().manual_seed(8)).tolist()
 
     @pytest.mark.parametrize("kind", [Drawing, SizedDrawing])
-    def test_a_custom_sampler_is_a_function_of_the_seed_and_disturbs_nobody(self, kind):
+    def test_a_custom_sampler_depends_on_the_seed_only_and_leaves_global_random_state_unchanged(self, kind):
         torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
         expected = torch.rand(3).tolist(), [random.random() for _ in range(3)], numpy.random.rand(3).tolist()
         torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
@@ -167,7 +167,7 @@ class TestOrder:
         assert drawn == list(ordered(kind(), num_at_once=3))
         assert drawn != list(ordered(kind(), seed=4))
 
-    def test_an_endless_sampler_with_a_length_is_not_run_to_its_end(self):
+    def test_an_endless_sampler_is_read_up_to_its_length(self):
         endless = itertools.count()
 
         class Endless:
@@ -180,24 +180,24 @@ class TestOrder:
         assert list(itertools.islice(ordered(Endless()), 8)) == list(range(8))
         assert next(endless) == 9
 
-    def test_a_plain_batch_sampler_is_opened_and_any_other_is_kept(self):
+    def test_a_plain_batch_sampler_is_unwrapped_and_any_other_is_kept(self):
         class Own(BatchSampler):
             pass
 
         data = range(10)
         weighted = WeightedRandomSampler([1.0] * 10, 10)
         plain = DataLoader(data, batch_size=4, sampler=weighted, drop_last=True)
-        assert IndexSource.of(plain) == IndexSource(sampler=weighted, batch_size=4, drop_last=True)
+        assert IndexSource.from_loader(plain) == IndexSource(sampler=weighted, batch_size=4, drop_last=True)
         given = DataLoader(data, batch_sampler=BatchSampler(weighted, 3, False))
-        assert IndexSource.of(given) == IndexSource(sampler=weighted, batch_size=3)
+        assert IndexSource.from_loader(given) == IndexSource(sampler=weighted, batch_size=3)
         own = DataLoader(data, batch_sampler=Own(SequentialSampler(data), 3, False))
-        assert IndexSource.of(own) == IndexSource(sampler=own.batch_sampler)
+        assert IndexSource.from_loader(own) == IndexSource(sampler=own.batch_sampler)
         unbatched = DataLoader(data, batch_size=None, sampler=weighted)
-        assert IndexSource.of(unbatched) == IndexSource(sampler=weighted)
+        assert IndexSource.from_loader(unbatched) == IndexSource(sampler=weighted)
 
 
 class TestIsolatedRandom:
-    def test_it_goes_on_where_it_was_left_and_leaves_no_trace(self):
+    def test_it_continues_its_own_random_state_and_restores_the_outer_one(self):
         own = IsolatedRandom(5)
         torch.manual_seed(1)
         before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
@@ -216,7 +216,7 @@ class TestIsolatedRandom:
 
 
 class TestSamplerGenerators:
-    def test_an_epoch_asked_for_again_starts_from_the_same_state_and_the_next_goes_on(self):
+    def test_a_repeated_epoch_starts_from_the_same_state_and_the_next_one_continues(self):
         generator = torch.Generator().manual_seed(4)
         sampler = RandomSampler(range(30), generator=generator)
         by_hand = [list(RandomSampler(range(30), generator=g)) for g in [torch.Generator().manual_seed(4)] * 2]
@@ -227,7 +227,7 @@ class TestSamplerGenerators:
             drawn.append(list(sampler))
         assert drawn == [by_hand[0], by_hand[0], by_hand[1]]
 
-    def test_an_epoch_under_way_cannot_go_on_with_samplers_of_another_kind(self):
+    def test_resuming_inside_an_epoch_with_other_samplers_is_an_error(self):
         with_one = SamplerGenerators([RandomSampler(range(3), generator=torch.Generator())])
         with_one.begin(2)
         without = SamplerGenerators([SequentialSampler(range(3))])

@@ -175,7 +175,7 @@ class TestMapStyle:
 
     @ALL_MAP_STYLE
     @WORLD_SIZES
-    def test_the_number_of_batches_is_known_and_alike_on_all_ranks(self, make_loader, world_size):
+    def test_the_number_of_batches_is_known_and_equal_on_all_ranks(self, make_loader, world_size):
         counts = {len(rank) for rank in trained(make_loader, world_size)}
         known = TrainData(make_loader(), rank=0, world_size=world_size, seed=0).num_batches
         assert counts == {known} or (math.isinf(known) and make_loader is MAP_STYLE["unsized sampler"])
@@ -189,7 +189,7 @@ class TestMapStyle:
 
     @ALL_MAP_STYLE
     @WORLD_SIZES
-    def test_skipping_leaves_the_tail_of_the_uninterrupted_epoch(self, make_loader, world_size):
+    def test_skipping_yields_the_rest_of_the_uninterrupted_epoch(self, make_loader, world_size):
         whole = trained(make_loader, world_size, epoch=3)
         assert len(whole[0]) > 1
         for skip in (1, len(whole[0]) - 1, len(whole[0])):
@@ -204,7 +204,7 @@ class TestMapStyle:
 
     @pytest.mark.parametrize("shuffle", [True, False])
     @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (3, 0), (2, 2)])
-    def test_full_batches_are_those_of_distributed_sampler(self, shuffle, num_workers, world_size):
+    def test_full_batches_equal_those_of_distributed_sampler(self, shuffle, num_workers, world_size):
         data = numbers(24)
         for rank in range(world_size):
             sampler = DistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=5)
@@ -215,7 +215,7 @@ class TestMapStyle:
                 sampler.set_epoch(epoch)
                 assert taken(train_data, epoch) == [(samples(batch), 1.0) for batch in by_hand]
 
-    def test_worker_processes_change_nothing(self):
+    def test_worker_processes_do_not_change_the_batches(self):
         plain = DataLoader(numbers(25), batch_size=2, shuffle=True)
         forked = DataLoader(numbers(25), batch_size=2, shuffle=True, num_workers=2, prefetch_factor=5)
         assert trained(lambda: forked, 2) == trained(lambda: plain, 2)
@@ -243,14 +243,14 @@ class TestMapStyle:
         assert [len(share) for share in whole[:4]] == [1, 2, 3, 1]
         assert [share for step in zip(*double, strict=True) for share, _ in step if share] == whole
 
-    def test_a_seed_and_an_epoch_each_have_their_order(self):
+    def test_the_order_depends_on_seed_and_epoch(self):
         for name in ("shuffle", "unsized sampler", "subset sampler", "custom batch sampler"):
             orders = {
                 str(trained(MAP_STYLE[name], 2, seed=seed, epoch=epoch)) for seed, epoch in [(0, 0), (0, 1), (9, 0)]
             }
             assert len(orders) == 3, name
 
-    def test_only_own_samples_are_fetched_and_none_of_the_skipped(self):
+    def test_only_the_samples_of_the_rank_after_the_skipped_ones_are_fetched(self):
         fetched = []
 
         class Watched(torch.utils.data.Dataset):
@@ -273,7 +273,7 @@ class TestMapStyle:
         assert dataset.epochs == inner.epochs == outer.epochs == [4, 5]
 
     @pytest.mark.parametrize("world_size", [1, 2])
-    def test_a_distributed_sampler_is_the_users_own_split(self, world_size):
+    def test_a_distributed_sampler_is_kept_as_the_users_split(self, world_size):
         for rank in range(world_size):
             sampler = DistributedSampler(range(10), num_replicas=world_size, rank=rank, seed=3, shuffle=True)
             loader = DataLoader(numbers(10), batch_size=2, sampler=sampler)
@@ -286,7 +286,7 @@ class TestMapStyle:
 
 
 class TestLoader:
-    def test_the_loader_keeps_its_options_and_its_kind_and_is_not_changed(self):
+    def test_the_users_loader_is_unchanged_and_its_copy_keeps_class_and_options(self):
         class Tagged(DataLoader):
             tag = None
 
@@ -325,7 +325,7 @@ class TestLoader:
         assert len(processes[0]) == 2
 
     @pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
-    def test_an_epoch_broken_off_leaves_nothing_behind(self, options):
+    def test_an_interrupted_epoch_leaves_no_batches_to_the_next(self, options):
         loader = DataLoader(numbers(25), batch_size=2, **options)
         data = TrainData(loader, rank=1, world_size=2, seed=0)
         whole = taken(data)
@@ -334,13 +334,13 @@ class TestLoader:
         assert taken(data, skip=1, limit=1) == whole[1:2]
         assert taken(data) == whole
 
-    def test_weights_stay_with_their_batches_where_the_loader_would_return_them_out_of_order(self):
+    def test_weights_match_their_batches_for_loaders_with_in_order_false(self):
         loader = DataLoader(SlowToStart(numbers(11)), batch_size=2, num_workers=2, in_order=False)
         shares = [share for share, _ in taken(TrainData(loader, rank=0, world_size=2, seed=0))]
         assert shares == [[0, 2], [4, 6], [8, 10]]
 
     @pytest.mark.parametrize("batches_for_one", [0, 2])
-    def test_a_loader_that_does_not_follow_its_sampler_is_refused_where_that_matters(self, batches_for_one):
+    def test_a_loader_that_ignores_its_batch_sampler_is_an_error_if_sharded_or_resumed(self, batches_for_one):
         class Straying(DataLoader):
             def __iter__(self):
                 for batch in super().__iter__():
@@ -380,7 +380,7 @@ class TestRandomNumbers:
 
     @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
     @pytest.mark.parametrize("has_generator", [False, True])
-    def test_one_worker_trains_as_a_hand_written_loop_does_bit_for_bit(self, options, has_generator):
+    def test_one_worker_equals_a_hand_written_loop_bit_for_bit(self, options, has_generator):
         data = TensorDataset(torch.randn(22, 4), torch.randn(22, 1))
 
         def loader(sampler):
@@ -409,7 +409,7 @@ class TestRandomNumbers:
 
     @ALL_MAP_STYLE
     @WORLD_SIZES
-    def test_an_epoch_draws_no_more_than_a_plain_loader_does(self, make_loader, world_size):
+    def test_an_epoch_draws_as_many_random_numbers_as_a_plain_loader(self, make_loader, world_size):
         data = TrainData(make_loader(), rank=0, world_size=world_size, seed=0)
         is_drawing = not isinstance(make_loader(), list) and make_loader().generator is None
         torch.manual_seed(3), random.seed(3), numpy.random.seed(3)
@@ -430,7 +430,7 @@ class TestRandomNumbers:
             ("weighted", {}),
         ],
     )
-    def test_the_order_of_a_generator_goes_on_after_a_resume(self, kind, options):
+    def test_the_order_of_a_generator_continues_after_a_resume(self, kind, options):
         def make():
             generator = torch.Generator().manual_seed(6)
             if kind == "shared":
@@ -490,7 +490,7 @@ class TestStreams:
         assert sorted(flat(dealt)) == list(range(23))
         assert [len(share) for share in dealt] == [3] * 7 + [2], "in the order of the stream"
 
-    def test_ranks_that_draw_differently_still_see_one_stream(self):
+    def test_ranks_with_different_random_states_read_one_stream(self):
         def run(rank, agree):
             torch.manual_seed(rank), random.seed(rank), numpy.random.seed(rank)
             expected = torch.rand(1), random.random(), numpy.random.rand()
@@ -502,11 +502,11 @@ class TestStreams:
 
         assert sorted(flat(share for rank in in_lockstep(2, run) for share, _ in rank)) == list(range(20))
 
-    def test_every_epoch_has_its_own_random_numbers(self):
+    def test_every_epoch_has_different_random_numbers(self):
         first, second = (streamed(STREAMS["shuffled"], 2, epoch=epoch) for epoch in (0, 1))
         assert first != second
 
-    def test_batches_are_weighed_by_their_size(self):
+    def test_batches_are_weighted_by_their_size(self):
         # Batches of 3, 3, 3, 3, 2: the last two global batches are (3, 3) and (2, nothing).
         assert streamed(lambda rank: DataLoader(Counting(14), batch_size=3), 2) == [
             [([0, 1, 2], 1.0), ([6, 7, 8], 1.0), ([12, 13], 2.0)],
@@ -520,7 +520,7 @@ class TestStreams:
     @pytest.mark.parametrize("skip", [0, 1, 2, 3, 5])
     @WORLD_SIZES
     @pytest.mark.filterwarnings("ignore:the training loader is a stream")
-    def test_skipping_leaves_the_tail(self, skip, world_size):
+    def test_skipping_yields_the_rest_of_the_epoch(self, skip, world_size):
         make_loader = STREAMS["shuffled" if world_size > 1 else "iterable data set"]
         whole = streamed(make_loader, world_size)
         assert streamed(make_loader, world_size, skip=skip) == [rank[skip:] for rank in whole]
@@ -535,16 +535,16 @@ class TestStreams:
         assert num_batches(DataLoader(SizedCounting(23, length=23), batch_size=3)) == [3] * 3
         assert num_batches(OwnLoader(23)) == [math.inf] * 3
 
-    def test_one_worker_gets_the_stream_without_agreeing(self):
+    def test_one_worker_reads_the_stream_without_agreement(self):
         data = TrainData(OwnLoader(7), rank=0, world_size=1, seed=0, agree=None)
         assert taken(data) == [([0, 1, 2], 1.0), ([3, 4, 5], 1.0), ([6], 1.0)]
 
-    def test_an_empty_batch_is_not_the_end(self):
+    def test_an_empty_batch_does_not_end_the_epoch(self):
         batches = [(torch.ones(size),) for size in (0, 0, 2, 2)]
         ranks = streamed(lambda rank: iter(batches), 2)
         assert [[share for share, _ in rank] for rank in ranks] == [[[], [1.0, 1.0]]] * 2
 
-    def test_an_iterator_is_not_asked_again_after_its_end(self):
+    def test_an_exhausted_iterator_is_not_called_again(self):
         class StartingAnew:
             def __init__(self, num_batches):
                 self.num_batches, self.num_yielded = num_batches, 0
@@ -563,7 +563,7 @@ class TestStreams:
 
     @pytest.mark.filterwarnings("ignore:the training loader is a stream")
     @pytest.mark.parametrize("kind", [list, iter])
-    def test_what_the_user_split_is_left_alone_and_agreed_upon(self, kind):
+    def test_a_split_by_the_user_is_kept_and_its_batches_are_agreed_upon(self, kind):
         def own_part(rank):
             return kind([(torch.arange(4),)] * (rank + 1))
 
@@ -572,7 +572,7 @@ class TestStreams:
         assert streamed(own_part, 3, shard=False) == whole
         assert streamed(own_part, 3, shard=False, skip=1) == [rank[1:] for rank in whole]
 
-    def test_parts_of_different_lengths_have_one_number_of_batches(self):
+    def test_user_splits_of_different_lengths_have_the_largest_number_of_batches(self):
         def run(rank, agree):
             loader = DataLoader(numbers(4 + 4 * rank), batch_size=2)
             data = TrainData(loader, rank=rank, world_size=2, seed=0, shard=False, agree=agree)
@@ -595,7 +595,7 @@ EVALUATED = {
 class TestEvalData:
     @pytest.mark.parametrize("make_loader", EVALUATED.values(), ids=EVALUATED)
     @WORLD_SIZES
-    def test_batches_are_those_of_a_single_process_dealt_out_in_turn(self, make_loader, world_size):
+    def test_single_process_batches_are_dealt_out_in_turn(self, make_loader, world_size):
         (single,) = evaluated(make_loader, 1)
         ranks = evaluated(make_loader, world_size)
         for rank, own in enumerate(ranks):
@@ -609,23 +609,23 @@ class TestEvalData:
             assert seen == [share for _, share in single]
 
     @WORLD_SIZES
-    def test_a_data_set_in_order_stays_in_order(self, world_size):
+    def test_the_order_of_a_sequential_data_set_is_kept(self, world_size):
         loader = DataLoader(numbers(10), batch_size=4)
         ranks = [list(EvalData(loader, rank=rank, world_size=world_size, seed=0)) for rank in range(world_size)]
         for index, batch in flat(ranks):
             assert samples(batch) == list(range(index * 4, min(index * 4 + 4, 10)))
         assert EvalData(loader, rank=0, world_size=world_size, seed=0).num_batches == math.ceil(3 / world_size)
 
-    def test_a_second_evaluation_sees_the_same_batches(self):
+    def test_a_second_evaluation_has_the_same_batches(self):
         for name in ("shuffle", "custom batch sampler", "unsized sampler"):
             data = EvalData(MAP_STYLE[name](), rank=1, world_size=2, seed=4)
             first, second = ([(index, samples(batch)) for index, batch in data] for _ in range(2))
             assert first == second, name
 
-    def test_no_length_is_infinite(self):
+    def test_an_unknown_length_is_infinite(self):
         assert EvalData(OwnLoader(5), rank=0, world_size=2, seed=0).num_batches == math.inf
 
-    def test_what_the_user_split_is_left_alone(self):
+    def test_a_split_by_the_user_is_kept(self):
         sampler = DistributedSampler(range(8), num_replicas=2, rank=1, shuffle=False)
         split = DataLoader(numbers(8), batch_size=2, sampler=sampler)
         own = DataLoader(numbers(4), batch_size=2)

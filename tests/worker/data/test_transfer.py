@@ -1,4 +1,4 @@
-"""A batch's way to the device: when it starts, which hooks it meets, what it does to what it carries."""
+"""Transfer of batches to the device: when copies start, which hooks they call, what changes in nested batches."""
 
 import collections
 import dataclasses
@@ -40,17 +40,17 @@ def pairs(log, num_batches=3):
         yield f"note {number}", number
 
 
-def order_of(*, may_run_ahead, **options):
+def order_of(*, can_prefetch, **options):
     copy = LoggedCopy()
-    mover = Mover(copy, may_run_ahead=True, **options)
-    for note, batch in mover.over(pairs(copy.log), may_run_ahead=may_run_ahead):
+    mover = Mover(copy, can_prefetch=True, **options)
+    for note, batch in mover.move_batches(pairs(copy.log), can_prefetch=can_prefetch):
         assert note == f"note {batch}"
         copy.log.append(("step", batch))
     return [f"{what} {number}" for what, number in copy.log]
 
 
-def test_the_next_batch_starts_before_the_step_where_that_may_be():
-    assert order_of(may_run_ahead=True) == [
+def test_the_next_copy_starts_before_the_step_with_can_prefetch():
+    assert order_of(can_prefetch=True) == [
         "fetch 0", "start 0",
         "fetch 1", "start 1", "finish 0", "step 0",
         "fetch 2", "start 2", "finish 1", "step 1",
@@ -58,17 +58,17 @@ def test_the_next_batch_starts_before_the_step_where_that_may_be():
     ]  # fmt: skip
 
 
-def test_elsewhere_it_starts_when_it_is_asked_for():
-    assert order_of(may_run_ahead=False) == [
+def test_the_copy_starts_at_the_request_without_can_prefetch():
+    assert order_of(can_prefetch=False) == [
         f"{what} {number}" for number in range(3) for what in ("fetch", "start", "finish", "step")
     ]
 
 
-@pytest.mark.parametrize("may_run_ahead", [True, False])
-def test_a_rank_without_a_share_has_nothing_to_move(may_run_ahead):
-    mover = Mover(LoggedCopy(), after=lambda batch, index: (batch, index), may_run_ahead=True)
+@pytest.mark.parametrize("can_prefetch", [True, False])
+def test_a_batch_of_none_is_not_moved(can_prefetch):
+    mover = Mover(LoggedCopy(), after=lambda batch, index: (batch, index), can_prefetch=True)
     batches = iter([(1.0, "a"), (0.0, None), (2.0, "b")])
-    moved = list(mover.over(batches, dataloader_idx=4, may_run_ahead=may_run_ahead))
+    moved = list(mover.move_batches(batches, dataloader_idx=4, can_prefetch=can_prefetch))
     assert moved == [(1.0, ("a", 4)), (0.0, None), (2.0, ("b", 4))]
 
 
@@ -78,18 +78,18 @@ def numbers(num_samples, **options):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_feed_keeps_each_batch_with_its_weight(num_workers, world_size):
+def test_a_moved_feed_pairs_each_batch_with_its_weight(num_workers, world_size):
     for rank in range(world_size):
         data = TrainData(numbers(13, num_workers=num_workers), rank=rank, world_size=world_size, seed=0)
         feed = data.epoch(0, skip=1)
         plain = [(None if batch is None else batch[0].tolist(), feed.weight) for batch in feed]
-        moved = MovedFeed(data.epoch(0, skip=1), Mover(LoggedCopy(), may_run_ahead=True))
+        moved = MovedFeed(data.epoch(0, skip=1), Mover(LoggedCopy(), can_prefetch=True))
         assert [(None if batch is None else batch[0].tolist(), moved.weight) for batch in moved] == plain
 
 
-def test_only_worker_processes_let_a_loader_run_ahead():
+def test_only_loaders_with_worker_processes_can_prefetch():
     def may(loader, **options):
-        return TrainData(loader, rank=0, world_size=1, seed=0, **options).epoch(0).may_run_ahead
+        return TrainData(loader, rank=0, world_size=1, seed=0, **options).epoch(0).can_prefetch
 
     class Stateful(DataLoader):
         def state_dict(self): ...
@@ -100,11 +100,11 @@ def test_only_worker_processes_let_a_loader_run_ahead():
     assert not may(numbers(4))
     assert not may([torch.ones(1)])
     assert not may(Stateful(range(4), num_workers=1))
-    assert build_eval_data(numbers(4, num_workers=1), rank=0, world_size=1, seed=0, shard=True).may_run_ahead
+    assert build_eval_data(numbers(4, num_workers=1), rank=0, world_size=1, seed=0, shard=True).can_prefetch
 
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
-def test_without_hooks_on_the_cpu_there_is_no_mover(hook):
+def test_no_mover_is_built_on_the_cpu_without_hooks(hook):
     assert build_mover(module=Regression(), datamodule=None, device=CPU, form=BatchForm()) is None
     model = Regression()
     setattr(model, hook, lambda *args: args[0])
@@ -129,7 +129,7 @@ class Augmented(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])
-def test_training_and_a_resume_inside_an_epoch_are_the_same_with_and_without_it(
+def test_training_and_resume_inside_an_epoch_are_equal_with_and_without_prefetching(
     loader_workers, tmp_path, quiet, monkeypatch
 ):
     def fit(name, *, ckpt_path=None, **arguments):
@@ -148,7 +148,7 @@ def test_training_and_a_resume_inside_an_epoch_are_the_same_with_and_without_it(
         return model
 
     plain = fit("plain")
-    monkeypatch.setattr(session_module, "build_mover", lambda **_: Mover(LoggedCopy(), may_run_ahead=True))
+    monkeypatch.setattr(session_module, "build_mover", lambda **_: Mover(LoggedCopy(), can_prefetch=True))
     moved = fit("moved")
     assert moved.losses == plain.losses
     assert_same_weights(weights_of(moved), weights_of(plain))
@@ -178,7 +178,7 @@ class Movable:
         return Movable(device)
 
 
-def test_tensors_are_found_wherever_they_are_and_containers_keep_their_kind():
+def test_nested_tensors_are_moved_and_containers_keep_their_type():
     one = torch.ones(1)
     batch = {"a": [one, (one, "text")], "b": Pair(one, "x"), "c": Sample(one, "y"), "d": None, "e": 3}
     moved = map_tensors(batch, lambda tensor: tensor + 1)
@@ -193,7 +193,7 @@ def test_tensors_are_found_wherever_they_are_and_containers_keep_their_kind():
     assert one == 1
 
 
-def test_what_moves_itself_is_moved_wherever_it_is():
+def test_objects_with_a_to_method_are_moved_wherever_they_are_nested():
     packed = pack_sequence([torch.ones(3), torch.ones(2)])
     moved = to_device({"own": [Movable()], "packed": packed, "kind": torch.Tensor}, CPU)
     assert moved["own"][0].device == CPU
@@ -201,12 +201,12 @@ def test_what_moves_itself_is_moved_wherever_it_is():
     assert moved["kind"] is torch.Tensor
 
 
-def test_only_floating_point_tensors_take_the_precision():
+def test_only_floating_point_tensors_are_converted_to_the_precision():
     moved = BatchForm(floating_dtype=torch.float64).of([torch.ones(1), torch.ones(1, dtype=torch.int64)])
     assert [tensor.dtype for tensor in moved] == [torch.float64, torch.int64]
 
 
-def test_only_tensors_of_four_dimensions_take_the_layout():
+def test_only_tensors_of_four_dimensions_are_converted_to_channels_last():
     form = BatchForm(is_channels_last=True)
     images, labels = form.of((torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4)))
     assert images.stride() == (60, 1, 15, 3)

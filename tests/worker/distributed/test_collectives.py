@@ -256,10 +256,10 @@ def test_a_collective_of_one_rank_alone_is_named_with_what_gloo_said(quiet):
 def meet(rank, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     peers = Collectives(rank=rank, world_size=2)
-    peers.meet("trainer.save_checkpoint", notice_s=30, timeout_s=60)
+    peers.wait_for_all_ranks("trainer.save_checkpoint", notice_s=30, timeout_s=60)
     if rank == 0:
         with pytest.raises(pl.ModuleError, match=r"rank 0 waits in trainer\.save_checkpoint.* collective.* within 2 s"):
-            peers.meet("trainer.save_checkpoint", notice_s=0.1, timeout_s=2)
+            peers.wait_for_all_ranks("trainer.save_checkpoint", notice_s=0.1, timeout_s=2)
     else:
         with pytest.raises(RuntimeError):  # rank 0 has left
             dist.all_reduce(torch.ones(100))

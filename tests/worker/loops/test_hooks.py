@@ -1,4 +1,4 @@
-"""Hooks: which are called, where, and in what order; what they leave behind."""
+"""Hooks are called in Lightning's order, and the attributes that they set are returned to the driver."""
 
 import os
 
@@ -20,7 +20,7 @@ MODULE_HOOKS = [
 
 
 class Recorder(Regression):
-    """Writes the name of every hook down, as it is called."""
+    """Records the name of every hook that is called."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Epochs(pl.Callback):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_what_hooks_leave_on_module_and_callbacks_is_there_to_read(num_workers, quiet):
+def test_attributes_set_in_hooks_are_readable_after_the_run(num_workers, quiet):
     model, callback = Regression(), Epochs()
     dm = RegressionData(batch_size=4 if num_workers else 8)
     trainer = pl.fit(model, dm, num_workers=num_workers, max_epochs=2, callbacks=[callback], **quiet)
@@ -182,14 +182,14 @@ class Grower(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_layers_that_setup_adds_come_back_too(num_workers, quiet):
+def test_layers_added_in_setup_are_returned_to_the_driver(num_workers, quiet):
     model = Grower()
     pl.fit(model, RegressionData(), num_workers=num_workers, max_epochs=1, **quiet)
     assert model(torch.randn(2, 8)).shape == (2, 3)
 
 
 class PerProcess(pl.DataModule):
-    """Leaves a file for each call of prepare_data and setup, named by process."""
+    """Writes a file for each call of prepare_data and setup, named by process."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -207,7 +207,7 @@ class PerProcess(pl.DataModule):
         return DataLoader(make_data(8), batch_size=4)
 
 
-def test_prepare_data_runs_once_a_host_and_before_any_setup(tmp_path, quiet):
+def test_prepare_data_runs_once_per_host_before_any_setup(tmp_path, quiet):
     model = Regression()
     pl.fit(model, PerProcess(tmp_path), num_workers=3, max_epochs=1, limit_val_batches=0, **quiet)
     assert len(list(tmp_path.glob("prepare-*"))) == 1

@@ -1,4 +1,4 @@
-"""The numbers are right: compared with a hand-written loop and with a single process."""
+"""Weights, metrics and predictions are right: compared with a hand-written loop and with a single process."""
 
 import copy
 
@@ -104,7 +104,7 @@ def test_predictions_come_in_data_set_order(num_workers, quiet):
 
 
 class Samples(pl.LightningModule):
-    """Writes down which samples a rank was given, batch by batch."""
+    """Records which samples a rank was given, batch by batch."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ def test_a_run_resumed_in_mid_epoch_is_bit_identical_to_one_that_was_not_interru
         assert_same_weights(state, right["optimizer_states"][0]["state"][index])
 
 
-def test_a_run_goes_on_with_another_number_of_workers_from_the_end_of_an_epoch(quiet, tmp_path):
+def test_resume_with_another_world_size_from_the_end_of_an_epoch(quiet, tmp_path):
     model = Regression(optimizer="adam")
     fresh = copy.deepcopy(model)
     saving = pl.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_another_number_of_workers_from_the_end_of_an_epoch(q
     assert_same_weights(weights_of(fresh), weights_of(model), **ROUNDING)
 
 
-def test_fit_cannot_go_on_from_weights_alone(quiet, tmp_path):
+def test_fit_rejects_a_checkpoint_with_weights_only(quiet, tmp_path):
     weights = pl.ModelCheckpoint(tmp_path, save_weights_only=True)
     arguments = {**quiet, "enable_checkpointing": True, "max_epochs": 1}
     pl.fit(Regression(), RegressionData(), callbacks=[weights], **arguments)

@@ -18,7 +18,7 @@ MAX_FRAMES = 5
 
 
 class Counter:
-    """Python calls of this thread, between `start` and `stop`."""
+    """Counts the Python calls of this thread between `start` and `stop`."""
 
     def __init__(self):
         self.num_calls = 0
@@ -58,7 +58,7 @@ class Logged(Regression):
 
 
 def _frames_above():
-    """Files of the frames above the caller's, innermost first."""
+    """Return the files of the frames above the caller's, innermost first."""
     frame, files = sys._getframe(2), []
     while frame is not None:
         files.append(frame.f_code.co_filename)

@@ -1,4 +1,4 @@
-"""The last window of an epoch whose end comes unforeseen is a window like any other."""
+"""The last accumulation window of an epoch of unknown length takes an optimizer step like any other."""
 
 import csv
 
@@ -13,7 +13,7 @@ BATCHES = (torch.arange(24.0)[:, None] / 24).split(4)
 
 
 class Stream(IterableDataset):
-    """`num_batches` of `BATCHES`."""
+    """Stream of the first `num_batches` of `BATCHES`."""
 
     def __init__(self, num_batches):
         self.num_batches = num_batches
@@ -95,7 +95,7 @@ def logged_steps(tmp_path):
 
 @pytest.mark.parametrize("kind", [Stream, TooLong])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_short_window_at_the_end_of_a_stream_is_a_step_like_the_others(kind, num_workers, tmp_path):
+def test_a_short_last_window_of_a_stream_takes_an_optimizer_step(kind, num_workers, tmp_path):
     """Three batches of each worker are two windows; the second one has a single batch."""
     trainer, model, seen = run(tmp_path, kind(6 if num_workers else 3), num_workers=num_workers)
     assert seen == [(0, 0.1), (1, 0.05), (2, 0.025)]
@@ -108,14 +108,14 @@ def test_the_short_window_at_the_end_of_a_stream_is_a_step_like_the_others(kind,
         torch.testing.assert_close(parameter.detach(), expected)
 
 
-def test_windows_go_on_counting_in_the_next_epoch(tmp_path):
+def test_the_window_count_continues_in_the_next_epoch(tmp_path):
     trainer, _, seen = run(tmp_path, Stream(3), max_epochs=3, log_every_n_steps=3)
     assert [step for step, _ in seen] == [0, 1, 2, 2, 3, 4, 4, 5, 6]
     assert trainer.global_step == 6
     assert logged_steps(tmp_path) == [2, 5]
 
 
-def test_a_hook_that_ends_the_epoch_inside_a_window_leaves_a_step_like_the_others(tmp_path):
+def test_a_hook_that_ends_the_epoch_inside_a_window_still_takes_its_optimizer_step(tmp_path):
     trainer, model, seen = run(tmp_path, Stream(6), callback=Counts(ends_epoch_at=3))
     assert [step for step, _ in seen] == [0, 1, 1]
     assert trainer.global_step == 2
@@ -125,7 +125,7 @@ def test_a_hook_that_ends_the_epoch_inside_a_window_leaves_a_step_like_the_other
 
 
 @pytest.mark.parametrize(("num_batches", "steps"), [(3, [0, 1, 2]), (4, [0, 1, 1, 2])])
-def test_max_steps_takes_the_last_window_into_account(num_batches, steps, tmp_path):
+def test_max_steps_counts_the_last_window(num_batches, steps, tmp_path):
     trainer, _, seen = run(tmp_path, Stream(num_batches), max_epochs=5, max_steps=2)
     assert [step for step, _ in seen] == steps
     assert (trainer.current_epoch, trainer.global_step) == (1, 2)

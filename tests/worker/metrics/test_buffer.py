@@ -68,7 +68,7 @@ def test_step_metrics_arrive_at_every_logging_step_as_the_mean_over_ranks(num_wo
     assert [loss for _, loss in steps.seen] == pytest.approx([one_process.losses[i] for i in (2, 5, 8, 11)])
 
 
-def test_several_validation_loaders_have_metrics_of_their_own(quiet):
+def test_several_validation_loaders_have_separate_metrics(quiet):
     class Two(Regression):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             self.log("size", float(len(batch[0])))
@@ -108,7 +108,7 @@ class MaskedByTensors(Masked):
 
 @pytest.mark.parametrize("module", [Masked, MaskedByTensors])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_of_size_0_counts_for_nothing(module, num_workers, quiet):
+def test_a_batch_of_size_0_is_not_counted(module, num_workers, quiet):
     loader = DataLoader(make_data(16), batch_size=4)
     model = module()
     trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, num_sanity_val_steps=0, **quiet)
@@ -131,7 +131,7 @@ def test_a_batch_of_size_0_counts_for_nothing(module, num_workers, quiet):
         (1.0, {"reduce_fx": "median"}, "reduce_fx='median'"),
     ],
 )
-def test_what_cannot_be_logged_is_an_error(value, arguments, message, quiet):
+def test_logging_values_or_arguments_that_are_not_allowed_is_an_error(value, arguments, message, quiet):
     class Wrong(Regression):
         def training_step(self, batch, batch_idx):
             self.log("x", value, **arguments)

@@ -27,7 +27,7 @@ def binary(batch):
 
 
 class Measured(Regression):
-    """Evaluates scores that are the data themselves: what is measured does not depend on the model."""
+    """Evaluates scores that are the data themselves, so that metrics do not depend on the model."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ def test_the_value_of_each_batch_is_logged_on_step(quiet, tmp_path):
 
 
 class Trained(Regression):
-    """Counts what it has been trained on."""
+    """Counts the samples that it is trained on."""
 
     validation_step = pl.LightningModule.validation_step
 
@@ -132,7 +132,7 @@ class Trained(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_of_training_is_measured_over_uneven_shares(num_workers, quiet):
+def test_training_metrics_are_exact_with_uneven_batches(num_workers, quiet):
     loader = DataLoader(make_data(22), batch_size=4, shuffle=True)
     model = Trained()
     trainer = pl.fit(model, loader, num_workers=num_workers, max_epochs=2, **quiet)
@@ -144,7 +144,7 @@ def test_an_epoch_of_training_is_measured_over_uneven_shares(num_workers, quiet)
 @pytest.mark.parametrize(
     ("num_workers", "every", "num_then"), [(0, 3, 0), (0, 6, 0), (2, 2, 2), (2, 2, 0), (2, 3, 0), (0, 2, 2)]
 )
-def test_a_run_resumed_in_mid_epoch_goes_on_with_the_states(num_workers, every, num_then, quiet, tmp_path):
+def test_a_run_resumed_inside_an_epoch_continues_the_states(num_workers, every, num_then, quiet, tmp_path):
     """After the epoch's sixth and last batch no further one comes that would log the name again."""
     loader = DataLoader(make_data(22), batch_size=4, shuffle=True)
     save = pl.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
@@ -157,7 +157,7 @@ def test_a_run_resumed_in_mid_epoch_goes_on_with_the_states(num_workers, every, 
     assert trainer.callback_metrics["by_hand"].item() == pytest.approx(first.sum().item(), abs=1e-5)
 
 
-def test_states_that_cannot_be_merged_are_named():
+def test_loading_names_metrics_whose_states_cannot_be_merged():
     class Correlated(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,9 +170,9 @@ def test_states_that_cannot_be_merged_are_named():
             values = torch.tensor([0.1, 0.4, 0.2]) * (number + 1 + rank)
             module.pearson.update(values, values.square())
             module.auroc.update(values / 9, torch.tensor([0, 1, 1]))
-        ranked.append(torchmetrics_adapter.states_in(module))
+        ranked.append(torchmetrics_adapter.copy_module_states(module))
     merged = Correlated()
-    assert torchmetrics_adapter.load_merged(merged, ranked) == ["pearson"]
+    assert torchmetrics_adapter.load_merged_states(merged, ranked) == ["pearson"]
     assert (merged.pearson.update_count, merged.auroc.update_count) == (3, 4)
     assert len(merged.auroc.preds) == 4
 
@@ -189,7 +189,7 @@ class Manual(Trained):
         optimizer.step()
 
 
-def test_a_worker_that_follows_with_anothers_batch_does_not_measure_it(quiet):
+def test_a_rank_that_steps_with_another_ranks_batch_does_not_measure_it(quiet):
     """The last sample is the only one of the third global batch."""
     loader = DataLoader(make_data(25), batch_size=4, shuffle=True)
     trainer = pl.fit(Manual(), loader, num_workers=3, max_epochs=1, **quiet)
@@ -198,7 +198,7 @@ def test_a_worker_that_follows_with_anothers_batch_does_not_measure_it(quiet):
     assert trainer.callback_metrics["train_mean"].item() == pytest.approx(first.mean().item(), abs=1e-6)
 
 
-def test_an_object_without_one_number_is_an_error(quiet):
+def test_an_object_whose_value_is_not_one_number_is_an_error(quiet):
     class Matrix(Regression):
         def __init__(self):
             super().__init__()
@@ -324,7 +324,7 @@ def alike(stage, value):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("where", "num_sanity_val_steps"), [("step", 0), ("hook", 0), ("hook", 2)])
-def test_an_object_shared_by_training_and_evaluations_has_a_value_for_each(
+def test_an_object_shared_by_training_and_evaluation_has_separate_values(
     where, num_sanity_val_steps, num_workers, quiet
 ):
     """Two validations in each epoch; a worker has no batch of the second fit's."""
@@ -350,7 +350,7 @@ def test_an_object_shared_by_training_and_evaluations_has_a_value_for_each(
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("has_own_names", [False, True])
-def test_an_object_shared_by_several_loaders_has_a_value_for_each(has_own_names, num_workers, quiet):
+def test_an_object_shared_by_several_loaders_has_a_value_per_loader(has_own_names, num_workers, quiet):
     """A worker has no batch of the second loader's."""
     model = Shared(has_own_names=has_own_names)
     trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, limit_train_batches=2, **quiet)
@@ -367,7 +367,7 @@ def test_an_object_shared_by_several_loaders_has_a_value_for_each(has_own_names,
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_object_under_one_name_for_all_loaders_is_measured_over_all_of_them(num_workers, quiet):
+def test_an_object_logged_under_one_name_is_computed_over_all_loaders(num_workers, quiet):
     class Whole(Regression):
         def __init__(self):
             super().__init__()
@@ -390,7 +390,7 @@ def test_an_object_under_one_name_for_all_loaders_is_measured_over_all_of_them(n
     assert model.sums == [24.0, 40.0]
 
 
-def test_one_object_for_two_names_in_turns_is_an_error_that_names_both(quiet):
+def test_one_object_under_two_alternating_names_is_an_error_that_names_both(quiet):
     class Turns(Regression):
         def __init__(self):
             super().__init__()
@@ -405,7 +405,7 @@ def test_one_object_for_two_names_in_turns_is_an_error_that_names_both(quiet):
         pl.fit(Turns(), constant(1.0, 8), constant(1.0, 8), max_epochs=1, **quiet)
 
 
-def test_an_object_begins_afresh_after_a_run_that_has_failed(quiet):
+def test_an_object_is_reset_after_a_failed_run(quiet):
     class Failing(Shared):
         def training_step(self, batch, batch_idx):
             if batch_idx == 2 and self.fails_in == "training":
@@ -447,7 +447,7 @@ def test_accuracy_needs_no_task(preds, target, value):
     assert pl.metrics.functional.accuracy(preds, target).item() == pytest.approx(value)
 
 
-def test_classes_of_metrics_take_the_task_from_their_arguments():
+def test_metric_classes_infer_the_task_from_their_arguments():
     assert type(pl.metrics.Accuracy(num_classes=3)) is MulticlassAccuracy
     assert type(pl.metrics.Accuracy("binary")).__name__ == "BinaryAccuracy"
     assert type(pl.metrics.F1Score(num_labels=3)).__name__ == "MultilabelF1Score"
@@ -458,12 +458,12 @@ def test_classes_of_metrics_take_the_task_from_their_arguments():
         pl.metrics.Nonsense  # noqa: B018
 
 
-def test_shapes_that_do_not_fit_are_an_error():
+def test_mismatched_shapes_are_an_error():
     with pytest.raises(pl.ConfigError, match=r"\(2, 3, 4\).*\(2,\)"):
         pl.metrics.functional.accuracy(torch.zeros(2, 3, 4), torch.zeros(2))
 
 
-def test_without_torchmetrics_it_is_said_what_to_install(monkeypatch):
+def test_a_missing_torchmetrics_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)

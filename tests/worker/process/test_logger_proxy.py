@@ -1,4 +1,4 @@
-"""What hooks call on `self.logger`: done by the driver's loggers, in order, as the arguments were."""
+"""Calls of hooks on `self.logger` are made by the driver's loggers, in order, with the arguments at the call."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ class Experiment:
 
 
 class Keeping(pl.Logger):
-    """Keeps what it is told, and which thread tells it."""
+    """Records its calls and the thread that makes them."""
 
     def __init__(self):
         self._experiment = Experiment()
@@ -127,7 +127,7 @@ ORDER = [
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_calls_of_all_hooks_arrive_in_order_once_with_their_values_of_then(num_workers, quiet):
+def test_calls_of_all_hooks_reach_the_driver_once_in_order_with_the_values_at_the_call(num_workers, quiet):
     logger, model = Keeping(), Calling()
     quiet["logger"] = logger
     data = RegressionData(batch_size=12 // max(1, num_workers))
@@ -147,7 +147,7 @@ def test_calls_of_all_hooks_arrive_in_order_once_with_their_values_of_then(num_w
     assert logger.ends == ["success"]
 
 
-def test_metrics_and_calls_keep_their_order(quiet):
+def test_metrics_and_logger_calls_keep_their_order(quiet):
     class Mixed(Regression):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.logger.log_metrics({"mine": float(batch_idx)}, step=batch_idx)
@@ -162,7 +162,7 @@ def test_metrics_and_calls_keep_their_order(quiet):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("entry", ["validate", "test", "predict"])
-def test_evaluation_and_prediction_reach_the_logger_too(entry, num_workers, quiet):
+def test_logger_calls_in_evaluation_and_prediction_reach_the_logger(entry, num_workers, quiet):
     class Logged(Regression):
         def _end(self):
             self.logger.experiment.add(entry)
@@ -186,7 +186,7 @@ class Facts(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_where_the_logger_writes_is_known_in_hooks(num_workers, quiet, tmp_path):
+def test_hooks_can_read_the_loggers_directories(num_workers, quiet, tmp_path):
     quiet["logger"] = [pl.TensorBoardLogger(name="runs"), pl.CSVLogger()]
     model = Facts()
     trainer = pl.fit(model, RegressionData(), num_workers=num_workers, max_epochs=1, **quiet)
@@ -200,7 +200,7 @@ def test_where_the_logger_writes_is_known_in_hooks(num_workers, quiet, tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_without_loggers_there_is_none_in_hooks(num_workers, quiet):
+def test_logger_is_none_in_hooks_of_a_run_without_loggers(num_workers, quiet):
     class Without(Regression):
         def on_train_start(self):
             self.seen = (self.logger, self.loggers, self.trainer.logger)
@@ -211,7 +211,7 @@ def test_without_loggers_there_is_none_in_hooks(num_workers, quiet):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_is_logged_before_an_exception_on_any_rank_is_not_lost(rank, quiet):
+def test_calls_before_an_exception_on_any_rank_are_not_lost(rank, quiet):
     class Failing(Regression):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.logger.experiment.add(batch_idx)
@@ -237,7 +237,7 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("name", BAD_CALLS)
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_end"])
-def test_a_bad_call_ends_the_run_and_names_its_line_and_step(name, hook, quiet):
+def test_a_failing_call_ends_the_run_and_the_error_names_its_line_and_step(name, hook, quiet):
     call, message = BAD_CALLS[name]
     model = Regression()
     setattr(model, hook, lambda *args: call(model.logger))
@@ -249,7 +249,7 @@ def test_a_bad_call_ends_the_run_and_names_its_line_and_step(name, hook, quiet):
     assert logger.ends == ["failed"]
 
 
-def test_without_workers_a_bad_call_is_raised_where_it_stands(quiet):
+def test_a_failing_call_raises_in_the_hook_without_workers(quiet):
     class Wrong(Regression):
         def on_train_start(self):
             self.logger.experiment.add_imge(1)
@@ -259,7 +259,7 @@ def test_without_workers_a_bad_call_is_raised_where_it_stands(quiet):
         pl.fit(Wrong(), RegressionData(), max_epochs=1, **quiet)
 
 
-def test_an_argument_that_cannot_travel_is_an_error_in_the_hook(quiet):
+def test_an_argument_that_cannot_be_pickled_is_an_error_in_the_hook(quiet):
     class Wrong(Regression):
         def on_train_start(self):
             self.logger.experiment.add(threading.Lock())
@@ -270,7 +270,7 @@ def test_an_argument_that_cannot_travel_is_an_error_in_the_hook(quiet):
 
 
 class Waiting(Keeping):
-    """Its first metrics take until the training is over."""
+    """Its first call blocks until the training has ended."""
 
     def __init__(self, path):
         super().__init__()
@@ -297,7 +297,7 @@ class Ending(Regression):
         self.path.touch()
 
 
-def test_a_slow_logger_does_not_slow_the_steps_and_nothing_is_lost(quiet, tmp_path):
+def test_a_slow_logger_does_not_delay_the_steps_and_loses_no_calls(quiet, tmp_path):
     """Twelve steps in two epochs, all of which are over before the logger has taken the first one's metrics."""
     path = tmp_path / "trained"
     logger, model = Waiting(path), Ending(path)
@@ -308,7 +308,7 @@ def test_a_slow_logger_does_not_slow_the_steps_and_nothing_is_lost(quiet, tmp_pa
     assert len(logger.experiment.calls) == 12
 
 
-def test_more_than_fits_into_memory_waits_instead_of_being_dropped(monkeypatch):
+def test_calls_wait_when_the_queue_is_full_instead_of_being_dropped(monkeypatch):
     monkeypatch.setattr(log_writer, "_MAX_WAITING_BYTES", 1000)
     logger, is_let_on = Keeping(), threading.Event()
     logger.wait = lambda: is_let_on.wait(20)
@@ -346,7 +346,7 @@ class Refusing(Keeping):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("error", [ConnectionError("the server is gone"), RuntimeError("the server is gone")])
-def test_a_logger_that_fails_ends_no_training_but_is_an_error_at_the_end(error, num_workers, quiet):
+def test_a_failing_logger_does_not_end_the_training_but_raises_at_its_end(error, num_workers, quiet):
     quiet["logger"] = [Refusing(error), kept := Keeping()]
     model = Regression()
     trainer = pl.Trainer(num_workers=num_workers, max_epochs=2, **quiet)
@@ -362,7 +362,7 @@ def test_a_logger_that_fails_ends_no_training_but_is_an_error_at_the_end(error, 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_evaluation_returns_its_results_though_the_logger_fails(num_workers, quiet):
+def test_an_evaluation_returns_its_results_with_a_failing_logger(num_workers, quiet):
     quiet["logger"] = Refusing(OSError("no room"))
     trainer = pl.Trainer(num_workers=num_workers, **quiet)
     with pytest.warns(UserWarning, match="Refusing has failed: OSError: no room"):
@@ -371,7 +371,7 @@ def test_an_evaluation_returns_its_results_though_the_logger_fails(num_workers, 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_mistake_in_a_logger_ends_the_run_at_once(num_workers, quiet):
+def test_a_programming_error_in_a_logger_ends_the_run_at_once(num_workers, quiet):
     quiet["logger"] = Refusing(TypeError("no such thing"))
     trainer = pl.Trainer(num_workers=num_workers, max_epochs=100, **quiet)
     with pytest.raises(TypeError, match="no such thing"):
@@ -379,7 +379,7 @@ def test_a_mistake_in_a_logger_ends_the_run_at_once(num_workers, quiet):
     assert trainer.current_epoch < 99
 
 
-def test_a_hooks_call_that_meets_a_full_disk_does_not_end_the_training(quiet):
+def test_a_hooks_call_that_fails_on_a_full_disk_does_not_end_the_training(quiet):
     model = Regression()
     model.on_train_batch_end = lambda *args: model.logger.experiment.fail()
     logger = Keeping()
@@ -392,7 +392,7 @@ def test_a_hooks_call_that_meets_a_full_disk_does_not_end_the_training(quiet):
     assert logger.ends == ["success"]
 
 
-def test_a_logger_whose_calls_take_long_to_fail_is_not_called_for_ever(monkeypatch):
+def test_a_logger_whose_calls_fail_slowly_is_no_longer_called(monkeypatch):
     monkeypatch.setattr(log_writer, "_FUTILE_S", 0.05)
 
     class Unreachable(Keeping):
@@ -415,7 +415,7 @@ def test_a_logger_whose_calls_take_long_to_fail_is_not_called_for_ever(monkeypat
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_logger_is_told_of_every_checkpoint(num_workers, quiet, tmp_path):
+def test_loggers_are_notified_of_every_checkpoint(num_workers, quiet, tmp_path):
     logger = Keeping()
     quiet |= {"logger": logger, "enable_checkpointing": pl.ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)}
     pl.fit(Regression(), RegressionData(), num_workers=num_workers, max_epochs=3, **quiet)
@@ -424,18 +424,18 @@ def test_a_logger_is_told_of_every_checkpoint(num_workers, quiet, tmp_path):
 
 
 def views(forward):
-    facts = LoggerFacts.of(Keeping(), 0)
+    facts = LoggerFacts.from_logger(Keeping(), 0)
     return logger_views([facts], forward=forward, step=lambda: 7)[0]
 
 
-def test_other_ranks_do_nothing_and_do_not_look_at_the_arguments():
+def test_proxies_of_other_ranks_neither_send_nor_pickle_arguments():
     view = views(None)
     assert view.experiment.add(threading.Lock()) is None
     view.experiment.config["x"] = threading.Lock()
     assert (view.name, view.version, view.root_dir) == ("kept", "v1", "/save/kept")
 
 
-def test_a_stand_in_survives_copies_and_does_not_leave_the_worker():
+def test_a_proxy_can_be_copied_and_is_not_sent_back_to_the_driver():
     view = views(None)
     assert copy.deepcopy({"x": view.experiment})["x"] is not None
     assert pickle.loads(pickle.dumps(view.experiment)) is None
@@ -458,7 +458,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_a_tensor_arrives_as_it_was(name):
+def test_a_pickled_tensor_keeps_values_dtype_and_shape(name):
     value = VALUES[name]
     packed = snapshot({"x": [value]})
     assert len(packed) < 1500  # not the whole storage of a view
@@ -467,7 +467,7 @@ def test_a_tensor_arrives_as_it_was(name):
     assert torch.equal(arrived, value)
 
 
-def test_what_has_gradients_arrives_detached():
+def test_tensors_with_gradients_are_pickled_detached():
     weight = torch.nn.Parameter(torch.ones(3))
     arrived, product = pickle.loads(snapshot((weight, weight * 2)))
     assert type(arrived) is torch.nn.Parameter
