@@ -1,4 +1,4 @@
-"""Precision: autocast, conversion of weights, gradient scaler. Worker."""
+"""Precision: autocast, type of weights, gradient scaler. Worker."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,34 +14,38 @@ _TRUE: dict[str, torch.dtype] = {"16-true": torch.float16, "bf16-true": torch.bf
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How numbers are kept and computed on one device."""
+    """Numeric types of weights and computation on one device."""
 
     weights_dtype: torch.dtype | None
-    """What floating-point weights and batches are converted to; None: they stay as they are."""
+    """Type to which floating-point weights and batches are converted; None keeps their types."""
     autocast_dtype: torch.dtype | None
+    """Type of torch.autocast; None for no autocast."""
     scaler: torch.amp.GradScaler | None
     device_type: str
 
     @property
     def is_plain(self) -> bool:
-        """Nothing to do around a step."""
+        """True if a step needs no context."""
         return self.weights_dtype is None and self.autocast_dtype is None
 
     def around_step(self) -> AbstractContextManager[object]:
-        """The context in which a step runs: tensors that it makes are of the weights' type."""
+        """Return the context in which a step runs; tensors that it creates have the weights' type."""
         if self.autocast_dtype is not None:
             return torch.autocast(self.device_type, dtype=self.autocast_dtype)
         return self.around_making()
 
     def around_making(self) -> AbstractContextManager[object]:
-        """The context in which weights are of their type from the start."""
+        """Return the context in which weights are created in their type."""
         return nullcontext() if self.weights_dtype is None else _default_dtype(self.weights_dtype)
 
 
 def build_precision(
     name: PrecisionName, device: torch.device, *, build_scaler: Callable[[torch.device], torch.amp.GradScaler]
 ) -> Precision:
-    """The precision of this name on a device. float16 gradients underflow, so "16-mixed" comes with a scaler."""
+    """Return the precision of this name on a device.
+
+    "16-mixed" includes a gradient scaler, because float16 gradients underflow.
+    """
     return Precision(
         weights_dtype=_TRUE.get(name),
         autocast_dtype=_MIXED.get(name),

@@ -1,4 +1,4 @@
-"""Where files go: local paths and URLs that fsspec knows, by one set of functions. Driver."""
+"""File operations on local paths and URLs that fsspec knows, with one set of functions. Driver and workers."""
 
 import contextlib
 import os
@@ -10,47 +10,56 @@ from uuid import uuid4
 from raylit.errors import ConfigError
 
 _OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "memory"})
-"""By fsspec's names."""
+"""fsspec's names of the object stores."""
 
 _LOCAL_URL = "file://"
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether the path is a URL."""
     return "://" in os.fspath(path)
 
 
 def join(directory: str | os.PathLike[str], *parts: str) -> str:
+    """Join a directory, local or a URL, and the parts of a path in it."""
     text = os.fspath(directory)
     return "/".join([text.rstrip("/"), *parts]) if is_url(text) else os.path.join(text, *parts)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A local path with its links resolved; a URL as it is."""
+    """Return a local path with its links resolved; a URL unchanged."""
     text = os.fspath(path)
     return text.rstrip("/") if is_url(text) else os.path.realpath(os.path.expanduser(text))
 
 
 def is_inside(path: str, directory: str) -> bool:
-    """It lies in the directory or below it, wherever `..` and links lead. A link itself lies where its name does."""
+    """Return whether the path is in or below the directory, with `..` and links resolved.
+
+    A link as the last part of the path is not followed.
+    """
     if path.startswith(_LOCAL_URL) and directory.startswith(_LOCAL_URL):
         return is_inside(path.removeprefix(_LOCAL_URL), directory.removeprefix(_LOCAL_URL))
     if is_url(path) or is_url(directory):
         start = directory.rstrip("/") + "/"
         return path.startswith(start) and leads_down(path.removeprefix(start))
-    return Path(os.path.realpath(directory)) in Path(_real_place(path)).parents
+    return Path(os.path.realpath(directory)) in Path(_resolve_parent(path)).parents
 
 
 def relative(path: str, directory: str) -> str:
-    """From the directory on, where the path leads into it."""
+    """Return the path relative to the directory, if it is inside; else the path unchanged."""
     if not is_inside(path, directory):
         return path
     if is_url(path):
         return path.removeprefix(directory.rstrip("/") + "/")
-    return os.path.relpath(_real_place(path), os.path.realpath(directory))
+    return os.path.relpath(_resolve_parent(path), os.path.realpath(directory))
 
 
 def check_stays_below(name: str, what: str) -> None:
-    """ConfigError: joined to a directory the name leads out of it. `what`: how the error calls it."""
+    """Check that the name, joined to a directory, stays below it.
+
+    Raises:
+        ConfigError: if it does not; `what` is its name in the message.
+    """
     if os.path.isabs(name) or "://" in name or os.pardir in name.replace("\\", "/").split("/"):
         raise ConfigError(
             f"{what} leads out of the directory that it belongs to: it must be a name, or a path below that directory "
@@ -59,18 +68,18 @@ def check_stays_below(name: str, what: str) -> None:
 
 
 def leads_down(name: object) -> bool:
-    """It is a path that leads from any directory into it or below it: relative, without `..`, and no URL."""
+    """Return whether this is a relative path without `..` that is no URL, so that it stays below any directory."""
     return (
         isinstance(name, str)
         and "://" not in name
-        and "::" not in name  # joins URLs for fsspec
+        and "::" not in name  # fsspec chains URLs with it
         and not os.path.isabs(name)
         and all(part not in ("", os.curdir, os.pardir) for part in name.replace("\\", "/").split("/"))
     )
 
 
 def entries(directory: str) -> list[str]:
-    """The names in it; none where it does not exist."""
+    """Return the names in a directory; an empty list if it does not exist."""
     if is_url(directory):
         files, path = file_system(directory)
         files.invalidate_cache(path)
@@ -81,6 +90,7 @@ def entries(directory: str) -> list[str]:
 
 
 def exists(path: str) -> bool:
+    """Return whether there is a file or directory."""
     if is_url(path):
         files, place = file_system(path)
         files.invalidate_cache()
@@ -89,7 +99,7 @@ def exists(path: str) -> bool:
 
 
 def modified_at(path: str) -> float:
-    """When a file was last written, in seconds since 1970; 0.0 where it is not there."""
+    """Return when a file was last written, in seconds since 1970; 0.0 if there is none."""
     try:
         if is_url(path):
             files, place = file_system(path)
@@ -100,6 +110,7 @@ def modified_at(path: str) -> float:
 
 
 def make_directory(path: str) -> None:
+    """Create a directory with its parents; object stores need none."""
     if not is_url(path):
         os.makedirs(path, exist_ok=True)
         return
@@ -109,7 +120,7 @@ def make_directory(path: str) -> None:
 
 
 def read_text(path: str) -> str | None:
-    """None: there is no such file."""
+    """Return a file's text; None if there is no such file."""
     try:
         if is_url(path):
             files, place = file_system(path)
@@ -121,7 +132,7 @@ def read_text(path: str) -> str | None:
 
 
 def write_text(text: str, path: str) -> None:
-    """Whole or not at all; the directory is made as needed."""
+    """Write a file as a whole or not at all, with its directory."""
     if is_url(path):
         write_bytes(text.encode(), path)
         return
@@ -130,9 +141,9 @@ def write_text(text: str, path: str) -> None:
 
 
 def replace_file(content: bytes, path: str) -> None:
-    """Write a small local file whole or not at all, in a directory that is there."""
+    """Write a small local file as a whole or not at all, in an existing directory."""
     directory, name = os.path.split(path)
-    # Nobody can put a link of this name there beforehand, and "x" follows none.
+    # The name is unpredictable, so no link can be put there beforehand, and mode "x" follows none.
     temporary = os.path.join(directory, f".{name}.{uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -145,14 +156,14 @@ def replace_file(content: bytes, path: str) -> None:
 
 
 def write_bytes(content: bytes, url: str) -> None:
-    """The directory is made as needed."""
+    """Write an object or file at a URL, with its directory."""
     files, place = file_system(url)
     make_directory(url.rsplit("/", 1)[0])
     files.pipe_file(place, content)
 
 
 def remove_directory(path: str) -> None:
-    """With all that is in it."""
+    """Remove a directory with its content."""
     if is_url(path):
         files, place = file_system(path)
         files.rm(place, recursive=True)
@@ -160,17 +171,9 @@ def remove_directory(path: str) -> None:
         shutil.rmtree(path)
 
 
-def _real_place(path: str) -> str:
-    """Where the path's last name lies, with all links before it resolved."""
-    parent, name = os.path.split(path.rstrip("/"))
-    if name in ("", os.curdir, os.pardir):
-        return os.path.realpath(path)
-    return os.path.join(os.path.realpath(parent), name)
-
-
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it."""
-    # With the first URL only: importing raylit should not cost the import of fsspec.
+    """Return fsspec's file system for a URL, and the path in it."""
+    # Imported here so that importing raylit does not import fsspec.
     import fsspec
 
     files, path = fsspec.core.url_to_fs(url)
@@ -178,6 +181,17 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def is_object_store(files: Any) -> bool:
-    """It has no directories (to make one would be to make a bucket), and a file is there once it is complete."""
+    """Return whether this is an object store.
+
+    It has no directories (creating one would create a bucket), and a file appears when its upload is complete.
+    """
     protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
     return not _OBJECT_STORES.isdisjoint(protocols)
+
+
+def _resolve_parent(path: str) -> str:
+    """Return the path with the links in its parent resolved; the last name is not followed."""
+    parent, name = os.path.split(path.rstrip("/"))
+    if name in ("", os.curdir, os.pardir):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(parent), name)

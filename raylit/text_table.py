@@ -1,4 +1,4 @@
-"""Tables and columns of plain text: results, summaries and profiles as the driver prints them."""
+"""Tables of plain text: results, summaries and profiles as the driver prints them. Driver."""
 
 import shutil
 import sys
@@ -6,11 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 _TO_ASCII = str.maketrans("━─┃│┏┳┓┡╇┩└┴┘", "=-||+++++++++")
 
+_MIN_WIDTH = 25
+"""Minimum width of a column, in characters."""
+
 
 def draw_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int], *, align: str | None = None
 ) -> list[str]:
-    """The lines of a table whose columns have these widths. `align`: "l", "r" or "c" for each; None: all centred."""
+    """Return the lines of a table whose columns have these widths.
+
+    `align` has "l", "r" or "c" for each column; None centres all.
+    """
     align = align or "c" * len(widths)
     return [
         _line("┏┳┓", ["━" * width for width in widths]),
@@ -22,12 +28,12 @@ def draw_table(
 
 
 def fitting_widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    """Of columns just wide enough for what stands in them."""
+    """Return widths of columns that are just wide enough for their texts."""
     return [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
 
 
 def printable(text: str) -> str:
-    """A table that stdout cannot encode would end a good run with an exception."""
+    """Replace the table's lines by ASCII if stdout cannot encode them, which would raise an exception."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -35,28 +41,14 @@ def printable(text: str) -> str:
     return text
 
 
-def _line(borders: str, cells: Sequence[str]) -> str:
-    return borders[0] + borders[1].join(cells) + borders[2]
-
-
-def _align(texts: Sequence[str], widths: Sequence[int], align: str) -> list[str]:
-    return [_PLACES[side](text, width) for text, width, side in zip(texts, widths, align, strict=True)]
-
-
-_PLACES: dict[str, Callable[[str, int], str]] = {
-    "c": str.center,
-    "l": lambda text, width: f" {text}".ljust(width),
-    "r": lambda text, width: f"{text} ".rjust(width),
-}
-
-
-_MIN_WIDTH = 25
-
-
 def print_results_table(stage: str, per_loader: Sequence[Mapping[str, float]]) -> None:
-    """A row for each metric and a column for each loader; columns that the terminal has no room for go below."""
+    """Print a row for each metric and a column for each loader.
+
+    Columns that do not fit into the terminal's width are printed in further tables below.
+    """
     columns = [
-        {_row_name(name, index): str(value) for name, value in one.items()} for index, one in enumerate(per_loader)
+        {_row_name(name, index): str(value) for name, value in metrics.items()}
+        for index, metrics in enumerate(per_loader)
     ]
     names = list(dict.fromkeys(name for column in columns for name in column))
     if not names:
@@ -72,6 +64,21 @@ def print_results_table(stage: str, per_loader: Sequence[Mapping[str, float]]) -
         rows = [[name, *(columns[index].get(name, "") for index in indices)] for name in names]
         widths = [name_width] + [value_width] * len(indices)
         print(printable("\n".join(draw_table(header, [row for row in rows if any(row[1:])], widths))))
+
+
+def _line(borders: str, cells: Sequence[str]) -> str:
+    return borders[0] + borders[1].join(cells) + borders[2]
+
+
+def _align(texts: Sequence[str], widths: Sequence[int], align: str) -> list[str]:
+    return [_PLACES[side](text, width) for text, width, side in zip(texts, widths, align, strict=True)]
+
+
+_PLACES: dict[str, Callable[[str, int], str]] = {
+    "c": str.center,
+    "l": lambda text, width: f" {text}".ljust(width),
+    "r": lambda text, width: f"{text} ".rjust(width),
+}
 
 
 def _row_name(name: str, dataloader_idx: int) -> str:

@@ -1,4 +1,4 @@
-"""Callbacks: those that run on every worker, and those that steer from the driver."""
+"""Callbacks that run on every worker, and callbacks that control the run from the driver. Open `base.py` first."""
 
 from raylit.callbacks.base import Callback, DriverCallback, LambdaCallback
 from raylit.callbacks.early_stopping import EarlyStopping

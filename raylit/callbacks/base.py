@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of the training loop, with Lightning's names and arguments, called on every worker.
+    """Base of the callbacks that are called in the training loop, on every worker, with Lightning's hook names.
 
-    `trainer` is the worker's view of the run: epoch, step, metrics, optimizers, `should_stop`. After the run rank 0's
-    attributes of the callback are copied back to the driver's object. They stay in a further run, as in Lightning: what
-    belongs to one run is to be set in `setup` or `on_fit_start`. raylit's own callbacks begin every fit anew.
+    `trainer` is the worker's view of the run: epoch, step, metrics, optimizers, `should_stop`. The hooks have
+    Lightning's arguments. After the run rank 0's attributes of the callback are copied back to the driver's object.
+    They persist into a further run, as in Lightning: set what belongs to one run in `setup` or `on_fit_start`. raylit's
+    own callbacks reset themselves at the start of every fit.
 
-    `trainer.should_stop = True`, on any rank, ends the training after the batch: at once where there is one worker;
-    with more of them at the next step of which metrics are logged (`log_every_n_steps`), as the ranks tell each other
-    then and in no other step, or at the next validation or epoch's end, whichever comes first.
+    `trainer.should_stop = True`, on any rank, ends the training after the batch: immediately with one worker; with
+    several at the next step at which metrics are logged (`log_every_n_steps`), because the ranks communicate only then,
+    or at the next validation or epoch end, whichever comes first.
 
-    Where a run ends inside an epoch (`max_steps`, `max_time`, a stop), `on_train_epoch_end` is called for the part of
-    it that was done (`trainer.is_epoch_cut_short`), as in Lightning; a run that is continued from there calls it again
-    when the epoch is complete.
+    If a run ends inside an epoch (`max_steps`, `max_time`, a stop), `on_train_epoch_end` is called for the part of the
+    epoch that was done (`trainer.is_epoch_cut_short`), as in Lightning. A run that is continued from there calls it
+    again when the epoch is complete.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
@@ -80,7 +81,7 @@ class Callback:
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None: ...
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None: ...
     def on_keyboard_interrupt(self, trainer: Any, pl_module: Any) -> None:
-        """Ctrl-C has ended the run, after the step; `on_exception` follows."""
+        """React to Ctrl-C, which has ended the run after the current step; `on_exception` follows."""
 
     @property
     def state_key(self) -> str:
@@ -88,18 +89,18 @@ class Callback:
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors to keep in the checkpoint."""
+        """Return plain values and tensors to store in the checkpoint."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
     def _generate_state_key(self, **kwargs: Any) -> str:
-        """A `state_key` of arguments that tell several callbacks of this class apart."""
+        """Return a `state_key` with arguments that distinguish several callbacks of this class."""
         return f"{type(self).__qualname__}{kwargs!r}"
 
 
 class Run(Protocol):
-    """What a DriverCallback may see of a run and ask of it. The coordinator is one."""
+    """View of a run that DriverCallbacks get, and the requests that they can make. The coordinator implements it."""
 
     @property
     def plan(self) -> Plan: ...
@@ -109,89 +110,97 @@ class Run(Protocol):
     def loggers(self) -> "list[Logger]": ...
     @property
     def log_dir(self) -> str:
-        """Where the run's files go: the first logger's directory, else the plan's root directory."""
+        """Directory of the run's files: the first logger's directory, else the plan's root directory."""
         ...
 
     @property
     def is_idle(self) -> bool:
-        """The workers stand still and can be asked to save; not after one of their hooks has raised."""
+        """True while the workers are paused and can be asked to save; False once one of their hooks has raised."""
         ...
 
     def stop(self, reason: str) -> None:
-        """Ask for the end of training after the step under way; min_epochs and min_steps are still honoured."""
+        """Request the end of training after the current step; min_epochs and min_steps are still honoured."""
         ...
 
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: "Publication | None" = None) -> None:
-        """Take the run as it stands now and write it to `path`, whole or not at all, and then what follows that.
+        """Capture the run's current state, write it to `path` as a whole or not at all, and then carry out `then`.
 
-        With `checkpoint_async` this returns once the state is copied, and the writing goes on beside the training;
-        `on_save_end` tells the callback of its end. A save of a later moment that comes before that waits for it: at
-        most one state is on its way. Saves of the same moment share it, with the hooks' `on_save_checkpoint` of the
-        first; but whole ones and such of weights only wait for each other.
+        With `checkpoint_async` this returns once the state is copied, and training continues while the file is written;
+        `on_save_end` reports the result to the callback. A save of a later state waits for an unfinished one: at most
+        one state is being written. Saves of the same state share it, including what the hooks' `on_save_checkpoint`
+        added at the first save; but full and weights-only saves wait for each other.
         """
         ...
 
     def finish_saves(self, *, is_earlier_only: bool = False) -> None:
-        """Wait until what was saved is written; `is_earlier_only`: but for saves of this moment, which the next can
-        share."""
+        """Wait until all requested files are written.
+
+        `is_earlier_only` does not wait for saves of the current state, which the next save can share.
+        """
         ...
 
     def is_saving_to(self, path: str) -> bool:
-        """A file will be there, if it is not yet."""
+        """Return whether a save to this path has been requested, so that the file exists or will exist."""
         ...
 
 
 class DriverCallback:
-    """Steers from the driver: sees the run's state and the reduced metrics, may ask for a stop or a save.
+    """Base of the callbacks that control a run from the driver.
 
-    Every hook is called while the workers stand still, except `on_tick` and `on_step_metrics`, which are called while
-    they run, and `on_save_end`, which may be.
+    They see the run's state and the reduced metrics, and can request a stop or a save. Every hook is called while the
+    workers are paused, except `on_tick` and `on_step_metrics`, which are called while they run, and `on_save_end`,
+    which may be.
     """
 
     def on_start(self, run: Run) -> None:
-        """The stage's workers are set up; sizes of the loaders are known. Before the sanity check."""
+        """React to the stage's workers being set up, before the sanity check; the sizes of the loaders are known."""
 
     def on_train_start(self, run: Run) -> None: ...
     def on_train_epoch_start(self, run: Run) -> None: ...
     def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
-        """A sign of life from the loop under way: `batch` batches of it are done. Several times a second at most."""
+        """React to progress of the current loop: `batch` batches of it are done. At most several times a second."""
 
     def on_step_metrics(self, run: Run) -> None:
-        """A logging step's metrics have arrived in the state."""
+        """React to the metrics of a logging step, which are in the state now."""
 
     def on_train_pause(self, run: Run) -> None:
-        """Training stands at a batch border: one that was asked for by `next_pause_step`, or another."""
+        """React to a pause of training between two batches, requested by `next_pause_step` or by something else."""
 
     def on_evaluation_start(self, run: Run, stage: str) -> None: ...
     def on_validation_end(self, run: Run) -> None:
-        """After each validation inside fit, not after the sanity check (`run.state.is_sanity_checking`)."""
+        """React to the end of a validation inside fit, not of the sanity check (`run.state.is_sanity_checking`)."""
 
     def on_evaluation_end(self, run: Run, stage: str) -> None:
-        """After any evaluation loop: validation inside fit, the sanity check, validate, test and predict."""
+        """React to the end of any evaluation loop: validation inside fit, sanity check, validate, test and predict."""
 
     def on_train_epoch_end(self, run: Run) -> None:
-        """Also where the run ends inside the epoch (`run.state.is_epoch_cut_short`); a run that is continued from there
-        comes here again when the epoch is complete."""
+        """React to the end of a training epoch.
+
+        Also called if the run ends inside the epoch (`run.state.is_epoch_cut_short`); a run that is continued from
+        there calls it again when the epoch is complete.
+        """
 
     def on_train_end(self, run: Run) -> None: ...
     def on_save_end(self, run: Run, path: str, error: "CheckpointError | None") -> None:
-        """A save that this callback has asked for is over: the file is there, or the error says why not."""
+        """React to the end of a save that this callback requested: the file exists, or `error` says why not."""
 
     def on_end(self, run: Run) -> None:
-        """The stage is over, well or not: release what is held. Called exactly once after `on_start`."""
+        """Release resources at the end of the stage, successful or not. Called exactly once after `on_start`."""
 
     def on_interrupt(self, run: Run) -> None:
-        """A signal ends a fit that stands at a batch border: the last time to save. `on_exception` follows."""
+        """React to a signal that ends a fit between two batches: the last chance to save. `on_exception` follows."""
 
     def on_exception(self, run: Run, error: BaseException) -> None: ...
 
     def next_pause_step(self, run: Run) -> int | None:
-        """The optimizer step at which this callback next needs the workers to stand still, None: no wish."""
+        """Return the optimizer step at which this callback next needs the workers to pause; None for no request."""
         return None
 
     def reset_state(self) -> None:
-        """A fit begins, perhaps not this Trainer's first: forget what earlier runs have left. Of a run that is
-        continued, `load_state_dict` follows. Arguments stay, and so do results that belong to no run."""
+        """Discard what earlier runs have left, as a fit begins, perhaps not this Trainer's first.
+
+        For a run that is continued, `load_state_dict` follows. Keep arguments, and results that belong to no run.
+        """
 
     @property
     def state_key(self) -> str:
@@ -208,9 +217,18 @@ _HOOKS = tuple(name for name in vars(Callback) if not name.startswith("_") and n
 
 
 class LambdaCallback(Callback):
-    """`LambdaCallback(on_train_epoch_end=lambda trainer, pl_module: ...)`: each hook by its name, with its arguments.
+    """Callback made of functions, one for each hook by name, which get the hook's arguments.
 
-    With Ray workers the functions are copies, and so is what they close over.
+    With Ray workers the functions are copies, and so are the objects that they close over.
+
+    Args:
+        **hooks: Functions by hook name; None for no function.
+
+    Raises:
+        ConfigError: if there is no hook of a name, or a value is not callable.
+
+    Example:
+        LambdaCallback(on_train_epoch_end=lambda trainer, pl_module: print(trainer.current_epoch))
     """
 
     def __init__(self, **hooks: Callable[..., Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""EarlyStopping: ends training when a metric no longer gets better. Driver only."""
+"""EarlyStopping: ends training when a metric no longer improves. Driver only."""
 
 import enum
 import logging
@@ -19,7 +19,7 @@ _AUTOMATIC_MONITORS = ("early_stop_on", "val_loss")
 
 
 class EarlyStoppingReason(enum.Enum):
-    """Why training was asked to end."""
+    """Reason why the end of training was requested."""
 
     NOT_STOPPED = 0
     STOPPING_THRESHOLD = 1
@@ -29,16 +29,24 @@ class EarlyStoppingReason(enum.Enum):
 
 
 class EarlyStopping(DriverCallback):
-    """Stops the run after `patience` checks in a row without a gain of more than `min_delta`.
+    """Driver callback that stops the run after `patience` checks in a row without an improvement.
 
-    Without `monitor` it follows `early_stop_on` where that is logged, else `val_loss`.
+    Args:
+        monitor: Name of the metric; None follows `early_stop_on` if that is logged, else `val_loss`.
+        min_delta: Least improvement that counts.
+        patience: Number of checks in a row without an improvement after which to stop.
+        verbose: Log improvements and the stop.
+        mode: Whether the metric should be "min" or "max".
+        strict: Raise an error if the metric is missing, instead of a warning.
+        check_finite: Stop at NaN and infinity.
+        stopping_threshold: Stop at a value strictly better than this one.
+        divergence_threshold: Stop at a value strictly worse than this one.
+        check_on_train_epoch_end: Check after each training epoch instead of after each validation. None does so if
+            validation runs once in every epoch, or never. An epoch inside which the run ends is not checked.
+        log_rank_zero_only: Accepted for compatibility with Lightning, without effect: only the driver logs.
 
-    A check comes after each validation, or with `check_on_train_epoch_end` after each training epoch; None takes the
-    epoch's end where validation runs once in every epoch, or never; an epoch inside which the run ends is not judged.
-    `check_finite` stops at NaN and infinity,
-    `stopping_threshold` at a value that is good enough and `divergence_threshold` at one that is too bad, both strictly
-    beyond the threshold. `strict` makes a missing metric an error instead of a warning. `log_rank_zero_only` is
-    Lightning's and without effect: the driver alone logs.
+    Raises:
+        ConfigError: if `mode` or `patience` is invalid; during a run, if the metric is missing with `strict`.
     """
 
     def __init__(
@@ -71,7 +79,7 @@ class EarlyStopping(DriverCallback):
         self.log_rank_zero_only = log_rank_zero_only
         self._check_on_train_epoch_end = check_on_train_epoch_end
         self._patience_before: int | None = None
-        """The user's, where a checkpoint's has taken its place."""
+        """The user's `patience`, while a value from a checkpoint replaces it."""
         self.reset_state()
 
     def reset_state(self) -> None:
@@ -129,7 +137,7 @@ class EarlyStopping(DriverCallback):
         metrics = run.state.callback_metrics
         name = self.monitor or next((name for name in _AUTOMATIC_MONITORS if name in metrics), _AUTOMATIC_MONITORS[-1])
         if name not in metrics:
-            self._miss(name, sorted(metrics))
+            self._handle_missing_metric(name, sorted(metrics))
             return
         reason, message = self._judge(name, metrics[name])
         if reason is not EarlyStoppingReason.NOT_STOPPED:
@@ -140,7 +148,7 @@ class EarlyStopping(DriverCallback):
         if message and self.verbose:
             _log.info(message)
 
-    def _miss(self, name: str, names: list[str]) -> None:
+    def _handle_missing_metric(self, name: str, names: list[str]) -> None:
         message = (
             f"EarlyStopping(monitor={name!r}): no such metric has been logged; there are: "
             f"{', '.join(names) or 'none'}. Log it with self.log, or monitor one of these"
@@ -150,20 +158,20 @@ class EarlyStopping(DriverCallback):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _judge(self, name: str, value: float) -> tuple[EarlyStoppingReason, str]:
-        """Takes the value in; whether to stop, and what to say about it (nothing: an empty string)."""
-        shown = f"{name}={value:g}"
+        """Record the value; return why to stop, and a message about the value ("" for none)."""
+        text = f"{name}={value:g}"
         if self.check_finite and not math.isfinite(value):
-            return EarlyStoppingReason.NON_FINITE_METRIC, f"{shown} is not finite; the best was {self._best_score:g}"
+            return EarlyStoppingReason.NON_FINITE_METRIC, f"{text} is not finite; the best was {self._best_score:g}"
         limit = self.stopping_threshold
         if limit is not None and self._is_better(value, limit):
-            return EarlyStoppingReason.STOPPING_THRESHOLD, f"{shown} is better than stopping_threshold={limit:g}"
+            return EarlyStoppingReason.STOPPING_THRESHOLD, f"{text} is better than stopping_threshold={limit:g}"
         limit = self.divergence_threshold
         if limit is not None and self._is_better(limit, value):
-            return EarlyStoppingReason.DIVERGENCE_THRESHOLD, f"{shown} is worse than divergence_threshold={limit:g}"
+            return EarlyStoppingReason.DIVERGENCE_THRESHOLD, f"{text} is worse than divergence_threshold={limit:g}"
         gain = -self.min_delta if self.mode == "max" else self.min_delta
         if self._is_better(value + gain, self._best_score):
             previous, self._best_score, self.wait_count = self._best_score, value, 0
-            return EarlyStoppingReason.NOT_STOPPED, f"{shown} is the new best; it was {previous:g}"
+            return EarlyStoppingReason.NOT_STOPPED, f"{text} is the new best; it was {previous:g}"
         self.wait_count += 1
         if self.wait_count < self.patience:
             return EarlyStoppingReason.NOT_STOPPED, ""

@@ -1,4 +1,4 @@
-"""LearningRateFinder and BatchSizeFinder: the Trainer's searches, asked for by a callback. Driver only."""
+"""LearningRateFinder and BatchSizeFinder: callbacks that request the Tuner's searches. Driver only."""
 
 from typing import Any, Literal
 
@@ -6,8 +6,11 @@ from raylit.callbacks.base import DriverCallback
 
 
 class LearningRateFinder(DriverCallback):
-    """Has `fit` begin with `Tuner.lr_find`, once for each model; the arguments are its own, `num_training_steps` is
-    called `num_training` there. In the run itself it has nothing to do, and `optimal_lr` outlasts it."""
+    """Driver callback that makes `fit` begin with `Tuner.lr_find`, once for each model.
+
+    The arguments are those of `Tuner.lr_find`, where `num_training_steps` is called `num_training`. During the run
+    itself the callback does nothing. `optimal_lr` keeps the result.
+    """
 
     def __init__(
         self,
@@ -29,11 +32,14 @@ class LearningRateFinder(DriverCallback):
             "attr_name": attr_name,
         }
         self.optimal_lr: Any = None
-        """What `lr_find` has returned, with `results`, `suggestion()` and `plot()`."""
+        """The result of `lr_find`, with `results`, `suggestion()` and `plot()`; None before the search."""
 
 
 class BatchSizeFinder(DriverCallback):
-    """Has `fit` begin with `Tuner.scale_batch_size`, once for each model; the arguments are its own."""
+    """Driver callback that makes `fit` begin with `Tuner.scale_batch_size`, once for each model.
+
+    The arguments are those of `Tuner.scale_batch_size`. `optimal_batch_size` keeps the result.
+    """
 
     def __init__(
         self,

@@ -16,79 +16,82 @@ Modules: TypeAlias = "nn.Module | Iterable[Modules]"
 
 
 def multiplicative(epoch: int) -> float:
-    """The backbone's learning rate doubles with every epoch."""
+    """Double the backbone's learning rate with every epoch; the default of `BackboneFinetuning(lambda_func=...)`."""
     return 2.0
 
 
 class BaseFinetuning(Callback):
-    """Override `freeze_before_training` and `finetune_function`, with the static methods for what they need.
+    """Base of callbacks that freeze and unfreeze parts of a module.
 
-    A resumed run has the optimizers' parameter groups as they were, trains exactly the parameters that were trained,
-    and has the same modules in eval mode.
+    Override `freeze_before_training` and `finetune_function`; the static methods help with both. A resumed run restores
+    the optimizers' parameter groups, which parameters are trained, and which modules are in eval mode.
     """
 
     def __init__(self) -> None:
         self._groups: dict[int, list[dict[str, Any]]] = {}
-        """Of each optimizer, the groups' settings with names in the place of parameters."""
+        """By optimizer index, the parameter groups' settings with names in place of parameters."""
         self._trained: list[str] = []
         """Names of the parameters that require a gradient."""
         self._tracking: list[str] = []
         """Names of the batch norms that track running statistics."""
         self._in_eval_mode: list[str] | None = None
-        """Names of the modules in eval mode as the epoch begins; None: none has begun."""
+        """Names of the modules in eval mode at the start of the epoch; None before the first epoch."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
-        """Freeze what is not trained from the start; optimizers are made afterwards."""
+        """Freeze what is not trained from the start; the optimizers are created afterwards."""
         raise NotImplementedError(f"{type(self).__name__} needs a freeze_before_training")
 
     def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
-        """At the start of each epoch, for each optimizer: unfreeze what is due."""
+        """Unfreeze what is due; called at the start of each epoch, for each optimizer."""
         raise NotImplementedError(f"{type(self).__name__} needs a finetune_function")
 
     @staticmethod
     def flatten_modules(modules: Modules) -> list[nn.Module]:
-        """All leaves, and those parents that have parameters of their own."""
+        """Return all leaf modules, and the parents that have parameters of their own."""
         if isinstance(modules, nn.ModuleDict):
             modules = modules.values()
         if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
-            found: Iterable[nn.Module] = modules.modules()
+            candidates: Iterable[nn.Module] = modules.modules()
         else:
-            found = [leaf for one in modules for leaf in BaseFinetuning.flatten_modules(one)]
-        return [module for module in found if not list(module.children()) or list(module.parameters(recurse=False))]
+            candidates = [leaf for part in modules for leaf in BaseFinetuning.flatten_modules(part)]
+        return [
+            module for module in candidates if not list(module.children()) or list(module.parameters(recurse=False))
+        ]
 
     @staticmethod
     def filter_params(modules: Modules, train_bn: bool = True, requires_grad: bool = True) -> Iterator[nn.Parameter]:
-        """The parameters that are trained, or those that are not; those of batch norms only with `train_bn`."""
+        """Yield the parameters whose `requires_grad` is as given; those of batch norms only with `train_bn`."""
         for module in BaseFinetuning.flatten_modules(modules):
             if train_bn or not isinstance(module, BatchNormBase):
                 yield from (p for p in module.parameters(recurse=False) if p.requires_grad == requires_grad)
 
     @staticmethod
     def make_trainable(modules: Modules) -> None:
+        """Unfreeze the modules' parameters, and let batch norms track statistics."""
         for module in BaseFinetuning.flatten_modules(modules):
             _set_trained(module, is_trained=True)
 
     @staticmethod
     def freeze_module(module: nn.Module) -> None:
-        """Its own parameters, not those of its children."""
+        """Freeze the module's own parameters, not those of its children."""
         _set_trained(module, is_trained=False)
 
     @staticmethod
     def freeze(modules: Modules, train_bn: bool = True) -> None:
-        """Everything in the modules, batch norms only without `train_bn`."""
+        """Freeze all parameters in the modules; with `train_bn` batch norms are trained instead."""
         for module in BaseFinetuning.flatten_modules(modules):
             _set_trained(module, is_trained=train_bn and isinstance(module, BatchNormBase))
 
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that the optimizer does not have yet; warns of others."""
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        given = list(params)
-        new = [parameter for parameter in given if id(parameter) not in known]
-        if len(new) < len(given):
+        """Return the parameters that the optimizer does not have yet; warn about the others."""
+        existing = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        candidates = list(params)
+        new = [parameter for parameter in candidates if id(parameter) not in existing]
+        if len(new) < len(candidates):
             warnings.warn(
-                f"{len(given) - len(new)} of the parameters to be unfrozen are in the optimizer already and get no "
-                "group of their own: give it only those that are trained from the start, "
+                f"{len(candidates) - len(new)} of the parameters to be unfrozen are in the optimizer already and get "
+                "no group of their own: give it only those that are trained from the start, "
                 f"{type(optimizer).__name__}(p for p in self.parameters() if p.requires_grad)",
                 stacklevel=3,
             )
@@ -102,7 +105,10 @@ class BaseFinetuning(Callback):
         initial_denom_lr: float = 10.0,
         train_bn: bool = True,
     ) -> None:
-        """Train the modules as a new group at `lr`, by default the first group's divided by `initial_denom_lr`."""
+        """Train the modules as a new parameter group with learning rate `lr`.
+
+        By default that is the first group's learning rate divided by `initial_denom_lr`.
+        """
         BaseFinetuning.make_trainable(modules)
         rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else float(lr)
         params = BaseFinetuning.filter_params(modules, train_bn=train_bn, requires_grad=True)
@@ -129,12 +135,12 @@ class BaseFinetuning(Callback):
         }
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # Something may have been unfrozen since the epoch's start.
+        # A hook may have unfrozen parameters since the epoch's start.
         self._record(trainer, pl_module)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # Here, because the optimizers' states that come next need their groups.
+        # Done here because the optimizers' states, which are loaded next, need these groups.
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is None:
             return
@@ -147,8 +153,8 @@ class BaseFinetuning(Callback):
             self._in_eval_mode = state["in_eval_mode"]
             self._restore(pl_module)
             return
-        # Checkpoints of Lightning tell the groups only, those of earlier versions the parameters, too. Of the rest
-        # nothing is known, so it stays as `freeze_before_training` has left it.
+        # Checkpoints of Lightning contain the groups only, those of earlier raylit versions the trained parameters,
+        # too. The rest stays as `freeze_before_training` has left it.
         added = {name for groups in self._groups.values() for group in groups for name in group["params"]}
         self._trained = state.get("trained", sorted(added))
         self._thaw(pl_module)
@@ -179,18 +185,28 @@ class BaseFinetuning(Callback):
             if name in trained:
                 parameter.requires_grad_(True)
         for name, norm in _named_batch_norms(pl_module):
-            own = {f"{name}.{leaf}" if name else leaf for leaf, _ in norm.named_parameters(recurse=False)}
-            if own and own <= trained:
+            names = {f"{name}.{leaf}" if name else leaf for leaf, _ in norm.named_parameters(recurse=False)}
+            if names and names <= trained:
                 norm.track_running_stats = True
 
 
 class BackboneFinetuning(BaseFinetuning):
-    """Trains the module's `backbone` from an epoch on, slower than the rest.
+    """Callback that trains the module's `backbone` from an epoch on, with a lower learning rate than the rest.
 
-    It is frozen until `unfreeze_backbone_at_epoch`, all but its batch norms with `train_bn`. Then its learning rate is
-    `backbone_initial_lr`, by default that of the first group times `backbone_initial_ratio_lr`; with each further epoch
-    it is multiplied by `lambda_func(epoch)`, and with `should_align` does not exceed the first group's. `verbose`
-    prints both rates, with `rounding` digits.
+    Args:
+        unfreeze_backbone_at_epoch: Epoch, from 0, at whose start the backbone is unfrozen.
+        lambda_func: Function of the epoch by which the backbone's learning rate is multiplied in each further epoch.
+        backbone_initial_ratio_lr: Initial learning rate of the backbone as a fraction of the first group's.
+        backbone_initial_lr: Initial learning rate of the backbone; wins over the ratio.
+        should_align: Limit the backbone's learning rate to the first group's.
+        initial_denom_lr: Passed to `unfreeze_and_add_param_group`.
+        train_bn: Train the backbone's batch norms from the start.
+        verbose: Print both learning rates each epoch.
+        rounding: Number of digits to print.
+
+    Raises:
+        ConfigError: if the epoch is negative.
+        ModuleError: at setup, if the module has no `backbone`.
     """
 
     def __init__(
@@ -259,16 +275,16 @@ class BackboneFinetuning(BaseFinetuning):
 
 
 def _restore_groups(optimizer: Optimizer, groups: list[dict[str, Any]], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give each group the parameters that it had when its state was saved, as states are loaded by position."""
+    """Give each group the parameters that it had when its state was saved, because states are loaded by position."""
     if missing := [name for group in groups for name in group["params"] if name not in parameters]:
         raise CheckpointError(
             f"the checkpoint's optimizer trains parameters that this module does not have: {', '.join(missing[:3])}: "
             "resume with the module that it was saved with"
         )
-    owned = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
-    for group, saved in zip(optimizer.param_groups, owned, strict=False):
+    restored_groups = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+    for group, saved in zip(optimizer.param_groups, restored_groups, strict=False):
         group["params"] = saved["params"]
-    for saved in owned[len(optimizer.param_groups) :]:
+    for saved in restored_groups[len(optimizer.param_groups) :]:
         optimizer.add_param_group(saved)
 
 

@@ -1,4 +1,4 @@
-"""ModelCheckpoint: when the run is saved, under which names, and which files are kept."""
+"""ModelCheckpoint: decides when the run is saved, under which names, and which files are kept. Driver."""
 
 import logging
 import os
@@ -15,72 +15,11 @@ from typing_extensions import Self
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import Clock, is_saved_at_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.filenames import FilenamePattern, TopK, fields, first_free
+from raylit.checkpoint.filenames import FilenamePattern, TopK, collect_fields, find_free_path
 from raylit.checkpoint.index import newest_first, recorded_paths
 from raylit.checkpoint.pending import Publication
 from raylit.errors import CheckpointError, ConfigError
 from raylit.storage import absolute, entries, is_inside, join
-
-
-def check_options(given: Any, every_n_train_steps: int, every_n_epochs: int, interval: timedelta | None) -> None:
-    """ConfigError: a value, or a combination, that cannot work. `given`: the callback, with its public attributes."""
-    monitor, mode, save_top_k, save_last = given.monitor, given.mode, given.save_top_k, given.save_last
-    num_given = (every_n_train_steps > 0) + (every_n_epochs > 0) + (interval is not None)
-    for is_wrong, message in (
-        (mode not in ("min", "max"), f"mode={mode!r}: must be 'min' or 'max'"),
-        (save_top_k < -1, f"save_top_k={save_top_k}: must be -1 (all), 0 (none) or a count"),
-        (
-            not isinstance(given.save_on_exception, bool),
-            f"save_on_exception={given.save_on_exception!r}: True or False",
-        ),
-        (save_last not in (None, True, False, "link"), f"save_last={save_last!r}: allowed: True, 'link'"),
-        (every_n_train_steps < 0, f"every_n_train_steps={every_n_train_steps}: must be at least 0"),
-        (every_n_epochs < 0, f"every_n_epochs={every_n_epochs}: must be at least 0"),
-        (num_given > 1, "give one of every_n_train_steps, every_n_epochs and train_time_interval"),
-        (monitor is None and save_top_k > 1, f"save_top_k={save_top_k}: best by what? Give monitor"),
-    ):
-        if is_wrong:
-            raise ConfigError(f"ModelCheckpoint: {message}")
-    for filename in (None, given.CHECKPOINT_NAME_LAST):
-        FilenamePattern.from_options(given, filename).path({})  # refused here rather than at the first save
-
-
-def describe_missing_metric(monitor: str | None, names: list[str]) -> str:
-    return (
-        f"ModelCheckpoint(monitor={monitor!r}): no such metric has been logged; there are: {', '.join(names)}. Log it "
-        "with self.log, or monitor one of these"
-    )
-
-
-def follow_moved_file(before: str, now: str) -> str:
-    return (
-        f"checkpoints go to {now}, those of the resumed run went to {before}: its best_model_path is taken over, its "
-        "other files and scores are not"
-    )
-
-
-def without_foreign_paths(state: Mapping[str, Any], directory: Any) -> dict[str, Any]:
-    """A ModelCheckpoint's state from a checkpoint, without the paths that do not lie in its own directory.
-
-    The file may be a stranger's, and what the state calls the best or the last is read, overwritten and removed.
-    """
-
-    def is_own(path: object) -> bool:
-        return isinstance(path, str) and isinstance(directory, str) and is_inside(path, directory)
-
-    named = {key: state.get(key, "") for key in ("best_model_path", "last_model_path", "newest_model_path")}
-    ranked = state.get("best_k_models", {})
-    ranked = ranked if isinstance(ranked, dict) else {}
-    paths = [*named.values(), *ranked]
-    if foreign := list(dict.fromkeys(str(path) for path in paths if path not in ("", None) and not is_own(path))):
-        warnings.warn(
-            f"the checkpoint's ModelCheckpoint names files outside of its directory {directory}, which are left alone: "
-            f"{', '.join(foreign[:3])}",
-            stacklevel=3,
-        )
-    own = {key: path if is_own(path) else "" for key, path in named.items()}
-    return {**state, **own, "best_k_models": {path: score for path, score in ranked.items() if is_own(path)}}
-
 
 _log = logging.getLogger(__name__)
 
@@ -88,23 +27,44 @@ _AUTOMATIC_MONITORS = ("checkpoint_on", "val_loss")
 
 
 class ModelCheckpoint(DriverCallback):
-    """Saves the run after epochs, validations, steps or a time, and keeps the best files.
+    """Driver callback that saves the run after epochs, validations, steps or a time, and keeps the best files.
 
     - Where: `dirpath`, else `checkpoints` in the run's log directory. `filename` fills in metrics, `epoch` and `step`
-      (`{epoch}-{val_loss:.2f}`), with their names unless `auto_insert_metric_name=False`; an existing file is not
+      (`{epoch}-{val_loss:.2f}`), with their names unless `auto_insert_metric_name=False`. An existing file is not
       overwritten but a version (`-v1`) added, unless `enable_version_counter=False`. A name that leads out of the
-      directory is an error. Of the files in it only those are removed that this run, or by the index one before it, has
-      written.
+      directory is an error. Only files are removed that this run, or by the index one before it, has written.
     - When: every so many epochs (the default, 1), optimizer steps, or a `train_time_interval`; one of them. Epochs are
-      saved at their end where validation runs once in every epoch, or never; otherwise after validation;
-      `save_on_train_epoch_end` says which. A save by steps waits for a validation that is due at the same step, and for
-      the first one where the monitored metric is not there yet.
-    - What stays: the `save_top_k` best by `monitor` (-1: all, 0: none); without one the latest. `save_last` keeps
-      `last.ckpt` as well, a file of its own or ("link") a link to the file saved last.
-    - On Ctrl-C, SIGTERM and SIGHUP the run is saved where it stands, in `last.ckpt` or else under the usual name.
-      `save_on_exception`: at an error, too; workers write what one of a hook or step left, on their own hosts.
-    - A further fit of the same Trainer is a new run, whose best, last and newest files are its own; those of the run
-      before stay on the disk. Where the run ends inside an epoch, a metric of earlier weights gives no rank.
+      saved at their end if validation runs once in every epoch, or never; otherwise after validation;
+      `save_on_train_epoch_end` overrides this. A save by steps waits for a validation that is due at the same step, and
+      for the first validation if the monitored metric does not exist yet.
+    - What is kept: the `save_top_k` best by `monitor` (-1: all, 0: none); without one the latest. `save_last` keeps
+      `last.ckpt` as well, as a file of its own or ("link") a link to the file saved last.
+    - On Ctrl-C, SIGTERM and SIGHUP the run's current state is saved, as `last.ckpt` or else under the usual name. With
+      `save_on_exception` also at an error; workers write the state in which a failed hook or step left them, on their
+      own hosts.
+    - A further fit of the same Trainer is a new run with its own best, last and newest files; those of the previous run
+      stay on the disk. If the run ends inside an epoch, a metric of earlier weights does not rank the file.
+
+    Args:
+        dirpath: Directory or fsspec URL; None: `checkpoints` in the run's log directory.
+        filename: Pattern of the file names; None: `{epoch}-{step}`.
+        monitor: Metric by which files are ranked; None keeps the latest.
+        verbose: Log each save at INFO instead of DEBUG level.
+        save_last: Also keep `last.ckpt`: True as a file, "link" as a symbolic link.
+        save_top_k: Number of files to keep; -1: all, 0: none. More than 1 needs `monitor`.
+        save_on_exception: Also save when a hook or step raises.
+        save_weights_only: Save weights and hyper-parameters only, without the state that resuming needs.
+        mode: Whether the best metric is the "min" or the "max".
+        auto_insert_metric_name: Put names before the values in file names.
+        every_n_train_steps: Optimizer steps between two saves; None or 0: not by steps.
+        train_time_interval: Time between two saves.
+        every_n_epochs: Epochs between two saves; 0: not by epochs; None: 1 if no other schedule is given.
+        save_on_train_epoch_end: Save at the end of epochs (True) or after validation (False).
+        enable_version_counter: Add a version to a file name that exists, instead of overwriting the file.
+
+    Raises:
+        ConfigError: if a value, or a combination of values, cannot work; during a run, if the metric is still missing
+            after validation.
     """
 
     CHECKPOINT_JOIN_CHAR = "-"
@@ -146,58 +106,59 @@ class ModelCheckpoint(DriverCallback):
         self._every_n_epochs = 1 if is_default else every_n_epochs or 0
         self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
-        self.first_version = self.STARTING_VERSION if enable_version_counter else None  # None: overwritten
+        self.first_version = self.STARTING_VERSION if enable_version_counter else None  # None: overwrite
         check_options(self, self._every_n_train_steps, self._every_n_epochs, train_time_interval)
         self.is_automatic = False
         self._derived_dirpath: str | None = None
-        """The last run's own, where the user has given none."""
+        """The last run's directory, if the user has given none."""
         self._clock = Clock(train_time_interval)
         self._has_saved = False
-        """In an earlier run of the same Trainer."""
+        """True once an earlier run of the same Trainer has saved."""
         self.newest_model_path = ""
         self.reset_state()
 
     def reset_state(self) -> None:
-        """The files of earlier runs stay where they are and count for nothing."""
+        """Forget the files of earlier runs, which stay on the disk."""
         if self.dirpath == self._derived_dirpath:
             self.dirpath = None
         self._has_saved = self._has_saved or self.newest_model_path != ""
         self.best_model_path = self.last_model_path = self.newest_model_path = ""
-        """`newest`: the file written last, whatever for; of its names the one that stays."""
+        """`newest` is the file written last, for any reason, under the name that is kept."""
         self._best = TopK(count=self.save_top_k, mode=self.mode)
         self._current_score: float | None = None
         self._resumed_path = ""
         self._written: set[str] = set()
-        """Paths that this run has written, or by the directory's index one before it: no other file is removed."""
+        """Paths that this run, or by the directory's index one before it, has written: no other file is removed."""
         self._linkable_path = ""
         self._unapplied_state: dict[str, Any] | None = None
         self._is_deferred = False
         self._has_warned = False
         self._step_saved = 0
         self._step_validated: int | None = None
-        self._before = self._standing
+        self._before = self._names_and_scores
 
     @classmethod
     def automatic(cls) -> Self:
-        """What the Trainer uses where nobody asks for anything: always keeps the latest checkpoint.
+        """Return the callback that the Trainer uses by default, which always keeps the latest checkpoint.
 
-        Once `checkpoint_on`, else `val_loss`, is logged the one with the least of it stays too, as `best_model_path`.
+        Once `checkpoint_on`, else `val_loss`, is logged, the file with its lowest value is kept as well, as
+        `best_model_path`.
         """
         callback = cls()
         callback.is_automatic = True
         return callback
 
-    # What the user may look at
+    # Results for the user
 
     @property
     def best_model_score(self) -> Tensor | None:
-        """0-dim."""
-        return _tensor(self._best.scores.get(self.best_model_path))
+        """The best file's score, 0-dim; None if there is none."""
+        return _to_tensor(self._best.scores.get(self.best_model_path))
 
     @property
     def current_score(self) -> Tensor | None:
-        """Of the newest of the best files."""
-        return _tensor(self._current_score)
+        """The score of the newest among the best files, 0-dim; None if there is none."""
+        return _to_tensor(self._current_score)
 
     @property
     def best_k_models(self) -> dict[str, Tensor]:
@@ -206,17 +167,18 @@ class ModelCheckpoint(DriverCallback):
 
     @property
     def kth_best_model_path(self) -> str:
-        """The next to be removed; empty while there is room."""
-        return self._best.next_out
+        """The file that is removed next; empty while fewer than `save_top_k` are kept."""
+        return self._best.next_removed
 
     @property
     def kth_value(self) -> Tensor:
-        return torch.tensor(self._best.scores.get(self._best.next_out, self._best.worst_score))
+        """The score of the file that is removed next, 0-dim; the worst possible one if there is none."""
+        return torch.tensor(self._best.scores.get(self._best.next_removed, self._best.worst_score))
 
     def format_checkpoint_name(
         self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
     ) -> str:
-        """The path of a file for these metrics; one that is missing counts as 0."""
+        """Return the path of a file for these metrics; a missing metric counts as 0."""
         return FilenamePattern.from_options(self, filename).path(metrics, prefix=prefix, version=ver)
 
     # When it saves
@@ -261,7 +223,8 @@ class ModelCheckpoint(DriverCallback):
         if self._is_saved_or_unwanted(run):
             return
         if self._is_deferred or self._clock.is_due():
-            self._save_or_defer(run, is_deferred=self._is_missing(run))  # it may be an epoch's metric of the training
+            # The metric may be one that training logs at the end of the epoch.
+            self._save_or_defer(run, is_deferred=self._is_missing(run))
         elif not is_saved_at_epoch_end(run, self._save_on_train_epoch_end):
             self._save(run, is_ranked=self._is_epoch_due(run))
 
@@ -283,22 +246,22 @@ class ModelCheckpoint(DriverCallback):
             return
         if self.monitor is None or self.save_last:
             self._save(run, is_ranked=self.monitor is None)
-        else:  # no rank among the best: the metric is of earlier weights
+        else:  # not ranked among the best, because the metric belongs to earlier weights
             run.finish_saves()
-            self._before = self._standing
-            self._write(run, self._free_path(run, fields(run.state)), [])
+            self._before = self._names_and_scores
+            self._write(run, self._free_path(run, collect_fields(run.state)), [])
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         if self.save_on_exception and isinstance(error, Exception) and run.state.stage == "fit":
             if run.is_idle:
                 self.on_interrupt(run)
                 run.finish_saves()
-            elif self.dirpath:  # what a worker has left
+            elif self.dirpath:  # a worker may have written a file
                 self.newest_model_path = next(newest_first(self.dirpath), self.newest_model_path)
 
     def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
         if error is None:
-            self._say(f"step {self._step_saved}: saved {path}")
+            self._log_message(f"step {self._step_saved}: saved {path}")
             return
         *paths, self._best.scores, self._current_score, self._step_saved = self._before
         self.best_model_path, self.last_model_path, self.newest_model_path, self._linkable_path = paths
@@ -331,22 +294,22 @@ class ModelCheckpoint(DriverCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Everything where the directory is still the same, else the best file's path alone.
+        """Restore everything if the directory is still the same, else the best file's path alone.
 
-        Before `on_start` has settled the directory the state is put by until then.
+        Before `on_start` has determined the directory the state is stored until then.
         """
         if self.dirpath is None:
             self._unapplied_state = state_dict
             return
         directory = state_dict.get("dirpath", self.dirpath)
-        state_dict = without_foreign_paths(state_dict, directory)
+        state_dict = drop_foreign_paths(state_dict, directory)
         if directory == self.dirpath:
             self._written |= recorded_paths(self.dirpath)
             self._best.scores = {path: float(score) for path, score in state_dict.get("best_k_models", {}).items()}
             self.last_model_path = state_dict.get("last_model_path", "")
             self.newest_model_path = self._resumed_path = state_dict.get("newest_model_path", "")
         else:
-            warnings.warn(follow_moved_file(directory, self.dirpath), stacklevel=2)
+            warnings.warn(describe_moved_directory(directory, self.dirpath), stacklevel=2)
         self.best_model_path = state_dict["best_model_path"] or self._best.best
 
     # Helpers, in the order in which they are called
@@ -357,10 +320,10 @@ class ModelCheckpoint(DriverCallback):
         return is_unwanted or self._step_saved == state.progress.global_step
 
     def _is_missing(self, run: Run) -> bool:
-        return self.monitor is not None and self.monitor not in fields(run.state)
+        return self.monitor is not None and self.monitor not in collect_fields(run.state)
 
     def _is_score_stale(self, run: Run) -> bool:
-        """The run ends inside an epoch, and the metric is that of earlier weights."""
+        """Return whether the run ends inside an epoch with a metric that belongs to earlier weights."""
         return self.monitor is not None and run.state.is_epoch_cut_short and run.state.is_stale(self.monitor)
 
     def _save_or_defer(self, run: Run, *, is_deferred: bool) -> None:
@@ -372,12 +335,12 @@ class ModelCheckpoint(DriverCallback):
         return self._every_n_epochs > 0 and (run.state.progress.epoch + 1) % self._every_n_epochs == 0
 
     def _save(self, run: Run, *, is_ranked: bool = True) -> None:
-        """Save what is due; what has lost its place is removed once the file is there."""
-        run.finish_saves(is_earlier_only=True)  # what is due follows from how this one's last has ended
-        self._before = self._standing
-        metrics = fields(run.state)
+        """Save what is due; files that lost their place are removed once the new file is written."""
+        run.finish_saves(is_earlier_only=True)  # what is due depends on whether the previous save succeeded
+        self._before = self._names_and_scores
+        metrics = collect_fields(run.state)
         path, losers, more = "", [self.last_model_path], list[str]()
-        if self.save_last:  # named before anything is written, as the name is part of what is written
+        if self.save_last:  # named before writing, because the name is part of the callback's saved state
             last = self.last_model_path
             self.last_model_path = self._free_path(run, metrics, self.CHECKPOINT_NAME_LAST, reusable=last)
         if self.is_automatic:
@@ -390,33 +353,34 @@ class ModelCheckpoint(DriverCallback):
             self._write(run, self.last_model_path, losers)
 
     def _place_latest(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
-        """The path to write to, and the paths whose files go afterwards; so the next two."""
+        """Return the path to write to, and the paths of the files to remove afterwards."""
         previous = self.best_model_path
         self.best_model_path = self._free_path(run, metrics, reusable=previous)
         return self.best_model_path, [previous] if self.save_top_k == 1 else []
 
     def _place_if_good(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
-        """An empty path: it is not good enough."""
+        """Return the same two as `_place_latest`; an empty path if the score is not good enough."""
         assert self.monitor is not None
         if self.monitor not in metrics:
-            self._miss(sorted(metrics))
+            self._handle_missing_metric(sorted(metrics))
             return "", []
         score = metrics[self.monitor]
         if not self._best.admits(score):
-            self._say(f"{self.monitor}={score:g} is not among the best {self.save_top_k}")
+            self._log_message(f"{self.monitor}={score:g} is not among the best {self.save_top_k}")
             return "", []
-        path = self._free_path(run, metrics, reusable=self._best.next_out)
+        path = self._free_path(run, metrics, reusable=self._best.next_removed)
         losers = self._best.make_room()
         self._rank(path, score)
         return path, losers
 
     def _place_automatically(self, run: Run, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+        """Return the same two as `_place_latest` for the default callback, and rank the file if its score is new."""
         losers = [self.newest_model_path]
         path = self._free_path(run, metrics)
         monitor = next((name for name in _AUTOMATIC_MONITORS if name in metrics), "")
         is_stale = run.state.is_epoch_cut_short and run.state.is_stale(monitor)
         score = None if is_stale else metrics.get(monitor)
-        # A score from before these weights has been offered before, and is not better than itself.
+        # A score of earlier weights has been ranked before, and is not better than itself.
         if score is not None and self._best.admits(score):
             losers += self._best.make_room()
             self._rank(path, score)
@@ -424,7 +388,7 @@ class ModelCheckpoint(DriverCallback):
             self.best_model_path = path
         return path, losers
 
-    def _miss(self, names: list[str]) -> None:
+    def _handle_missing_metric(self, names: list[str]) -> None:
         message = describe_missing_metric(self.monitor, names)
         if self._step_validated is not None:
             raise ConfigError(message)
@@ -438,7 +402,7 @@ class ModelCheckpoint(DriverCallback):
         self.best_model_path = self._best.best
 
     def _write(self, run: Run, path: str, losers: list[str]) -> None:
-        # Before it is written, as it is part of what is written.
+        # Set before writing, because it is part of the callback's saved state.
         self.newest_model_path = self.last_model_path if self.save_last is True else path
         if path != self.last_model_path:
             self._linkable_path = path
@@ -458,8 +422,8 @@ class ModelCheckpoint(DriverCallback):
         run.save_checkpoint(path, is_weights_only=self.save_weights_only, then=then)
 
     @property
-    def _standing(self) -> tuple[Any, ...]:
-        """What a save that fails leaves as it was."""
+    def _names_and_scores(self) -> tuple[Any, ...]:
+        """The attributes that are restored if a save fails."""
         paths = (self.best_model_path, self.last_model_path, self.newest_model_path, self._linkable_path)
         return (*paths, dict(self._best.scores), self._current_score, self._step_saved)
 
@@ -468,19 +432,89 @@ class ModelCheckpoint(DriverCallback):
         return self.save_last == "link" and path != "" and files.link(path, self.last_model_path)
 
     def _free_path(self, run: Run, metrics: Mapping[str, float], filename: str = "", *, reusable: str = "") -> str:
-        """The file's path, with the first version that no file has yet; `reusable` may be overwritten."""
+        """Return the file's path, with the first version that no file has yet; `reusable` may be overwritten."""
         names = partial(self.format_checkpoint_name, metrics, filename)
-        return first_free(names, self.first_version, reusable=reusable, is_taken=run.is_saving_to)
+        return find_free_path(names, self.first_version, reusable=reusable, is_taken=run.is_saving_to)
 
     def _is_removable(self, path: str) -> bool:
-        """It is this run's or its predecessor's, in this directory, has no other use, and the run was not resumed from
-        it."""
+        """Return whether the file may be removed.
+
+        This run or its predecessor wrote it, in this directory, it has no other use, and the run was not resumed from
+        it.
+        """
         is_kept = path in (self.best_model_path, self.last_model_path, self._resumed_path, *self._best.scores)
         return path != "" and path in self._written and not is_kept and is_inside(path, self.dirpath or "")
 
-    def _say(self, message: str) -> None:
+    def _log_message(self, message: str) -> None:
         _log.log(logging.INFO if self.verbose else logging.DEBUG, message)
 
 
-def _tensor(score: float | None) -> Tensor | None:
+def check_options(callback: Any, every_n_train_steps: int, every_n_epochs: int, interval: timedelta | None) -> None:
+    """Check the callback's public attributes and its schedule.
+
+    Raises:
+        ConfigError: if a value, or a combination of values, cannot work.
+    """
+    monitor, mode, save_top_k, save_last = callback.monitor, callback.mode, callback.save_top_k, callback.save_last
+    num_schedules = (every_n_train_steps > 0) + (every_n_epochs > 0) + (interval is not None)
+    for is_wrong, message in (
+        (mode not in ("min", "max"), f"mode={mode!r}: must be 'min' or 'max'"),
+        (save_top_k < -1, f"save_top_k={save_top_k}: must be -1 (all), 0 (none) or a count"),
+        (
+            not isinstance(callback.save_on_exception, bool),
+            f"save_on_exception={callback.save_on_exception!r}: True or False",
+        ),
+        (save_last not in (None, True, False, "link"), f"save_last={save_last!r}: allowed: True, 'link'"),
+        (every_n_train_steps < 0, f"every_n_train_steps={every_n_train_steps}: must be at least 0"),
+        (every_n_epochs < 0, f"every_n_epochs={every_n_epochs}: must be at least 0"),
+        (num_schedules > 1, "give one of every_n_train_steps, every_n_epochs and train_time_interval"),
+        (monitor is None and save_top_k > 1, f"save_top_k={save_top_k}: best by what? Give monitor"),
+    ):
+        if is_wrong:
+            raise ConfigError(f"ModelCheckpoint: {message}")
+    for filename in (None, callback.CHECKPOINT_NAME_LAST):
+        FilenamePattern.from_options(callback, filename).path({})  # raises here rather than at the first save
+
+
+def describe_missing_metric(monitor: str | None, names: list[str]) -> str:
+    """Return the error message for a monitored metric that has not been logged."""
+    return (
+        f"ModelCheckpoint(monitor={monitor!r}): no such metric has been logged; there are: {', '.join(names)}. Log it "
+        "with self.log, or monitor one of these"
+    )
+
+
+def describe_moved_directory(before: str, now: str) -> str:
+    """Return the warning for a resumed run whose checkpoint directory has changed."""
+    return (
+        f"checkpoints go to {now}, those of the resumed run went to {before}: its best_model_path is taken over, its "
+        "other files and scores are not"
+    )
+
+
+def drop_foreign_paths(state: Mapping[str, Any], directory: Any) -> dict[str, Any]:
+    """Return a ModelCheckpoint's saved state without the paths that are outside its own directory.
+
+    The checkpoint may come from an untrusted source, and the files that the state calls best or last are read,
+    overwritten and removed.
+    """
+
+    def is_own(path: object) -> bool:
+        return isinstance(path, str) and isinstance(directory, str) and is_inside(path, directory)
+
+    saved_paths = {key: state.get(key, "") for key in ("best_model_path", "last_model_path", "newest_model_path")}
+    ranked = state.get("best_k_models", {})
+    ranked = ranked if isinstance(ranked, dict) else {}
+    paths = [*saved_paths.values(), *ranked]
+    if foreign := list(dict.fromkeys(str(path) for path in paths if path not in ("", None) and not is_own(path))):
+        warnings.warn(
+            f"the checkpoint's ModelCheckpoint names files outside of its directory {directory}, which are left alone: "
+            f"{', '.join(foreign[:3])}",
+            stacklevel=3,
+        )
+    own_paths = {key: path if is_own(path) else "" for key, path in saved_paths.items()}
+    return {**state, **own_paths, "best_k_models": {path: score for path, score in ranked.items() if is_own(path)}}
+
+
+def _to_tensor(score: float | None) -> Tensor | None:
     return None if score is None else torch.tensor(score)

@@ -1,4 +1,4 @@
-"""ModelSummary: the model's layers and parameters, shown once when a fit starts. Driver only."""
+"""ModelSummary: prints the model's layers and parameters once when a fit starts. Driver only."""
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.errors import ConfigError
@@ -6,8 +6,16 @@ from raylit.text_table import printable
 
 
 class ModelSummary(DriverCallback):
-    """Prints layers down to `max_depth` (0: only the totals, -1: all) as they are once `setup` and `configure_model`
-    have run. With an `example_input_array` on the module the layers' sizes are shown as well."""
+    """Driver callback that prints the model's layers after `setup` and `configure_model` have run.
+
+    If the module has an `example_input_array`, the layers' input and output sizes are shown as well.
+
+    Args:
+        max_depth: Depth of the layers to print; 0 prints only the totals, -1 all layers.
+
+    Raises:
+        ConfigError: if it is less than -1 or not an int.
+    """
 
     def __init__(self, max_depth: int = 1) -> None:
         if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < -1:

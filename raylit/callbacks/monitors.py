@@ -1,4 +1,4 @@
-"""Monitors: learning rates, device statistics and throughput, logged as training runs."""
+"""Callbacks that log learning rates, device statistics and throughput. Run on every worker."""
 
 import importlib
 import importlib.util
@@ -15,12 +15,19 @@ from raylit.errors import ConfigError
 
 
 class LearningRateMonitor(Callback):
-    """Logs each optimizer's learning rate, with `log_momentum` and `log_weight_decay` those too.
+    """Callback that logs each optimizer's learning rate, and on request momentum and weight decay.
 
-    `logging_interval="step"`: that of every logging step; "epoch": that which each epoch begins with; None: as often as
-    the scheduler changes it, and at logging steps where there is none. Names: `lr-Adam`; `lr-Adam/pg1`, `/pg2` of
-    several parameter groups, by their own "name" where they have one; `lr-Adam-1` of a second optimizer of a kind; the
-    "name" of a scheduler's dict takes the place of all that.
+    Names: `lr-Adam`; `lr-Adam/pg1`, `/pg2` for several parameter groups, or their own "name" if they have one;
+    `lr-Adam-1` for a second optimizer of a class. The "name" of a scheduler's dict replaces all that.
+
+    Args:
+        logging_interval: "step" logs at every logging step, "epoch" at the start of each epoch; None follows the
+            scheduler's interval, and logs at logging steps if there is no scheduler.
+        log_momentum: Also log momentum (or the first beta).
+        log_weight_decay: Also log weight decay.
+
+    Raises:
+        ConfigError: if the interval is unknown; during a run, if two parameter groups share a name.
     """
 
     def __init__(
@@ -37,32 +44,32 @@ class LearningRateMonitor(Callback):
         self.log_momentum = log_momentum
         self.log_weight_decay = log_weight_decay
         self.lrs: dict[str, list[float]] = {}
-        """Every value that was logged, by its name."""
+        """Every value that was logged, by name."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.lrs = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.logging_interval != "epoch" and trainer.is_logging_step:
-            for name, value in self._values(trainer, interval="step").items():
+            for name, value in self._read_values(trainer, interval="step").items():
                 pl_module.log(name, value, on_step=True, on_epoch=False)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self.logging_interval != "step":
-            for name, value in self._values(trainer, interval="epoch").items():
+            for name, value in self._read_values(trainer, interval="epoch").items():
                 pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1)
 
-    def _values(self, trainer: Any, *, interval: str) -> dict[str, float]:
-        """Of the optimizers that are logged at this interval."""
+    def _read_values(self, trainer: Any, *, interval: str) -> dict[str, float]:
+        """Return the values of the optimizers that are logged at this interval."""
         values: dict[str, float] = {}
-        for optimizer, name, own_interval in _named_optimizers(trainer):
+        for optimizer, name, own_interval in _name_optimizers(trainer):
             if interval != (self.logging_interval or own_interval):
                 continue
-            names = _group_names(optimizer, name)
+            names = _name_groups(optimizer, name)
             for group, group_name in zip(optimizer.param_groups, names, strict=True):
-                # A scheduler may keep it as a tensor.
+                # Some schedulers store the learning rate as a tensor.
                 values[group_name] = float(group["lr"])
-                self._note(group_name, values[group_name], is_single=len(names) == 1)
+                self._record(group_name, values[group_name], is_single=len(names) == 1)
                 if self.log_momentum:
                     momentum = group["betas"][0] if "betas" in optimizer.defaults else group.get("momentum", 0)
                     values[f"{group_name}-momentum"] = float(momentum)
@@ -70,45 +77,24 @@ class LearningRateMonitor(Callback):
                     values[f"{group_name}-weight_decay"] = float(group.get("weight_decay", 0))
         return values
 
-    def _note(self, name: str, value: float, *, is_single: bool) -> None:
+    def _record(self, name: str, value: float, *, is_single: bool) -> None:
         if not is_single and name.endswith("/pg1") and name not in self.lrs:
-            # The only group so far has got company.
+            # A second group was added, so the first one's name changes.
             self.lrs[name] = self.lrs.pop(name.removesuffix("/pg1"), [])
         self.lrs.setdefault(name, []).append(value)
 
 
-def _named_optimizers(trainer: Any) -> list[tuple[Optimizer, str, str]]:
-    """Each optimizer with its name and how often its scheduler steps; those with schedulers first."""
-    found: list[tuple[Optimizer, str | None, str]] = [
-        (config.scheduler.optimizer, config.name, config.interval) for config in trainer.lr_scheduler_configs
-    ]
-    followed = [optimizer for optimizer, _, _ in found]
-    found += [(one, None, "step") for one in trainer.optimizers if not any(one is other for other in followed)]
-    seen: Counter[str] = Counter()
-    named = []
-    for optimizer, given, interval in found:
-        name = given or f"lr-{type(optimizer).__name__}"
-        seen[name] += 1
-        named.append((optimizer, name if seen[name] == 1 else f"{name}-{seen[name] - 1}", interval))
-    return named
-
-
-def _group_names(optimizer: Optimizer, name: str) -> list[str]:
-    groups = optimizer.param_groups
-    own = [group["name"] for group in groups if "name" in group]
-    if len(set(own)) < len(own):
-        raise ConfigError(f"LearningRateMonitor: the parameter groups of {name} share a name: {', '.join(own)}")
-    if len(groups) == 1:
-        return [f"{name}/{own[0]}" if own else name]
-    return [f"{name}/{group.get('name', f'pg{number}')}" for number, group in enumerate(groups, start=1)]
-
-
 class DeviceStatsMonitor(Callback):
-    """Logs the device's statistics at the start and end of the batch of each logging step, as the mean of the workers.
+    """Callback that logs device statistics at start and end of each logging step's batch, as the mean of the workers.
 
-    Names: `DeviceStatsMonitor.on_train_batch_start/cpu_percent`. On CUDA they are torch.cuda.memory_stats', on the CPU
-    the load of processor, memory and swap, which needs psutil. `cpu_stats`: those of the CPU always, never, or (None)
-    only where it is the device.
+    Names: `DeviceStatsMonitor.on_train_batch_start/cpu_percent`. On CUDA these are torch.cuda.memory_stats', on the CPU
+    the load of processor, memory and swap in percent, which needs psutil.
+
+    Args:
+        cpu_stats: Log the CPU's statistics always (True), never (False), or only if the device is the CPU (None).
+
+    Raises:
+        ConfigError: if psutil is needed and missing.
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
@@ -131,31 +117,30 @@ class DeviceStatsMonitor(Callback):
         if device.type == "cuda":
             stats.update(torch.cuda.memory_stats(device))
         if self.cpu_stats or (self.cpu_stats is None and device.type == "cpu"):
-            stats.update(_cpu_stats())
+            stats.update(_read_cpu_stats())
         for name, value in stats.items():
             pl_module.log(f"{type(self).__qualname__}.{hook}/{name}", float(value), on_step=True, on_epoch=False)
 
 
-def _cpu_stats() -> dict[str, float]:
-    psutil: Any = importlib.import_module("psutil")
-    return {
-        "cpu_percent": psutil.cpu_percent(),
-        "cpu_vm_percent": psutil.virtual_memory().percent,
-        "cpu_swap_percent": psutil.swap_memory().percent,
-    }
-
-
 class ThroughputMonitor(Callback):
-    """Logs how fast the training goes, at logging steps.
+    """Callback that logs the training speed at logging steps.
 
-    Names, with `separator` for the slash: `train/time` (seconds of training, validation left out), `train/batches`,
-    `train/samples`, `train/lengths`; once `window_size` batches have passed, over about so many,
-    `train/device/batches_per_sec`, `samples_per_sec`, `items_per_sec` (of `length_fn`, all lengths of a batch) and
-    `flops_per_sec`, and the same without `device/` for all workers together. Each worker's values count as their mean.
+    Names, with `separator` in place of the slash: `train/time` (seconds of training, without validation),
+    `train/batches`, `train/samples`, `train/lengths`. Once `window_size` batches have passed, averaged over about as
+    many: `train/device/batches_per_sec`, `samples_per_sec`, `items_per_sec` (of `length_fn`, all lengths of a batch)
+    and `flops_per_sec`; and the same without `device/` for all workers together. The workers' values are averaged.
 
-    `batch_size_fn` and `length_fn` get a batch. The module's `flops_per_batch` says what `flops_per_sec` is made of;
-    with `available_flops`, of one device, `train/device/mfu` is the share of it that is used. The device is waited for
-    at logging steps only.
+    `flops_per_sec` is computed from the module's `flops_per_batch`. The device is synchronized at logging steps only.
+
+    Args:
+        batch_size_fn: Returns the number of samples in a batch.
+        length_fn: Returns the number of items (e.g. tokens) in a batch.
+        window_size: Number of batches over which speeds are averaged, at least 2.
+        separator: Replaces the slash in names.
+        available_flops: Peak FLOP/s of one device; logs the fraction that is used as `train/device/mfu`.
+
+    Raises:
+        ConfigError: if `window_size` is less than 2.
     """
 
     def __init__(
@@ -211,17 +196,17 @@ class ThroughputMonitor(Callback):
         values = {"time": now.time_s, "batches": now.batches, "samples": now.samples}
         if self.length_fn is not None:
             values["lengths"] = now.lengths
-        # The oldest mark that is still a whole window back.
+        # Keep the newest mark that is at least a whole window back as the first.
         while len(self._marks) > 1 and now.batches - self._marks[1].batches >= self.window_size:
             self._marks.popleft()
         if now.batches - self._marks[0].batches >= self.window_size:
-            values.update(self._rates(self._marks[0], now, world_size=trainer.world_size))
+            values.update(self._compute_rates(self._marks[0], now, world_size=trainer.world_size))
         self._marks.append(now)
         for name, value in values.items():
             full_name = self.separator.join(["train", *name.split("/")])
             pl_module.log(full_name, float(value), on_step=True, on_epoch=False)
 
-    def _rates(self, start: "_Mark", end: "_Mark", *, world_size: int) -> dict[str, float]:
+    def _compute_rates(self, start: "_Mark", end: "_Mark", *, world_size: int) -> dict[str, float]:
         elapsed_s = max(end.time_s - start.time_s, 1e-9)
         rates = {
             "batches_per_sec": (end.batches - start.batches) / elapsed_s,
@@ -239,8 +224,43 @@ class ThroughputMonitor(Callback):
         return values
 
 
+def _name_optimizers(trainer: Any) -> list[tuple[Optimizer, str, str]]:
+    """Return each optimizer with its name and its scheduler's interval; those with schedulers come first."""
+    optimizers: list[tuple[Optimizer, str | None, str]] = [
+        (config.scheduler.optimizer, config.name, config.interval) for config in trainer.lr_scheduler_configs
+    ]
+    scheduled = [optimizer for optimizer, _, _ in optimizers]
+    optimizers += [(one, None, "step") for one in trainer.optimizers if not any(one is other for other in scheduled)]
+    counts: Counter[str] = Counter()
+    result = []
+    for optimizer, own_name, interval in optimizers:
+        name = own_name or f"lr-{type(optimizer).__name__}"
+        counts[name] += 1
+        result.append((optimizer, name if counts[name] == 1 else f"{name}-{counts[name] - 1}", interval))
+    return result
+
+
+def _name_groups(optimizer: Optimizer, name: str) -> list[str]:
+    groups = optimizer.param_groups
+    own_names = [group["name"] for group in groups if "name" in group]
+    if len(set(own_names)) < len(own_names):
+        raise ConfigError(f"LearningRateMonitor: the parameter groups of {name} share a name: {', '.join(own_names)}")
+    if len(groups) == 1:
+        return [f"{name}/{own_names[0]}" if own_names else name]
+    return [f"{name}/{group.get('name', f'pg{number}')}" for number, group in enumerate(groups, start=1)]
+
+
+def _read_cpu_stats() -> dict[str, float]:
+    psutil: Any = importlib.import_module("psutil")
+    return {
+        "cpu_percent": psutil.cpu_percent(),
+        "cpu_vm_percent": psutil.virtual_memory().percent,
+        "cpu_swap_percent": psutil.swap_memory().percent,
+    }
+
+
 class _Mark(NamedTuple):
-    """What was done by a moment of the training."""
+    """Totals at a moment of the training."""
 
     time_s: float
     batches: int

@@ -1,4 +1,4 @@
-"""The run as it stood when something went wrong: OnExceptionCheckpoint, and what ModelCheckpoint has for it. Worker."""
+"""OnExceptionCheckpoint and SavesOnException: the worker's state is saved when an exception is raised. Worker."""
 
 import os
 from functools import partial
@@ -6,17 +6,24 @@ from typing import Any
 
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
-from raylit.checkpoint.filenames import FilenamePattern, first_free
+from raylit.checkpoint.filenames import FilenamePattern, find_free_path
 from raylit.errors import ConfigError
 from raylit.storage import absolute, check_stays_below
 
 
 class OnExceptionCheckpoint(Callback):
-    """Saves to `dirpath/filename.ckpt`, on the host of the worker where an exception passed through or, at Ctrl-C and
-    SIGTERM, on rank 0's. A fit that ends well removes the file.
+    """Callback that saves the worker's state to `dirpath/filename.ckpt` when an exception is raised.
 
-    The worker writes what it has: everything but the other workers' random state, which a run resumed from the file
-    therefore starts anew.
+    The file is written on the host of the worker that raised or, at Ctrl-C and SIGTERM, by rank 0. A fit that ends
+    successfully removes the file. It contains everything but the other workers' random state, so a run that is resumed
+    from it starts their random state anew.
+
+    Args:
+        dirpath: Directory on the worker's host.
+        filename: Name of the file without extension.
+
+    Raises:
+        ConfigError: if the name is empty or leads out of the directory.
     """
 
     FILE_EXTENSION = ".ckpt"
@@ -31,6 +38,7 @@ class OnExceptionCheckpoint(Callback):
 
     @property
     def ckpt_path(self) -> str:
+        """Path of the file."""
         return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -48,20 +56,20 @@ class OnExceptionCheckpoint(Callback):
 
 
 class SavesOnException(Callback):
-    """For `ModelCheckpoint(save_on_exception=True)`: what it cannot do from the driver."""
+    """Worker's part of `ModelCheckpoint(save_on_exception=True)`, which the driver cannot do."""
 
     def __init__(self, naming: FilenamePattern, *, first_version: int | None) -> None:
-        """As `first_free` has it."""
+        """Save under names of this pattern; `first_version` is passed to `find_free_path`."""
         self._naming = naming
         self._first_version = first_version
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        # At Ctrl-C and SIGTERM the driver has saved.
+        # At Ctrl-C and SIGTERM the driver saves.
         is_ours = isinstance(exception, Exception) and not trainer.sanity_checking and not trainer.fast_dev_run
         if not is_ours or trainer.state.fn != "fit" or trainer.saving is None:
             return
         metrics = {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.metric_values()}
-        if self._naming.is_of_step and files.exists(self._naming.path(metrics)):
+        if self._naming.contains_step and files.exists(self._naming.path(metrics)):
             return
         names = partial(self._naming.path, metrics)
-        trainer.save_own_checkpoint(first_free(names, self._first_version))
+        trainer.save_own_checkpoint(find_free_path(names, self._first_version))

@@ -1,4 +1,4 @@
-"""BasePredictionWriter: writes predictions where they are made. Runs on every worker."""
+"""BasePredictionWriter: writes predictions on the workers that make them. Runs on every worker."""
 
 import enum
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from raylit.errors import ConfigError
 
 
 class WriteInterval(str, enum.Enum):
-    """When predictions are written."""
+    """Times at which predictions are written."""
 
     BATCH = "batch"
     EPOCH = "epoch"
@@ -17,19 +17,27 @@ class WriteInterval(str, enum.Enum):
 
     @property
     def on_batch(self) -> bool:
+        """True if predictions are written after each batch."""
         return self in (self.BATCH, self.BATCH_AND_EPOCH)
 
     @property
     def on_epoch(self) -> bool:
+        """True if predictions are written at the end of the loop."""
         return self in (self.EPOCH, self.BATCH_AND_EPOCH)
 
 
 class BasePredictionWriter(Callback):
-    """Override `write_on_batch_end`, `write_on_epoch_end` or both; `write_interval` says which are called.
+    """Base of callbacks that write predictions: override `write_on_batch_end`, `write_on_epoch_end` or both.
 
-    Every worker writes its own share of the batches. Indices are those of the samples in the data set, an empty list
-    where nobody can know them: of iterables, and of samplers that split the data themselves. With
-    `trainer.predict(..., return_predictions=False)` nothing but files comes out of the workers.
+    Every worker writes its own share of the batches. Indices are those of the samples in the data set; an empty list if
+    they cannot be known: for iterable data sets, and for samplers that split the data themselves. With
+    `trainer.predict(..., return_predictions=False)` no predictions are sent to the driver.
+
+    Args:
+        write_interval: Which of the two methods are called: "batch", "epoch" or "batch_and_epoch".
+
+    Raises:
+        ConfigError: if the interval is unknown.
     """
 
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
@@ -51,14 +59,31 @@ class BasePredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """`prediction`: what `predict_step` has returned for the batch; `batch_idx` counts this worker's batches."""
+        """Write the predictions of one batch.
+
+        Args:
+            trainer: The worker's view of the run.
+            pl_module: The module.
+            prediction: The result of `predict_step` for the batch.
+            batch_indices: Indices of the batch's samples in the data set.
+            batch: The batch.
+            batch_idx: Counts this worker's batches.
+            dataloader_idx: Index of the loader.
+        """
         raise NotImplementedError(f"{type(self).__name__} writes on batches: define write_on_batch_end")
 
     def write_on_epoch_end(
         self, trainer: Any, pl_module: Any, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """`predictions`: of this worker's batches, on the CPU, a list for each loader where there are several;
-        `batch_indices`: for each loader the indices of each batch."""
+        """Write the predictions of all this worker's batches.
+
+        Args:
+            trainer: The worker's view of the run.
+            pl_module: The module.
+            predictions: Results of `predict_step` on the CPU, one for each batch; a list for each loader if there are
+                several.
+            batch_indices: For each loader the indices of each batch.
+        """
         raise NotImplementedError(f"{type(self).__name__} writes on epochs: define write_on_epoch_end")
 
     def on_predict_batch_end(

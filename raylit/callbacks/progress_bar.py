@@ -1,4 +1,4 @@
-"""The progress bar: bars of a terminal or a notebook, or plain lines."""
+"""ProgressBar: bars in a terminal or a notebook, or plain lines. Driver only."""
 
 import contextlib
 import html
@@ -13,49 +13,166 @@ from typing import Any, Protocol, TextIO, cast
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.errors import ConfigError
 
+Values = Mapping[str, float | str]
+"""Metrics by name, in the order in which they are shown."""
 
-class LineStream:
-    """Passes whole lines on to a terminal and moves the bars out of their way. The rest of a line waits for its end.
+_VALUE_WIDTH = 8
+"""Columns for each value, so that a bar keeps its width for any value: -1.23e-05."""
+_MIN_BAR_WIDTH = 16
+"""If the bar would be narrower, the metrics get a line of their own."""
+_LEAST_BAR_WIDTH = 4
+_TITLE_WIDTH = 12
+"""Aligns the bars of an epoch and of its validation."""
+_TITLES = {"validate": "Validating", "test": "Testing", "predict": "Predicting"}
 
-    Every thread may write: Ray brings what workers print in one of its own.
+
+class Meter(Protocol):
+    """Display of the progress of one loop. Counts are batches; an infinite total is an unknown one."""
+
+    total: float
+    done: float
+    started_at: float
+
+    def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None: ...
+
+    def resume(self, paused_at: float) -> None:
+        """Exclude the time since `paused_at` from the speed."""
+
+    def close(self, *, leave: bool) -> None: ...
+
+
+class ProgressBar(DriverCallback):
+    """Driver callback that shows a bar for the epoch and, below it, one for the evaluation inside it.
+
+    The bars are on stderr if that is a terminal, below the cell in a notebook; otherwise plain lines are printed on
+    stderr. Ticks reach the driver at a limited rate: at the end of a loop, the bar takes its position from the run's
+    state.
+
+    Args:
+        refresh_rate: Number of batches between two redraws; 0 shows nothing.
+        leave: Keep every epoch's bar, not only the last one.
+
+    Raises:
+        ConfigError: if `refresh_rate` is negative.
     """
 
-    def __init__(self, terminal: TextIO, bars: TextIO) -> None:
-        self._terminal = terminal
-        self._bars = bars
-        self._rest = ""
-        self._lock = RLock()
+    line_period_s = 10.0
+    """Least time between two lines if stderr is not a terminal, in seconds."""
 
-    def write(self, text: str) -> int:
-        with self._lock:
-            lines, newline, self._rest = (self._rest + text).rpartition("\n")
-            self._print(lines + newline)
-        return len(text)
+    def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
+        if refresh_rate < 0:
+            raise ConfigError(f"refresh_rate={refresh_rate}: must be 0 (off) or a number of batches")
+        self.refresh_rate = refresh_rate
+        self.leave = leave
+        self._epoch: Meter | None = None
+        self._evaluation: Meter | None = None
+        self._bars_at: TextIO | None = None
+        self._redirection: ExitStack | None = None
+        self._free_outputs: list[Any] = []
+        """Outputs of a notebook's cell that can be reused."""
 
-    def writelines(self, lines: list[str]) -> None:
-        self.write("".join(lines))
+    def on_train_start(self, run: Run) -> None:
+        if run.state.progress.batch > 0 and not run.state.progress.is_epoch_ended:
+            self.on_train_epoch_start(run)  # not called for the epoch in which a run is resumed
 
-    def finish(self) -> None:
-        """Write a line without an end as it is."""
-        with self._lock:
-            rest, self._rest = self._rest, ""
-            self._print(rest)
+    def on_train_epoch_start(self, run: Run) -> None:
+        if self._epoch is not None:
+            self._epoch.close(leave=self.leave)
+        progress = run.state.progress
+        epoch, done = (progress.epoch + 1, 0) if progress.is_epoch_ended else (progress.epoch, progress.batch)
+        last = run.plan.limits.max_epochs
+        title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
+        self._epoch = self._open_meter(run, title, total=run.state.num_training_batches, done=done, is_outer=True)
+        if self._epoch is not None and run.state.progress_bar_metrics:
+            self._epoch.show(done, run.state.progress_bar_metrics)  # the last epoch's metrics, until there are new ones
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._terminal, name)
+    def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
+        if self._evaluation is not None:
+            self._evaluation.show(sum(_count_eval_batches(run)[:dataloader_idx]) + batch, {})
+        elif self._epoch is not None:
+            self._epoch.show(batch, run.state.progress_bar_metrics)
 
-    def _print(self, text: str) -> None:
-        from tqdm import tqdm  # whoever opened a bar has imported it
+    def on_evaluation_start(self, run: Run, stage: str) -> None:
+        if run.state.is_sanity_checking:
+            title = "Sanity Checking"
+        else:
+            title = "Validation" if run.state.stage == "fit" else _TITLES[stage]
+        if self._epoch is not None:
+            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics)
+        is_outer = run.state.stage != "fit"
+        self._evaluation = self._open_meter(run, title, total=sum(_count_eval_batches(run)), done=0, is_outer=is_outer)
 
-        if text:
-            with tqdm.external_write_mode(file=self._bars):
-                self._terminal.write(text)
-                self._terminal.flush()
+    def on_evaluation_end(self, run: Run, stage: str) -> None:
+        meter, self._evaluation = self._evaluation, None
+        if meter is None:
+            return
+        if run.state.stage != "fit":
+            done = meter.total if math.isfinite(meter.total) else meter.done
+            meter.show(done, run.state.progress_bar_metrics, is_final=True)
+            meter.close(leave=True)
+            return
+        meter.close(leave=False)
+        if self._epoch is not None:
+            self._epoch.resume(meter.started_at)
+            self._epoch.show(self._epoch.done, run.state.progress_bar_metrics)
+
+    def on_train_epoch_end(self, run: Run) -> None:
+        if self._epoch is not None:
+            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics, is_final=True)
+
+    def on_end(self, run: Run) -> None:
+        self._close()
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        self._close()
+
+    def _open_meter(self, run: Run, title: str, *, total: float, done: float, is_outer: bool) -> Meter | None:
+        if self.refresh_rate == 0:
+            return None
+        is_notebook = _is_notebook()
+        if not sys.stderr.isatty() and not is_notebook:
+            return PlainLines(title, total=total, done=done, period_s=self.line_period_s)
+        version = run.loggers[0].version if run.loggers and is_outer else None
+        lead = {} if version is None else {"v_num": str(version) if isinstance(version, int) else version[-4:]}
+        if is_notebook:
+            return NotebookBar(title, total=total, done=done, lead=lead, free=self._free_outputs)
+        stream = self._open_stream()
+        above = self._epoch if not is_outer and isinstance(self._epoch, TerminalBar) else None
+        return TerminalBar(
+            title, total=total, done=done, every=self.refresh_rate, lead=lead, stream=stream, above=above
+        )
+
+    def _open_stream(self) -> TextIO:
+        if self._bars_at is None:
+            self._redirection = ExitStack()
+            self._bars_at = self._redirection.enter_context(lines_above_bars())
+        return self._bars_at
+
+    def _close(self) -> None:
+        # The lower bar first, because the one that stays ends its line below itself.
+        if self._evaluation is not None:
+            self._evaluation.close(leave=False)
+        if self._epoch is not None:
+            self._epoch.close(leave=True)
+        if self._redirection is not None:
+            self._redirection.close()
+        self._epoch = self._evaluation = self._bars_at = self._redirection = None
+        self._free_outputs = []
+
+
+TQDMProgressBar = ProgressBar
+
+
+def start_is_shown(num_workers: int, callbacks: Sequence[DriverCallback]) -> AbstractContextManager[None]:
+    """Show a status line while workers start, if one of the callbacks is a progress bar."""
+    is_shown = num_workers > 0 and any(isinstance(c, ProgressBar) and c.refresh_rate for c in callbacks)
+    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+    return status_line(f"Starting {workers} ...") if is_shown else nullcontext()
 
 
 @contextlib.contextmanager
 def status_line(text: str) -> Iterator[None]:
-    """A line at the bottom of the terminal, for as long as something takes; nothing where stderr is no terminal."""
+    """Show a line at the bottom of the terminal during the block; show nothing if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield
         return
@@ -71,7 +188,7 @@ def status_line(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lines_above_bars() -> Iterator[TextIO]:
-    """The stream for bars, stderr; what is printed to a terminal meanwhile goes above them."""
+    """Yield stderr, the stream for bars; what is printed to a terminal during the block goes above them."""
     with contextlib.ExitStack() as stack:
         bars = sys.stderr
         for stream, redirect in ((sys.stdout, contextlib.redirect_stdout), (sys.stderr, contextlib.redirect_stderr)):
@@ -82,35 +199,19 @@ def lines_above_bars() -> Iterator[TextIO]:
         yield bars
 
 
-Values = Mapping[str, float | str]
-"""Metrics by name, in the order in which they are shown."""
-
-_VALUE_WIDTH = 8
-"""Room for each value, so that a bar keeps its width whatever it becomes: -1.23e-05."""
-_MIN_BAR_WIDTH = 16
-"""With less, the metrics have a line of their own."""
-_LEAST_BAR_WIDTH = 4
-_TITLE_WIDTH = 12
-"""The bars of an epoch and of its validation begin in one column."""
+def _is_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
-class Meter(Protocol):
-    """Counts are batches; infinite totals are unknown ones."""
-
-    total: float
-    done: float
-    started_at: float
-
-    def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None: ...
-
-    def resume(self, paused_at: float) -> None:
-        """Leave the time since then out of the speed."""
-
-    def close(self, *, leave: bool) -> None: ...
+def _count_eval_batches(run: Run) -> tuple[float, ...]:
+    sizes, limit = run.state.num_val_batches, run.plan.limits.sanity_val_batches
+    return tuple(min(size, limit) for size in sizes) if run.state.is_sanity_checking and limit >= 0 else sizes
 
 
 class TerminalBar:
-    """A tqdm bar, and a line for the metrics below it where they do not fit beside it."""
+    """A tqdm bar, with a second line for the metrics if they do not fit beside it."""
 
     def __init__(
         self,
@@ -123,8 +224,8 @@ class TerminalBar:
         stream: TextIO,
         above: "TerminalBar | None" = None,
     ) -> None:
-        """`above`: a bar whose width this one is to have."""
-        from tqdm import tqdm  # with the first bar only: without a terminal nothing needs it
+        """Open the bar; it gets the width of `above`, if that is given."""
+        from tqdm import tqdm  # imported with the first bar: without a terminal it is not needed
 
         self._tqdm = tqdm
         self.total = total
@@ -145,14 +246,14 @@ class TerminalBar:
             mininterval=0.05,
             miniters=0,
             file=stream,
-            bar_format=self._title,  # for the instant until it is laid out
+            bar_format=self._title,  # until `_lay_out` below
         )
         self._lay_out({})
         self._bar.refresh()
 
     def show(self, done: float, metrics: Values, *, is_final: bool = False) -> None:
         num_new = int(done) - self._bar.n
-        # tqdm drops redraws that come too fast; not the last one, nor the same place again, which means new metrics.
+        # tqdm drops redraws that come too fast. Force the last one, and one at the same place, which has new metrics.
         is_forced = is_final or done in (self.done, self.total)
         self.done = done
         if is_forced or num_new >= self._every:
@@ -167,7 +268,7 @@ class TerminalBar:
         self._bar.last_print_t += pause_s
 
     def close(self, *, leave: bool) -> None:
-        # Those that stay go from above to below, each ending its line; those that vanish the other way round.
+        # Bars that stay are closed top down, each ending its line; bars that vanish are closed bottom up.
         bars = [self._bar] if self._below is None else [self._bar, self._below]
         for bar in bars if leave else reversed(bars):
             bar.leave = leave
@@ -185,7 +286,7 @@ class TerminalBar:
             is_beside = self._below is None and (not metrics or room - wanted >= _MIN_BAR_WIDTH)
             bar_width = room - wanted if is_beside else room
             times = "{elapsed}<{remaining}, {rate_fmt}"
-            if bar_width < _LEAST_BAR_WIDTH:  # no room for everything: what is left to do matters most
+            if bar_width < _LEAST_BAR_WIDTH:  # not enough room: show only the remaining time
                 bar_width += len("00:00<, 1000.00it/s")
                 times = "{remaining}"
             self.bar_width = max(_LEAST_BAR_WIDTH, bar_width if self._above is None else self._above.bar_width)
@@ -208,9 +309,9 @@ class TerminalBar:
 
 
 class NotebookBar:
-    """An output of a notebook's cell, renewed in place. Needs nothing but IPython, which is there.
+    """An output of a notebook's cell that is updated in place; needs only IPython.
 
-    `free`: outputs of bars that have vanished, for later ones to stand in.
+    `free` contains outputs of removed bars, which later bars reuse.
     """
 
     _PERIOD_S = 0.1
@@ -254,9 +355,9 @@ class NotebookBar:
         rate = (self.done - self._initial) / elapsed_s
         is_sized = math.isfinite(self.total)
         counts = f"{self.done:.0f}/{self.total:.0f}" if is_sized else f"{self.done:.0f}"
-        times = _clock(elapsed_s)
+        times = _format_time(elapsed_s)
         if is_sized and rate > 0:
-            times += f"<{_clock((self.total - self.done) / rate)}"
+            times += f"<{_format_time((self.total - self.done) / rate)}"
         metrics = format_metrics({**self._lead, **self._values})
         text = f"{counts} [{', '.join(filter(None, [times, f'{rate:.3g} it/s', metrics]))}]"
         bar = f'<progress max="{self.total:.0f}" value="{self.done:.0f}"></progress> ' if is_sized else ""
@@ -268,7 +369,7 @@ class NotebookBar:
 
 
 class PlainLines:
-    """Whole lines on stderr, with at least `period_s` between them."""
+    """Progress as whole lines on stderr, with at least `period_s` seconds between them."""
 
     def __init__(self, title: str, *, total: float, done: float, period_s: float) -> None:
         self.total = total
@@ -299,18 +400,59 @@ class PlainLines:
         now = monotonic()
         batches = f"{self.done:.0f}/{self.total:.0f}" if math.isfinite(self.total) else f"{self.done:.0f}"
         rate = (self.done - self._initial) / max(now - self.started_at, 1e-9)
-        left = ""
+        remaining = ""
         if is_going_on and math.isfinite(self.total) and rate > 0:
-            left = f"{_clock((self.total - self.done) / rate)} left"
-        text = ", ".join(filter(None, (f"{self._title}: {batches} batches", f"{rate:.3g} it/s", left, self._metrics)))
+            remaining = f"{_format_time((self.total - self.done) / rate)} left"
+        text = ", ".join(
+            filter(None, (f"{self._title}: {batches} batches", f"{rate:.3g} it/s", remaining, self._metrics))
+        )
         print(text, file=sys.stderr, flush=True)
         self._due_at = now + self._period_s
         self._printed = (self.done, self._metrics)
 
 
+class LineStream:
+    """Stream that writes whole lines to a terminal above the bars; an unfinished line is kept until its end.
+
+    Any thread may write: Ray brings the workers' output in a thread of its own.
+    """
+
+    def __init__(self, terminal: TextIO, bars: TextIO) -> None:
+        self._terminal = terminal
+        self._bars = bars
+        self._rest = ""
+        self._lock = RLock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            lines, newline, self._rest = (self._rest + text).rpartition("\n")
+            self._print(lines + newline)
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        self.write("".join(lines))
+
+    def finish(self) -> None:
+        """Write an unfinished line as it is."""
+        with self._lock:
+            rest, self._rest = self._rest, ""
+            self._print(rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terminal, name)
+
+    def _print(self, text: str) -> None:
+        from tqdm import tqdm  # already imported by the code that opened a bar
+
+        if text:
+            with tqdm.external_write_mode(file=self._bars):
+                self._terminal.write(text)
+                self._terminal.flush()
+
+
 def format_metrics(metrics: Values, width: float = math.inf) -> str:
-    """`loss=0.123, acc=0.900, +2`: as many whole ones as there is room for, and how many more there are."""
-    texts = [f"{name}={_compact(value)}" for name, value in metrics.items()]
+    """Format as many metrics as fit into `width`, and the number of the others: `loss=0.123, acc=0.900, +2`."""
+    texts = [f"{name}={_format_value(value)}" for name, value in metrics.items()]
     whole = ", ".join(texts)
     num_shown = len(texts)
     while len(whole) > width and num_shown > 0:
@@ -319,150 +461,14 @@ def format_metrics(metrics: Values, width: float = math.inf) -> str:
     return whole
 
 
-def _compact(value: float | str) -> str:
-    """Three digits, so that a bar does not twitch with every value; texts as they are."""
+def _format_value(value: float | str) -> str:
+    """Format a number with three digits, so that the bar's width does not change with every value; keep texts."""
     if isinstance(value, str):
         return value
     return f"{value:#.3g}".removesuffix(".")
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02.0f}:{seconds:02.0f}" if hours else f"{minutes:02.0f}:{seconds:02.0f}"
-
-
-_TITLES = {"validate": "Validating", "test": "Testing", "predict": "Predicting"}
-
-
-class ProgressBar(DriverCallback):
-    """A bar for the epoch and, below it, one for the evaluation inside it: on stderr if that is a terminal, below the
-    cell in a notebook, and plain lines on stderr anywhere else.
-
-    `refresh_rate`: batches between two redraws, 0 shows nothing. `leave`: every epoch's bar stays, not just the last.
-    Ticks are thinned out on their way here: where a loop ends, the bar takes its place from the run's state.
-    """
-
-    line_period_s = 10.0
-    """Least time between two lines where stderr is no terminal."""
-
-    def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
-        if refresh_rate < 0:
-            raise ConfigError(f"refresh_rate={refresh_rate}: must be 0 (off) or a number of batches")
-        self.refresh_rate = refresh_rate
-        self.leave = leave
-        self._epoch: Meter | None = None
-        self._evaluation: Meter | None = None
-        self._bars_at: TextIO | None = None
-        self._redirection: ExitStack | None = None
-        self._free_outputs: list[Any] = []
-        """Of a notebook's cell."""
-
-    def on_train_start(self, run: Run) -> None:
-        if run.state.progress.batch > 0 and not run.state.progress.is_epoch_ended:
-            self.on_train_epoch_start(run)  # a run resumed inside an epoch does not start that epoch again
-
-    def on_train_epoch_start(self, run: Run) -> None:
-        if self._epoch is not None:
-            self._epoch.close(leave=self.leave)
-        progress = run.state.progress
-        epoch, done = (progress.epoch + 1, 0) if progress.is_epoch_ended else (progress.epoch, progress.batch)
-        last = run.plan.limits.max_epochs
-        title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
-        self._epoch = self._opened(run, title, total=run.state.num_training_batches, done=done, is_outer=True)
-        if self._epoch is not None and run.state.progress_bar_metrics:
-            self._epoch.show(done, run.state.progress_bar_metrics)  # the last epoch's, until there are new ones
-
-    def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
-        if self._evaluation is not None:
-            self._evaluation.show(sum(_eval_sizes(run)[:dataloader_idx]) + batch, {})
-        elif self._epoch is not None:
-            self._epoch.show(batch, run.state.progress_bar_metrics)
-
-    def on_evaluation_start(self, run: Run, stage: str) -> None:
-        if run.state.is_sanity_checking:
-            title = "Sanity Checking"
-        else:
-            title = "Validation" if run.state.stage == "fit" else _TITLES[stage]
-        if self._epoch is not None:
-            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics)
-        is_outer = run.state.stage != "fit"
-        self._evaluation = self._opened(run, title, total=sum(_eval_sizes(run)), done=0, is_outer=is_outer)
-
-    def on_evaluation_end(self, run: Run, stage: str) -> None:
-        meter, self._evaluation = self._evaluation, None
-        if meter is None:
-            return
-        if run.state.stage != "fit":
-            done = meter.total if math.isfinite(meter.total) else meter.done
-            meter.show(done, run.state.progress_bar_metrics, is_final=True)
-            meter.close(leave=True)
-            return
-        meter.close(leave=False)
-        if self._epoch is not None:
-            self._epoch.resume(meter.started_at)
-            self._epoch.show(self._epoch.done, run.state.progress_bar_metrics)
-
-    def on_train_epoch_end(self, run: Run) -> None:
-        if self._epoch is not None:
-            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics, is_final=True)
-
-    def on_end(self, run: Run) -> None:
-        self._close()
-
-    def on_exception(self, run: Run, error: BaseException) -> None:
-        self._close()
-
-    def _opened(self, run: Run, title: str, *, total: float, done: float, is_outer: bool) -> Meter | None:
-        if self.refresh_rate == 0:
-            return None
-        is_notebook = _is_notebook()
-        if not sys.stderr.isatty() and not is_notebook:
-            return PlainLines(title, total=total, done=done, period_s=self.line_period_s)
-        version = run.loggers[0].version if run.loggers and is_outer else None
-        lead = {} if version is None else {"v_num": str(version) if isinstance(version, int) else version[-4:]}
-        if is_notebook:
-            return NotebookBar(title, total=total, done=done, lead=lead, free=self._free_outputs)
-        stream = self._stream_of_bars()
-        above = self._epoch if not is_outer and isinstance(self._epoch, TerminalBar) else None
-        return TerminalBar(
-            title, total=total, done=done, every=self.refresh_rate, lead=lead, stream=stream, above=above
-        )
-
-    def _stream_of_bars(self) -> TextIO:
-        if self._bars_at is None:
-            self._redirection = ExitStack()
-            self._bars_at = self._redirection.enter_context(lines_above_bars())
-        return self._bars_at
-
-    def _close(self) -> None:
-        # The lower bar first: the one that stays ends its line below itself.
-        if self._evaluation is not None:
-            self._evaluation.close(leave=False)
-        if self._epoch is not None:
-            self._epoch.close(leave=True)
-        if self._redirection is not None:
-            self._redirection.close()
-        self._epoch = self._evaluation = self._bars_at = self._redirection = None
-        self._free_outputs = []
-
-
-TQDMProgressBar = ProgressBar
-
-
-def _eval_sizes(run: Run) -> tuple[float, ...]:
-    sizes, limit = run.state.num_val_batches, run.plan.limits.sanity_val_batches
-    return tuple(min(size, limit) for size in sizes) if run.state.is_sanity_checking and limit >= 0 else sizes
-
-
-def _is_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and "IPKernelApp" in shell.config
-
-
-def start_is_shown(num_workers: int, callbacks: Sequence[DriverCallback]) -> AbstractContextManager[None]:
-    """While workers start, where one of the callbacks shows the rest."""
-    is_shown = num_workers > 0 and any(isinstance(c, ProgressBar) and c.refresh_rate for c in callbacks)
-    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
-    return status_line(f"Starting {workers} ...") if is_shown else nullcontext()

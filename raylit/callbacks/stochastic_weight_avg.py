@@ -1,4 +1,4 @@
-"""StochasticWeightAveraging: the mean of the last epochs' weights, at a learning rate of its own. Every worker."""
+"""StochasticWeightAveraging: averages the weights of the last epochs, with a learning rate of its own. Every worker."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,13 +15,23 @@ _Average = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class StochasticWeightAveraging(Callback):
-    """Izmailov et al. 2018, https://arxiv.org/abs/1803.05407.
+    """Callback for stochastic weight averaging (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407).
 
-    From the `swa_epoch_start`-th epoch on (counted from 1; a float is a fraction of max_epochs) the weights that each
-    epoch begins with are averaged, by `avg_fn(average, weights, num_averaged)`, by default all alike. The learning rate
-    goes to `swa_lrs`, of all parameter groups or of each, in `annealing_epochs`, and the optimizer's scheduler ends.
-    After the last epoch the module has the average; batch norms take their statistics from one more pass over the
-    training data, over the batches of all workers together. `device`: where the average is kept, None: the module's.
+    From `swa_epoch_start` on the weights at the start of each epoch are averaged. The learning rate is annealed to
+    `swa_lrs`, and the optimizer's scheduler ends. After the last epoch the module has the average; batch norms
+    recompute their statistics in one more pass over the training data, over the batches of all workers.
+
+    Args:
+        swa_lrs: Final learning rate, one for all parameter groups or a list with one for each.
+        swa_epoch_start: First averaged epoch, counted from 1; a float is a fraction of max_epochs.
+        annealing_epochs: Number of epochs in which the learning rate goes to `swa_lrs`.
+        annealing_strategy: "cos" or "linear".
+        avg_fn: `avg_fn(average, weights, num_averaged)` returns the new average; None weights all epochs equally.
+        device: Device that stores the average; None: the module's.
+
+    Raises:
+        ConfigError: if an argument is invalid; at the start of fit, if there are several optimizers or schedulers,
+            manual optimization, or no max_epochs.
     """
 
     def __init__(
@@ -57,13 +67,13 @@ class StochasticWeightAveraging(Callback):
         self.num_averaged = 0
         self._annealing_epochs = annealing_epochs
         self._annealing_strategy: Literal["cos", "linear"] = annealing_strategy
-        self._avg_fn = avg_fn or _evenly
+        self._avg_fn = avg_fn or _average_evenly
         self._device = device
         self._first_epoch = self._last_epoch = 0
         self._latest_update_epoch = -1
         self._scheduler: SWALR | None = None
         self._scheduler_state: dict[str, Any] | None = None
-        """Of a resumed run, until its scheduler is made."""
+        """State from a checkpoint, until the scheduler is built."""
         self._average: dict[str, Tensor] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -74,7 +84,7 @@ class StochasticWeightAveraging(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         if state.get("scheduler_state") is not None:
-            # It had taken the other scheduler's place, whose state is not in the checkpoint.
+            # SWALR had replaced the user's scheduler, whose state is not in the checkpoint.
             trainer.lr_scheduler_configs.clear()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -88,14 +98,14 @@ class StochasticWeightAveraging(Callback):
         self._first_epoch = max((int(trainer.max_epochs * start) if isinstance(start, float) else start) - 1, 0)
         self._last_epoch = trainer.max_epochs - 1
         if self._scheduler_state is not None:
-            self._scheduler = self._begun(trainer)
+            self._scheduler = self._build_scheduler(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
         if not self._first_epoch <= epoch <= self._last_epoch:
             return
         if self._scheduler is None:
-            self._scheduler = self._begun(trainer)
+            self._scheduler = self._build_scheduler(trainer)
         if epoch > self._latest_update_epoch:
             self._update(pl_module)
             self._latest_update_epoch = epoch
@@ -114,14 +124,14 @@ class StochasticWeightAveraging(Callback):
             _update_statistics(norms, trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # The driver's callback needs neither a second set of weights nor an optimizer.
+        # Do not copy a second set of weights and an optimizer back to the driver.
         self._average, self._scheduler = {}, None
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "n_averaged": self.num_averaged,
             "latest_update_epoch": self._latest_update_epoch,
-            "scheduler_state": None if self._scheduler is None else _plain_state(self._scheduler),
+            "scheduler_state": None if self._scheduler is None else _drop_functions(self._scheduler),
             "average_model_state": {name: average.cpu().clone() for name, average in self._average.items()} or None,
         }
 
@@ -131,8 +141,8 @@ class StochasticWeightAveraging(Callback):
         self._scheduler_state = state_dict["scheduler_state"]
         self._average = dict(state_dict["average_model_state"] or {}) if self.num_averaged else {}
 
-    def _begun(self, trainer: Any) -> SWALR:
-        """The scheduler, in the place of the run's own."""
+    def _build_scheduler(self, trainer: Any) -> SWALR:
+        """Build the scheduler, which replaces the run's own."""
         [optimizer] = trainer.optimizers
         groups = optimizer.param_groups
         rates = self.swa_lrs if isinstance(self.swa_lrs, list) else [self.swa_lrs] * len(groups)
@@ -142,16 +152,16 @@ class StochasticWeightAveraging(Callback):
             )
         for rate, group in zip(rates, groups, strict=True):
             group["initial_lr"] = rate
-        # As Lightning counts, so that its runs give the same numbers.
+        # The same value as in Lightning, so that runs give the same numbers.
         last_epoch = trainer.max_epochs if self._annealing_strategy == "cos" else -1
-        all_rates: Any = rates  # torch's annotation knows a single one only
+        all_rates: Any = rates  # torch's annotation allows only a single rate
         before = [group["lr"] for group in groups]
         scheduler = SWALR(optimizer, all_rates, self._annealing_epochs, self._annealing_strategy, last_epoch)
         if self._scheduler_state is not None:
             scheduler.load_state_dict(self._scheduler_state)
             self._scheduler_state = None
             for rate, group in zip(before, groups, strict=True):
-                group["lr"] = rate  # a new scheduler has begun to anneal it
+                group["lr"] = rate  # the new scheduler's constructor has changed it
         trainer.lr_scheduler_configs.clear()
         return scheduler
 
@@ -169,17 +179,17 @@ class StochasticWeightAveraging(Callback):
         self.num_averaged += 1
 
 
-def _evenly(average: Tensor, weights: Tensor, num_averaged: Tensor) -> Tensor:
+def _average_evenly(average: Tensor, weights: Tensor, num_averaged: Tensor) -> Tensor:
     return average + (weights - average) / (num_averaged + 1)
 
 
-def _plain_state(scheduler: SWALR) -> dict[str, Any]:
+def _drop_functions(scheduler: SWALR) -> dict[str, Any]:
     state: dict[str, Any] = scheduler.state_dict()
     return {name: value for name, value in state.items() if not callable(value)}
 
 
 def _update_statistics(norms: list[Any], trainer: Any) -> None:
-    """Statistics as the mean over the batches of one epoch."""
+    """Recompute the batch norms' statistics as the mean over the batches of one epoch."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

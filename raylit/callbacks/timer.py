@@ -1,4 +1,4 @@
-"""Timer: ends training after a time. Driver only."""
+"""Timer: ends training after a given time. Driver only."""
 
 import logging
 import time
@@ -17,11 +17,19 @@ _UNITS = frozenset({"weeks", "days", "hours", "minutes", "seconds", "millisecond
 
 
 class Timer(DriverCallback):
-    """Ends training that has taken `duration`: at the next batch border, or with interval="epoch" at an epoch's end.
+    """Driver callback that ends training after `duration`.
 
-    The clock runs from the start of training and includes validation; a resumed run's goes on from what had passed.
-    `time_elapsed` and the others tell of a stage: "train", "validate", "sanity_check", "test" or "predict", those that
-    come several times of the last time. `verbose` logs the end.
+    The clock runs from the start of training and includes validation; a resumed run continues from the time that had
+    passed. `time_elapsed` and the other methods report on a stage: "train", "validate", "sanity_check", "test" or
+    "predict"; for one that runs several times, on the last run of it.
+
+    Args:
+        duration: "DD:HH:MM:SS", a timedelta, or a dict of its keywords; None: only measure.
+        interval: Stop between two batches ("step") or at the end of an epoch ("epoch").
+        verbose: Log the stop.
+
+    Raises:
+        ConfigError: if the interval or duration is invalid.
     """
 
     def __init__(
@@ -43,20 +51,21 @@ class Timer(DriverCallback):
         self._before_s = 0.0
 
     def start_time(self, stage: str = "train") -> float | None:
-        """When the stage began, by time.monotonic(); None: not yet."""
-        return self._started_at.get(_check_duration(stage))
+        """Return when the stage began, by time.monotonic(); None if it has not begun."""
+        return self._started_at.get(_check_stage(stage))
 
     def end_time(self, stage: str = "train") -> float | None:
-        return self._ended_at.get(_check_duration(stage))
+        """Return when the stage ended, by time.monotonic(); None if it has not ended."""
+        return self._ended_at.get(_check_stage(stage))
 
     def time_elapsed(self, stage: str = "train") -> float:
-        """Seconds of the stage so far."""
+        """Return the seconds that the stage has taken so far."""
         before_s = self._before_s if stage == "train" else 0.0
         start = self.start_time(stage)
         return before_s if start is None else before_s + self._ended_at.get(stage, time.monotonic()) - start
 
     def time_remaining(self, stage: str = "train") -> float | None:
-        """Seconds until the end; None: there is no limit."""
+        """Return the seconds until training ends; None if there is no limit."""
         return None if self.duration_s is None else self.duration_s - self.time_elapsed(stage)
 
     def on_train_start(self, run: Run) -> None:
@@ -105,26 +114,30 @@ class Timer(DriverCallback):
         run.stop(reason)
 
 
-def _check_duration(stage: str) -> str:
-    if stage not in _STAGES:
-        raise ConfigError(f"Timer: there is no stage {stage!r}, but {', '.join(_STAGES)}")
-    return stage
-
-
 def parse_seconds(duration: Duration, *, name: str) -> float:
-    """From a timedelta, its keywords as a dict, or "DD:HH:MM:SS". ConfigError, which calls it by its name."""
+    """Return the seconds of a timedelta, a dict of its keywords, or "DD:HH:MM:SS".
+
+    Raises:
+        ConfigError: if it is neither, or negative; the message uses `name`.
+    """
     match duration:
         case timedelta():
-            given = duration
+            delta = duration
         case dict() if duration.keys() <= _UNITS:
-            given = timedelta(**duration)
+            delta = timedelta(**duration)
         case str() if len(parts := duration.split(":")) == 4 and all(part.strip().isdigit() for part in parts):
             days, hours, minutes, seconds = map(int, parts)
-            given = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+            delta = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
         case _:
             raise ConfigError(
                 f'{name}={duration!r}: must be "DD:HH:MM:SS", a timedelta, or a dict of its keywords: {{"hours": 1}}'
             )
-    if given < timedelta(0):
+    if delta < timedelta(0):
         raise ConfigError(f"{name}={duration!r}: must not be negative")
-    return given.total_seconds()
+    return delta.total_seconds()
+
+
+def _check_stage(stage: str) -> str:
+    if stage not in _STAGES:
+        raise ConfigError(f"Timer: there is no stage {stage!r}, but {', '.join(_STAGES)}")
+    return stage

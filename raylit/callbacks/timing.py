@@ -1,4 +1,4 @@
-"""When driver callbacks act: epochs, validations, time intervals, and what is logged then."""
+"""Timing of driver callbacks: ends of epochs, validations and time intervals. Driver."""
 
 import math
 import time
@@ -9,19 +9,19 @@ from raylit.errors import CheckpointError
 
 
 def is_validated_by_epoch_end(run: Run) -> bool:
-    """Every training epoch's end has all the metrics there will be: validation runs once in each epoch, or never."""
+    """Return whether every training epoch's end has all metrics: validation runs once in each epoch, or never."""
     validation = run.plan.validation
     is_whole = isinstance(validation.interval, float) and validation.interval == 1.0 and validation.interval_s is None
     return not run.state.has_validation or (is_whole and validation.every_n_epochs == 1)
 
 
-def is_saved_at_epoch_end(run: Run, given: bool | None) -> bool:
-    """What was asked for; else where there are no more metrics to come."""
-    return is_validated_by_epoch_end(run) if given is None else given
+def is_saved_at_epoch_end(run: Run, setting: bool | None) -> bool:
+    """Return the user's setting; without one, whether no more metrics come after an epoch's end."""
+    return is_validated_by_epoch_end(run) if setting is None else setting
 
 
 def is_validation_next(run: Run) -> bool:
-    """Validation is due at this batch border. Never certain of one by time."""
+    """Return whether validation is due at the current batch; False for validation at time intervals."""
     progress, validation, num_batches = run.state.progress, run.plan.validation, run.state.num_training_batches
     every = validation.every_n_epochs
     if not run.state.has_validation or validation.interval_s is not None:
@@ -36,22 +36,26 @@ def is_validation_next(run: Run) -> bool:
 
 
 class Clock:
-    """Tells when a time interval has passed, and at about which optimizer step it will have. None: never."""
+    """Clock for a time interval, which also estimates the optimizer step at which it will have passed.
+
+    Without an interval nothing is ever due.
+    """
 
     def __init__(self, interval: timedelta | None) -> None:
         self._interval_s = None if interval is None else interval.total_seconds()
         self.start(0)
 
     def start(self, step: int) -> None:
+        """Begin the first interval at this optimizer step."""
         self._start_s = self._last_s = time.monotonic()
         self._first_step = step
 
     def reset(self) -> None:
-        """The next interval begins now."""
+        """Begin the next interval now."""
         self._last_s = time.monotonic()
 
     def is_due(self) -> bool:
-        """True once for each interval."""
+        """Return True once for each interval that has passed."""
         now_s = time.monotonic()
         if self._interval_s is None or now_s - self._last_s < self._interval_s:
             return False
@@ -59,7 +63,10 @@ class Clock:
         return True
 
     def next_step(self, step: int) -> int | None:
-        """By the rate so far, which the first step tells first. An estimate too low only means to be asked again."""
+        """Estimate the optimizer step at which the interval will have passed, from the speed so far.
+
+        The first estimate after the start is the next step. An estimate that is too low only leads to another call.
+        """
         if self._interval_s is None:
             return None
         now_s = time.monotonic()
@@ -68,9 +75,13 @@ class Clock:
 
 
 class SavedReport(DriverCallback):
-    """Whoever gets the report counts on its checkpoint: it is there before, or the save's error ends the run."""
+    """Base of callbacks that report metrics together with a checkpoint.
+
+    The checkpoint is written before the report is sent; an error of the save ends the run.
+    """
 
     def save(self, run: Run, path: str) -> None:
+        """Save the run to `path` and wait until the file is written."""
         run.save_checkpoint(path)
         run.finish_saves()
 

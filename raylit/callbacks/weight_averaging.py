@@ -1,4 +1,4 @@
-"""Averaged weights: EMAWeightAveraging and its base, with sharded parameters too."""
+"""WeightAveraging and EMAWeightAveraging: averaged weights, also of sharded parameters. Every worker."""
 
 import itertools
 import warnings
@@ -20,123 +20,21 @@ from raylit.errors import ConfigError
 from raylit.strategies.sharded_state import is_sharded
 
 CURRENT_WEIGHTS = "current_weight"
-"""Among an optimizer's state in a checkpoint: the weight that training goes on with, where the module's is an average.
-"""
-
-
-def has_shards(module: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in module.parameters())
-
-
-def own_part(module: nn.Module) -> nn.Module:
-    """Its parameters and buffers by their names, in a module that can be copied: of shards this rank's, in the same
-    memory."""
-    for part in module.modules():
-        if isinstance(reshard := getattr(part, "reshard", None), MethodType):
-            reshard()  # an evaluation may not be over yet, which keeps some gathered
-    if not has_shards(module):
-        return module
-    own = (
-        (name, nn.Parameter(_local(parameter.detach()), requires_grad=parameter.requires_grad))
-        for name, parameter in module.named_parameters()
-    )
-    return build_flat_module(own, module.named_buffers())
-
-
-class ShardedAverage:
-    """Lets each rank write its part of an average: as the module's weights, beside the current ones among the
-    optimizers' states, until `close`."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizers: Sequence[Optimizer],
-        *,
-        average: nn.Module,
-        has_average: Callable[[], bool],
-        is_swapped: Callable[[], bool],
-    ) -> None:
-        """`average`: its values are as `own_part` has the module's, and count once it `has_average`; while
-        `is_swapped` each has the other's."""
-        self._average = average
-        self._has_average = has_average
-        self._is_swapped = is_swapped
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-        self._hooks: list[RemovableHandle] = [module.register_state_dict_post_hook(partial(self._put_average))]
-        self._hooks += [optimizer.register_state_dict_post_hook(self._add_current) for optimizer in optimizers]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _put_average(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if self._is_swapped() or not self._has_average():
-            return
-        averages = {**dict(self._average.named_parameters()), **dict(self._average.named_buffers())}
-        # A parameter may have several names.
-        known = {name: self._names[id(one)] for name, one in module.named_parameters(remove_duplicate=False)}
-        for name, value in state_dict.items():
-            average = averages.get(known.get(name, name))
-            if average is not None and isinstance(value, Tensor):
-                state_dict[name] = _as_part_of(value, average.detach())
-
-    def _add_current(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if not self._has_average():
-            return state_dict
-        averages = dict(self._average.named_parameters())
-        state = dict(state_dict["state"])
-        for index, parameter in _indexed(optimizer, state_dict):
-            current = parameter.detach()
-            if self._is_swapped():
-                current = _as_part_of(current, averages[self._names[id(parameter)]].detach())
-            state[index] = {**state.get(index, {}), CURRENT_WEIGHTS: current}
-        return {**state_dict, "state": state}
-
-
-def take_current(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Before an optimizer loads its state: current weights of a checkpoint with an average go to the parameters."""
-    state = dict(state_dict["state"])
-    for index, parameter in _indexed(optimizer, state_dict):
-        if CURRENT_WEIGHTS in (own := state.get(index, {})):
-            parameter.detach().copy_(own[CURRENT_WEIGHTS])
-            rest = {name: value for name, value in own.items() if name != CURRENT_WEIGHTS}
-            state[index] = rest
-            if not rest:
-                del state[index]
-    return {**state_dict, "state": state}
-
-
-def _indexed(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        yield from zip(saved["params"], group["params"], strict=True)
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
-    return local
-
-
-def _as_part_of(whole: Any, local: Tensor) -> Tensor:
-    if not is_sharded(whole):
-        return local
-    made: Tensor = type(whole).from_local(
-        local.to(whole.device),
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
-    return made
+"""Key in an optimizer's saved state for the current weight, if the checkpoint's module has the average."""
 
 
 class WeightAveraging(Callback):
-    """Averages weights and, with `use_buffers`, buffers after each step; override `should_update` for other times.
+    """Callback that averages weights and, with `use_buffers`, buffers after each step.
 
-    Validation runs with the average, checkpoints have it as their `state_dict`, and at the end of training it is what
-    the module has. Before the first update there is no average: validation, checkpoints and a run that ends until then
-    have the current weights. `device`: where the average is kept, by default the module's. Other keywords are those of
-    torch.optim.swa_utils.AveragedModel, such as `avg_fn` and `multi_avg_fn`; without them all count alike.
+    Override `should_update` for other times. Validation runs with the average, checkpoints contain it as their
+    `state_dict`, and at the end of training the module has it. Before the first update there is no average: validation,
+    checkpoints and a run that ends before it use the current weights.
+
+    Args:
+        device: Device that stores the average; None: the module's.
+        use_buffers: Also average buffers.
+        **kwargs: Passed to torch.optim.swa_utils.AveragedModel, such as `avg_fn` and `multi_avg_fn`; without them all
+            steps have equal weight.
     """
 
     def __init__(self, device: torch.device | str | int | None = None, use_buffers: bool = True, **kwargs: Any) -> None:
@@ -145,26 +43,29 @@ class WeightAveraging(Callback):
         self._kwargs = kwargs
         self._average: AveragedModel | None = None
         self._has_average = False
-        """An update has taken place. Until then `_average` holds the weights from before the training."""
+        """True after the first update. Until then `_average` has the weights from before the training."""
         self._is_swapped = False
-        """The module has the average's values, and the average the module's."""
+        """True while the module has the average's values, and the average the module's."""
         self._sharded: ShardedAverage | None = None
         self._hooks: list[RemovableHandle] = []
         self._latest_update_step = 0
         self._latest_update_epoch = -1
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to take in the weights after this step, or after this epoch: one of the two is given, from 0."""
+        """Return whether to update the average after this step, or after this epoch.
+
+        Exactly one of the two is given, counted from 0. The default is after every step.
+        """
         return step_idx is not None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            self._forget()  # of a run that an error has ended
+            self._forget()  # a run that ended with an error may have left an average
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._average is None:
             self._latest_update_step, self._latest_update_epoch = trainer.global_step, -1
-            self._make(trainer, pl_module)
+            self._make_average(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -175,7 +76,7 @@ class WeightAveraging(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
         if trainer.is_epoch_cut_short:
-            return  # the run that does the rest of the epoch takes in the weights at its end
+            return  # the run that does the rest of the epoch updates the average at its end
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._update(pl_module)
             self._latest_update_epoch = epoch
@@ -198,11 +99,13 @@ class WeightAveraging(Callback):
                     stacklevel=2,
                 )
             return
-        for average, current in zip(_values(self._made().module), _values(own_part(pl_module)), strict=True):
+        for average, current in zip(
+            _iterate_values(self._get_average().module), _iterate_values(build_local_module(pl_module)), strict=True
+        ):
             current.copy_(average)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # The driver's callback needs no second model.
+        # Do not copy a second model back to the driver.
         self._forget()
 
     def _forget(self) -> None:
@@ -233,22 +136,22 @@ class WeightAveraging(Callback):
             self._save(pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # What has been loaded is where the average starts, or the average itself.
-        self._make(trainer, pl_module)
+        # The loaded weights are the start of the average, or the average itself.
+        self._make_average(trainer, pl_module)
         self._latest_update_step, self._latest_update_epoch = checkpoint["global_step"], -1
         if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
             return
-        self._made().n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        self._get_average().n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
         self._has_average = int(checkpoint["averaging_state"]["n_averaged"]) > 0
-        # Where ranks have written their parts, of buffers only: the optimizers bring the rest.
+        # Sharded checkpoints contain only buffers here: the optimizers' states bring the current weights.
         current = checkpoint["current_model_state"]
         for name, value in itertools.chain(pl_module.named_parameters(), pl_module.named_buffers()):
             if name in current:
-                _fill(value.data, current[name])
+                _copy_value(value.data, current[name])
 
-    def _make(self, trainer: Any, pl_module: Any) -> None:
+    def _make_average(self, trainer: Any, pl_module: Any) -> None:
         device = pl_module.device if self._device is None else self._device
-        part = own_part(pl_module)
+        part = build_local_module(pl_module)
         self._average = AveragedModel(part, device=device, use_buffers=self._use_buffers, **self._kwargs)
         self._has_average = False
         if has_shards(pl_module):
@@ -259,28 +162,32 @@ class WeightAveraging(Callback):
                 has_average=lambda: self._has_average,
                 is_swapped=lambda: self._is_swapped,
             )
-        self._hooks = [optimizer.register_load_state_dict_pre_hook(take_current) for optimizer in trainer.optimizers]
+        self._hooks = [
+            optimizer.register_load_state_dict_pre_hook(load_current_weights) for optimizer in trainer.optimizers
+        ]
 
-    def _made(self) -> AveragedModel:
+    def _get_average(self) -> AveragedModel:
         assert self._average is not None
         return self._average
 
     def _update(self, pl_module: nn.Module) -> None:
-        self._made().update_parameters(own_part(pl_module))
+        self._get_average().update_parameters(build_local_module(pl_module))
         self._has_average = True
 
     def _swap(self, pl_module: nn.Module) -> None:
-        for average, current in zip(_values(self._made().module), _values(own_part(pl_module)), strict=True):
+        for average, current in zip(
+            _iterate_values(self._get_average().module), _iterate_values(build_local_module(pl_module)), strict=True
+        ):
             previous = average.clone()
             average.copy_(current)
             current.copy_(previous)
         self._is_swapped = not self._is_swapped
 
     def _save(self, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        # Copies: validation exchanges the values while a checkpoint may still be on its way to the disk.
-        state = {name: _copied(value) for name, value in self._made().state_dict().items()}
+        # Copied, because validation swaps the values while the checkpoint may still be being written.
+        state = {name: _copy_to_cpu(value) for name, value in self._get_average().state_dict().items()}
         current = pl_module.state_dict()
-        checkpoint["current_model_state"] = {name: _copied(value) for name, value in current.items()}
+        checkpoint["current_model_state"] = {name: _copy_to_cpu(value) for name, value in current.items()}
         prefix = "module."
         checkpoint["state_dict"] = {
             name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
@@ -288,16 +195,25 @@ class WeightAveraging(Callback):
         checkpoint["averaging_state"] = {name: value for name, value in state.items() if not name.startswith(prefix)}
 
     def _save_beside_parts(self, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        holder = self._made().module if self._is_swapped else pl_module
+        holder = self._get_average().module if self._is_swapped else pl_module
         checkpoint["current_model_state"] = {name: value.cpu().clone() for name, value in holder.named_buffers()}
-        checkpoint["averaging_state"] = {"n_averaged": self._made().n_averaged.cpu().clone()}
+        checkpoint["averaging_state"] = {"n_averaged": self._get_average().n_averaged.cpu().clone()}
 
 
 class EMAWeightAveraging(WeightAveraging):
-    """An exponential moving average: `decay` times itself and the rest of the new weights.
+    """Callback that keeps an exponential moving average: `decay * average + (1 - decay) * weights`.
 
-    It is updated every so many steps, once `update_starting_at_step` is reached; with `update_starting_at_epoch` also
-    after each epoch from that one on.
+    Args:
+        device: Device that stores the average; None: the module's.
+        use_buffers: Also average buffers.
+        decay: Weight of the previous average, from 0 to 1.
+        update_every_n_steps: Optimizer steps between two updates.
+        update_starting_at_step: First step, from 0, after which to update; None: from the start.
+        update_starting_at_epoch: First epoch, from 0, after whose end to update as well; None: never.
+        **kwargs: Passed to `WeightAveraging`.
+
+    Raises:
+        ConfigError: if `decay` is out of range.
     """
 
     def __init__(
@@ -325,18 +241,139 @@ class EMAWeightAveraging(WeightAveraging):
         return epoch_idx is not None and first_epoch is not None and epoch_idx >= first_epoch
 
 
-def _values(module: nn.Module) -> "itertools.chain[Tensor]":
-    """Of its parameters and buffers, without their graphs."""
+def has_shards(module: nn.Module) -> bool:
+    """Return whether any parameter is sharded."""
+    return any(is_sharded(parameter) for parameter in module.parameters())
+
+
+def build_local_module(module: nn.Module) -> nn.Module:
+    """Return a module with this rank's parameters and buffers by name, which can be copied.
+
+    They share memory with the originals; of sharded parameters this rank's shards. A module without shards is returned
+    itself.
+    """
+    for part in module.modules():
+        if isinstance(reshard := getattr(part, "reshard", None), MethodType):
+            reshard()  # during an evaluation some parameters may still be gathered
+    if not has_shards(module):
+        return module
+    parameters = (
+        (name, nn.Parameter(_to_local(parameter.detach()), requires_grad=parameter.requires_grad))
+        for name, parameter in module.named_parameters()
+    )
+    return build_flat_module(parameters, module.named_buffers())
+
+
+class ShardedAverage:
+    """State-dict hooks that make each rank save its shards of an average.
+
+    The average is saved as the module's weights, and the current weights in the optimizers' states, until `close`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        average: nn.Module,
+        has_average: Callable[[], bool],
+        is_swapped: Callable[[], bool],
+    ) -> None:
+        """Register the hooks.
+
+        `average` has the structure of `build_local_module`'s result; its values count once `has_average()` is True.
+        While `is_swapped()` is True, the module and the average have each other's values.
+        """
+        self._average = average
+        self._has_average = has_average
+        self._is_swapped = is_swapped
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._hooks: list[RemovableHandle] = [module.register_state_dict_post_hook(partial(self._put_average))]
+        self._hooks += [optimizer.register_state_dict_post_hook(self._add_current) for optimizer in optimizers]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _put_average(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if self._is_swapped() or not self._has_average():
+            return
+        averages = {**dict(self._average.named_parameters()), **dict(self._average.named_buffers())}
+        # Tied parameters have several names.
+        names = {
+            name: self._names[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)
+        }
+        for name, value in state_dict.items():
+            average = averages.get(names.get(name, name))
+            if average is not None and isinstance(value, Tensor):
+                state_dict[name] = _make_shard(value, average.detach())
+
+    def _add_current(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not self._has_average():
+            return state_dict
+        averages = dict(self._average.named_parameters())
+        state = dict(state_dict["state"])
+        for index, parameter in _iterate_parameters(optimizer, state_dict):
+            current = parameter.detach()
+            if self._is_swapped():
+                current = _make_shard(current, averages[self._names[id(parameter)]].detach())
+            state[index] = {**state.get(index, {}), CURRENT_WEIGHTS: current}
+        return {**state_dict, "state": state}
+
+
+def load_current_weights(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Load current weights from an optimizer's state into the parameters, before the optimizer loads the state.
+
+    Only checkpoints of a module with an average contain them.
+    """
+    state = dict(state_dict["state"])
+    for index, parameter in _iterate_parameters(optimizer, state_dict):
+        if CURRENT_WEIGHTS in (own_state := state.get(index, {})):
+            parameter.detach().copy_(own_state[CURRENT_WEIGHTS])
+            rest = {name: value for name, value in own_state.items() if name != CURRENT_WEIGHTS}
+            state[index] = rest
+            if not rest:
+                del state[index]
+    return {**state_dict, "state": state}
+
+
+def _iterate_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        yield from zip(saved["params"], group["params"], strict=True)
+
+
+def _make_shard(whole: Any, local: Tensor) -> Tensor:
+    if not is_sharded(whole):
+        return local
+    shard: Tensor = type(whole).from_local(
+        local.to(whole.device),
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return shard
+
+
+def _to_local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return local
+
+
+def _iterate_values(module: nn.Module) -> "itertools.chain[Tensor]":
+    """Yield the values of the module's parameters and buffers, detached from the graph."""
     return itertools.chain((p.data for p in module.parameters()), (b.data for b in module.buffers()))
 
 
-def _copied(value: Any) -> Any:
-    """On the CPU; what a module's `get_extra_state` has returned may be no tensor."""
+def _copy_to_cpu(value: Any) -> Any:
+    """Copy a value to the CPU; the result of a module's `get_extra_state` may be no tensor."""
     return value.detach().cpu().clone() if isinstance(value, Tensor) else deepcopy(value)
 
 
-def _fill(tensor: Tensor, value: Tensor) -> None:
-    """With the value, or with this rank's part of it."""
+def _copy_value(tensor: Tensor, value: Tensor) -> None:
+    """Copy the value, or this rank's shard of it, into the tensor."""
     if is_sharded(tensor):
         from raylit.strategies.fsdp.shards import counterpart
 

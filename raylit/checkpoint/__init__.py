@@ -1,3 +1,4 @@
-"""Checkpoints: their contents, their files, and the search for the newest sound one.
+"""Contents, files and index of checkpoints, and the search for the newest usable one.
 
-Used in the driver and in the workers. Open `format.py` first."""
+Used in the driver and in the workers. Open `format.py` first.
+"""

@@ -1,6 +1,7 @@
-"""Files of sharded state: torch.distributed.checkpoint's, each rank's part its own. Both sides.
+"""Metadata and reader of sharded checkpoints in torch.distributed.checkpoint's (DCP's) file format.
 
-Imported only where there are any: torch takes a while for it.
+Each rank writes one part. Used in the driver and in the workers. Imported only where there are parts, because importing
+torch.distributed.checkpoint takes about 1 s.
 """
 
 import io
@@ -28,15 +29,15 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from raylit.checkpoint import remote
-from raylit.checkpoint.sharded import METADATA, Checksums, damage_of, name_of_part
+from raylit.checkpoint.layout import METADATA, Checksums, find_damage, name_of_part
 from raylit.compat.torch_checkpoint import METADATA_CLASSES, StorageInfo
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Part
 from raylit.storage import is_url, join
 
 
-def metadata_of(parts: Sequence[Part]) -> bytes:
-    """The content of METADATA, by which torch.distributed.checkpoint, too, finds what it looks for in the parts."""
+def build_metadata(parts: Sequence[Part]) -> bytes:
+    """Return the content of METADATA, in which torch.distributed.checkpoint looks up the position of each tensor."""
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, StorageInfo] = {}
     for part in sorted(parts, key=lambda part: part.rank):
@@ -57,35 +58,38 @@ def metadata_of(parts: Sequence[Part]) -> bytes:
 
 
 class PartReader:
-    """Reads parts from a directory, at a path or a URL, over however many ranks they are.
+    """Reader of parts from a directory, at a path or a URL, written by any number of ranks.
 
-    At a URL each file that something is needed of is fetched and checked, one at a time; the last one stays for the
-    next call, as it often has all that a rank needs.
+    At a URL each file that is needed is downloaded and checked, one at a time. The last one is kept for the next call,
+    as it often contains everything that a rank needs.
     """
 
     def __init__(self, place: str, checksums: Checksums) -> None:
-        """`checksums`: of the files, by their paths from `place` on."""
+        """Open the directory `place`; `checksums` are those of its files, by their paths relative to `place`."""
         self._place = place
-        found = [name for name in checksums if name.rpartition("/")[2] == METADATA]
-        if len(found) != 1:
+        metadata_files = [name for name in checksums if name.rpartition("/")[2] == METADATA]
+        if len(metadata_files) != 1:
             raise DamagedCheckpoint(
-                f"{place} is damaged: its index has {len(found)} files {METADATA}, not one. Use another checkpoint"
+                f"{place} is damaged: its index has {len(metadata_files)} files {METADATA}, not one. Use another "
+                "checkpoint"
             )
-        parent = found[0].rpartition("/")[0]
+        parent = metadata_files[0].rpartition("/")[0]
         names = {name.rpartition("/")[2]: checksum for name, checksum in checksums.items()}
         if is_url(place):
-            self._reader: _SafeReader = _Fetching(join(place, parent), names)
+            self._reader: _SafeReader = _RemoteReader(join(place, parent), names)
         else:
             self._reader = _SafeReader(Path(place) / parent, names)
 
     def __call__(self, targets: Mapping[str, Tensor]) -> None:
-        """Into the targets: plain tensors get the whole, sharded ones their share.
+        """Fill the targets in place: plain tensors with the whole tensor, sharded tensors with this rank's shard.
 
-        CheckpointError: that is not possible; DamagedCheckpoint: what was fetched is not as it was written.
+        Raises:
+            CheckpointError: if that is not possible.
+            DamagedCheckpoint: if a downloaded file differs from what was written.
         """
         if not targets:
             return
-        # What torch's own `load` does, without its words of other ranks, and without its wrapping of errors.
+        # The steps of torch's own `load`, without its communication between ranks and its wrapping of errors.
         planner = _TensorPlanner()
         try:
             metadata = self._reader.read_metadata()
@@ -99,17 +103,20 @@ class PartReader:
 
 
 class _TensorPlanner(dcp.DefaultLoadPlanner):
-    """Loads tensors. Anything else torch's own would unpickle."""
+    """Load planner for tensors only; torch's own planner would unpickle anything else."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise CheckpointError(f"the checkpoint's {METADATA} has {read_item.dest_index.fqn} for an object, not a tensor")
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Its parts torch reads with weights_only; the metadata, which is a pickle, with nothing but its own classes."""
+    """File reader that unpickles no foreign classes.
+
+    torch reads the parts with weights_only; the metadata, which is a pickle, may only contain its own classes.
+    """
 
     def __init__(self, directory: Path, checksums: Checksums) -> None:
-        """`checksums`: of the directory's files, by their names. There are no others in it."""
+        """Read from `directory`; `checksums` are those of its files, by their names. It contains no other files."""
         super().__init__(directory)
         self._checksums = checksums
 
@@ -134,14 +141,14 @@ class _SafeReader(dcp.FileSystemReader):
         return (Path(self.path) / METADATA).read_bytes()
 
 
-class _Fetching(_SafeReader):
-    """From a URL, by a copy in a temporary directory."""
+class _RemoteReader(_SafeReader):
+    """Reader for a URL, which copies one file at a time to a temporary directory."""
 
     def __init__(self, url: str, checksums: Checksums) -> None:
         super().__init__(Path(), checksums)
         self._url = url
         self._copies = ExitStack()
-        """Of the copy that there is."""
+        """Owns the current copy."""
         weakref.finalize(self, self._copies.close)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -169,7 +176,7 @@ class _Fetching(_SafeReader):
         self.path = copy.parent
 
     def _check(self, copy: Path) -> None:
-        if wrong := damage_of(str(copy), self._checksums[copy.name]):
+        if wrong := find_damage(str(copy), self._checksums[copy.name]):
             self._copies.close()
             raise DamagedCheckpoint(f"{self._url} is damaged: {copy.name} {wrong}. Use the checkpoint before it")
 

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint: keys, versions, reading and checking."""
+"""Contents of a checkpoint: keys, format version, conversion to and from plain values. Driver and workers."""
 
 import enum
 import importlib
@@ -21,26 +21,28 @@ from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
 
 FORMAT = 1
-"""Goes up when an older raylit could no longer resume from what this one writes."""
+"""Format version; it goes up when an older raylit could no longer resume from what this one writes."""
 LOGS = "raylit.logs"
-"""Beside the states of the driver's callbacks, on their way into a checkpoint."""
+"""Key of the loggers' positions among the states of the driver's callbacks, before they are put into a checkpoint."""
 
 SCALER = "MixedPrecision"
-"""Lightning's name for the state of the gradient scaler."""
+"""Lightning's key for the state of the gradient scaler."""
 
 _WRAPPER = "__raylit__"
-"""Marks a dict that stands for a hyper-parameter of another type."""
+"""Key that marks a dict as the stand-in for a hyper-parameter of another type."""
 
 _AS_IT_IS = (type(None), bool, float, str, complex, bytearray, torch.Size, torch.dtype, torch.device, torch.layout)
 _MAX_INT_BITS = 8 * 255 - 1
-"""What the pickle protocol of torch.save stores of an integer in the form that weights_only reads."""
+"""Largest integer that torch.save's pickle protocol stores in a form that weights_only reads."""
 
 
 def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole checkpoint: rank 0's part, what each rank has alone, and the driver's part, which wins.
+    """Merge the parts into a whole checkpoint: rank 0's part, each rank's own state, and the driver's part, which wins.
 
-    `progress` (Progress.to_dict()) and `seed` (of the order of samples) go to `raylit`.
-    CheckpointError: a value that is not plain, or two callbacks under one key.
+    `progress` (Progress.to_dict()) and `seed` (of the sample order) are moved to the entry `raylit`.
+
+    Raises:
+        CheckpointError: if a value is not plain, or two callbacks share a key.
     """
     parts = sorted(saved, key=lambda part: part.rank)
     assert [part.rank for part in parts] == list(range(len(parts))), "one part of each rank"
@@ -53,7 +55,7 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
     if "callbacks" in checkpoint:
         checkpoint["callbacks"] = {**of_workers, **of_driver}
     progress = checkpoint.pop("progress", None) or read_progress(checkpoint).to_dict()
-    checkpoint["raylit_version"] = _version()
+    checkpoint["raylit_version"] = _read_version()
     checkpoint["raylit"] = {
         "format": FORMAT,
         "progress": progress,
@@ -65,8 +67,10 @@ def merge(saved: Sequence[Saved], driver_part: Mapping[str, Any]) -> dict[str, A
 
 
 def complete(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]], callbacks: Mapping[str, Any]) -> None:
-    """Put what ranks 1 and up have alone, and the states of the driver's callbacks, both in plain values, into a
-    checkpoint merged from rank 0's part. Among the states, under LOGS: where the loggers stand."""
+    """Add the own states of ranks 1 and up and the driver's callback states to a checkpoint merged from rank 0's part.
+
+    Both are plain values. Under LOGS the callback states contain the loggers' positions.
+    """
     checkpoint["raylit"]["ranks"][1:] = others
     if LOGS in callbacks:
         checkpoint["raylit"]["logs"] = callbacks[LOGS]
@@ -78,7 +82,7 @@ def complete(checkpoint: dict[str, Any], others: Sequence[Mapping[str, Any]], ca
 def checkpoint_from_weights(
     state_dict: Mapping[str, Any], progress: Progress, *, module: Any, datamodule: Any
 ) -> dict[str, Any]:
-    """What every checkpoint has: weights, where the run stands, hyper-parameters of module and data module."""
+    """Return the entries of every checkpoint: weights, progress, and hyper-parameters of module and data module."""
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.global_step,
@@ -92,32 +96,30 @@ def checkpoint_from_weights(
     return checkpoint
 
 
-def without_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights and hyper-parameters alone, as a checkpoint of weights only has them."""
+def drop_run_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint with weights and hyper-parameters only, as `save_weights_only` writes it."""
     of_run = ("optimizer_states", "lr_schedulers", "callbacks", "scaler")
-    kept = {name: value for name, value in checkpoint.items() if name not in of_run}
+    weights = {name: value for name, value in checkpoint.items() if name not in of_run}
     about = {**checkpoint["raylit"], "seed": None, "ranks": [{} for _ in checkpoint["raylit"]["ranks"]]}
-    return {**kept, "raylit": about}
+    return {**weights, "raylit": about}
 
 
 def read_progress(checkpoint: Mapping[str, Any]) -> Progress:
-    """Where the saved run stood.
-
-    Lightning's own checkpoints: the loops' counters tell whether it was inside an epoch; without them it was at the end
-    of one, as with Lightning's defaults.
-    """
+    """Return the saved run's progress, computed from the loop states for checkpoints of Lightning."""
     if "raylit" in checkpoint:
-        known = {field.name for field in fields(Progress)}
-        return Progress(**{name: value for name, value in checkpoint["raylit"]["progress"].items() if name in known})
+        field_names = {field.name for field in fields(Progress)}
+        return Progress(
+            **{name: value for name, value in checkpoint["raylit"]["progress"].items() if name in field_names}
+        )
     epoch, global_step = checkpoint.get("epoch", 0), checkpoint.get("global_step", 0)
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     epochs = loop.get("epoch_progress", {}).get("current", {})
     batches = loop.get("epoch_loop.batch_progress", {})
-    # "completed" counts one less in the hook in which checkpoints are saved.
+    # In the hook in which checkpoints are saved, "completed" is still one less than "processed".
     num_done = batches.get("current", {}).get("processed", 0)
     is_inside = num_done > 0 and not batches.get("is_last_batch", True)
     if 0 < epochs.get("ready", 0) == epochs.get("processed"):
-        # After the last epoch its own "epoch" has gone up already.
+        # After the last epoch Lightning has incremented "epoch" already.
         epoch, is_inside = epochs["processed"] - 1, False
     return Progress(
         epoch=epoch,
@@ -130,63 +132,67 @@ def read_progress(checkpoint: Mapping[str, Any]) -> Progress:
 
 
 def read_rank_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each rank of the saved run had alone, in rank order; empty in Lightning's own checkpoints."""
+    """Return each rank's own state in the saved run, in rank order; empty for checkpoints of Lightning."""
     ranks: list[dict[str, Any]] = checkpoint.get("raylit", {}).get("ranks", [])
     return ranks
 
 
 def read_metrics(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """The last reduced value of every metric in the saved run."""
+    """Return the last reduced value of every metric in the saved run."""
     ranks = read_rank_states(checkpoint)
     values: dict[str, float] = ranks[0].get("reduced", {}).get("values", {}) if ranks else {}
     return dict(values)
 
 
 def read_log_positions(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the saved run's loggers stood, by their index; empty in Lightning's own checkpoints."""
+    """Return the positions of the saved run's loggers, by logger index; empty for checkpoints of Lightning."""
     positions: dict[str, Any] = checkpoint.get("raylit", {}).get("logs", {})
     return positions
 
 
 def read_seed(checkpoint: Mapping[str, Any]) -> int | None:
-    """The seed that the saved run's order of samples follows; None in Lightning's own checkpoints."""
+    """Return the seed of the saved run's sample order; None for checkpoints of Lightning."""
     seed: int | None = checkpoint.get("raylit", {}).get("seed")
     return seed
 
 
 def read_scaler_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The gradient scaler's state; Lightning before 1.6 called it otherwise. None: the run had no scaler."""
+    """Return the gradient scaler's state, also under its key before Lightning 1.6; None if the run had no scaler."""
     state: dict[str, Any] | None = checkpoint.get(SCALER, checkpoint.get("native_amp_scaling_state"))
     return state
 
 
 def to_plain_values(value: Any, where: str) -> Any:
-    """The value in types that weights_only reads; `where` is how errors call it.
+    """Return the value in types that weights_only reads; `where` names it in errors.
 
-    Containers are rebuilt, tensors keep their storage (so that shared weights are stored once) but lose gradient and
-    attributes. NumPy values become Python's and tensors, paths strings, subclasses of dict a dict (OrderedDict and
-    Counter stay). CheckpointError: anything else.
+    Containers are rebuilt. Tensors keep their storage (so that shared weights are stored once) but lose gradient and
+    attributes. NumPy arrays become tensors and NumPy scalars Python numbers, paths become strings, subclasses of dict
+    become dicts (OrderedDict and Counter stay).
+
+    Raises:
+        CheckpointError: for any other type.
     """
     kind = type(value)
     if kind in _AS_IT_IS:
         return value
     if isinstance(value, Tensor):
         if kind not in (Tensor, nn.Parameter):
-            raise _not_plain(value, where, "store an ordinary tensor")
+            raise _make_type_error(value, where, "store an ordinary tensor")
         return value.detach()
     if isinstance(value, dict):
-        return _plain_dict(value, where)
+        return _convert_dict(value, where)
     if kind in (list, tuple):
         return kind(to_plain_values(item, f"{where}[{index}]") for index, item in enumerate(value))
     if kind is set:
         return {to_plain_values(item, f"an element of {where}") for item in value}
-    return _plain_leaf(value, where)
+    return _convert_leaf(value, where)
 
 
 def pack_hyper_parameters(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values under their own names; others cloudpickled in a uint8 tensor, which weights_only reads as data.
+    """Return the hyper-parameters in types that weights_only reads.
 
-    What cannot be pickled either is left out with a warning, as the constructor's caller can give it again.
+    Plain values are kept; others are cloudpickled into a uint8 tensor, which weights_only reads as data. A value that
+    cannot be pickled either is left out with a warning, as the constructor's caller can pass it again.
     """
     packed = {}
     for name, value in hparams.items():
@@ -202,8 +208,12 @@ def pack_hyper_parameters(hparams: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpack_hyper_parameters(packed: Mapping[str, Any], *, allow_pickle: bool = False) -> dict[str, Any]:
-    """The inverse of `pack_hyper_parameters`. CheckpointError: a pickled value without `allow_pickle`."""
-    pickled = [name for name, value in packed.items() if _wrapped_kind(value) == "pickle"]
+    """Return the hyper-parameters that `pack_hyper_parameters` has packed.
+
+    Raises:
+        CheckpointError: if a value is pickled and `allow_pickle` is False.
+    """
+    pickled = [name for name, value in packed.items() if _read_wrapper(value) == "pickle"]
     if pickled and not allow_pickle:
         raise CheckpointError(
             "these hyper-parameters are pickled objects, whose loading can run code: "
@@ -214,7 +224,7 @@ def unpack_hyper_parameters(packed: Mapping[str, Any], *, allow_pickle: bool = F
 
 
 def random_state() -> dict[str, Any]:
-    """The states of this process's generators: Python, torch (CPU, current CUDA device), NumPy where it is in use."""
+    """Return the states of this process's generators: Python, torch (CPU, current CUDA device), NumPy if imported."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         state["numpy"] = to_plain_values(sys.modules["numpy"].random.get_state(legacy=False), "numpy.random")
@@ -224,28 +234,28 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Continue from `random_state()`; the CUDA part is for a process that has CUDA, without effect in another."""
+    """Restore what `random_state()` returned; the CUDA state is ignored in a process without CUDA."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
-        importlib.import_module("numpy").random.set_state(_with_arrays(state["numpy"]))
+        importlib.import_module("numpy").random.set_state(_to_arrays(state["numpy"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _version() -> str:
+def _read_version() -> str:
     try:
         return metadata.version("raylit")
     except metadata.PackageNotFoundError:  # run from a source tree
         return "unknown"
 
 
-def _plain_dict(value: dict[Any, Any], where: str) -> dict[Any, Any]:
+def _convert_dict(value: dict[Any, Any], where: str) -> dict[Any, Any]:
     items = {}
     for key, item in value.items():
         plain_key = to_plain_values(key, f"the key {key!r} of {where}")
         if isinstance(plain_key, Tensor):
-            raise _not_plain(key, f"a key of {where}", "use its .item()")
+            raise _make_type_error(key, f"a key of {where}", "use its .item()")
         items[plain_key] = to_plain_values(item, f"{where}[{key!r}]")
     if type(value) is Counter:  # MultiStepLR's milestones
         return Counter(items)
@@ -254,33 +264,33 @@ def _plain_dict(value: dict[Any, Any], where: str) -> dict[Any, Any]:
     ordered = OrderedDict(items)
     vars(ordered).update(
         to_plain_values(vars(value), f"vars({where})")
-    )  # a state dict's _metadata: versions of its modules
+    )  # the state dict's _metadata: version numbers of its modules
     return ordered
 
 
-def _plain_leaf(value: Any, where: str) -> Any:
+def _convert_leaf(value: Any, where: str) -> Any:
     if isinstance(value, enum.Enum):
-        raise _not_plain(value, where, "store its .value")
+        raise _make_type_error(value, where, "store its .value")
     if isinstance(value, PurePath):
         return str(value)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
-        # A copy in the machine's byte order: torch takes neither the other one, nor negative strides, nor read-only.
+        # Copied to native byte order: torch accepts no foreign byte order, negative strides or read-only memory.
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
     if numpy is not None and isinstance(value, numpy.generic) and type(item := value.item()) is not type(value):
         return to_plain_values(item, where)
     if isinstance(value, bytes):
-        return value or bytearray()  # empty bytes are stored by a call that weights_only refuses
+        return value or bytearray()  # pickle stores empty bytes by a call that weights_only refuses
     if isinstance(value, int) and value.bit_length() <= _MAX_INT_BITS:
         return int.__int__(value)
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, str):
         return str.__str__(value)
-    raise _not_plain(value, where, "store numbers, strings, tensors, lists or dicts of it")
+    raise _make_type_error(value, where, "store numbers, strings, tensors, lists or dicts of it")
 
 
-def _not_plain(value: Any, where: str, advice: str) -> CheckpointError:
+def _make_type_error(value: Any, where: str, advice: str) -> CheckpointError:
     kind = type(value)
     return CheckpointError(
         f"{where} is of type {kind.__module__}.{kind.__qualname__}, which torch.load(weights_only=True) refuses to "
@@ -291,17 +301,17 @@ def _not_plain(value: Any, where: str, advice: str) -> CheckpointError:
 def _pack(value: Any, name: str) -> Any:
     if isinstance(value, PurePath):
         return {_WRAPPER: "path", "data": str(value)}
-    if _wrapped_kind(value) is None:
+    if _read_wrapper(value) is None:
         try:
             return to_plain_values(value, name)
         except CheckpointError:
-            pass  # pickled instead
+            pass  # it is pickled below
     data = torch.frombuffer(bytearray(cloudpickle.dumps(value)), dtype=torch.uint8)
     return {_WRAPPER: "pickle", "type": f"{type(value).__module__}.{type(value).__qualname__}", "data": data}
 
 
 def _unpack(value: Any, name: str) -> Any:
-    kind = _wrapped_kind(value)
+    kind = _read_wrapper(value)
     if kind == "path":
         return Path(value["data"])
     if kind != "pickle":
@@ -315,13 +325,13 @@ def _unpack(value: Any, name: str) -> Any:
         ) from error
 
 
-def _wrapped_kind(value: Any) -> str | None:
+def _read_wrapper(value: Any) -> str | None:
     return value.get(_WRAPPER) if isinstance(value, dict) else None
 
 
-def _with_arrays(value: Any) -> Any:
+def _to_arrays(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.numpy()
     if isinstance(value, dict):
-        return {name: _with_arrays(item) for name, item in value.items()}
+        return {name: _to_arrays(item) for name, item in value.items()}
     return value

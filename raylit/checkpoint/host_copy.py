@@ -1,4 +1,4 @@
-"""HostCopy: a state as it is now, copied into memory that the next copy uses again. Worker."""
+"""HostCopy: a snapshot of a state in host memory that the next snapshot reuses. Worker."""
 
 import mmap
 import sys
@@ -15,84 +15,92 @@ from torch import Tensor
 from raylit.compat.torch_tensor import build_negative_view
 
 _ALIGNMENT = 64
-_STRETCH_BYTES = 4 * 2**20
-"""Threads take turns in what is to be copied."""
-_MIN_BYTES_OF_THREAD = 32 * 2**20
+"""Alignment of each storage in the memory, in bytes."""
+_BLOCK_BYTES = 4 * 2**20
+"""Size of the blocks that the copying threads take in turn."""
+_MIN_BYTES_PER_THREAD = 32 * 2**20
 _MAX_THREADS = 8
-"""Memory is not faster with more."""
+"""More threads do not make memory faster."""
 
-_Key = tuple[torch.device, int, int]
-"""Of a storage: where its memory is, and how large it is."""
+_StorageKey = tuple[torch.device, int, int]
+"""Device, address and size in bytes of a storage."""
 
 
 class HostCopy:
-    """Memory for one copy; between two of them the system may have it if it needs it."""
+    """Host memory for one snapshot; between two snapshots the system may reclaim it."""
 
     def __init__(self) -> None:
         self._memory: NDArray[np.uint8] | None = None
         self._mapping: mmap.mmap | None = None
-        """Under `_memory`, unless that is pinned."""
+        """The memory map below `_memory`; None if that is pinned."""
 
-    def taken(self, checkpoint: Any) -> Any:
-        """The checkpoint with its tensors in this memory, whatever device they were on; views of one storage stay views
-        of one, so that the file is the same. Overwrites the copy taken before. Waits for the device.
+    def copy_state(self, checkpoint: Any) -> Any:
+        """Return the checkpoint with its tensors copied into this memory, whatever device they are on.
 
-        `checkpoint` is as `format.plain` leaves it. Copying into fresh memory takes twice as long as into memory that
-        has been in use: 63 instead of 29 ms of a core for 400 MB.
+        Views of one storage stay views of one storage, so that the file is the same. Overwrites the previous copy.
+        Waits for the device.
+
+        `checkpoint` consists of plain values (`format.to_plain_values`). Copying 400 MB into fresh memory takes 63 ms
+        of one core, into memory that has been used before 29 ms.
         """
-        storages: dict[_Key, torch.UntypedStorage] = {}
-        _map_tensors(checkpoint, lambda tensor: _note(tensor, storages))
+        storages: dict[_StorageKey, torch.UntypedStorage] = {}
+        _map_tensors(checkpoint, lambda tensor: _note_storage(tensor, storages))
         starts, num_bytes = {}, 0
         for key, storage in storages.items():
             starts[key] = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
             num_bytes = starts[key] + storage.nbytes()
         is_on_device = any(storage.device.type != "cpu" for storage in storages.values())
-        memory = self._prepared(num_bytes, is_pinned=is_on_device)
-        copies, here = {}, []
+        memory = self._prepare_memory(num_bytes, is_pinned=is_on_device)
+        copies, host_pairs = {}, []
         for key, storage in storages.items():
             place = memory[starts[key] : starts[key] + storage.nbytes()]
             copy = torch.from_numpy(place)
             if storage.device.type == "cpu":
-                here.append((place, _bytes_of(storage).numpy()))
+                host_pairs.append((place, _view_as_bytes(storage).numpy()))
             else:
-                copy.copy_(_bytes_of(storage), non_blocking=True)
+                copy.copy_(_view_as_bytes(storage), non_blocking=True)
             copies[key] = copy.untyped_storage()
-        _copy(here)
+        _copy_blocks(host_pairs)
         if is_on_device:
             torch.cuda.synchronize()
-        return _map_tensors(checkpoint, lambda tensor: _copied(tensor, copies))
+        return _map_tensors(checkpoint, lambda tensor: _copy_tensor(tensor, copies))
 
     def lend(self) -> None:
-        """The copy is not needed any more. Its memory costs nothing to use again unless the system has taken it."""
+        """Let the system reclaim the memory; the copy is not needed any more.
+
+        Using the memory again costs nothing unless the system has reclaimed it.
+        """
         if self._mapping is not None and hasattr(mmap, "MADV_FREE"):
             self._mapping.madvise(mmap.MADV_FREE)
 
-    def _prepared(self, num_bytes: int, *, is_pinned: bool) -> NDArray[np.uint8]:
+    def _prepare_memory(self, num_bytes: int, *, is_pinned: bool) -> NDArray[np.uint8]:
         if self._memory is None or len(self._memory) < num_bytes or is_pinned == (self._mapping is not None):
-            self._memory = self._mapping = None  # before there is more: one copy at a time
+            self._memory = self._mapping = None  # freed before allocating, so that there are never two at once
             if is_pinned:
                 self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             else:
-                # Not from malloc: what is freed is the system's again, and can be lent to it.
+                # Not from malloc: mapped memory is returned to the system when freed, and can be lent to it.
                 private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
                 self._mapping = mmap.mmap(-1, max(num_bytes, 1), **private)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
-                    # Copying to it, lending it and writing from it then take half as long.
+                    # Halves the time of copying to it, lending it and writing from it.
                     self._mapping.madvise(mmap.MADV_HUGEPAGE)
                 self._memory = np.frombuffer(self._mapping, dtype=np.uint8)
         return self._memory
 
 
-def _copy(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
-    """Each second into the first, in as many threads as torch may use: one alone does not use all of the memory's
-    speed."""
+def _copy_blocks(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
+    """Copy each second array into the first.
+
+    As many threads as torch may use copy, because one thread alone does not reach the memory's bandwidth.
+    """
     stretches = [
-        (place[start : start + _STRETCH_BYTES], source[start : start + _STRETCH_BYTES])
+        (place[start : start + _BLOCK_BYTES], source[start : start + _BLOCK_BYTES])
         for place, source in pairs
-        for start in range(0, len(place), _STRETCH_BYTES)
+        for start in range(0, len(place), _BLOCK_BYTES)
     ]
     num_bytes = sum(len(place) for place, _ in pairs)
-    num_threads = min(torch.get_num_threads(), 1 + num_bytes // _MIN_BYTES_OF_THREAD, _MAX_THREADS)
+    num_threads = min(torch.get_num_threads(), 1 + num_bytes // _MIN_BYTES_PER_THREAD, _MAX_THREADS)
 
     def copy(first: int) -> None:
         for place, source in stretches[first::num_threads]:
@@ -106,14 +114,14 @@ def _copy(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
         thread.join()
 
 
-def _note(tensor: Tensor, storages: dict[_Key, torch.UntypedStorage]) -> Tensor:
+def _note_storage(tensor: Tensor, storages: dict[_StorageKey, torch.UntypedStorage]) -> Tensor:
     if _is_dense(tensor):
         storage = tensor.untyped_storage()
         storages[_key_of(storage)] = storage
     return tensor
 
 
-def _copied(tensor: Tensor, copies: dict[_Key, torch.UntypedStorage]) -> Tensor:
+def _copy_tensor(tensor: Tensor, copies: dict[_StorageKey, torch.UntypedStorage]) -> Tensor:
     if tensor.is_meta:  # a placeholder
         return tensor
     if not _is_dense(tensor):
@@ -127,7 +135,7 @@ def _copied(tensor: Tensor, copies: dict[_Key, torch.UntypedStorage]) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """It is all in its storage."""
+    """Return whether all the tensor's values are in its storage."""
     is_there = not tensor.is_meta
     return (
         is_there
@@ -137,16 +145,16 @@ def _is_dense(tensor: Tensor) -> bool:
     )
 
 
-def _key_of(storage: torch.UntypedStorage) -> _Key:
+def _key_of(storage: torch.UntypedStorage) -> _StorageKey:
     return storage.device, storage.data_ptr(), storage.nbytes()
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+def _view_as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """In the containers that `format.plain` leaves."""
+    """Apply the function to each tensor in the containers that `format.to_plain_values` produces."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

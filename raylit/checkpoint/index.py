@@ -1,7 +1,7 @@
-"""The index of a directory of checkpoints, a small file that is replaced whole, and the newest usable of them. Driver.
+"""Index of a directory of checkpoints, and the search for the newest usable one. Driver.
 
-The index says what was written when, and which file is the last and which the best. A file counts by being there: one
-that a crash has left out of the index is found all the same.
+The index is a small file that is replaced as a whole. It records what was written when, and which file is the last and
+which the best. A checkpoint counts if its file exists: one that a crash has kept out of the index is found as well.
 """
 
 import json
@@ -23,74 +23,80 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A checkpoint file."""
+    """One checkpoint file in the index."""
 
     name: str
-    """Its path from the directory on."""
+    """Path relative to the directory."""
     epoch: int = 0
     step: int = 0
     score: float | None = None
-    """Where the file is kept for it."""
+    """Score for which the file is kept, if it is."""
     is_weights_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Index:
+    """Content of a directory's index file."""
+
     entries: tuple[Entry, ...] = ()
     """In the order in which they were written."""
     last: str = ""
     best: str = ""
 
-    def changed(self, *, added: Sequence[Entry], removed: Sequence[str], last: str, best: str) -> "Index":
-        """With files that have come and without those that are to go, by name."""
+    def replace_entries(self, *, added: Sequence[Entry], removed: Sequence[str], last: str, best: str) -> "Index":
+        """Return the index with the added entries and without the removed names."""
         gone = {*removed, *(entry.name for entry in added)}
-        kept = [entry for entry in self.entries if entry.name not in gone]
-        return replace(self, entries=(*kept, *added), last=last, best=best)
+        remaining = [entry for entry in self.entries if entry.name not in gone]
+        return replace(self, entries=(*remaining, *added), last=last, best=best)
 
 
 def read_index(directory: str | os.PathLike[str]) -> Index:
-    """Empty where there is none, or none that can be read."""
-    with suppress(ValueError, TypeError, KeyError, AttributeError):  # no JSON of ours
+    """Read the index; return an empty one if there is none or it cannot be read."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # not JSON, or of another shape
         content = json.loads(read_text(join(directory, FILE_NAME)) or "{}")
-        known = {field.name for field in fields(Entry)}
-        listed = [
-            Entry(**{key: value for key, value in entry.items() if key in known})
+        field_names = {field.name for field in fields(Entry)}
+        items = [
+            Entry(**{key: value for key, value in entry.items() if key in field_names})
             for entry in content.get("entries", [])
             if leads_down(entry["name"])
         ]
-        return Index(entries=tuple(listed), last=str(content.get("last", "")), best=str(content.get("best", "")))
+        return Index(entries=tuple(items), last=str(content.get("last", "")), best=str(content.get("best", "")))
     return Index()
 
 
 def write_index(index: Index, directory: str | os.PathLike[str]) -> None:
-    """Whole or not at all. OSError, or what the store of a URL raises."""
+    """Write the index as a whole or not at all.
+
+    Raises:
+        OSError: if that failed; at a URL, whatever exception the store raises.
+    """
     write_text(json.dumps({"format": _FORMAT, **asdict(index)}, indent=1), join(directory, FILE_NAME))
 
 
 def recorded_paths(directory: str) -> set[str]:
-    """The paths of the files that runs have written there."""
+    """Return the paths of the files that the index of the directory names."""
     index = read_index(directory)
     names = {*(entry.name for entry in index.entries), index.last}
     return {join(directory, name) for name in names if leads_down(name)}
 
 
 def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
-    """The paths of the checkpoints, from the one written last to the first; a file with several names under one."""
-    listed = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
-    names = {*listed, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
+    """Yield the paths of the checkpoints, from the last written to the first; a file with several names only once."""
+    positions = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
+    names = {*positions, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
     times = {name: written_at(join(directory, name)) for name in names}
-    newest_listed = max((times[name] for name in listed), default=0.0)
+    newest_listed = max((times[name] for name in positions), default=0.0)
 
     def age(name: str) -> tuple[int, float]:
-        if name in listed:
-            return 1, -listed[name]
-        # A crash fell between the file and the index; or it is none of this run's.
+        if name in positions:
+            return 1, -positions[name]
+        # Not in the index: either a crash came between file and index, or another run wrote it.
         return (0 if times[name] >= newest_listed else 2), -times[name]
 
     seen: set[Any] = set()
     for name in sorted((name for name in names if times[name] > 0), key=age):
         path = join(directory, name)
-        identity = path if is_url(path) else _inode(path)
+        identity = path if is_url(path) else _read_inode(path)
         if identity is not None and identity not in seen:
             seen.add(identity)
             yield path
@@ -99,10 +105,13 @@ def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
 def newest_usable(
     directory: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: bool = True
 ) -> tuple[str, dict[str, Any]] | None:
-    """Path and content of the newest checkpoint that a run can be continued from; None: there is none.
+    """Return path and content of the newest checkpoint from which a run can be continued; None if there is none.
 
-    Damaged ones, and what is none, are named in a warning and passed over. Arguments: as `files.read` has them.
-    CheckpointError: one that cannot be read for another reason, such as that a newer raylit has written it.
+    Damaged files and files that are not checkpoints are skipped with a warning. The arguments are those of
+    `files.read`.
+
+    Raises:
+        CheckpointError: if a checkpoint cannot be read for another reason, e.g. because a newer raylit wrote it.
     """
     for path in newest_first(directory):
         try:
@@ -117,12 +126,12 @@ def newest_usable(
 
 
 def written_at(path: str) -> float:
-    """0.0: there is no checkpoint."""
+    """Return when the checkpoint was written, in seconds since 1970; 0.0 if there is none."""
     return remote.written_at(path) if is_url(path) else modified_at(path)
 
 
-def _inode(path: str) -> tuple[int, int] | None:
-    """None: a link that leads nowhere, or a file that is gone by now."""
+def _read_inode(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a file; None for a dangling link, or a file that has been removed since."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

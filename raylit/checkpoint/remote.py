@@ -1,4 +1,4 @@
-"""Checkpoints at URLs that fsspec knows. Both sides."""
+"""Checkpoints at URLs that fsspec knows. Driver and workers."""
 
 import os
 import posixpath
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from raylit.checkpoint.sharded import INDEX, PARTS, is_own, is_replaceable
+from raylit.checkpoint.layout import INDEX, PARTS, is_own, is_replaceable
 from raylit.errors import CheckpointError
 from raylit.storage import entries, file_system, is_object_store, join, make_directory, modified_at
 
 
 class StoreUnreachable(CheckpointError):
-    """Nobody can tell what is at the URL."""
+    """Error raised when the store does not answer whether there is a checkpoint at a URL."""
 
     def __init__(self, url: str, error: Exception) -> None:
         super().__init__(f"cannot look for the checkpoint {url}: {type(error).__name__}: {error}")
@@ -23,15 +23,22 @@ class StoreUnreachable(CheckpointError):
 
 
 def exists(url: str) -> bool:
-    """StoreUnreachable: the store does not say."""
+    """Return whether there is a checkpoint at the URL.
+
+    Raises:
+        StoreUnreachable: if the store does not answer.
+    """
     try:
-        return kind_of(url) != ""
+        return find_kind(url) != ""
     except Exception as error:  # of whatever kind the store's own library raises
         raise StoreUnreachable(url, error) from error
 
 
-def kind_of(url: str) -> Literal["file", "directory", ""]:
-    """What the checkpoint there is; empty: there is none, as a directory counts once its index is there."""
+def find_kind(url: str) -> Literal["file", "directory", ""]:
+    """Return what kind of checkpoint is at the URL; "" if there is none.
+
+    A directory counts as a checkpoint once its index exists.
+    """
     files, place = file_system(url)
     files.invalidate_cache(posixpath.dirname(place))
     try:
@@ -45,21 +52,29 @@ def kind_of(url: str) -> Literal["file", "directory", ""]:
 
 
 def has_index(url: str) -> bool:
-    """It is a directory. CheckpointError: the store does not say."""
+    """Return whether the checkpoint at the URL is a directory.
+
+    Raises:
+        CheckpointError: if the store does not answer.
+    """
     try:
-        return kind_of(url) == "directory"
+        return find_kind(url) == "directory"
     except Exception as error:  # of whatever kind the store's own library raises
         raise CheckpointError(f"cannot read the checkpoint {url}: {type(error).__name__}: {error}") from error
 
 
 def written_at(url: str) -> float:
-    """When the checkpoint there was, in seconds since 1970; 0.0 where there is none."""
-    kind = kind_of(url)
+    """Return when the checkpoint at the URL was written, in seconds since 1970; 0.0 if there is none."""
+    kind = find_kind(url)
     return modified_at(join(url, INDEX) if kind == "directory" else url) if kind else 0.0
 
 
 def upload_file(copy: Path, url: str) -> None:
-    """A whole file; the object at the URL appears with the upload's end. CheckpointError: what was there is still."""
+    """Upload a whole file; the object appears at the URL when the upload ends.
+
+    Raises:
+        CheckpointError: if it failed; the previous object is unchanged.
+    """
     try:
         files, place = file_system(url)
         if is_object_store(files):
@@ -69,7 +84,7 @@ def upload_file(copy: Path, url: str) -> None:
             temporary = f"{posixpath.dirname(place)}/.{uuid4().hex}.tmp"
             files.put_file(os.fspath(copy), temporary)
             files.mv(temporary, place)
-        # One that was there before must not be listed from a cache.
+        # A cached listing would still show the previous object.
         files.invalidate_cache(posixpath.dirname(place))
     except Exception as error:  # of whatever kind the store's own library raises
         raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
@@ -77,7 +92,7 @@ def upload_file(copy: Path, url: str) -> None:
 
 @contextmanager
 def draft_upload(url: str) -> Iterator[Path]:
-    """An empty file in a temporary directory, which is uploaded after the block has filled it."""
+    """Yield an empty file in a temporary directory and upload it after the block has filled it."""
     with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
         copy = Path(directory) / "checkpoint"
         copy.touch()
@@ -87,7 +102,7 @@ def draft_upload(url: str) -> Iterator[Path]:
 
 @contextmanager
 def download(url: str) -> Iterator[Path]:
-    """A copy in a temporary directory, under its own name."""
+    """Yield a copy of the file, under its own name in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
         copy = Path(directory) / (url.rstrip("/").rsplit("/", 1)[-1] or "checkpoint")
         try:
@@ -99,10 +114,10 @@ def download(url: str) -> Iterator[Path]:
 
 
 def copy(url: str, to: str) -> None:
-    """Inside the store where it can."""
+    """Copy a checkpoint, inside the store where the store supports it."""
     try:
         files, place = file_system(url)
-        if kind_of(url) == "directory":
+        if find_kind(url) == "directory":
             _copy_directory(url, to)
         else:
             files.copy(place, file_system(to)[1])
@@ -112,12 +127,12 @@ def copy(url: str, to: str) -> None:
 
 
 def remove(url: str) -> None:
-    """A missing one is fine."""
+    """Remove the checkpoint at the URL; a missing one is not an error."""
     try:
         files, place = file_system(url)
         with suppress(FileNotFoundError):
-            if kind_of(url) == "directory":
-                files.rm_file(f"{place}/{INDEX}")  # first: half a directory must never look like a checkpoint
+            if find_kind(url) == "directory":
+                files.rm_file(f"{place}/{INDEX}")  # first: a partly removed directory must not look like a checkpoint
                 files.rm(place, recursive=True)
             else:
                 files.rm_file(place)
@@ -127,11 +142,17 @@ def remove(url: str) -> None:
 
 
 class RemoteDirectoryDraft:
-    """A new subdirectory of one at a URL for the parts of a checkpoint, which its index makes known when it is written;
-    until then what was there counts."""
+    """New subdirectory for the parts of a checkpoint at a URL.
+
+    Writing the index publishes the parts; until then the previous checkpoint counts.
+    """
 
     def __init__(self, url: str) -> None:
-        """CheckpointError: it cannot be made."""
+        """Create the subdirectory below `url`.
+
+        Raises:
+            CheckpointError: if that is not possible.
+        """
         self._url = url.rstrip("/")
         self.subdirectory = f"{PARTS}{uuid4().hex[:12]}"
         self.place = join(self._url, self.subdirectory)
@@ -145,28 +166,28 @@ class RemoteDirectoryDraft:
             raise CheckpointError(f"cannot write the checkpoint {url}: {type(error).__name__}: {error}") from error
 
     def publish(self) -> None:
-        """The index is there."""
+        """Remove the previous parts; call this after the index has been written."""
         self._is_published = True
-        _clear(self._url, kept=(INDEX, self.subdirectory))
+        _clear_directory(self._url, keep=(INDEX, self.subdirectory))
 
     def discard(self) -> None:
-        """What is left of it, unless it is published."""
+        """Remove the draft's files, unless it has been published."""
         if self._is_published:
             return
         files, place = file_system(self.place)
-        with suppress(Exception):  # it may be this that cannot be reached
+        with suppress(Exception):  # the store itself may be unreachable
             files.invalidate_cache(place)
             files.rm(place, recursive=True)
 
 
 def _copy_directory(url: str, to: str) -> None:
-    """Its index last, so that until then what was there counts."""
+    """Copy a sharded checkpoint, its index last, so that the previous one counts until the copy is complete."""
     files, place = file_system(url)
     target = file_system(to)[1]
-    subdirectories = [name for name in _names_in(url) if name != INDEX]
+    subdirectories = [name for name in _list_names(url) if name != INDEX]
     for name in subdirectories:
         make_directory(join(to, name))
-        for file in _names_in(join(url, name)):
+        for file in _list_names(join(url, name)):
             files.copy(f"{place}/{name}/{file}", f"{target}/{name}/{file}")
     if is_object_store(files):
         files.copy(f"{place}/{INDEX}", f"{target}/{INDEX}")
@@ -174,22 +195,22 @@ def _copy_directory(url: str, to: str) -> None:
         temporary = f"{target}/.{uuid4().hex}.tmp"
         files.copy(f"{place}/{INDEX}", temporary)
         files.mv(temporary, f"{target}/{INDEX}")
-    _clear(to, kept=(INDEX, *subdirectories))
+    _clear_directory(to, keep=(INDEX, *subdirectories))
 
 
-def _clear(url: str, *, kept: Sequence[str]) -> None:
-    """Remove what was in a directory's place before; what cannot be removed does no harm."""
+def _clear_directory(url: str, *, keep: Sequence[str]) -> None:
+    """Remove the previous content of a checkpoint's directory; files that cannot be removed do no harm."""
     files, place = file_system(url)
     with suppress(Exception):
         if is_object_store(files):
-            files.rm_file(place)  # one file of this name
+            files.rm_file(place)  # a previous checkpoint that was one file of this name
     with suppress(Exception):
-        for name in _names_in(url):
-            if name not in kept and is_own(name):
+        for name in _list_names(url):
+            if name not in keep and is_own(name):
                 files.rm(f"{place}/{name}", recursive=True)
 
 
-def _names_in(url: str) -> list[str]:
+def _list_names(url: str) -> list[str]:
     files, place = file_system(url)
     files.invalidate_cache(place)
     return [name.rstrip("/").rpartition("/")[2] for name in files.ls(place, detail=False)]

@@ -1,94 +1,45 @@
-"""A sharded checkpoint: a directory of parts with their checksums."""
+"""Sharded checkpoints: a directory of parts with an index and checksums. Driver and workers."""
 
 import ctypes
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from raylit.checkpoint.layout import INDEX, Checksums, find_first_damage, is_replaceable
 from raylit.errors import DamagedCheckpoint
-from raylit.storage import file_system, is_url, join, leads_down
+from raylit.storage import is_url, join, leads_down
 from raylit.strategies import sharded_state as parts
 
-METADATA = ".metadata"
-"""Where everything is in the parts."""
-
-Checksums = dict[str, tuple[int, int]]
-"""Size in bytes and CRC-32 of each file, by its name."""
-
-_CHUNK_BYTES = 4 * 2**20
-
-
-def name_of_part(rank: int) -> str:
-    return f"__{rank}_0.distcp"
-
-
-def first_damaged(directory: str, checksums: Mapping[str, tuple[int, int]], *, share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with the first of the files that is not as it was written; empty: they are all sound.
-
-    `share`: of the files only every n-th, from the i-th.
-    """
-    first, step = share
-    for name in sorted(checksums)[first::step]:
-        if wrong := damage_of(join(directory, name), checksums[name]):
-            return f"{name.rpartition('/')[2]} {wrong}"
-    return ""
-
-
-def damage_of(path: str, checksum: tuple[int, int]) -> str:
-    """What is wrong with a file, at a path or a URL; empty: it is sound."""
-    if not is_url(path) and os.path.exists(path) and not os.path.isfile(path):
-        return "is no file"  # to open a pipe would be to wait for its other end
-    try:
-        with _opened(path) as (file, num_bytes):
-            if num_bytes != checksum[0]:
-                return f"has {num_bytes} bytes instead of {checksum[0]}"
-            crc = 0
-            while chunk := file.read(_CHUNK_BYTES):
-                crc = zlib.crc32(chunk, crc)
-    except FileNotFoundError:
-        return "is missing"
-    return "" if crc == checksum[1] else "does not match its checksum"
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[tuple[IO[bytes], int]]:
-    """The file and its size."""
-    files: Any = None
-    if is_url(path):
-        files, path = file_system(path)
-    with open(path, "rb") if files is None else files.open(path, "rb", block_size=_CHUNK_BYTES) as file:
-        num_bytes = file.seek(0, 2)
-        file.seek(0)
-        yield file, num_bytes
-
-
-INDEX = "index.ckpt"
-PARTS = "parts-"
-"""What the names of subdirectories begin with."""
 STATES = ("state_dict", "optimizer_states")
-"""The entries of a checkpoint that may have placeholders."""
+"""The entries of a checkpoint that may contain placeholders."""
 
 _AT_FDCWD = -100
+"""Linux constant: resolve a relative path from the working directory."""
 _RENAME_EXCHANGE = 2
+"""Linux constant: flag of renameat2 that swaps two names atomically."""
 
 
 def is_checkpoint(path: Path) -> bool:
+    """Return whether a local directory is a complete sharded checkpoint."""
     return (path / INDEX).is_file()
 
 
-def checksums_of(checkpoint: Mapping[str, Any]) -> Checksums:
-    """Of the parts, by their paths in the directory; empty where the checkpoint is one file."""
+def read_checksums(checkpoint: Mapping[str, Any]) -> Checksums:
+    """Return the checksums of the parts by their paths in the directory; empty if the checkpoint is one file."""
     return {name: (size, crc) for name, (size, crc) in checkpoint.get("raylit", {}).get("parts", {}).items()}
 
 
-def with_place(checkpoint: dict[str, Any], directory: str | Path) -> dict[str, Any]:
-    """The checkpoint of an index file, knowing where its parts are. DamagedCheckpoint: it names others than its own."""
+def attach_directory(checkpoint: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    """Return an index file's checkpoint with the directory of its parts recorded in it.
+
+    Raises:
+        DamagedCheckpoint: if it names parts outside the directory.
+    """
     place = str(directory) if is_url(directory) else os.path.abspath(directory)
     parts = checkpoint.get("raylit", {}).get("parts", {})
     if outside := [name for name in parts if not leads_down(name)]:
@@ -99,8 +50,8 @@ def with_place(checkpoint: dict[str, Any], directory: str | Path) -> dict[str, A
     return {**checkpoint, "raylit": {**checkpoint.get("raylit", {}), "directory": place}}
 
 
-def without_place(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """As it comes from a file, whose word where the parts are does not count."""
+def drop_directory(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint without the directory that a file claims for its parts, which is not trusted."""
     about = checkpoint.get("raylit")
     if not isinstance(about, dict) or "directory" not in about:
         return checkpoint
@@ -108,47 +59,52 @@ def without_place(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_replaceable(target: Path) -> None:
-    """FileExistsError: a directory of somebody else's is there, which must not go with what a checkpoint replaces."""
+    """Check that `target` is not a directory with other content, which replacing it would delete.
+
+    Raises:
+        FileExistsError: if it is.
+    """
     if target.is_dir() and not target.is_symlink() and not is_replaceable(os.listdir(target)):
         raise FileExistsError(f"{target} is a directory and is no checkpoint: give a path where nothing else is")
 
 
-def is_replaceable(names: Iterable[str]) -> bool:
-    """A directory with these files is a checkpoint, or what is left of one whose writing was cut off, or empty."""
-    found = list(names)
-    return INDEX in found or all(is_own(name) for name in found)
-
-
-def is_own(name: str) -> bool:
-    """A file or subdirectory of a checkpoint, by its name."""
-    return name in (INDEX, METADATA) or name.endswith((".distcp", ".tmp")) or name.startswith(PARTS)
-
-
 def place_of(checkpoint: Mapping[str, Any]) -> str | None:
-    """Where the parts are that the checkpoint has placeholders for; None: it has none."""
+    """Return the directory of the parts that the placeholders stand for; None if there are no placeholders."""
     place: str | None = checkpoint.get("raylit", {}).get("directory")
     return place
 
 
 def check(checkpoint: Mapping[str, Any], place: str, *, share: tuple[int, int] = (0, 1)) -> None:
-    """DamagedCheckpoint: a part is not as it was written. `share`: every n-th of them, from the i-th."""
-    if wrong := first_damaged(place, checksums_of(checkpoint), share=share):
+    """Compare the parts with their checksums; `share=(i, n)` checks every n-th part, starting at the i-th.
+
+    Raises:
+        DamagedCheckpoint: if a part differs from what was written.
+    """
+    if wrong := find_first_damage(place, read_checksums(checkpoint), share=share):
         raise DamagedCheckpoint(f"{place} is damaged: {wrong}. Use the checkpoint before it")
 
 
 def open_reader(checkpoint: Mapping[str, Any]) -> parts.Reader | None:
-    """Of the parts that the checkpoint has placeholders for; None: it has none. On this machine they are taken to be
-    sound; from a URL they are checked."""
+    """Return a reader of the parts that the placeholders stand for; None if there are no placeholders.
+
+    Local parts are assumed to be intact; parts at a URL are checked when they are downloaded.
+    """
     if (place := place_of(checkpoint)) is None:
         return None
-    # A second of imports that only sharded checkpoints need.
+    # Imported here because torch.distributed.checkpoint takes about 1 s, which only sharded checkpoints need.
     from raylit.checkpoint import dcp_files
 
-    return dcp_files.PartReader(place, checksums_of(checkpoint))
+    return dcp_files.PartReader(place, read_checksums(checkpoint))
 
 
 def read_whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """With all its tensors, as if it had been written as one file; as it is where it was. DamagedCheckpoint."""
+    """Return the checkpoint with all its tensors, as if it had been written as one file.
+
+    A checkpoint without placeholders is returned unchanged.
+
+    Raises:
+        DamagedCheckpoint: if a part differs from what was written.
+    """
     if (read := open_reader(checkpoint)) is None:
         return checkpoint
     place = place_of(checkpoint)
@@ -161,32 +117,36 @@ def read_whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
         for name, tensor in parts.placeholders(checkpoint.get(state), state)
     }
     read(targets)
-    filled = {
+    states = {
         state: parts.fill_placeholders(checkpoint[state], state, targets) for state in STATES if state in checkpoint
     }
     about = {name: value for name, value in checkpoint["raylit"].items() if name not in ("parts", "directory")}
-    return {**checkpoint, **filled, "raylit": about}
+    return {**checkpoint, **states, "raylit": about}
 
 
 def ensure_readable(checkpoint: dict[str, Any], *, sees: Callable[[str], bool]) -> dict[str, Any]:
-    """With all its tensors, to be sent to the workers, where these do not see its parts."""
+    """Return the checkpoint for sending to workers: with all its tensors if `sees` says they cannot read its parts."""
     place = place_of(checkpoint)
     return checkpoint if place is None or sees(join(place, INDEX)) else read_whole(checkpoint)
 
 
 def move_into_place(draft: Path, target: Path) -> None:
-    """In the place of the target; what stood there is in the draft's place afterwards, or gone. OSError: not done."""
+    """Move a draft directory to `target`; the previous content is moved to the draft's place, or removed.
+
+    Raises:
+        OSError: if the move failed.
+    """
     check_replaceable(target)
     _sync(draft)
-    if not os.path.lexists(target) or not _are_exchanged(draft, target):
-        # Where the file system cannot exchange two names there is a moment without the target.
+    if not os.path.lexists(target) or not _exchange_names(draft, target):
+        # If the file system cannot swap two names, the target is missing for a moment.
         discard(target)
         os.rename(draft, target)
     _sync(target.parent)
 
 
 def discard(path: Path) -> None:
-    """Whatever it is; a missing one is fine."""
+    """Remove a file, link or directory; a missing one is not an error."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -194,14 +154,17 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path, *, temporary_name: str) -> None:
-    """Out of sight first: half a directory must never look like a checkpoint."""
+    """Remove a sharded checkpoint.
+
+    It is renamed first, so that a partly removed directory never looks like a checkpoint.
+    """
     hidden = path.parent / temporary_name
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _are_exchanged(first: Path, second: Path) -> bool:
-    """By Linux's renameat2, in one step."""
+def _exchange_names(first: Path, second: Path) -> bool:
+    """Swap two names atomically with Linux's renameat2; return False if that is not possible."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -211,7 +174,7 @@ def _are_exchanged(first: Path, second: Path) -> bool:
 
 
 def _sync(directory: Path) -> None:
-    """Make the names in it outlive a power failure, where the file system can."""
+    """Flush a directory's entries to the disk, so that a rename survives a power failure; a no-op if unsupported."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):

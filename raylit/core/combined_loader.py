@@ -1,4 +1,4 @@
-"""CombinedLoader: several loaders as one, each step with a batch of every one. User's object, used on both sides."""
+"""CombinedLoader: several loaders as one, with a batch of each per step. A user's object. Driver and workers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -14,15 +14,20 @@ _END = object()
 
 
 class CombinedLoader:
-    """A collection of loaders (list, tuple, dict, nested) whose batches have the collection's shape.
+    """Collection of loaders (list, tuple, dict, nested) whose batches have the collection's shape.
 
-    `mode`: "min_size" ends with the shortest loader; "max_size_cycle" starts the shorter ones anew until the longest
-    ends; "max_size" has None in place of their batches; "sequential" is one loader after the other, a plain batch each.
-    ConfigError: another mode.
+    In `fit`, each loader is divided among the workers as if it were alone, except that no worker is ever without a
+    batch: if a loader's last batches are fewer than the workers, samples from its start fill them up. "sequential"
+    leaves them uneven, as for a single loader. Iterated directly it yields (batch, batch_idx, dataloader_idx).
 
-    Passed to `fit`, each loader is shared out over the workers as if it were alone, except that no worker is ever
-    without a batch: where a loader's last batches do not go round, samples from its start fill them up. "sequential"
-    leaves them uneven, as they are of a single loader. Iterated by hand it yields (batch, batch_idx, dataloader_idx).
+    Args:
+        iterables: The loaders.
+        mode: "min_size" ends with the shortest loader; "max_size_cycle" restarts shorter ones until the longest ends;
+            "max_size" has None in place of their batches; "sequential" gives one loader after the other, with a plain
+            batch each.
+
+    Raises:
+        ConfigError: if the mode is unknown.
     """
 
     def __init__(self, iterables: Any, mode: CombinationName = "min_size") -> None:
@@ -33,12 +38,12 @@ class CombinedLoader:
 
     @property
     def flattened(self) -> list[Any]:
-        """The loaders, in the order of the collection."""
-        return list(_leaves(self.iterables, is_top=True))
+        """The loaders, in the order of the collection. Lightning's name."""
+        return list(_iterate_loaders(self.iterables, is_top=True))
 
-    def shaped(self, values: Sequence[Any]) -> Any:
-        """A value for each loader, in the collection's shape."""
-        return _shaped(self.iterables, iter(values), is_top=True)
+    def restore_shape(self, values: Sequence[Any]) -> Any:
+        """Return the values, one for each loader, in the collection's shape."""
+        return _restore_shape(self.iterables, iter(values), is_top=True)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         if self.mode == "sequential":
@@ -48,21 +53,28 @@ class CombinedLoader:
             return
         openers = [lambda number, loader=loader: iter(loader) for loader in self.flattened]
         for batch_idx, batches in enumerate(stepwise(openers, mode=self.mode)):
-            yield self.shaped(batches), batch_idx, 0
+            yield self.restore_shape(batches), batch_idx, 0
 
     def __len__(self) -> int:
-        """TypeError: a loader has no length."""
+        """Return the number of steps.
+
+        Raises:
+            TypeError: if a loader has no length.
+        """
         return int(num_steps([len(loader) for loader in self.flattened], mode=self.mode))
 
 
 def holds_loaders(value: Any) -> bool:
-    """Whether a list, tuple or dict is a collection of loaders, and not batches or one batch."""
+    """Return whether a list, tuple or dict is a collection of loaders, not of batches and not one batch."""
     members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return any(_is_loader(member) or holds_loaders(member) for member in members)
 
 
 def num_steps(lengths: Sequence[float], *, mode: CombinationName) -> float:
-    """Batches of a combination, from its loaders' (infinite where unknown: not fewer than any known one's)."""
+    """Return the number of batches of a combination, from its loaders' lengths.
+
+    An unknown length is infinite, which counts as not less than any known one.
+    """
     if not lengths:
         return 0
     if mode == "sequential":
@@ -75,18 +87,21 @@ def num_steps(lengths: Sequence[float], *, mode: CombinationName) -> float:
 def stepwise(
     openers: Sequence[Callable[[int], Iterator[Any]]], *, mode: CombinationName, passes: Sequence[int] = ()
 ) -> Iterator[list[Any]]:
-    """For each step the batches of all loaders.
+    """Yield for each step the batches of all loaders.
 
-    An opener gets the number of its loader's pass through the data, counted from 0, and returns its batches. `passes`:
-    those to begin with, where a loader is not in its first.
+    Args:
+        openers: For each loader a function that gets the number of its pass through the data, from 0, and returns the
+            batches of that pass.
+        mode: As in CombinedLoader.
+        passes: Numbers of the passes to begin with; empty: all 0.
     """
     numbers = list(passes) or [0] * len(openers)
     iterators = [opener(number) for opener, number in zip(openers, numbers, strict=True)]
-    # Without a frame of its own: the loaders begin when the combination is made, not at its first batch.
-    return _stepwise(openers, iterators, numbers, mode)
+    # Not a generator itself, so that the loaders start when this is called, not at the first batch.
+    return _zip_batches(openers, iterators, numbers, mode)
 
 
-def _stepwise(
+def _zip_batches(
     openers: Sequence[Callable[[int], Iterator[Any]]],
     iterators: list[Iterator[Any]],
     numbers: list[int],
@@ -123,24 +138,24 @@ def _is_loader(value: Any) -> bool:
 
 
 def _is_nested(value: Any, is_top: bool) -> bool:
-    """Lists of batches are loaders themselves, and not taken apart."""
+    """Return whether the value is a collection; lists of batches are loaders and not taken apart."""
     return (is_top and isinstance(value, (list, tuple, dict))) or holds_loaders(value)
 
 
-def _leaves(value: Any, *, is_top: bool = False) -> Iterator[Any]:
+def _iterate_loaders(value: Any, *, is_top: bool = False) -> Iterator[Any]:
     if not _is_nested(value, is_top):
         yield value
         return
     for member in value.values() if isinstance(value, dict) else value:
-        yield from _leaves(member)
+        yield from _iterate_loaders(member)
 
 
-def _shaped(collection: Any, values: Iterator[Any], *, is_top: bool = False) -> Any:
+def _restore_shape(collection: Any, values: Iterator[Any], *, is_top: bool = False) -> Any:
     if not _is_nested(collection, is_top):
         return next(values)
     if isinstance(collection, dict):
-        return {key: _shaped(member, values) for key, member in collection.items()}
-    members = [_shaped(member, values) for member in collection]
+        return {key: _restore_shape(member, values) for key, member in collection.items()}
+    members = [_restore_shape(member, values) for member in collection]
     if is_namedtuple(collection):
         return type(collection)(*members)
     return tuple(members) if isinstance(collection, tuple) else members

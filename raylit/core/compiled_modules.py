@@ -1,4 +1,4 @@
-"""Compiled modules: what `torch.compile` and `module.compile` have done, in a form that travels. Both sides."""
+"""Compilation by `torch.compile` and `module.compile`, in a form that can be sent to workers. Driver and workers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,19 +9,25 @@ from raylit.compat.torch_dynamo import read_compiler, unwrap_optimized
 from raylit.compat.torch_module import get_call, get_compiled_call, set_compiled_call
 
 Compilations = Mapping[str, Any]
-"""By the submodule's name ("": the module itself): torch's function that compiles a callable as the user asked for."""
+"""By submodule name ("" for the module itself), torch's function that compiles a callable with the user's options."""
 
 
 def unwrap(model: Any) -> tuple[Any, Compilations]:
-    """A module out of the OptimizedModule that `torch.compile` returns, and how to compile it and its parts again."""
+    """Return the module inside the OptimizedModule that `torch.compile` returns, and how to compile it again.
+
+    The second value also contains the submodules that were compiled in place.
+    """
     if (optimized := unwrap_optimized(model)) is None:
-        return model, _of_parts(model)
+        return model, _find_compiled_parts(model)
     original, compiler = optimized
-    return original, {**_of_parts(original), "": compiler}
+    return original, {**_find_compiled_parts(original), "": compiler}
 
 
 def compile_again(module: nn.Module, compilations: Compilations) -> list[nn.Module]:
-    """Compile what is not compiled here; returns those parts. Nothing is compiled before its first call."""
+    """Compile the parts that are not compiled in this process, and return them.
+
+    Compilation itself happens at the first call.
+    """
     parts = []
     for name, compiling in compilations.items():
         part = module.get_submodule(name)
@@ -32,13 +38,13 @@ def compile_again(module: nn.Module, compilations: Compilations) -> list[nn.Modu
 
 
 def drop_compiled(parts: list[nn.Module]) -> None:
-    """The ordinary modules that they were."""
+    """Turn the parts back into ordinary modules."""
     for part in parts:
         set_compiled_call(part, None)
 
 
-def _of_parts(module: Any) -> dict[str, Any]:
-    """Of those that have been compiled in place, which pickling drops."""
+def _find_compiled_parts(module: Any) -> dict[str, Any]:
+    """Return the compilers of the submodules that were compiled in place, which pickling drops."""
     if not isinstance(module, nn.Module):
         return {}
     compilers = {name: read_compiler(part) for name, part in module.named_modules()}

@@ -1,4 +1,4 @@
-"""DataModule: the loaders of every stage and how their data comes to be. User's class, used on both sides."""
+"""DataModule: loaders of every stage, and preparation of their data. A user's class. Driver and workers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,47 +11,54 @@ from raylit.core.hparams import HyperparametersMixin, read_for_rebuild, read_hyp
 
 
 class DataModule(HyperparametersMixin):
-    """Override what the data needs; a subclass whose `__init__` never calls this one's works as well."""
+    """Base of data modules: override the loaders and hooks that the data needs.
+
+    A subclass whose `__init__` does not call this one's works as well.
+    """
 
     trainer: Any = None
     """The worker's view of the run, inside hooks."""
     prepare_data_per_node: bool = True
-    """False: prepare_data runs once in all, not once per host."""
+    """False: prepare_data runs in one process overall, instead of one per host."""
 
     def prepare_data(self) -> None:
-        """Download, tokenize: runs in one process per host; state set here is lost, leave files."""
+        """Download or tokenize; called in one process per host. State set here is lost: leave files."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Split, transform, assign: runs in every worker. May be defined without `stage`."""
+        """Split, transform, assign; called in every worker. May be defined without `stage`."""
 
     def teardown(self, stage: str | None = None) -> None: ...
 
     def train_dataloader(self) -> Any:
+        """Return the training loader, or a collection of loaders."""
         raise NotImplementedError(f"{type(self).__name__} has no train_dataloader")
 
     def val_dataloader(self) -> Any:
+        """Return the validation loader, or a list of loaders."""
         raise NotImplementedError(f"{type(self).__name__} has no val_dataloader")
 
     def test_dataloader(self) -> Any:
+        """Return the test loader, or a list of loaders."""
         raise NotImplementedError(f"{type(self).__name__} has no test_dataloader")
 
     def predict_dataloader(self) -> Any:
+        """Return the prediction loader, or a list of loaders."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_dataloader")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The batch to move, in every loop and on every device; runs when the batch is needed."""
+        """Return the batch to move to the device; called in every loop, on every device, when the batch is needed."""
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch on `device`: every tensor in it, and every object with a `to` of its own."""
+        """Return the batch on `device`: every tensor in it, and every object with a `to` method."""
         return to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The batch for the step, on the device."""
+        """Return the batch for the step; it is on the device."""
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors to keep in the checkpoint."""
+        """Return plain values and tensors to store in the checkpoint."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -64,7 +71,17 @@ class DataModule(HyperparametersMixin):
         weights_only: bool | None = None,
         **overrides: Any,
     ) -> Self:
-        """Rebuild the data module with the hyper-parameters of a checkpoint's run, or of the file; `overrides` win."""
+        """Rebuild the data module with the hyper-parameters of a checkpoint's run.
+
+        Args:
+            checkpoint_path: A path or a URL that fsspec knows.
+            hparams_file: YAML or CSV file with hyper-parameters, used instead of the checkpoint's.
+            weights_only: False unpickles hyper-parameters that are not plain values: only for files that you trust.
+            **overrides: Arguments of the constructor, which win over the saved ones.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, or lacks arguments of the constructor.
+        """
         checkpoint = read_for_rebuild(
             checkpoint_path, hparams_file=None, overrides=overrides, allow_pickle=weights_only is False
         )

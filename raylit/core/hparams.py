@@ -1,4 +1,4 @@
-"""Hyper-parameters: collected from constructors, saved in checkpoints, and modules built from them again."""
+"""Hyper-parameters: read from constructors, saved in checkpoints, used to rebuild modules. Driver and workers."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ from raylit.errors import CheckpointError
 
 
 class AttributeDict(dict[str, Any]):
-    """A dict whose string keys read and write as attributes too."""
+    """Dict whose string keys can be read and written as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -33,9 +33,9 @@ class AttributeDict(dict[str, Any]):
 
 
 class HyperparametersMixin:
-    """What a module and a data module have in common: `save_hyperparameters` and what comes of it."""
+    """Hyper-parameters of a module or a data module: `save_hyperparameters`, and access to what it has kept."""
 
-    # Of no narrower type, which torch.jit.script would try to compile.
+    # Annotated as Any, because torch.jit.script would try to compile a narrower type.
     _hparams: Any = None
     _hparams_initial: Any = None
     _hparams_name: str = "kwargs"
@@ -48,20 +48,26 @@ class HyperparametersMixin:
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Keep the constructor's arguments (all, the named ones, or a dict, Namespace or dataclass) in `hparams`, in
-        checkpoints and, with `logger`, in the loggers. `frame`: the constructor's, where this is called elsewhere."""
+        """Keep the constructor's arguments in `hparams`, in checkpoints and in the loggers.
+
+        Args:
+            *names: Names of the arguments to keep, or one dict, Namespace or dataclass; none: all arguments.
+            ignore: Names of arguments to leave out.
+            frame: The constructor's frame, if this is called elsewhere.
+            logger: Send them to the loggers.
+        """
         current = inspect.currentframe()
         frame = frame or (current.f_back if current is not None else None)
         assert frame is not None
         ignored = [ignore] if isinstance(ignore, str) else ignore or ()
-        values, self._hparams_name = select_hyperparameters(names, init_arguments(self, frame), ignored)
+        values, self._hparams_name = select_hyperparameters(names, read_init_arguments(self, frame), ignored)
         self.hparams.update(values)
         self._hparams_initial = copy_hyperparameters(self.hparams)
         self._is_logging_hparams = logger
 
     @property
     def hparams(self) -> AttributeDict:
-        """Theirs to change: checkpoints keep them as they are then."""
+        """The hyper-parameters, which may be changed; checkpoints store them as they are at the time of the save."""
         if self._hparams is None:
             self._hparams = AttributeDict()
         hparams: AttributeDict = self._hparams
@@ -69,11 +75,11 @@ class HyperparametersMixin:
 
     @property
     def hparams_initial(self) -> AttributeDict:
-        """A copy of `hparams` as they were saved."""
+        """A copy of `hparams` as they were at `save_hyperparameters`."""
         return copy_hyperparameters(self._hparams_initial or {})
 
     def find_hparams(self) -> AttributeDict | None:
-        """Return `hparams` if there are any; unlike the property, make none."""
+        """Return `hparams`, or None if there are none."""
         hparams: AttributeDict | None = self._hparams
         return hparams or None
 
@@ -82,12 +88,12 @@ class HyperparametersMixin:
         return self._hparams_name
 
     def find_logged_hparams(self) -> dict[str, Any]:
-        """Return those that go to the loggers: none after `save_hyperparameters(logger=False)`."""
+        """Return the hyper-parameters for the loggers: none after `save_hyperparameters(logger=False)`."""
         return dict(self._hparams or {}) if self._is_logging_hparams else {}
 
 
 def flatten(values: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested names joined by "/", with what is no mapping."""
+    """Yield names and values of nested mappings, with the names joined by "/"."""
     for key, value in values.items():
         name = f"{parent}/{key}" if parent else str(key)
         if isinstance(value, Mapping):
@@ -96,8 +102,8 @@ def flatten(values: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, 
             yield name, value
 
 
-def init_arguments(owner: object, frame: FrameType) -> dict[str, Any]:
-    """The arguments of `owner`'s constructor call, read in any `__init__` frame of it: a subclass's win."""
+def read_init_arguments(owner: object, frame: FrameType) -> dict[str, Any]:
+    """Return the arguments of `owner`'s constructor call, read from the `__init__` frames; a subclass's win."""
     if dataclasses.is_dataclass(owner):
         return {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner) if field.init}
     arguments: dict[str, Any] = {}
@@ -114,92 +120,68 @@ def init_arguments(owner: object, frame: FrameType) -> dict[str, Any]:
 
 
 def select_hyperparameters(
-    given: tuple[Any, ...], arguments: Mapping[str, Any], ignore: Iterable[str]
+    selection: tuple[Any, ...], arguments: Mapping[str, Any], ignore: Iterable[str]
 ) -> tuple[dict[str, Any], str]:
-    """What `save_hyperparameters(*given, ignore=)` keeps, and the constructor's argument it belongs to.
+    """Return the values that `save_hyperparameters(*given, ignore=)` keeps, and the name of their argument.
 
-    The name is "kwargs" where each entry is an argument of its own, else that of the argument which holds them all.
+    The name is "kwargs" if each entry is an argument of its own, else that of the argument that contains them all.
+
+    Raises:
+        TypeError: if several values other than names are given.
     """
     ignored = set(ignore)
-    if not given:
+    if not selection:
         return {name: value for name, value in arguments.items() if name not in ignored}, "kwargs"
-    if all(isinstance(name, str) for name in given):
-        return {name: arguments[name] for name in given if name not in ignored}, "kwargs"
-    if len(given) > 1:
+    if all(isinstance(name, str) for name in selection):
+        return {name: arguments[name] for name in selection if name not in ignored}, "kwargs"
+    if len(selection) > 1:
         raise TypeError("save_hyperparameters takes names of arguments, or one dict, Namespace or dataclass")
-    holder = given[0]
+    holder = selection[0]
     name = next((name for name, value in arguments.items() if value is holder), "kwargs")
-    values = _entries(holder)
+    values = _read_entries(holder)
     return {key: value for key, value in values.items() if key not in ignored}, name
 
 
 def copy_hyperparameters(hparams: Mapping[str, Any]) -> AttributeDict:
-    """A copy that later changes to the original, or to lists and dicts in it, leave alone."""
-    return AttributeDict({name: _copied(value) for name, value in hparams.items()})
-
-
-def constructor_arguments(
-    cls: type, hparams: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The keyword arguments that rebuild an instance of `cls` from saved hyper-parameters; `overrides` win.
-
-    The file may be a stranger's: names that begin with an underscore, which constructors with `**kwargs` may hand to
-    what acts on them, are passed to parameters of that name only.
-    """
-    parameters = inspect.signature(cls).parameters
-    if _is_passed(name, parameters) and name != "kwargs" and name not in overrides:
-        # Beside the arguments, `overrides` may name single entries of the one that holds the hyper-parameters.
-        entries = {**hparams, **{key: value for key, value in overrides.items() if key not in parameters}}
-        return {name: _held(cls, name, entries), **{k: v for k, v in overrides.items() if k in parameters}}
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return {**{key: value for key, value in hparams.items() if _is_passed(key, parameters)}, **overrides}
-    return {**{key: value for key, value in hparams.items() if key in parameters}, **overrides}
-
-
-def _is_passed(name: object, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return isinstance(name, str) and (name in parameters or not name.startswith("_"))
-
-
-def _entries(holder: Any) -> dict[str, Any]:
-    if isinstance(holder, Namespace):
-        return vars(holder)
-    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
-        return {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
-    return dict(holder)
-
-
-def _copied(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple, set) else value
-
-
-def _held(cls: type, name: str, entries: dict[str, Any]) -> Any:
-    """Of the type that the constructor says, where that is one to be made of entries."""
-    try:
-        kind = get_type_hints(vars(cls).get("__init__", cls)).get(name)
-    except NameError:  # an annotation that is there for type checkers only
-        kind = None
-    if kind is Namespace:
-        return Namespace(**{key: value for key, value in entries.items() if not str(key).startswith("__")})
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return kind(**entries)
-    return AttributeDict(entries)
+    """Copy the hyper-parameters, so that later changes, also of lists and dicts in them, do not affect the copy."""
+    return AttributeDict({name: _copy_value(value) for name, value in hparams.items()})
 
 
 _Owner = TypeVar("_Owner")
 
 
+def constructor_arguments(
+    cls: type, hparams: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the keyword arguments that rebuild an instance of `cls` from saved hyper-parameters; `overrides` win.
+
+    The file may come from an untrusted source. Names that begin with an underscore are passed to parameters of that
+    name only, because constructors with `**kwargs` may pass them to code that acts on them.
+    """
+    parameters = inspect.signature(cls).parameters
+    if _accepts(name, parameters) and name != "kwargs" and name not in overrides:
+        # `overrides` may also name single entries of the argument that contains the hyper-parameters.
+        entries = {**hparams, **{key: value for key, value in overrides.items() if key not in parameters}}
+        return {name: _build_holder(cls, name, entries), **{k: v for k, v in overrides.items() if k in parameters}}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return {**{key: value for key, value in hparams.items() if _accepts(key, parameters)}, **overrides}
+    return {**{key: value for key, value in hparams.items() if key in parameters}, **overrides}
+
+
 def read_for_rebuild(
     path: str | Path, *, hparams_file: str | Path | None, overrides: Mapping[str, Any], allow_pickle: bool
 ) -> dict[str, Any]:
-    """The checkpoint; its hyper-parameters unpacked, those of the file instead where one is given."""
+    """Read a checkpoint and unpack its hyper-parameters; those of `hparams_file` replace the module's.
+
+    Raises:
+        CheckpointError: if a file cannot be read, or hyper-parameters are pickled without `allow_pickle`.
+    """
     checkpoint = files.read(path, allow_pickle=allow_pickle)
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         saved = checkpoint.get(key, {})
         if not isinstance(saved, dict):
             raise CheckpointError(f"{path} holds {key} of type {type(saved).__name__}: must be a dict")
-        # What is given anew need not be readable.
+        # Overridden values need not be readable.
         packed = {name: value for name, value in saved.items() if name not in overrides}
         checkpoint[key] = format.unpack_hyper_parameters(packed, allow_pickle=allow_pickle)
     if hparams_file is not None:
@@ -210,7 +192,11 @@ def read_for_rebuild(
 def rebuild(
     cls: type[_Owner], hparams: Mapping[str, Any], name: str, *, overrides: Mapping[str, Any], source: str
 ) -> _Owner:
-    """An instance from saved hyper-parameters, which `overrides` win over. CheckpointError: an argument is missing."""
+    """Build an instance from saved hyper-parameters; `overrides` win.
+
+    Raises:
+        CheckpointError: if an argument is missing.
+    """
     try:
         return cls(**constructor_arguments(cls, hparams, name, overrides))
     except TypeError as error:
@@ -221,10 +207,14 @@ def rebuild(
 
 
 def read_hyperparameters(file: Path) -> dict[str, Any]:
-    """Of a YAML file, or a CSV file with the columns key and value."""
+    """Read hyper-parameters from a YAML file, or a CSV file with the columns key and value.
+
+    Raises:
+        CheckpointError: if the file is missing or cannot be read.
+    """
     if not file.is_file():
         raise CheckpointError(f"hparams_file={os.fspath(file)!r}: there is no such file")
-    # Only when there is something to read: importing raylit should not cost the import of yaml.
+    # Imported here so that importing raylit does not import yaml.
     import yaml
 
     with open(file, encoding="utf-8", newline="") as stream:
@@ -246,32 +236,73 @@ def read_hyperparameters(file: Path) -> dict[str, Any]:
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str, strict: bool = True) -> None:
-    """Load into the module's own tensors. CheckpointError names the first keys that do not fit."""
+    """Load a state dict into the module's own tensors.
+
+    Raises:
+        CheckpointError: with the first keys that do not fit.
+    """
     check_weights(module, state_dict, source=source, strict=strict)
     module.load_state_dict(state_dict, strict=strict)
 
 
 def check_weights(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str, strict: bool = True) -> None:
-    """CheckpointError names the first keys that do not fit."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
+    """Check that a state dict fits the module; with `strict` also that no keys are missing or unexpected.
+
+    Raises:
+        CheckpointError: with the first keys that do not fit.
+    """
+    own_state = module.state_dict()
+    missing = [key for key in own_state if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own_state]
     other_shape = [
-        f"{key} ({tuple(value.shape)} instead of {tuple(own[key].shape)})"
+        f"{key} ({tuple(value.shape)} instead of {tuple(own_state[key].shape)})"
         for key, value in state_dict.items()
-        if key in own and not nn.parameter.is_lazy(own[key]) and _shape(value) != _shape(own[key])
+        if key in own_state
+        and not nn.parameter.is_lazy(own_state[key])
+        and _read_shape(value) != _read_shape(own_state[key])
     ]
     if other_shape or (strict and (missing or unexpected)):
         wrong = {"missing": missing, "unexpected": unexpected, "of another shape": other_shape}
         raise CheckpointError(
             f"{source} is not a checkpoint of this {type(module).__name__}: "
-            + ", ".join(f"{what} {_first(keys)}" for what, keys in wrong.items() if keys)
+            + ", ".join(f"{what} {_format_first(keys)}" for what, keys in wrong.items() if keys)
         )
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def _accepts(name: object, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return isinstance(name, str) and (name in parameters or not name.startswith("_"))
+
+
+def _read_entries(holder: Any) -> dict[str, Any]:
+    if isinstance(holder, Namespace):
+        return vars(holder)
+    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
+        return {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
+    return dict(holder)
+
+
+def _copy_value(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copy_value(item) for key, item in value.items()}
+    return type(value)(map(_copy_value, value)) if type(value) in (list, tuple, set) else value
+
+
+def _build_holder(cls: type, name: str, entries: dict[str, Any]) -> Any:
+    """Return the entries in the constructor's annotated type, if that is a Namespace or dataclass; else a dict."""
+    try:
+        kind = get_type_hints(vars(cls).get("__init__", cls)).get(name)
+    except NameError:  # the annotation's type is imported for type checkers only
+        kind = None
+    if kind is Namespace:
+        return Namespace(**{key: value for key, value in entries.items() if not str(key).startswith("__")})
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return kind(**entries)
+    return AttributeDict(entries)
+
+
+def _read_shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _first(keys: list[str], *, count: int = 3) -> str:
+def _format_first(keys: list[str], *, count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")

@@ -1,4 +1,4 @@
-"""TrainResult and EvalResult: what a step may return instead of a loss or a dict. User's objects, made on workers."""
+"""TrainResult and EvalResult: results that a step may return instead of a loss or a dict. Workers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _RESERVED = ("minimize", "early_stop_on", "checkpoint_on", "hiddens")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One value with what `log` was told about it."""
+    """A logged value with the options of its `log` call."""
 
     value: Any
     prog_bar: bool
@@ -26,7 +26,7 @@ class Record:
 
 
 class Result(Mapping[str, Any]):
-    """What both results share. Reads like a dict of the values: `result["val_loss"]`."""
+    """Base of both results; reads like a dict of the values: `result["val_loss"]`."""
 
     _on_step: bool
     _on_epoch: bool
@@ -40,7 +40,7 @@ class Result(Mapping[str, Any]):
         self.records: dict[str, Record] = {}
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
-        """`log` for each entry; keywords as there."""
+        """Log each entry; the keywords are those of `log`."""
         for name, value in dictionary.items():
             self.log(name, value, **kwargs)
 
@@ -65,8 +65,8 @@ class Result(Mapping[str, Any]):
 
     def _check_scalar(self, name: str, value: Any) -> None:
         if value is not None and not (isinstance(value, Tensor) and value.numel() == 1):
-            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ModuleError(f"{type(self).__name__}({name}=...) got {given}: must be a tensor with one element")
+            description = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ModuleError(f"{type(self).__name__}({name}=...) got {description}: must be a tensor with one element")
 
     def __getitem__(self, name: str) -> Any:
         if name in self.records:
@@ -88,10 +88,16 @@ class Result(Mapping[str, Any]):
 
 
 class TrainResult(Result):
-    """What `training_step` may return: the loss to minimize and what is logged with it.
+    """Result of `training_step`: the loss to minimize, and values to log.
 
-    `checkpoint_on` and `early_stop_on` are what ModelCheckpoint and EarlyStopping follow where nothing else is
-    monitored; `checkpoint_on` is the loss unless it is given.
+    Args:
+        minimize: The loss, a tensor with one element and a gradient.
+        early_stop_on: Value that EarlyStopping follows if it monitors nothing else, one element.
+        checkpoint_on: Value that ModelCheckpoint follows if it monitors nothing else, one element; None: the loss.
+        hiddens: Hidden state for the next piece of truncated back-propagation.
+
+    Raises:
+        ModuleError: if a value has more than one element, or the loss has no gradient.
     """
 
     def __init__(
@@ -129,8 +135,27 @@ class TrainResult(Result):
         sync_dist_op: Any = "mean",
         sync_dist_group: Any = None,
     ) -> None:
-        """As `self.log` of the module. `tbptt_reduce_fx` makes one value of those of a batch's pieces in truncated
-        back-propagation. What is read is always reduced over the workers, `sync_dist` or not."""
+        """Log a value, as `self.log` of the module does.
+
+        It is always reduced over the workers, whatever `sync_dist` says. The defaults log each step and not the epoch.
+
+        Args:
+            name: Name of the metric.
+            value: Scalar.
+            prog_bar: Show it in the progress bar.
+            logger: Send it to the loggers.
+            on_step: Log each logging step's value.
+            on_epoch: Log the epoch's reduced value.
+            reduce_fx: Reduction over batches and workers.
+            tbptt_reduce_fx: Reduction over the pieces of a batch in truncated back-propagation.
+            enable_graph: Keep the value's graph.
+            sync_dist: Accepted for compatibility, without effect.
+            sync_dist_op: Accepted for compatibility; must be a known reduction.
+            sync_dist_group: Accepted for compatibility, without effect.
+
+        Raises:
+            ModuleError: if the name is reserved, or `sync_dist_op` unknown.
+        """
         self._record(
             name,
             value,
@@ -146,7 +171,16 @@ class TrainResult(Result):
 
 
 class EvalResult(Result):
-    """What `validation_step` and `test_step` may return: what is logged, and rows for a file of predictions."""
+    """Result of `validation_step` and `test_step`: values to log, and rows for a file of predictions.
+
+    Args:
+        early_stop_on: Value that EarlyStopping follows if it monitors nothing else, one element.
+        checkpoint_on: Value that ModelCheckpoint follows if it monitors nothing else, one element.
+        hiddens: Accepted for compatibility.
+
+    Raises:
+        ModuleError: if a value has more than one element.
+    """
 
     def __init__(
         self,
@@ -156,7 +190,7 @@ class EvalResult(Result):
     ) -> None:
         super().__init__(early_stop_on=early_stop_on, checkpoint_on=checkpoint_on, hiddens=hiddens)
         self.columns: dict[str, dict[str, Any]] = {}
-        """For each file its columns by name, each with a row for every sample of the batch."""
+        """For each file its columns by name, each with a row per sample of the batch."""
 
     def log(  # type: ignore[override]
         self,
@@ -173,7 +207,7 @@ class EvalResult(Result):
         sync_dist_op: Any = "mean",
         sync_dist_group: Any = None,
     ) -> None:
-        """As `self.log` of the module. What is read is always reduced over the workers, `sync_dist` or not."""
+        """Log a value, with the arguments of `TrainResult.log`; by default the epoch's and not each step's."""
         self._record(
             name,
             value,
@@ -188,10 +222,17 @@ class EvalResult(Result):
         )
 
     def write(self, name: str, values: Any, filename: str = "predictions.pt") -> None:
-        """A column of the rows that the test loop's end writes to `filename`: one value per sample of the batch.
+        """Add a column to the rows that the end of the test loop writes to a file.
 
-        The file is a list of dicts in data-set order, of all workers; `torch.load` reads it. The driver writes it: a
-        path is relative to its directory, or an fsspec URL.
+        The file is a list of dicts in data-set order, from all workers; `torch.load` reads it. The driver writes it.
+
+        Args:
+            name: Name of the column.
+            values: Tensor or list with one value per sample of the batch.
+            filename: Path relative to the driver's directory, or an fsspec URL.
+
+        Raises:
+            ModuleError: if the values are not one plain value per sample.
         """
         values = self._column(name, values)
         columns = self.columns.setdefault(filename, {})
@@ -213,7 +254,7 @@ class EvalResult(Result):
                 f"EvalResult.write({name!r}, ...) got a {type(values).__name__}: pass a tensor or a list with one "
                 "value per sample of the batch"
             )
-        # Scalars of numpy would have to be unpickled.
+        # NumPy scalars would be pickled, which weights_only refuses to load.
         rows = [
             value.item() if hasattr(value, "__array__") and not isinstance(value, Tensor) else value for value in values
         ]
@@ -226,13 +267,16 @@ class EvalResult(Result):
         return rows
 
     def write_dict(self, predictions_dict: Mapping[str, Any], filename: str = "predictions.pt") -> None:
-        """`write` for each entry."""
+        """Add a column for each entry, as `write` does."""
         for name, values in predictions_dict.items():
             self.write(name, values, filename)
 
 
 def is_plain(value: Any) -> bool:
-    """Tensors, numbers, strings, and lists, tuples and dicts of them: what `torch.load` reads with weights_only."""
+    """Return whether `torch.load` reads the value with weights_only.
+
+    These are tensors, numbers, strings, and lists, tuples and dicts of them.
+    """
     if type(value) in (list, tuple):
         return all(map(is_plain, value))
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""Weights alone, in a file of the safetensors format, which other libraries read and no code is run by. Driver."""
+"""Weights in safetensors files, which other libraries read and whose loading runs no code. Driver."""
 
 import importlib
 import os
@@ -21,27 +21,33 @@ _SUFFIX = ".safetensors"
 
 
 def write_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """The module's state dict, each tensor once: other names of a tied weight stand in the metadata, as safetensors'
-    own `save_model` has them.
+    """Write the module's state dict to a safetensors file, each tensor once.
 
-    A local file is renamed into place when it is whole, an object at a URL appears with its upload's end.
-    CheckpointError: it cannot be written. ConfigError: the state has something that is no tensor with values.
+    The other names of a tied weight are stored in the metadata, as in safetensors' own `save_model`. A local file is
+    renamed into place when it is complete, an object at a URL appears when its upload ends.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+        ConfigError: if the state contains something other than tensors with values.
     """
-    save_file = _safetensors("torch").save_file
-    tensors, names = _tensors_once(module)
-    with _written(os.fspath(path)) as file:
+    save_file = _import_safetensors("torch").save_file
+    tensors, names = _collect_tensors(module)
+    with _open_target(os.fspath(path)) as file:
         save_file(tensors, os.fspath(file), metadata={"format": "pt", **names})
 
 
 def read_weights(module: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> None:
-    """Into the module's own tensors: a file of safetensors, or the weights in a checkpoint. CheckpointError: the file
-    is missing, damaged or of another model."""
+    """Load a safetensors file, or a checkpoint's weights, into the module's own tensors.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or of another model.
+    """
     text = os.fspath(path)
-    state_dict = _read(text) if text.endswith(_SUFFIX) else files.read(text)["state_dict"]
+    state_dict = _read_safetensors(text) if text.endswith(_SUFFIX) else files.read(text)["state_dict"]
     load_weights(module, state_dict, source=text, strict=strict)
 
 
-def _safetensors(part: str) -> Any:
+def _import_safetensors(part: str) -> Any:
     try:
         return importlib.import_module(f"safetensors.{part}" if part else "safetensors")
     except ImportError as error:
@@ -50,11 +56,11 @@ def _safetensors(part: str) -> Any:
         ) from error
 
 
-def _tensors_once(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and by their other names the ones that they are stored under."""
+def _collect_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors by name, and for each further name of a tensor the name under which it is stored."""
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    known: dict[tuple[Any, ...], str] = {}
+    names_by_view: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in module.state_dict().items():
         if type(tensor) is not Tensor or tensor.is_meta:
@@ -62,11 +68,11 @@ def _tensors_once(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             raise ConfigError(f"save_weights: {name} is {what}; use save_checkpoint, which keeps other state as well")
         address = tensor.untyped_storage().data_ptr()
         view = (address, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and view in known:
-            names[name] = known[view]
+        if tensor.numel() and view in names_by_view:
+            names[name] = names_by_view[view]
             continue
-        known[view] = name
-        # Parts of one memory are stored apart.
+        names_by_view[view] = name
+        # Tensors that share memory in part are stored separately.
         is_apart = (
             address not in storages and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
         )
@@ -76,8 +82,8 @@ def _tensors_once(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 @contextmanager
-def _written(path: str) -> Iterator[Path]:
-    """A local file to write to, which becomes `path` afterwards."""
+def _open_target(path: str) -> Iterator[Path]:
+    """Yield a local path to write to, which becomes `path` after the block."""
     try:
         if not is_url(path):
             target = Path(path).expanduser()
@@ -100,21 +106,21 @@ def _written(path: str) -> Iterator[Path]:
         raise CheckpointError(f"cannot write the weights to {path}: {type(error).__name__}: {reason}") from error
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    safe_open = _safetensors("").safe_open
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    safe_open = _import_safetensors("").safe_open
     try:
-        with _local(path) as file, safe_open(os.fspath(file), framework="pt", device="cpu") as opened:
+        with _download(path) as file, safe_open(os.fspath(file), framework="pt", device="cpu") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             names = opened.metadata() or {}
     except Exception as error:
         if isinstance(error, FileNotFoundError):
             raise CheckpointError(f"there is no file {path}") from error
         raise CheckpointError(f"cannot read the weights in {path}: {type(error).__name__}: {error}") from error
-    return {**tensors, **{name: tensors[stored] for name, stored in names.items() if stored in tensors}}
+    return {**tensors, **{name: tensors[target] for name, target in names.items() if target in tensors}}
 
 
 @contextmanager
-def _local(path: str) -> Iterator[Path]:
+def _download(path: str) -> Iterator[Path]:
     if not is_url(path):
         yield Path(path).expanduser()
         return

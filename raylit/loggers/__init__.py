@@ -1,4 +1,4 @@
-"""Where the driver sends metrics and hyper-parameters. Driver only."""
+"""Loggers, to which the driver sends metrics and hyper-parameters. Driver only. Open `base.py` first."""
 
 from raylit.loggers.base import Logger
 from raylit.loggers.csv import CSVLogger

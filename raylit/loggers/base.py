@@ -1,4 +1,4 @@
-"""The interface of loggers, and the logger that writes nothing."""
+"""Interface of loggers, the logger that writes nothing, and which checkpoints a logger uploads. Driver only."""
 
 import os
 from collections.abc import Mapping
@@ -9,23 +9,25 @@ from raylit.storage import entries, join
 
 
 class Logger:
-    """A destination of metrics. Lives in the driver; a worker never writes to it.
+    """Base of all loggers: a destination of metrics in the driver. A worker never writes to it.
 
-    Subclass it for one of your own: `log_metrics` is all that it must have. With workers, the methods are called in a
-    thread that writes while the workers go on, one call at a time and in order; with `num_workers=0` at once. Hooks on
-    a worker reach its methods, others of its own too, and those of `experiment` through `self.logger`.
+    Subclass it for a logger of your own: only `log_metrics` is required. With workers, the methods are called in a
+    thread that writes while the workers continue, one call at a time and in order; with `num_workers=0` they are called
+    directly. Hooks on a worker reach the logger's methods, also additional ones, and those of `experiment`, through
+    `self.logger`.
 
-    An OSError, or an exception of a library's own, says that the logger has failed: the run goes on, with a warning for
-    the first one, and a fit raises LoggingError at its end.
+    An OSError, or an exception of a library, means that the logger has failed: the run continues, with a warning for
+    the first failure, and a fit raises LoggingError at its end.
     """
 
     @property
     def name(self) -> str | None:
-        """Directory below the root directory, None where there is none."""
+        """Directory below the root directory; None if there is none."""
         return None
 
     @property
     def version(self) -> int | str | None:
+        """The run's number or name among those of the same `name`; None if there is none."""
         return None
 
     @property
@@ -40,69 +42,78 @@ class Logger:
 
     @property
     def log_dir(self) -> str | None:
-        """`save_dir/name/version_N`; checkpoints go beside the log."""
+        """`save_dir/name/version_N`; checkpoints are saved in it as well."""
         return None
 
     @property
     def experiment(self) -> Any:
-        """What the logging package itself offers, for images, histograms and the like."""
+        """The logging package's own object, for images, histograms and similar."""
         return None
 
     def bind(self, default_root_dir: str) -> None:
-        """The Trainer's root directory, for a logger that was given none. Called before anything else."""
+        """Use the Trainer's root directory if the logger has none. Called before anything else."""
 
     def run_dirs(self) -> list[str]:
-        """The `log_dir` of every run that there is below `root_dir`; of the given version alone, where one was."""
+        """Return the `log_dir` of every existing run below `root_dir`; only that of the version, if one was given."""
         return [] if self.root_dir is None else [join(self.root_dir, name) for name in entries(self.root_dir)]
 
     def continue_run(self, name: str) -> None:
-        """Log to the run of that name below `root_dir`, if there is one and no version was given."""
+        """Log to the run of that name below `root_dir`, if it exists and no version was given."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Scalars at a step of the x axis."""
+        """Log scalars.
+
+        Args:
+            metrics: Values by name.
+            step: Position on the x axis; None: the logger's own default.
+        """
         raise NotImplementedError
 
     def log_hyperparams(self, params: Any) -> None:
-        """A mapping, or a Namespace."""
+        """Log hyper-parameters, a mapping or a Namespace."""
 
     def log_graph(self, model: Any, input_array: Any = None) -> None:
-        """The model's graph, where the logger was asked for it. Called when a fit starts."""
+        """Log the model's graph, if the logger is configured to. Called when a fit starts."""
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """A callback, such as ModelCheckpoint, has saved; its attributes say what and where."""
+        """React to a save of a callback, such as ModelCheckpoint, whose attributes name the files."""
 
     def save(self) -> None:
-        """Bring everything logged so far to where others can read it. Also called before a checkpoint is written."""
+        """Write everything logged so far, so that others can read it. Also called before a checkpoint is written."""
 
     def position(self) -> Any:
-        """Where the log ends after `save`, in plain values for a checkpoint; None: it cannot tell."""
+        """Return the end of the log after `save`, in plain values for a checkpoint; None if it is not known."""
         return None
 
     def resume(self, step: int, position: Any) -> None:
-        """A run goes on from a checkpoint, after `step` optimizer steps: remove what was logged after it, which comes
-        again. `position`: what that method returned when the checkpoint was taken, None where it is not known."""
+        """Remove what was logged after the checkpoint from which a run continues, because it will be logged again.
+
+        Args:
+            step: Number of optimizer steps at the checkpoint.
+            position: The result of `position` at the checkpoint; None if it is not known.
+        """
 
     def finalize(self, status: str) -> None:
-        """The run is over: "success", "failed" or "interrupted"."""
+        """React to the end of the run; `status` is "success", "failed" or "interrupted"."""
 
 
 class DummyLogger(Logger):
-    """Stands in for the loggers of a `fast_dev_run`; every method and every call on `experiment` returns None."""
+    """Logger that replaces the others in a `fast_dev_run`; all methods, also those of `experiment`, do nothing."""
 
     @property
-    def experiment(self) -> "_Nothing":
-        return _Nothing()
+    def experiment(self) -> "_NullExperiment":
+        return _NullExperiment()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None: ...
 
-    def __getattr__(self, name: str) -> "_Nothing":
-        if name.startswith("__"):  # protocols that others ask for: copies, pickles, ...
+    def __getattr__(self, name: str) -> "_NullExperiment":
+        if name.startswith("__"):  # protocols such as copying and pickling
             raise AttributeError(name)
-        return _Nothing()
+        return _NullExperiment()
 
 
-class _Nothing:
-    def __getattr__(self, name: str) -> "_Nothing":
+class _NullExperiment:
+    def __getattr__(self, name: str) -> "_NullExperiment":
         if name.startswith("__"):
             raise AttributeError(name)
         return self
@@ -114,6 +125,8 @@ class _Nothing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedFile:
+    """A checkpoint file that a callback has saved."""
+
     path: str
     score: float | None
     is_best: bool
@@ -122,22 +135,22 @@ class SavedFile:
 
 @dataclass(slots=True)
 class SavedFiles:
-    """Remembers which files, as of when, have been taken."""
+    """Record of the checkpoint files that have been uploaded, with their modification times."""
 
-    _taken: dict[str, float] = field(default_factory=dict)
+    _times: dict[str, float] = field(default_factory=dict)
 
     def new(self, callback: Any) -> list[SavedFile]:
-        """Those of a callback, the oldest first, that were not there, or were others, at the last call."""
+        """Return the callback's files that are new or changed since the last call, the oldest first."""
         scores = {str(path): float(score) for path, score in getattr(callback, "best_k_models", {}).items()}
         best, last = getattr(callback, "best_model_path", ""), getattr(callback, "last_model_path", "")
         times = {path: os.path.getmtime(path) for path in {*scores, best, last} if path and os.path.exists(path)}
-        new = sorted((path for path in times if self._taken.get(path) != times[path]), key=lambda path: times[path])
-        self._taken.update(times)
+        new = sorted((path for path in times if self._times.get(path) != times[path]), key=lambda path: times[path])
+        self._times.update(times)
         return [
             SavedFile(path=path, score=scores.get(path), is_best=path == best, is_last=path == last) for path in new
         ]
 
 
-def is_after_each(log_model: bool | str, callback: Any) -> bool:
-    """Whether files are taken when they are saved, rather than those that are left at the end."""
+def uploads_each_save(log_model: bool | str, callback: Any) -> bool:
+    """Return whether files are uploaded when they are saved, instead of those that exist at the end."""
     return log_model == "all" or (log_model is True and getattr(callback, "save_top_k", 1) == -1)

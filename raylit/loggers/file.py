@@ -1,4 +1,4 @@
-"""FileLogger: what loggers that write into `save_dir/name/version_N` have in common. Driver only."""
+"""FileLogger: base of the loggers that write to `save_dir/name/version_N`. Driver only."""
 
 import os
 from argparse import Namespace
@@ -12,9 +12,19 @@ from raylit.storage import check_stays_below, entries, is_url, join, make_direct
 
 
 class FileLogger(Logger):
-    """A logger with a directory of its own, and an `hparams.yaml` in it.
+    """Base of loggers with a directory of their own, which contains an `hparams.yaml`.
 
-    The directory is made when it is first needed; a version that was not given becomes the next free number then.
+    The directory is created when it is first needed; without a given version the next free number is chosen then.
+
+    Args:
+        save_dir: Root directory or fsspec URL; None: the Trainer's.
+        name: Directory below `save_dir`.
+        version: Number or name of the version; None: the next free number.
+        prefix: Put before every metric's name, with a hyphen.
+        sub_dir: Directory below the version.
+
+    Raises:
+        ConfigError: if a name leads out of `save_dir`.
     """
 
     def __init__(
@@ -28,7 +38,7 @@ class FileLogger(Logger):
         for option, part in (("name", name), ("version", version), ("sub_dir", sub_dir)):
             if isinstance(part, str):
                 check_stays_below(part, f"{type(self).__name__}({option}={part!r})")
-        self._save_dir = None if save_dir is None else _expanded(save_dir)
+        self._save_dir = None if save_dir is None else _expand_path(save_dir)
         self._name = name or ""
         self._version = version
         self._prefix = prefix
@@ -63,14 +73,14 @@ class FileLogger(Logger):
     @property
     def log_dir(self) -> str:
         if self._log_dir is None:
-            log_dir = self._dir_of(_directory_name(self.version))
+            log_dir = self._build_path(_name_directory(self.version))
             make_directory(log_dir)
             self._log_dir = log_dir
         return self._log_dir
 
     def run_dirs(self) -> list[str]:
-        names = entries(self.root_dir) if self._version is None else [_directory_name(self._version)]
-        return [self._dir_of(name) for name in names]
+        names = entries(self.root_dir) if self._version is None else [_name_directory(self._version)]
+        return [self._build_path(name) for name in names]
 
     def continue_run(self, name: str) -> None:
         if self._version is None and name in entries(self.root_dir):
@@ -79,49 +89,51 @@ class FileLogger(Logger):
 
     def bind(self, default_root_dir: str) -> None:
         if self._save_dir is None:
-            self._save_dir = _expanded(default_root_dir)
+            self._save_dir = _expand_path(default_root_dir)
 
     @property
     def has_log_dir(self) -> bool:
-        """Its version is chosen."""
+        """True if the version is chosen."""
         return self._version is not None
 
     def _is_own(self, position: Any) -> bool:
-        """The position is one in this logger's directory."""
+        """Return whether the position belongs to this logger's directory."""
         return isinstance(position, Mapping) and position.get("log_dir") == self.log_dir
 
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
-        # Only when there is something to write: importing raylit should not cost the import of yaml.
+        # Imported here so that importing raylit does not import yaml.
         import yaml
 
         self._hparams.update(vars(params) if isinstance(params, Namespace) else params)
         text = yaml.safe_dump(plain(self._hparams), sort_keys=False, allow_unicode=True)
         write_text(text, join(self.log_dir, "hparams.yaml"))
 
-    def _dir_of(self, version: str) -> str:
+    def _build_path(self, version: str) -> str:
         return join(self.root_dir, version, self._sub_dir).rstrip("/")
 
-    def _prefixed(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {name: float(value) for name, value in self._named(metrics).items()}
+    def _convert_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: float(value) for name, value in self._add_prefix(metrics).items()}
 
-    def _named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def _add_prefix(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         start = f"{self._prefix}-" if self._prefix else ""
         return {start + name: value for name, value in metrics.items()}
 
 
-def is_past(step: int | None, names: Collection[str], *, limit: int, others: Collection[str]) -> bool:
-    """An entry after a checkpoint comes again when the run goes on; `limit`: the step of its next entries. Not the
-    results of a test after the run's end: they stand at that step, under names that are among no `others`, which are
-    those of other steps."""
+def is_repeated(step: int | None, names: Collection[str], *, limit: int, others: Collection[str]) -> bool:
+    """Return whether an entry after a checkpoint will be logged again when the run continues.
+
+    False for the results of a test after the run's end: these are at step `limit`, at which the continued run logs
+    next, under names that are not among `others`, the names of other steps.
+    """
     return step != limit or any(name in others for name in names)
 
 
-def _expanded(path: str | os.PathLike[str]) -> str:
+def _expand_path(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_url(path) else os.path.expanduser(os.path.expandvars(os.fspath(path)))
 
 
 def plain(value: Any) -> Any:
-    """The value in YAML's own types: numbers of other libraries become Python's, anything else its repr."""
+    """Convert a value to YAML's own types: foreign numbers to Python's, anything else to its repr."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -137,15 +149,15 @@ def plain(value: Any) -> Any:
     return repr(value)
 
 
-def _directory_name(version: int | str) -> str:
+def _name_directory(version: int | str) -> str:
     return version if isinstance(version, str) else f"version_{version}"
 
 
 def _claim_next_version(root_dir: str) -> int:
-    """Makes `version_N` for the lowest N above all that exist.
+    """Create `version_N` for the lowest N above all that exist.
 
-    mkdir decides between processes that start at once: it fails for all but one of them. A store of objects has no such
-    thing.
+    mkdir decides between processes that start at the same time: it fails for all but one of them. Object stores have no
+    such operation.
     """
     make_directory(root_dir)
     numbers = [name.removeprefix("version_") for name in entries(root_dir) if name.startswith("version_")]

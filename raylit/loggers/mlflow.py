@@ -9,22 +9,38 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from raylit.core.hparams import flatten
-from raylit.loggers.base import Logger, SavedFiles, is_after_each
+from raylit.loggers.base import Logger, SavedFiles, uploads_each_save
 from raylit.loggers.file import plain
 
 _LONGEST_VALUE = 6000
-"""Characters of a parameter's value that MLflow takes."""
+"""Maximum length of a parameter's value in MLflow, in characters."""
 _MOST_PARAMS = 100
-"""In one batch."""
+"""Maximum number of parameters in one batch."""
 _NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_/. -]+")
 _STATUS = {"success": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class MLFlowLogger(Logger):
-    """A run of MLflow's, begun when it is first needed: at `tracking_uri`, else in `save_dir`, which holds a database
-    and the artifacts (with MLflow 2, or where it holds such already, files).
+    """Logger that writes to an MLflow run, which is created when it is first needed.
 
-    `log_model`: checkpoints become artifacts, with True those that are left at the end, with "all" each as it is saved.
+    Without a `tracking_uri` the store is `save_dir`, which contains a database and the artifacts (with MLflow 2, or if
+    it already contains a file store, files).
+
+    Args:
+        experiment_name: Name of the experiment, which is created if needed.
+        run_name: Name of the run; None: MLflow chooses one.
+        tracking_uri: Server or store; None: MLFLOW_TRACKING_URI, else `save_dir`.
+        tags: Tags of the run.
+        save_dir: Directory of a local store.
+        log_model: Upload checkpoints as artifacts: True those that exist at the end, "all" each one when it is saved.
+        checkpoint_path_prefix: Put before the artifacts' path.
+        prefix: Put before every metric's name, with a hyphen.
+        artifact_location: Location of the artifacts of a new experiment.
+        run_id: Continue this run.
+        synchronous: Passed to MLflow's `log_batch`; None: MLflow's default.
+
+    Raises:
+        ModuleNotFoundError: if mlflow is not installed.
     """
 
     def __init__(
@@ -41,7 +57,7 @@ class MLFlowLogger(Logger):
         run_id: str | None = None,
         synchronous: bool | None = None,
     ) -> None:
-        _package()
+        _import_mlflow()
         self._directory = os.path.abspath(os.path.expanduser(os.fspath(save_dir or "./mlruns")))
         self._experiment_name = experiment_name
         self._run_name = run_name
@@ -80,7 +96,7 @@ class MLFlowLogger(Logger):
 
     @property
     def save_dir(self) -> str | None:
-        """Of a store on this host; a server has none."""
+        """Directory of a store on this host; None for a server."""
         if self._tracking_uri is None:
             return self._directory
         return self._tracking_uri.removeprefix("file:") if self._tracking_uri.startswith("file:") else None
@@ -91,21 +107,21 @@ class MLFlowLogger(Logger):
 
     @property
     def log_dir(self) -> str | None:
-        """The run's directory, in a store on this host."""
+        """The run's directory in a store on this host."""
         return None if self.root_dir is None else os.path.join(self.root_dir, self.run_id or "")
 
     @property
     def experiment(self) -> Any:
         """The `MlflowClient`; its methods take the `run_id`."""
         if self._client is None:
-            client = _package().tracking.MlflowClient(self._tracking_uri or _local_store(self._directory))
+            client = _import_mlflow().tracking.MlflowClient(self._tracking_uri or _choose_local_store(self._directory))
             if self._run_id is not None:
                 self._experiment_id = client.get_run(self._run_id).info.experiment_id
             else:
-                known = client.get_experiment_by_name(self._experiment_name)
+                existing = client.get_experiment_by_name(self._experiment_name)
                 self._experiment_id = (
-                    known.experiment_id
-                    if known is not None and known.lifecycle_stage != "deleted"
+                    existing.experiment_id
+                    if existing is not None and existing.lifecycle_stage != "deleted"
                     else client.create_experiment(self._experiment_name, artifact_location=self._artifacts)
                 )
                 run = client.create_run(self._experiment_id, tags=self._tags, run_name=self._run_name)
@@ -117,7 +133,7 @@ class MLFlowLogger(Logger):
         now_ms = int(time.time() * 1000)
         start = f"{self._prefix}-" if self._prefix else ""
         entries = [
-            _package().entities.Metric(
+            _import_mlflow().entities.Metric(
                 key=_NOT_IN_NAMES.sub("", start + name), value=float(value), timestamp=now_ms, step=step or 0
             )
             for name, value in metrics.items()
@@ -127,14 +143,14 @@ class MLFlowLogger(Logger):
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
         values = dict(flatten(plain(vars(params) if isinstance(params, Namespace) else params)))
         entries = [
-            _package().entities.Param(key=_NOT_IN_NAMES.sub("", name), value=str(value)[:_LONGEST_VALUE])
+            _import_mlflow().entities.Param(key=_NOT_IN_NAMES.sub("", name), value=str(value)[:_LONGEST_VALUE])
             for name, value in values.items()
         ]
         for first in range(0, len(entries), _MOST_PARAMS):
             self.experiment.log_batch(self.run_id, params=entries[first : first + _MOST_PARAMS], **self._how)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        if is_after_each(self._log_model, checkpoint_callback):
+        if uploads_each_save(self._log_model, checkpoint_callback):
             self._log_checkpoints(checkpoint_callback)
         elif self._log_model:
             self._checkpoint_callback = checkpoint_callback
@@ -166,15 +182,15 @@ class MLFlowLogger(Logger):
             self.experiment.log_artifact(self.run_id, saved.path, str(folder / stem))
 
 
-def _local_store(directory: str) -> str:
-    has_files = os.path.isdir(os.path.join(directory, ".trash"))  # which a store in files makes first of all
-    if has_files or int(_package().__version__.partition(".")[0]) < 3:
+def _choose_local_store(directory: str) -> str:
+    has_files = os.path.isdir(os.path.join(directory, ".trash"))  # a file store creates this directory first
+    if has_files or int(_import_mlflow().__version__.partition(".")[0]) < 3:
         return f"file:{directory}"
     os.makedirs(directory, exist_ok=True)
-    return f"sqlite:///{directory}/mlflow.db"  # MLflow 3 refuses to keep runs in files
+    return f"sqlite:///{directory}/mlflow.db"  # MLflow 3 refuses file stores
 
 
-def _package() -> Any:
+def _import_mlflow() -> Any:
     try:
         import mlflow
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""TensorBoardLogger: event files that TensorBoard reads."""
+"""TensorBoardLogger: event files that TensorBoard reads, and their removal after a checkpoint. Driver only."""
 
 import os
 import struct
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from raylit.core.export import evaluating, sample_of
+from raylit.core.export import eval_mode, find_sample
 from raylit.core.hparams import flatten
-from raylit.loggers.file import FileLogger, is_past, plain
+from raylit.loggers.file import FileLogger, is_repeated, plain
 from raylit.storage import file_system, is_url, join, replace_file, write_bytes
 
 if TYPE_CHECKING:
@@ -24,107 +24,26 @@ _MARK = "events.out.tfevents"
 _LENGTH = struct.Struct("<Q")
 _CRC_BYTES = 4
 
-
-def event_file_sizes(directory: str) -> dict[str, int]:
-    """The bytes of each event file in the directory or below it, by its path there."""
-    if is_url(directory):
-        files, root = file_system(directory)
-        files.invalidate_cache()
-        found = files.find(root, detail=True) if files.exists(root) else {}
-        named = {path[path.index(root.strip("/")) + len(root.strip("/")) :].strip("/"): path for path in found}
-        return {name: int(found[path]["size"]) for name, path in named.items() if _is_event_file(name)}
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(directory) for name in names]
-    return {os.path.relpath(path, directory): os.path.getsize(path) for path in paths if _is_event_file(path)}
-
-
-def remove_points_after(directory: str, names: Sequence[str], *, step: int, sure: Mapping[str, int] | None) -> bool:
-    """Take out what comes again in a run that goes on from a checkpoint after `step` steps: what lies beyond the
-    numbers of bytes that files had then, or, where those are not known, what stands at that step or later. Returns
-    whether there was anything, and nothing is left at that step or later."""
-    contents = {name: _read(join(directory, name)) for name in names}
-    starts = {name: sure.get(name, 0) for name in names} if sure is not None else {}
-    others = {
-        tag
-        for content in contents.values()
-        for _, event in _records(content)
-        if event.step != step
-        for tag in _tags(event)
-    }
-    has_removed, newest_kept = False, -1
-    for name, content in contents.items():
-        kept = bytearray()
-        num_read = num_out = 0
-        for record, event in _records(content):
-            tags = _tags(event)
-            is_before = num_read < starts[name] if sure is not None else event.step < step
-            num_read += len(record)
-            if is_before or not tags or not is_past(event.step, tags, limit=step, others=others):
-                kept += record
-                newest_kept = max(newest_kept, event.step if tags else -1)
-            else:
-                num_out += 1
-        if num_out > 0:
-            has_removed = True
-            _replace(join(directory, name), bytes(kept))
-    return has_removed and newest_kept < step
-
-
-def wait_for_later_name(directory: str) -> None:
-    """Readers go by the files' names, which have the second in them: one that continues others is to be the last."""
-    seconds = [
-        os.path.basename(name).partition(f"{_MARK}.")[2].partition(".")[0] for name in event_file_sizes(directory)
-    ]
-    newest_s = max((int(text) for text in seconds if text.isdecimal()), default=0)
-    if (left_s := newest_s + 1 - time.time()) <= 1.0:
-        time.sleep(max(0.0, left_s))
-
-
-def _is_event_file(path: str) -> bool:
-    return _MARK in os.path.basename(path)
-
-
-def _records(content: bytes) -> Iterator[tuple[bytes, Any]]:
-    """Each whole record and the event in it; what was cut off while it was written comes to nothing."""
-    from tensorboard.compat.proto.event_pb2 import Event  # slow to import
-
-    start = 0
-    while start + _LENGTH.size + _CRC_BYTES <= len(content):
-        (length,) = _LENGTH.unpack_from(content, start)
-        first = start + _LENGTH.size + _CRC_BYTES
-        end = first + length + _CRC_BYTES
-        if end > len(content):
-            return
-        yield content[start:end], Event.FromString(content[first : first + length])
-        start = end
-
-
-def _tags(event: Any) -> list[str]:
-    return [value.tag for value in event.summary.value] if event.HasField("summary") else []
-
-
-def _read(path: str) -> bytes:
-    if is_url(path):
-        files, place = file_system(path)
-        return bytes(files.cat_file(place))
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _replace(path: str, content: bytes) -> None:
-    if is_url(path):
-        write_bytes(content, path)
-        return
-    replace_file(content, path)
-
-
 _RETRY_S = 5.0
+"""Time after a failure until a new writer is tried, in seconds."""
 
 
 class TensorBoardLogger(FileLogger):
-    """Event files in `save_dir/name/version_N[/sub_dir]`; further keywords go to torch's SummaryWriter.
+    """Logger that writes event files to `save_dir/name/version_N[/sub_dir]`.
 
-    With `default_hp_metric`, hyper-parameters that come without a metric get `hp_metric=-1`: TensorBoard's HParams
-    page shows only runs that have one.
+    Args:
+        save_dir: Root directory or fsspec URL; None: the Trainer's.
+        name: Directory below `save_dir`.
+        version: Number or name of the version; None: the next free number.
+        log_graph: Log the model's graph when a fit starts.
+        default_hp_metric: Log hyper-parameters that come without a metric with `hp_metric=-1`, because TensorBoard's
+            HParams page shows only runs that have a metric.
+        prefix: Put before every metric's name, with a hyphen.
+        sub_dir: Directory below the version.
+        **summary_writer: Passed to torch's SummaryWriter.
+
+    Raises:
+        ConfigError: if a name leads out of `save_dir`.
     """
 
     def __init__(
@@ -144,19 +63,19 @@ class TensorBoardLogger(FileLogger):
         self._summary_writer = summary_writer
         self._experiment: SummaryWriter | None = None
         self._is_continued = False
-        """A resumed run writes where hyper-parameters have been written before."""
+        """The run is resumed, so hyper-parameters have been written before."""
         self._purge_step: int | None = None
-        """For the next writer: a TensorBoard that is running forgets what comes again from this step on."""
+        """Passed to the next writer: a running TensorBoard discards the points from this step on."""
         self._broken: tuple[OSError, float] | None = None
-        """Why there is no writer, and when one is to be made again."""
+        """The error that closed the writer, and the time from which a new one is tried."""
 
     @property
     def experiment(self) -> "SummaryWriter":
-        """The open SummaryWriter, for images, histograms and the like."""
+        """The open SummaryWriter, for images, histograms and similar."""
         if self._experiment is None:
             if self._broken is not None and time.monotonic() < self._broken[1]:
                 raise self._broken[0]
-            # Importing tensorboard takes a second; runs without this logger need not have it.
+            # Imported here because tensorboard takes 1 s to import and is optional.
             from torch.utils.tensorboard import SummaryWriter
 
             arguments = {"purge_step": self._purge_step, **self._summary_writer}
@@ -168,9 +87,9 @@ class TensorBoardLogger(FileLogger):
         return self._experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """A dict among the values is a chart with a curve for each of its entries."""
+        """Log scalars; a dict among the values becomes a chart with a curve for each entry."""
         with self._reopening():
-            for name, value in self._named(metrics).items():
+            for name, value in self._add_prefix(metrics).items():
                 if isinstance(value, Mapping):
                     self.experiment.add_scalars(name, dict(value), step)
                 else:
@@ -179,8 +98,14 @@ class TensorBoardLogger(FileLogger):
     def log_hyperparams(
         self, params: Mapping[str, Any] | Namespace, metrics: Mapping[str, float] | float | None = None, step: int = 0
     ) -> None:
-        """`metrics`: names, with first values, that the HParams page shows beside the hyper-parameters; a number is
-        the value of `hp_metric`."""
+        """Log hyper-parameters.
+
+        Args:
+            params: A mapping or a Namespace.
+            metrics: Names, with initial values, that the HParams page shows with the hyper-parameters; a number is the
+                value of `hp_metric`.
+            step: Step of the initial values.
+        """
         super().log_hyperparams(params)
         if metrics is None:
             metrics = {"hp_metric": -1.0} if self._default_hp_metric and not self._is_continued else {}
@@ -191,11 +116,11 @@ class TensorBoardLogger(FileLogger):
             self._write_hparams_summary(metrics)
 
     def log_graph(self, model: nn.Module, input_array: Any = None) -> None:
-        """The model's graph, with `log_graph=True`; traced with `input_array` or `model.example_input_array`."""
+        """Log the model's graph, if `log_graph=True`, traced with `input_array` or `model.example_input_array`."""
         if not self._has_graph:
             return
-        sample = sample_of(model, input_array, what="an input_array, for TensorBoardLogger(log_graph=True)")
-        with evaluating(model), torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        sample = find_sample(model, input_array, what="an input_array, for TensorBoardLogger(log_graph=True)")
+        with eval_mode(model), torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
             self.experiment.add_graph(model, sample)
 
@@ -207,11 +132,11 @@ class TensorBoardLogger(FileLogger):
     def position(self) -> Any:
         if not self.has_log_dir:
             return None
-        return {"log_dir": self.log_dir, "num_bytes": event_file_sizes(self.log_dir)}
+        return {"log_dir": self.log_dir, "num_bytes": read_event_file_sizes(self.log_dir)}
 
     def resume(self, step: int, position: Any) -> None:
         self._close()
-        if not self.has_log_dir or not (sizes := event_file_sizes(self.log_dir)):
+        if not self.has_log_dir or not (sizes := read_event_file_sizes(self.log_dir)):
             return
         self._is_continued = True
         sure = position["num_bytes"] if self._is_own(position) else None
@@ -229,8 +154,10 @@ class TensorBoardLogger(FileLogger):
 
     @contextmanager
     def _reopening(self) -> Iterator[None]:
-        """A writer whose file could not be written once, as the disk was full or the directory gone, never writes
-        again: another one is tried later."""
+        """Drop the writer if its file could not be written, so that a new one is tried later.
+
+        A writer that has failed once, because the disk was full or the directory removed, never writes again.
+        """
         try:
             yield
         except OSError as error:
@@ -243,20 +170,126 @@ class TensorBoardLogger(FileLogger):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        # An open writer is a thread and a file: a copy in another process opens its own.
+        # An open writer has a thread and a file, so a copy in another process opens its own.
         return {**self.__dict__, "_experiment": None}
 
     def _write_hparams_summary(self, metrics: Mapping[str, float]) -> None:
         from torch.utils.tensorboard.summary import hparams  # slow to import, see `experiment`
 
-        # SummaryWriter.add_hparams would open a second event file, and a running TensorBoard reads on in the newest
-        # file of a directory only: everything that the first one gets afterwards would stay unseen.
+        # SummaryWriter.add_hparams would open a second event file, and a running TensorBoard only follows the newest
+        # file of a directory: it would not show what is written to the first one afterwards.
         file_writer: Any = self.experiment.file_writer
-        shown = {name: _shown(value) for name, value in flatten(plain(self._hparams))}
-        for summary in hparams(shown, self._prefixed(metrics)):
+        values = {name: _to_hparam_value(value) for name, value in flatten(plain(self._hparams))}
+        for summary in hparams(values, self._convert_metrics(metrics)):
             file_writer.add_summary(summary)
 
 
-def _shown(value: Any) -> bool | int | float | str:
-    """What the HParams page cannot show as it is becomes a string."""
+def read_event_file_sizes(directory: str) -> dict[str, int]:
+    """Return the size in bytes of each event file in or below the directory, by its relative path."""
+    if is_url(directory):
+        files, root = file_system(directory)
+        files.invalidate_cache()
+        details = files.find(root, detail=True) if files.exists(root) else {}
+        paths_by_name = {
+            path[path.index(root.strip("/")) + len(root.strip("/")) :].strip("/"): path for path in details
+        }
+        return {name: int(details[path]["size"]) for name, path in paths_by_name.items() if _is_event_file(name)}
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(directory) for name in names]
+    return {os.path.relpath(path, directory): os.path.getsize(path) for path in paths if _is_event_file(path)}
+
+
+def remove_points_after(directory: str, names: Sequence[str], *, step: int, sure: Mapping[str, int] | None) -> bool:
+    """Remove the points that a run that continues from a checkpoint after `step` steps will log again.
+
+    Args:
+        directory: Directory of the event files.
+        names: Relative paths of the files.
+        step: Number of optimizer steps at the checkpoint.
+        sure: Size of each file at the checkpoint, beyond which points are removed; None if unknown: points at `step` or
+            later are removed.
+
+    Returns:
+        Whether points were removed and none is left at `step` or later.
+    """
+    contents = {name: _read_file(join(directory, name)) for name in names}
+    starts = {name: sure.get(name, 0) for name in names} if sure is not None else {}
+    others = {
+        tag
+        for content in contents.values()
+        for _, event in _iterate_records(content)
+        if event.step != step
+        for tag in _read_tags(event)
+    }
+    has_removed, newest_kept = False, -1
+    for name, content in contents.items():
+        remaining = bytearray()
+        num_read = num_out = 0
+        for record, event in _iterate_records(content):
+            tags = _read_tags(event)
+            is_before = num_read < starts[name] if sure is not None else event.step < step
+            num_read += len(record)
+            if is_before or not tags or not is_repeated(event.step, tags, limit=step, others=others):
+                remaining += record
+                newest_kept = max(newest_kept, event.step if tags else -1)
+            else:
+                num_out += 1
+        if num_out > 0:
+            has_removed = True
+            _replace_file(join(directory, name), bytes(remaining))
+    return has_removed and newest_kept < step
+
+
+def wait_for_later_name(directory: str) -> None:
+    """Wait until a new event file's name, which contains the second, sorts after the existing ones.
+
+    Readers order files by name, and a file that continues others must be the last.
+    """
+    seconds = [
+        os.path.basename(name).partition(f"{_MARK}.")[2].partition(".")[0] for name in read_event_file_sizes(directory)
+    ]
+    newest_s = max((int(text) for text in seconds if text.isdecimal()), default=0)
+    if (left_s := newest_s + 1 - time.time()) <= 1.0:
+        time.sleep(max(0.0, left_s))
+
+
+def _is_event_file(path: str) -> bool:
+    return _MARK in os.path.basename(path)
+
+
+def _iterate_records(content: bytes) -> Iterator[tuple[bytes, Any]]:
+    """Yield each complete record with its event; a record that was cut off while it was written is ignored."""
+    from tensorboard.compat.proto.event_pb2 import Event  # slow to import
+
+    start = 0
+    while start + _LENGTH.size + _CRC_BYTES <= len(content):
+        (length,) = _LENGTH.unpack_from(content, start)
+        first = start + _LENGTH.size + _CRC_BYTES
+        end = first + length + _CRC_BYTES
+        if end > len(content):
+            return
+        yield content[start:end], Event.FromString(content[first : first + length])
+        start = end
+
+
+def _read_tags(event: Any) -> list[str]:
+    return [value.tag for value in event.summary.value] if event.HasField("summary") else []
+
+
+def _read_file(path: str) -> bytes:
+    if is_url(path):
+        files, place = file_system(path)
+        return bytes(files.cat_file(place))
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _replace_file(path: str, content: bytes) -> None:
+    if is_url(path):
+        write_bytes(content, path)
+        return
+    replace_file(content, path)
+
+
+def _to_hparam_value(value: Any) -> bool | int | float | str:
+    """Convert a value that the HParams page cannot show to a string."""
     return value if isinstance(value, bool | int | float | str) else str(value)

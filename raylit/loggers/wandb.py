@@ -1,4 +1,4 @@
-"""WandbLogger: runs of Weights & Biases, and its media objects as workers send them."""
+"""WandbLogger: metrics, media and checkpoints as a run of Weights & Biases. Driver."""
 
 import os
 import secrets
@@ -10,18 +10,38 @@ from typing import Any, Literal
 from torch import nn
 
 from raylit.errors import ConfigError
-from raylit.loggers.base import Logger, SavedFile, SavedFiles, is_after_each
+from raylit.loggers.base import Logger, SavedFile, SavedFiles, uploads_each_save
 from raylit.loggers.file import plain
 from raylit.storage import check_stays_below
 
 _STEP = "trainer/global_step"
+"""Name of the x axis."""
 
 
 class WandbLogger(Logger):
-    """A run of wandb's, begun when it is first needed; further keywords go to `wandb.init`.
+    """Logger that writes to a wandb run, which is started when it is first needed.
 
-    `version` and `id` are one thing: wandb's id of the run. `log_model`: checkpoints become artifacts, with True those
-    that are left at the end, with "all" each as it is saved. A run that the script has begun with `wandb.init` is used.
+    A run that the script has started with `wandb.init` is used.
+
+    Args:
+        name: Name of the run.
+        save_dir: Root directory; None: `dir`, else the Trainer's.
+        version: Id of the run; `version` and `id` are the same.
+        offline: Do not upload.
+        dir: Same as `save_dir`.
+        id: Same as `version`; None: WANDB_RUN_ID, else a new id.
+        anonymous: Allow runs without an account.
+        project: Name of the project; None: WANDB_PROJECT, else "lightning_logs".
+        log_model: Upload checkpoints as artifacts: True those that exist at the end, "all" each one when it is saved.
+        experiment: A `wandb.Run` to use.
+        prefix: Put before every metric's name, with a hyphen.
+        checkpoint_name: Name of the artifacts; None: `model-ID`.
+        add_file_policy: Passed to wandb's `Artifact.add_file`.
+        **wandb_init: Passed to `wandb.init`.
+
+    Raises:
+        ConfigError: if `log_model` is combined with `offline`, or a name leads out of `save_dir`.
+        ModuleNotFoundError: if wandb is not installed.
     """
 
     def __init__(
@@ -43,12 +63,12 @@ class WandbLogger(Logger):
     ) -> None:
         if offline and log_model:
             raise ConfigError("WandbLogger(offline=True, log_model=...): what is offline uploads no checkpoints")
-        _package()
+        _import_wandb()
         directory = save_dir if save_dir is not None else dir
         self._save_dir = None if directory is None else os.path.expanduser(os.fspath(directory))
         self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
-        given = next((str(one) for one in (version, id) if one not in (None, "")), None)
-        self._id = os.environ.get("WANDB_RUN_ID") if given is None else given
+        run_id = next((str(value) for value in (version, id) if value not in (None, "")), None)
+        self._id = os.environ.get("WANDB_RUN_ID") if run_id is None else run_id
         for option, part in (("project", self._project), ("version", self._id or "")):
             check_stays_below(part, f"WandbLogger({option}={part!r})")
         self._init = {"name": name, "resume": "allow", **wandb_init}
@@ -72,7 +92,7 @@ class WandbLogger(Logger):
     @property
     def version(self) -> str:
         """The run's id."""
-        if self._experiment is None and (running := _package().run) is not None:
+        if self._experiment is None and (running := _import_wandb().run) is not None:
             self._experiment = running
         if self._experiment is not None:
             return str(self._experiment.id)
@@ -90,7 +110,7 @@ class WandbLogger(Logger):
 
     @property
     def log_dir(self) -> str:
-        """Where checkpoints go; wandb's own files are in `save_dir/wandb`."""
+        """Directory of checkpoints; wandb's own files are in `save_dir/wandb`."""
         return os.path.join(self.root_dir, self.version)
 
     @property
@@ -100,7 +120,7 @@ class WandbLogger(Logger):
         if self._experiment is None:
             directory = self._save_dir or "."
             os.makedirs(directory, exist_ok=True)
-            self._experiment = _package().init(project=self._project, id=version, dir=directory, **self._init)
+            self._experiment = _import_wandb().init(project=self._project, id=version, dir=directory, **self._init)
             self._experiment.define_metric(_STEP)
             self._experiment.define_metric("*", step_metric=_STEP, step_sync=True)
         return self._experiment
@@ -126,7 +146,8 @@ class WandbLogger(Logger):
         dataframe: Any = None,
         step: int | None = None,
     ) -> None:
-        table = _package().Table(columns=columns, data=data, dataframe=dataframe)
+        """Log a table, given by columns and rows, or as a dataframe."""
+        table = _import_wandb().Table(columns=columns, data=data, dataframe=dataframe)
         self.log_metrics({key: table}, step)
 
     def log_text(
@@ -137,17 +158,20 @@ class WandbLogger(Logger):
         dataframe: Any = None,
         step: int | None = None,
     ) -> None:
+        """Log texts as a table, given by columns and rows, or as a dataframe."""
         self.log_table(key, columns, data, dataframe, step)
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: list[Any]) -> None:
-        """Tensors, arrays, PIL images or paths; of each keyword, such as `caption`, a value for each image."""
-        self._log_media(_package().Image, key, images, step, kwargs)
+        """Log images: tensors, arrays, PIL images or paths; each keyword, such as `caption`, has a value per image."""
+        self._log_media(_import_wandb().Image, key, images, step, kwargs)
 
     def log_audio(self, key: str, audios: list[Any], step: int | None = None, **kwargs: list[Any]) -> None:
-        self._log_media(_package().Audio, key, audios, step, kwargs)
+        """Log audio clips; each keyword is a list with a value per clip."""
+        self._log_media(_import_wandb().Audio, key, audios, step, kwargs)
 
     def log_video(self, key: str, videos: list[Any], step: int | None = None, **kwargs: list[Any]) -> None:
-        self._log_media(_package().Video, key, videos, step, kwargs)
+        """Log videos; each keyword is a list with a value per video."""
+        self._log_media(_import_wandb().Video, key, videos, step, kwargs)
 
     def watch(
         self,
@@ -156,21 +180,24 @@ class WandbLogger(Logger):
         log_freq: int = 100,
         log_graph: bool = True,
     ) -> None:
-        """Histograms of a model that is trained in this process: with `num_workers=0`. On workers, log them in a hook:
-        `self.logger.experiment.log({"w": wandb.Histogram(...)})`."""
+        """Log histograms of a model that is trained in this process, with `num_workers=0`.
+
+        On workers, log them in a hook: `self.logger.experiment.log({"w": wandb.Histogram(...)})`.
+        """
         self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Any:
+        """Declare an artifact as the run's input and return it."""
         return self.experiment.use_artifact(artifact, type=artifact_type)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        if is_after_each(self._log_model, checkpoint_callback):
+        if uploads_each_save(self._log_model, checkpoint_callback):
             self._log_checkpoints(checkpoint_callback)
         elif self._log_model:
             self._checkpoint_callback = checkpoint_callback
 
     def finalize(self, status: str) -> None:
-        """The run stays open for what may follow; wandb ends it with the program, or `wandb.finish()` does."""
+        """Upload the last checkpoints. The run stays open until the program ends or calls `wandb.finish()`."""
         if status == "success" and self._checkpoint_callback is not None:
             self._log_checkpoints(self._checkpoint_callback)
 
@@ -196,12 +223,12 @@ class WandbLogger(Logger):
     def _log_checkpoint(self, saved: SavedFile) -> None:
         name = self._checkpoint_name or f"model-{self.version}"
         metadata = {"score": saved.score, "original_filename": os.path.basename(saved.path)}
-        artifact = _package().Artifact(name=name, type="model", metadata=metadata)
+        artifact = _import_wandb().Artifact(name=name, type="model", metadata=metadata)
         artifact.add_file(saved.path, name="model.ckpt", policy=self._add_file_policy)
         self.experiment.log_artifact(artifact, aliases=["latest", "best"] if saved.is_best else ["latest"])
 
 
-def _package() -> Any:
+def _import_wandb() -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
-"""torchmetrics under the page's name, with the task of a classification inferred where it can be. Both sides.
+"""torchmetrics under the name raylit.metrics, with the task of a classification inferred. Driver and workers.
 
-torchmetrics is imported when something of it is asked for.
+torchmetrics is imported when one of its metrics is first used.
 """
 
 from functools import wraps
@@ -13,12 +13,12 @@ __all__ = ["functional"]
 
 
 def __getattr__(name: str) -> Any:
-    found = attribute_of("torchmetrics", name)
-    return _with_task(found) if isinstance(found, type) and needs_task(found.__new__) else found
+    attribute = attribute_of("torchmetrics", name)
+    return _with_task(attribute) if isinstance(attribute, type) and needs_task(attribute.__new__) else attribute
 
 
 def _with_task(kind: type) -> Any:
-    """Makes the metric whose task its arguments tell: `Accuracy(num_classes=10)`."""
+    """Wrap a metric class so that its arguments determine the task: `Accuracy(num_classes=10)`."""
 
     @wraps(kind, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""torchmetrics.functional, with the task of a classification inferred from what is compared. Both sides."""
+"""torchmetrics.functional, with the task of a classification inferred from the data. Driver and workers."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,12 +10,12 @@ from raylit.metrics.task import attribute_of, needs_task, task_arguments
 
 
 def __getattr__(name: str) -> Any:
-    found = attribute_of("torchmetrics.functional", name)
-    return _with_task(found) if callable(found) and needs_task(found) else found
+    attribute = attribute_of("torchmetrics.functional", name)
+    return _with_task(attribute) if callable(attribute) and needs_task(attribute) else attribute
 
 
 def _with_task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Fills in the task, and the number of classes or labels, where they are not given: `accuracy(y_hat, y)`."""
+    """Wrap a function so that the data determine task and number of classes or labels: `accuracy(y_hat, y)`."""
 
     @wraps(function)
     def compare(preds: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics by their older names, with the task found from the arguments."""
+"""Look-up of metrics in torchmetrics, and inference of a classification's task. Driver and workers."""
 
 import importlib
 import inspect
@@ -12,8 +12,13 @@ from raylit.errors import ConfigError
 
 
 def attribute_of(module_name: str, name: str) -> Any:
-    """`name` of a module of torchmetrics. ModuleNotFoundError says what to install."""
-    if name.startswith("__"):  # what the import system asks every module for
+    """Return the attribute `name` of a module of torchmetrics.
+
+    Raises:
+        ModuleNotFoundError: with the command to install torchmetrics, if it is missing.
+        AttributeError: if there is no such metric.
+    """
+    if name.startswith("__"):  # the import system looks up such names in every module
         raise AttributeError(name)
     try:
         module = importlib.import_module(module_name)
@@ -28,15 +33,20 @@ def attribute_of(module_name: str, name: str) -> Any:
 
 
 def needs_task(function: Callable[..., Any]) -> bool:
+    """Return whether the function has a parameter `task` without a default."""
     try:
         task = inspect.signature(function).parameters.get("task")
-    except (TypeError, ValueError):  # built in
+    except (TypeError, ValueError):  # a built-in function
         return False
     return task is not None and task.default is inspect.Parameter.empty
 
 
 def task_of_arguments(name: str, arguments: Mapping[str, Any]) -> str:
-    """Of a metric that has not seen anything yet."""
+    """Return the task that a metric class's arguments imply.
+
+    Raises:
+        ConfigError: if neither `num_classes` nor `num_labels` is given.
+    """
     if arguments.get("num_labels") is not None:
         return "multilabel"
     if arguments.get("num_classes") is not None:
@@ -48,8 +58,14 @@ def task_of_arguments(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def task_arguments(name: str, preds: Tensor, target: Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`task` with `num_classes` or `num_labels`. A dimension more in `preds` than in `target`: scores of classes; the
-    same shape: probabilities or logits of one label or of several, or class indices."""
+    """Return `task` with `num_classes` or `num_labels` for the shapes of the data.
+
+    If `preds` has one dimension more than `target`, it contains class scores. With the same shape it contains
+    probabilities or logits of one or several labels, or class indices.
+
+    Raises:
+        ConfigError: if the shapes do not fit together.
+    """
     if arguments.get("num_labels") is not None:
         return {"task": "multilabel"}
     if arguments.get("num_classes") is not None:

@@ -1,4 +1,4 @@
-"""Profilers: where a run's time and memory go. Started in the workers; their findings come together in the driver."""
+"""Profilers, which measure a run's time and memory. They run in the workers; the driver collects their findings."""
 
 from collections.abc import Callable
 
@@ -25,9 +25,12 @@ _BY_NAME: dict[str, Callable[[], Profiler]] = {
 
 
 def chosen_profiler(*, profiler: str | bool | Profiler | None) -> Profiler | None:
-    """None: nothing is measured. True is Lightning 0.9's word for "simple".
+    """Return the profiler of the Trainer's argument; None if nothing is to be measured.
 
-    ConfigError: an unknown name.
+    True means "simple", as in Lightning 0.9.
+
+    Raises:
+        ConfigError: if the name is unknown.
     """
     if profiler is None or profiler is False or type(profiler) is PassThroughProfiler:
         return None

@@ -1,4 +1,4 @@
-"""AdvancedProfiler: cProfile's functions of each action, beside the table of times. Both sides."""
+"""AdvancedProfiler: cProfile's functions of each action, in addition to the table of times. Driver and workers."""
 
 import cProfile
 import marshal
@@ -13,15 +13,22 @@ from raylit.profilers.base import Profiler
 from raylit.text_table import draw_table, fitting_widths
 
 _Row = tuple[tuple[str, int, str], tuple[int, int, float, float, Any]]
-"""pstats' form: (file, line, function) and (primitive calls, calls, own seconds, cumulative seconds, callers)."""
+"""An item of pstats: (file, line, function) and (primitive calls, calls, own seconds, cumulative seconds, callers)."""
 
 
 class AdvancedProfiler(Profiler):
-    """What each action's time goes into, function by function, sorted by cumulative time; imports are left out.
+    """Profiler that lists the functions called in each action, sorted by cumulative time, without imports.
 
-    `line_count_restriction`: functions shown of an action; a float is a fraction of them. `dump_stats`: cProfile's
-    numbers of each action into a file for pstats or snakeviz as well. cProfile makes Python code up to twice as slow.
-    For the rest see Profiler.
+    cProfile makes Python code up to twice as slow. See Profiler for what all profilers share.
+
+    Args:
+        dirpath: Directory of the output; None: the run's log directory.
+        filename: End of the output's file name; without both the table is printed.
+        line_count_restriction: Number of functions to show for each action; a float up to 1 is a fraction of them.
+        dump_stats: Also write cProfile's data of each action to a file for pstats or snakeviz.
+
+    Raises:
+        ConfigError: if `line_count_restriction` is not positive, or the name leads out of the directory.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class AdvancedProfiler(Profiler):
 
     def start(self, action_name: str) -> None:
         super().start(action_name)
-        # There is one at a time in a thread: the action around this one pauses.
+        # A thread can have one active profile only, so the enclosing action's profile pauses.
         if self._under_way:
             self._profiles[self._under_way[-1]].disable()
         self._under_way.append(action_name)
@@ -65,13 +72,13 @@ class AdvancedProfiler(Profiler):
         self._pause()
         longest = sorted(self.actions, key=lambda action: action.total_s, reverse=True)
         profiles = [(action.name, self._profiles[action.name]) for action in longest if action.name in self._profiles]
-        return "\n\n".join(filter(None, (self._described(name, profile) for name, profile in profiles)))
+        return "\n\n".join(filter(None, (self._describe_action(name, profile) for name, profile in profiles)))
 
     def files(self) -> Mapping[str, bytes]:
         if not self.dump_stats:
             return {}
         return {
-            f"-{re.sub('[^A-Za-z0-9_.]+', '_', name)}.prof": marshal.dumps(_stats_of(profile))
+            f"-{re.sub('[^A-Za-z0-9_.]+', '_', name)}.prof": marshal.dumps(_create_stats(profile))
             for name, profile in self._profiles.items()
         }
 
@@ -84,37 +91,39 @@ class AdvancedProfiler(Profiler):
         if self._under_way:
             self._profiles[self._under_way[-1]].disable()
 
-    def _described(self, name: str, profile: cProfile.Profile) -> str:
-        found = [row for row in _stats_of(profile).items() if not _is_noise(row)]
-        found.sort(key=lambda row: row[1][3], reverse=True)
+    def _describe_action(self, name: str, profile: cProfile.Profile) -> str:
+        functions = [row for row in _create_stats(profile).items() if not _is_noise(row)]
+        functions.sort(key=lambda row: row[1][3], reverse=True)
         limit = self.line_count_restriction
-        shown = found[: max(1, int(len(found) * limit) if isinstance(limit, float) and limit <= 1 else int(limit))]
-        if not shown:
+        top_functions = functions[
+            : max(1, int(len(functions) * limit) if isinstance(limit, float) and limit <= 1 else int(limit))
+        ]
+        if not top_functions:
             return ""
         header = ["Calls", "Own s", "Cumulative s", "Function"]
         rows = [
-            [str(num_calls), f"{own_s:.4f}", f"{cumulative_s:.4f}", _readable(function)]
-            for function, (_, num_calls, own_s, cumulative_s, _) in shown
+            [str(num_calls), f"{own_s:.4f}", f"{cumulative_s:.4f}", _format_function(function)]
+            for function, (_, num_calls, own_s, cumulative_s, _) in top_functions
         ]
-        more = f" ({len(shown)} of {len(found)} functions)" if len(shown) < len(found) else ""
+        more = f" ({len(top_functions)} of {len(functions)} functions)" if len(top_functions) < len(functions) else ""
         widths = fitting_widths(header, rows)
         return "\n".join([f"{name}{more}", *draw_table(header, rows, widths, align="rrrl")])
 
 
-def _stats_of(profile: cProfile.Profile) -> dict[Any, Any]:
+def _create_stats(profile: cProfile.Profile) -> dict[Any, Any]:
     profile.create_stats()
     stats: dict[Any, Any] = profile.stats
     return stats
 
 
 def _is_noise(row: _Row) -> bool:
-    """Of the profiler itself, and of imports."""
+    """Return whether a row belongs to the profiler itself or to an import."""
     file, _, function = row[0]
     is_own = "_lsprof.Profiler" in function or f"{os.sep}raylit{os.sep}profilers{os.sep}" in file
     return is_own or file.startswith("<frozen importlib") or function == "<module>"
 
 
-def _readable(function: tuple[str, int, str]) -> str:
-    """`training_step (model.py:12)`, with the folder of a file and no more."""
+def _format_function(function: tuple[str, int, str]) -> str:
+    """Format a function as `training_step (model.py:12)`, with at most one folder of the path."""
     file, line, name = function
     return name if line == 0 else f"{name} ({'/'.join(Path(file).parts[-2:])}:{line})"

@@ -1,4 +1,4 @@
-"""Measurement of one action: its time and its memory."""
+"""Stopwatch and PeakMemory: the times of actions, and a process's peak memory. Driver and workers."""
 
 import contextlib
 import resource
@@ -18,7 +18,7 @@ _END = object()
 
 
 class Stopwatch:
-    """Host time of one thread. What starts inside another action takes its time from that one."""
+    """Host time of one thread by action. An action inside another one takes its time from that one."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
@@ -29,14 +29,20 @@ class Stopwatch:
 
     @property
     def elapsed_s(self) -> float:
+        """Seconds since the stopwatch was created."""
         return self._clock() - self._begun_s
 
     def start(self, name: str) -> None:
+        """Begin an action."""
         self._account()
         self._under_way.append(name)
 
     def stop(self, name: str) -> None:
-        """Count one call. ValueError: it was not started."""
+        """End an action and count one call.
+
+        Raises:
+            ValueError: if it has not been started.
+        """
         if name not in self._under_way:
             raise ValueError(f"Stopping {name!r}, which was never started")
         self._account()
@@ -45,7 +51,7 @@ class Stopwatch:
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def actions(self) -> tuple[Action, ...]:
-        """In the order in which they first took time; what is still under way, up to now."""
+        """Return the actions in the order in which they first took time, unfinished ones up to now."""
         self._account()
         return tuple(
             Action(name=name, num_calls=self._counts.get(name, 0), total_s=total)
@@ -53,17 +59,18 @@ class Stopwatch:
         )
 
     @contextmanager
-    def measured(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Iterator[None]:
+        """Measure the block as an action."""
         self.start(name)
         try:
             yield
         finally:
             self.stop(name)
 
-    def over(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
-        """`items`, with the time that it takes to get each."""
+    def time_items(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
+        """Yield the items, and measure the time of getting each."""
         while True:
-            with self.measured(name):
+            with self.measure(name):
                 item = next(items, _END)
             if item is _END:
                 return
@@ -78,25 +85,25 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """On CUDA, what torch's allocator has handed out. Processes of data loaders are not in it."""
+    """Peak memory of this process; on CUDA also that of torch's allocator. Data loaders' processes are not included."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        # Where the kernel refuses, the peak is that of the process's whole life.
+        # If the kernel refuses, the peak is that since the process's start.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> tuple[tuple[str, int], ...]:
-        """What memory, and bytes of it."""
-        peaks = [("resident", _peak_resident_bytes())]
+        """Return names of kinds of memory with their peaks in bytes."""
+        peaks = [("resident", _read_peak_resident_bytes())]
         if self._device.type == "cuda":
             peaks.append((f"on {self._device}", torch.cuda.max_memory_allocated(self._device)))
         return tuple(peaks)
 
 
-def _peak_resident_bytes() -> int:
+def _read_peak_resident_bytes() -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

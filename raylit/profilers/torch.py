@@ -1,4 +1,4 @@
-"""PyTorchProfiler: torch.profiler's operators and its trace for TensorBoard or Perfetto. Both sides."""
+"""PyTorchProfiler: torch.profiler's operators and a trace for TensorBoard or Perfetto. Driver and workers."""
 
 import os
 import tempfile
@@ -16,13 +16,22 @@ from raylit.profilers.base import NEXT_BATCH, Profiler
 
 
 class PyTorchProfiler(Profiler):
-    """Operators with their times on CPU and GPU, of a few batches, and a trace of them in which the actions stand.
+    """Profiler of operators on CPU and GPU in a few batches, with a trace that contains the actions.
 
-    `profiler_kwargs` go to `torch.profiler.profile`: `schedule`, in batches (by default one is waited for, one warms
-    up, three are recorded), `activities`, `with_stack`, `profile_memory`, ... `row_limit`, `sort_by_key` and
-    `table_kwargs` are for the table, `group_by_input_shapes` splits its rows. `record_module_names`: the trace has each
-    submodule's forward by its name. The trace's file, in `dirpath` or else in the log directory, ends in
-    `.pt.trace.json`. For the rest see Profiler.
+    The trace's file, in `dirpath` or else in the log directory, ends in `.pt.trace.json`. See Profiler for what all
+    profilers share.
+
+    Args:
+        dirpath: Directory of the output; None: the run's log directory.
+        filename: End of the output's file name; without both the table is printed.
+        group_by_input_shapes: Split the table's rows by input shapes.
+        export_to_chrome: Write the trace.
+        row_limit: Number of rows in the table.
+        sort_by_key: Column to sort by; None: own device time with a GPU, else CPU time.
+        record_module_names: Record each submodule's forward under its name.
+        table_kwargs: Passed to torch's `table`.
+        **profiler_kwargs: Passed to `torch.profiler.profile`: `schedule` in batches (by default 1 to wait, 1 to warm
+            up, 3 to record), `activities`, `with_stack`, `profile_memory`, ...
     """
 
     def __init__(
@@ -53,26 +62,26 @@ class PyTorchProfiler(Profiler):
         super().setup(stage, local_rank, log_dir)
         self._stage, self._text, self._traces, self._ranges = stage, "", [], []
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        given = {
+        arguments = {
             "activities": activities,
             "schedule": schedule(wait=1, warmup=1, active=3, repeat=1),
             "record_shapes": self._is_grouping,
             **self._kwargs,
         }
-        self._on_trace_ready: Callable[[profile], Any] | None = given.pop("on_trace_ready", None)
-        self._profile = profile(**given, on_trace_ready=self._keep)
+        self._on_trace_ready: Callable[[profile], Any] | None = arguments.pop("on_trace_ready", None)
+        self._profile = profile(**arguments, on_trace_ready=self._record_cycle)
         self._profile.start()
 
     def attach(self, module: nn.Module) -> Sequence[RemovableHandle]:
-        """Each submodule's forward has its name in the trace."""
-        attached: list[RemovableHandle] = []
+        """Record each submodule's forward under its name in the trace."""
+        handles: list[RemovableHandle] = []
         for name, child in module.named_modules() if self._is_naming else ():
             if name:
                 title = f"{type(child).__name__}: {name}"
-                attached.append(child.register_forward_pre_hook(_ignoring_arguments(self._enter, title)))
-                leave = _ignoring_arguments(self._leave, title)
-                attached.append(child.register_forward_hook(leave, always_call=True))
-        return attached
+                handles.append(child.register_forward_pre_hook(_ignore_arguments(self._enter, title)))
+                leave = _ignore_arguments(self._leave, title)
+                handles.append(child.register_forward_hook(leave, always_call=True))
+        return handles
 
     def start(self, action_name: str) -> None:
         super().start(action_name)
@@ -99,19 +108,19 @@ class PyTorchProfiler(Profiler):
         super().teardown(stage)
 
     def _step(self) -> None:
-        # Out of hand meanwhile: where this raises, torch must not be asked to stop, which would crash the process.
-        stepped, self._profile = self._profile, None
-        assert stepped is not None
+        # Unset during the step: if it raises, torch must not be asked to stop, which would crash the process.
+        profiler, self._profile = self._profile, None
+        assert profiler is not None
         with warnings.catch_warnings():
-            # A new cycle of the schedule forgets the one before, which has been kept here.
+            # A new cycle of the schedule discards the previous one, which `_record_cycle` has recorded.
             warnings.filterwarnings("ignore", message=".*Profiler clears events")
-            stepped.step()
-        self._profile = stepped
+            profiler.step()
+        self._profile = profiler
 
     def _enter(self, name: str) -> None:
-        entered = record_function(name)
-        entered.__enter__()
-        self._ranges.append((name, entered))
+        recording = record_function(name)
+        recording.__enter__()
+        self._ranges.append((name, recording))
 
     def _leave(self, name: str) -> None:
         for position in reversed(range(len(self._ranges))):
@@ -120,25 +129,25 @@ class PyTorchProfiler(Profiler):
                 return
 
     def _end(self) -> None:
-        ended, self._profile = self._profile, None
+        profiler, self._profile = self._profile, None
         while self._ranges:
             self._ranges.pop()[1].__exit__(None, None, None)
-        if ended is not None:
-            ended.stop()
+        if profiler is not None:
+            profiler.stop()
 
-    def _keep(self, recorded: profile) -> None:
-        """A cycle of the schedule is over."""
+    def _record_cycle(self, profiler: profile) -> None:
+        """Store table and trace at the end of a cycle of the schedule."""
         order = "self_device_time_total" if torch.cuda.is_available() else "cpu_time_total"
         table = {**self._table, "sort_by": self._table["sort_by"] or order}
-        self._text = recorded.key_averages(group_by_input_shape=self._is_grouping).table(**table)
+        self._text = profiler.key_averages(group_by_input_shape=self._is_grouping).table(**table)
         if self._is_exporting:
             with tempfile.TemporaryDirectory() as directory:
                 path = Path(directory) / "trace.json"
-                recorded.export_chrome_trace(str(path))
+                profiler.export_chrome_trace(str(path))
                 self._traces.append(path.read_bytes())
         if self._on_trace_ready is not None:
-            self._on_trace_ready(recorded)
+            self._on_trace_ready(profiler)
 
 
-def _ignoring_arguments(call: Callable[[str], None], title: str) -> Callable[..., None]:
+def _ignore_arguments(call: Callable[[str], None], title: str) -> Callable[..., None]:
     return lambda *_: call(title)

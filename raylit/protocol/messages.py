@@ -1,4 +1,4 @@
-"""Every type that crosses between driver and worker: commands down, reports up. Frozen, plain values, CPU tensors."""
+"""Messages between driver and workers: commands down, reports up. Frozen, of plain values and CPU tensors."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,38 +14,38 @@ from raylit.protocol.summary import Summary
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Prepare the data, set up, build optimizers and loaders for a stage, apply a checkpoint. Answered by `Started`."""
+    """Command to prepare a stage: data, setup, optimizers, loaders, checkpoint. Answered by `Started`."""
 
     stage: Stage
     checkpoint: dict[str, Any] | None = None
     is_resuming: bool = False
-    """The checkpoint's whole run is continued; else its weights are loaded."""
+    """True: continue the checkpoint's run; False: load its weights only."""
     progress: Progress = field(default_factory=Progress)
-    """Of the fit before an evaluation."""
+    """Before an evaluation, the progress of the previous fit."""
     random_state: dict[str, Any] | None = None
-    """The driver's generators, for the workers to continue from; None in the driver's own process."""
+    """States of the driver's generators, from which the workers continue; None in the driver's own process."""
     torch_settings: TorchSettings | None = None
-    """The driver's, for the workers to take over; None in the driver's own process."""
+    """The driver's settings, which the workers apply; None in the driver's own process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reload:
-    """Have the loader hooks make new loaders for the epoch that begins. Answered by `Reloaded`."""
+    """Command to call the loader hooks again for the epoch that begins. Answered by `Reloaded`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HookedCommand:
-    """One of a fit, in whose hooks the user may save."""
+    """Base of a fit's commands in whose hooks the user may save a checkpoint."""
 
     callback_states: bytes | None = None
-    """Pickled, by state key: what the driver's callbacks keep in such a checkpoint; None: as it was."""
+    """Pickled states of the driver's callbacks by state key, for such a checkpoint; None if unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train(HookedCommand):
-    """Run training batches until the epoch has `until_batch` of them, `until_step` is reached or the data ends.
+    """Command to train until the epoch has `until_batch` batches, `until_step` is reached or the data ends.
 
-    Answered by `Ticked` and `Stepped` on the way and `Paused` at the end.
+    Answered by `Ticked` and `Stepped` during the training, and `Paused` at its end.
     """
 
     until_batch: float
@@ -54,20 +54,20 @@ class Train(HookedCommand):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LookAhead(HookedCommand):
-    """Find out whether the epoch has another batch, where its length is not known. Answered by `Paused`."""
+    """Command to find out whether an epoch of unknown length has another batch. Answered by `Paused`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndEpoch(HookedCommand):
-    """Run the epoch's last hooks and, where it is complete, its schedulers. Answered by `EpochEnded`."""
+    """Command to run the epoch's last hooks and, if it is complete, its schedulers. Answered by `EpochEnded`."""
 
     is_complete: bool = True
-    """All of the epoch's batches are done. Else the run ends inside the epoch: its checkpoints continue there."""
+    """All of the epoch's batches are done; else the run ends inside the epoch, and its checkpoints continue there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate(HookedCommand):
-    """Run the validation or test loop over the workers' shares. Answered by `Ticked` on the way and `Evaluated`."""
+    """Command to run the validation or test loop over the workers' shares. Answered by `Ticked` and `Evaluated`."""
 
     stage: Stage
     is_sanity_check: bool = False
@@ -75,33 +75,33 @@ class Evaluate(HookedCommand):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predict:
-    """Run the prediction loop. Answered by `Ticked` on the way and one `Predicted` of each rank."""
+    """Command to run the prediction loop. Answered by `Ticked`, and one `Predicted` from each rank."""
 
     is_returning: bool = True
-    """The driver wants the outputs."""
+    """Send the outputs to the driver."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Save:
-    """Take the state as it is now. Rank 0 holds it ready to be written, the others hand over what is theirs alone;
-    where checkpoints are in parts, each rank holds its own.
+    """Command to capture the current state. Answered by one `Saved` from each rank.
 
-    Answered by one `Saved` of each rank.
+    Rank 0 holds the checkpoint ready to be written, the other ranks send their own state. For sharded checkpoints each
+    rank holds its own part.
     """
 
     is_weights_only: bool = False
     is_copying: bool = False
-    """Training goes on while it is written."""
+    """Copy the state, because training continues while it is written."""
     driver_part: dict[str, Any] = field(default_factory=dict)
-    """What the driver adds to the checkpoint, in plain values."""
+    """The driver's entries of the checkpoint, in plain values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish(HookedCommand):
-    """Run the last hooks, hand back the module and end the stage. Rank 0 answers with `Finished`."""
+    """Command to run the last hooks, return the module and end the stage. Rank 0 answers with `Finished`."""
 
     interruption: Literal["SIGINT", "SIGTERM", "SIGHUP"] | None = None
-    """The signal to the driver that ends the run before its time."""
+    """Signal to the driver that ends the run early."""
 
 
 Command = Start | Reload | Train | LookAhead | EndEpoch | Evaluate | Predict | Save | Finish
@@ -112,35 +112,36 @@ Command = Start | Reload | Train | LookAhead | EndEpoch | Evaluate | Predict | S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """One value under one name, reduced over batches and ranks as its `self.log` asked."""
+    """One reduced value, with the options of its `self.log` call."""
 
     value: float
     prog_bar: bool = False
     logger: bool = True
     is_alias: bool = False
-    """The plain name of a metric that is logged as `x_step` and `x_epoch`; for callbacks only."""
+    """The plain name of a metric that is logged as `x_step` and `x_epoch`; only callbacks see it."""
 
 
 Metrics = dict[str, Metric]
+"""Metrics by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """The stage is ready. Sizes are batches per worker, limits applied; infinite where a loader has no length."""
+    """Report that the stage is ready. Sizes are batches per worker after limits; infinite if unknown."""
 
     progress: Progress
     num_training_batches: float = 0
     num_batches_in_epoch: float = 0
-    """Of the training epoch under way, which other workers may have begun; of the next one, where there is none."""
+    """Size of the current training epoch, which other workers may have begun; else of the next epoch."""
     num_eval_batches: tuple[float, ...] = ()
-    """Of each validation, test or predict loader."""
+    """Size of each validation, test or predict loader."""
     summary: Summary | None = None
-    """Rank 0's, where the plan asks for one."""
+    """Rank 0's summary of the model, if the plan requests one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reloaded:
-    """The sizes of the loaders from now on, as `Started` has them."""
+    """Report of the new loaders' sizes, as in `Started`."""
 
     num_training_batches: float
     num_eval_batches: tuple[float, ...]
@@ -148,17 +149,17 @@ class Reloaded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ticked:
-    """Rank 0's place in the loop under way and its own latest values, for the progress bar; not reduced."""
+    """Report of rank 0's position in the current loop and its own latest values, for the progress bar; not reduced."""
 
     batch: int
-    """Batches finished in this epoch or loader."""
+    """Number of batches finished in this epoch or loader."""
     dataloader_idx: int = 0
     metrics: dict[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stepped:
-    """The metrics of a logging step, reduced over the ranks."""
+    """Report of a logging step's metrics, reduced over the ranks."""
 
     progress: Progress
     metrics: Metrics
@@ -166,18 +167,20 @@ class Stepped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paused:
-    """Training stands still at a batch border."""
+    """Report that training has paused between two batches."""
 
     progress: Progress
     is_epoch_finished: bool
     """The epoch has no further batch."""
     stop_reason: str | None = None
-    """A worker's callback or hook asked for the end."""
+    """Set if a worker's callback or hook requested the end of training."""
     metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochEnded:
+    """Report that the epoch's last hooks have run, with the epoch's metrics, reduced over the ranks."""
+
     progress: Progress
     metrics: Metrics
     stop_reason: str | None = None
@@ -185,38 +188,40 @@ class EpochEnded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Raised:
-    """Where a fit stood when an exception ended the command. The exception itself follows."""
+    """Report of a fit's progress when an exception ended the command. The exception itself follows."""
 
     progress: Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """A finished evaluation, exact over all ranks."""
+    """Report of a finished evaluation, exact over all ranks."""
 
     stage: Stage
     metrics: Metrics
     per_loader: tuple[dict[str, float], ...] = ()
-    """For each loader, what `validate` and `test` return and print."""
+    """For each loader the values that `validate` and `test` return and print."""
     stop_reason: str | None = None
     is_broken_off: bool = False
     """The run is being interrupted: there are no metrics."""
     steps: tuple[tuple[int, Metrics], ...] = ()
-    """Of what was logged `on_step`: the values of each batch, under the number of batches that its loader has given
-    before, in all evaluations of this stage."""
+    """Values logged `on_step`, one item per batch, with the number of batches that its loader gave before it.
+
+    That number counts all evaluations of this stage.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """A rank's rows for files of predictions."""
+    """Report of a rank's rows for files of predictions."""
 
     files: dict[str, tuple[tuple[int, int, dict[str, Any]], ...]]
-    """By file: (dataloader_idx, place in the data set, columns) of each batch; a column has a value per sample."""
+    """For each file and batch (dataloader_idx, index in the data set, columns); a column has one value per sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """A rank's predictions: for each loader, its batches' outputs with the index that each has in the data set."""
+    """Report of a rank's predictions: for each loader, its batches' outputs with each batch's index in the data set."""
 
     rank: int
     outputs: tuple[tuple[tuple[int, Any], ...], ...]
@@ -224,129 +229,132 @@ class Predicted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """A rank's part of a checkpoint, in plain values and CPU tensors."""
+    """Report of a rank's part of a checkpoint, in plain values and CPU tensors."""
 
     rank: int
     checkpoint: dict[str, Any]
-    """The whole run without the driver's part; empty except on rank 0, and in what travels."""
+    """The whole run without the driver's part; empty on other ranks than 0, and when sent between processes."""
     of_rank: dict[str, Any]
-    """Random state, metric buffers: what only this rank has."""
+    """State that only this rank has: random state, metric buffers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """What a rank has of a sharded tensor, and where that is in the rank's file."""
+    """Shard of a tensor in a rank's file."""
 
     name: str
-    """Of the tensor in the checkpoint."""
+    """Name of the tensor in the checkpoint."""
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the whole tensor."""
     dtype: torch.dtype
     offsets: tuple[int, ...]
-    """Where in the whole the chunk begins."""
+    """Position of the shard's first element in the whole tensor."""
     sizes: tuple[int, ...]
+    """Shape of the shard."""
     start: int
-    """Where in the file, in bytes."""
+    """Position in the file, in bytes."""
     num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A rank's file in a checkpoint that is a directory."""
+    """A rank's file in a sharded checkpoint."""
 
     rank: int
     num_bytes: int
     crc: int
-    """CRC-32."""
+    """CRC-32 of the file."""
     chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A piece of the weights that no single rank has, at the end of a run. Rank 0's, who waits with the next ones until
-    the driver has taken it."""
+    """Report of a piece of sharded weights, gathered at the end of a run. Sent by rank 0.
+
+    Rank 0 gathers the next piece only after the driver has received this one.
+    """
 
     state_dict: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """Rank 0's module and callbacks as training and hooks left them; empty where they are the driver's own objects."""
+    """Report of rank 0's final module and callbacks; empty if they are the driver's own objects."""
 
     state_dict: dict[str, Any] = field(default_factory=dict)
     attributes: bytes = b""
-    """cloudpickle of handback.Attributes."""
+    """cloudpickle of result_sync's Attributes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogCall:
-    """A call that a hook has made on a logger, for the driver to make. Rank 0's only."""
+    """Report of a call that a hook made on a logger, which the driver repeats. Sent by rank 0 only."""
 
     logger: int
     path: tuple[str, ...]
-    """Attributes from the logger to the method, which is the last."""
+    """Attribute names from the logger to the method, which is the last one."""
     arguments: bytes
-    """Positional and keyword arguments as they were then: `worker.snapshot`."""
+    """Positional and keyword arguments as they were at the time of the call, serialized by the worker."""
     place: str
     """The line, the hook and the step, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-    """Something that a profiler has measured."""
+    """Measurement of a profiled action."""
 
     name: str
     num_calls: int
     total_s: float
-    """Without what other actions inside it took."""
+    """Seconds without those of the actions inside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What a profiler has found in a process; of the workers, only the slowest and the fastest rank send theirs."""
+    """Findings of a profiler in one process; of the workers, only the slowest and the fastest rank send theirs."""
 
     title: str
     rank: int | None
-    """None: the driver."""
+    """Rank of the worker; None for the driver."""
     elapsed_s: float
     actions: tuple[Action, ...]
     peak_memory_bytes: tuple[tuple[str, int], ...] = ()
-    """Of main memory and devices, by what the memory is."""
+    """Kind of memory (main memory or a device) and its peak."""
     text: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
-    """By the ends of their names."""
+    """Contents of files by the ends of their names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandDone:
-    """A worker is through with what it was asked to do and waits for more."""
+    """Message that a worker has finished its command and waits for the next one."""
 
     rank: int
     leftovers: tuple[str, ...] = ()
-    """What the end of a run could not clear away."""
+    """Descriptions of what the end of a run could not clean up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """An exception ended the worker's command."""
+    """Message that an exception ended the worker's command."""
 
     rank: int
     host: str
     traceback: str
-    """As the interpreter would have printed it, without the frames that are raylit's or Ray's."""
+    """The formatted traceback without the frames of raylit and Ray."""
     summary: str
-    """Its last line: type and message."""
+    """Last line of the traceback: type and message."""
     is_consequence: bool
-    """Probably only because another rank has gone."""
+    """The exception was probably caused by the loss of another rank."""
     is_harmless: bool
-    """To the process, which may go on with another run."""
+    """The process is intact and may be used for another run."""
     error: bytes | None
-    """cloudpickle of the exception; None where it cannot travel."""
+    """cloudpickle of the exception; None if it cannot be pickled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Printed:
-    """What a worker process has printed: whole lines, each with the stream it was written to."""
+    """Message with the lines that a worker process has printed, each with its stream."""
 
     lines: tuple[tuple[Literal["stdout", "stderr"], str], ...]
 
@@ -370,4 +378,4 @@ Report = (
 )
 
 ActorMessage = Report | CommandDone | Failed | Printed
-"""What an actor streams to the driver."""
+"""Everything that an actor streams to the driver."""

@@ -13,8 +13,8 @@ from raylit.callbacks.base import Callback
 from raylit.checkpoint import files, format
 from raylit.checkpoint import sharded as directories
 from raylit.checkpoint.host_copy import HostCopy
+from raylit.checkpoint.layout import METADATA, name_of_part
 from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
-from raylit.checkpoint.sharded import METADATA, name_of_part
 from raylit.core.hparams import check_weights
 from raylit.core.module import LightningModule
 from raylit.errors import CheckpointError
@@ -68,14 +68,14 @@ class StateCapture:
             self.pending_part = PendingPart(
                 session.strategy.parts(session.module, self._saved_optimizers(command.is_weights_only)),
                 rank=rank,
-                copied=self._part_copy.taken if is_copying else None,
+                copy_tensors=self._part_copy.copy_state if is_copying else None,
                 on_release=self._part_copy.lend,
             )
         if rank > 0:
             return Saved(rank=rank, checkpoint={}, of_rank=format.to_plain_values(saved.of_rank, "the rank's state"))
         checkpoint = format.merge([saved], command.driver_part)
         if is_copying:
-            checkpoint = self._host_copy.taken(checkpoint)
+            checkpoint = self._host_copy.copy_state(checkpoint)
         self.pending = PendingCheckpoint(checkpoint, on_release=self._host_copy.lend)
         return Saved(rank=0, checkpoint={}, of_rank={})
 
@@ -195,7 +195,7 @@ class StateCapture:
 
     def _copy_to_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Copy to separate host memory, as another copy may be in use by a write."""
-        return checkpoint if self._session.device.type == "cpu" else HostCopy().taken(checkpoint)
+        return checkpoint if self._session.device.type == "cpu" else HostCopy().copy_state(checkpoint)
 
     @property
     def _driver_part(self) -> dict[str, Any]:
@@ -342,4 +342,4 @@ def _write_part(draft_path: str, tensors: Mapping[str, Tensor], *, context: Work
         )
     part = PendingPart(tensors, rank=context.rank)
     part.write(join(draft_path, name_of_part(context.rank)))
-    return part.described()
+    return part.describe()

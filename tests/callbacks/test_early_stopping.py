@@ -35,7 +35,7 @@ class RecordedRun:
 
 
 def epochs_until_stop(callback: EarlyStopping, values: list[float], run: RecordedRun | None = None) -> int | None:
-    """The index of the epoch at whose end the callback asked for the end; None: it never did."""
+    """Return the index of the epoch at whose end the callback requested the stop; None if it never did."""
     run = run or RecordedRun()
     for epoch, value in enumerate(values):
         run.state.progress = Progress(epoch=epoch, global_step=epoch + 1, is_epoch_ended=True)
@@ -68,7 +68,9 @@ def epochs_until_stop(callback: EarlyStopping, values: list[float], run: Recorde
         ({"patience": 9, "divergence_threshold": 0.1, "mode": "max"}, [0.5, 0.05], 1),
     ],
 )
-def test_when_it_stops(arguments: dict[str, Any], values: list[float], expected: int | None) -> None:
+def test_it_stops_after_the_expected_check(
+    arguments: dict[str, Any], values: list[float], expected: int | None
+) -> None:
     assert epochs_until_stop(EarlyStopping("loss", **arguments), values) == expected
 
 
@@ -81,7 +83,7 @@ def test_when_it_stops(arguments: dict[str, Any], values: list[float], expected:
         ({"divergence_threshold": 0.5}, [1], EarlyStoppingReason.DIVERGENCE_THRESHOLD, "worse than divergence_thresh"),
     ],
 )
-def test_it_says_why_and_when(
+def test_it_records_the_reason_and_the_epoch(
     arguments: dict[str, Any], values: list[float], reason: EarlyStoppingReason, message: str
 ) -> None:
     callback, run = EarlyStopping("loss", **arguments), RecordedRun()
@@ -140,7 +142,7 @@ def test_it_checks_once_for_each_validation_or_epoch(settings: dict[str, Any], e
     assert checks(EarlyStopping("loss", check_on_train_epoch_end=False), **settings) == (True, False)
 
 
-def test_it_takes_each_run_as_it_is() -> None:
+def test_the_time_of_the_check_follows_each_runs_validation() -> None:
     callback = EarlyStopping("loss")
     assert checks(callback, interval=0.5) == (True, False)
     assert checks(callback) == (False, True)
@@ -197,7 +199,7 @@ def test_verbose_logs_gains_and_the_end(caplog: pytest.LogCaptureFixture) -> Non
 # State
 
 
-def test_a_resumed_run_goes_on_counting() -> None:
+def test_a_resumed_run_continues_the_wait_count() -> None:
     first = EarlyStopping("loss", patience=3)
     epochs_until_stop(first, [1, 2, 2])
     buffer = io.BytesIO()
@@ -209,7 +211,7 @@ def test_a_resumed_run_goes_on_counting() -> None:
     assert epochs_until_stop(resumed, [2]) == 0
 
 
-def test_the_state_of_a_stopped_run_comes_back() -> None:
+def test_the_state_of_a_stopped_run_is_restored() -> None:
     first, resumed = EarlyStopping("loss", patience=1), EarlyStopping("loss")
     epochs_until_stop(first, [1, 2])
     resumed.load_state_dict(first.state_dict())
@@ -218,7 +220,7 @@ def test_the_state_of_a_stopped_run_comes_back() -> None:
     assert resumed.stopping_reason_message == first.stopping_reason_message
 
 
-def test_lightnings_state_is_taken() -> None:
+def test_lightnings_state_is_loaded() -> None:
     callback = EarlyStopping("loss")
     lightnings = {"wait_count": 1, "stopped_epoch": 0, "best_score": torch.tensor(0.5), "patience": 2}
     callback.load_state_dict(lightnings)
@@ -229,5 +231,5 @@ def test_the_state_key_is_lightnings() -> None:
     assert EarlyStopping("val_loss").state_key == "EarlyStopping{'monitor': 'val_loss', 'mode': 'min'}"
 
 
-def test_the_driver_alone_logs_so_that_switch_has_no_effect() -> None:
+def test_log_rank_zero_only_has_no_effect() -> None:
     assert epochs_until_stop(EarlyStopping("loss", patience=1, log_rank_zero_only=True), [1, 2]) == 1

@@ -39,7 +39,7 @@ class Transfer(pl.LightningModule):
 
 
 def train_by_hand(model, *, epochs, thaw):
-    """The backbone at a tenth of the head's rate, doubled with each epoch, at most the head's."""
+    """Train the backbone at a tenth of the head's rate, doubled with each epoch, at most the head's."""
     optimizer = torch.optim.Adam(model.head.parameters(), lr=0.02)
     rate, last = None, -1
     for epoch, _, (x, y) in batches(epochs=epochs):
@@ -59,7 +59,7 @@ def train_by_hand(model, *, epochs, thaw):
 
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_a_thawed_backbone_is_trained_as_in_a_loop_by_hand(num_workers, by_hand):
+def test_an_unfrozen_backbone_is_trained_as_in_a_plain_loop(num_workers, by_hand):
     torch.manual_seed(1)
     model = Transfer(by_hand)
     expected = train_by_hand(deepcopy(model), epochs=6, thaw=1)
@@ -83,7 +83,7 @@ class Watch(pl.Callback):
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_the_backbone_stands_still_until_its_epoch_and_is_alike_on_all_ranks_after_it(num_workers):
+def test_the_backbone_is_frozen_until_its_epoch_and_equal_on_all_ranks_afterwards(num_workers):
     watch = Watch()
     model = Transfer()
     before = model.backbone[0].weight.detach().clone()
@@ -97,7 +97,7 @@ def test_the_backbone_stands_still_until_its_epoch_and_is_alike_on_all_ranks_aft
 
 @pytest.mark.parametrize("at_step", [9, 15])
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_a_resumed_run_has_the_groups_and_trains_what_was_trained(num_workers, at_step, tmp_path):
+def test_a_resumed_run_restores_groups_and_trained_parameters(num_workers, at_step, tmp_path):
     torch.manual_seed(1)
     model = Transfer()
     first, resumed = deepcopy(model), deepcopy(model)
@@ -192,7 +192,7 @@ def test_a_resumed_run_trains_the_single_parameters_that_were_trained(num_worker
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_after_a_fit_the_module_knows_which_parameters_were_trained(num_workers):
+def test_after_a_fit_requires_grad_is_as_in_training(num_workers):
     model = Wide()
     fit(model, num_workers=num_workers, callbacks=PartByPart())
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -211,7 +211,7 @@ class InMidEpoch(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.backbone[2], trainer.optimizers[0])
 
 
-def test_what_is_thawed_in_mid_epoch_is_resumed(tmp_path):
+def test_parameters_unfrozen_inside_an_epoch_are_restored(tmp_path):
     torch.manual_seed(1)
     model = Transfer()
     first, resumed = deepcopy(model), deepcopy(model)
@@ -278,13 +278,13 @@ class OneByOne(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.backbone[0], optimizer, lr=0.5)
 
 
-def test_an_own_schedule_adds_group_after_group():
+def test_a_custom_schedule_adds_one_group_after_another():
     watch = Watch()
     fit(Transfer(), max_epochs=3, callbacks=[OneByOne(), watch])
     assert watch.rates == [[0.02], [0.02, 0.002], [0.02, 0.002, 0.5]]
 
 
-def test_what_the_optimizer_has_already_gets_no_second_group():
+def test_parameters_already_in_the_optimizer_get_no_second_group():
     model = Transfer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match="4 of the parameters"):

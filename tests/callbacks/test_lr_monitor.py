@@ -75,19 +75,19 @@ def epochwise(module):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stepwise_rate_is_that_of_each_logging_step(num_workers):
+def test_a_step_schedule_is_logged_at_each_logging_step(num_workers):
     logger, monitor = logged(stepwise, num_workers=num_workers)
     # The step with index n has run with the rate that n steps of the scheduler have left.
     assert logger.of("lr-Adam") == [(step, 0.1 * 0.5**step) for step in (1, 3, 5, 7, 9, 11)]
     assert monitor.lrs == {"lr-Adam": pytest.approx([0.1 * 0.5**step for step in (1, 3, 5, 7, 9, 11)])}
 
 
-def test_an_epochwise_rate_is_logged_once_an_epoch():
+def test_an_epoch_schedule_is_logged_once_an_epoch():
     logger, _ = logged(epochwise)
     assert logger.of("lr-Adam") == [(5, 0.1), (11, 0.05)]
 
 
-def test_the_interval_may_be_told():
+def test_the_logging_interval_can_be_set():
     logger, _ = logged(epochwise, logging_interval="step")
     assert logger.of("lr-Adam") == [(1, 0.1), (3, 0.1), (5, 0.1), (7, 0.05), (9, 0.05), (11, 0.05)]
     logger, _ = logged(stepwise, logging_interval="epoch")
@@ -168,7 +168,7 @@ def test_an_accumulated_step_is_logged_once():
     assert logger.of("lr-SGD") == [(1, 0.05), (3, 0.05)]
 
 
-def test_it_wants_a_logger_and_a_known_interval():
+def test_a_missing_logger_or_an_unknown_interval_is_an_error():
     with pytest.raises(pl.ConfigError, match="has no logger"):
         pl.Trainer(callbacks=pl.LearningRateMonitor(), logger=False)
     pl.Trainer(callbacks=pl.LearningRateMonitor(), fast_dev_run=True)

@@ -153,7 +153,7 @@ def test_a_given_directory_is_made_absolute(tmp_path: Path, monkeypatch: pytest.
     assert ModelCheckpoint(Path("~/c")).dirpath == str(tmp_path / "home" / "c")
 
 
-def test_a_url_stays_one() -> None:
+def test_a_url_as_dirpath_is_kept() -> None:
     callback = ModelCheckpoint("memory://runs/one", filename="{epoch}")
     assert callback.dirpath == "memory://runs/one"
     assert callback.format_checkpoint_name({"epoch": 2}) == "memory://runs/one/epoch=2.ckpt"
@@ -178,7 +178,7 @@ def test_a_url_stays_one() -> None:
         ({"filename": "plain"}, {"epoch": 1}, "plain"),
     ],
 )
-def test_names_are_filled_in(arguments: dict[str, Any], metrics: dict[str, Any], expected: str) -> None:
+def test_file_names_are_filled_in(arguments: dict[str, Any], metrics: dict[str, Any], expected: str) -> None:
     assert ModelCheckpoint(**arguments).format_checkpoint_name(metrics) == f"{expected}.ckpt"
 
 
@@ -193,7 +193,7 @@ def test_a_spec_that_does_not_fit_is_an_error() -> None:
         ModelCheckpoint(filename="{val_loss:d}").format_checkpoint_name({"val_loss": 0.5})
 
 
-def test_characters_of_names_are_the_classs(tmp_path: Path) -> None:
+def test_class_attributes_set_the_characters_in_file_names(tmp_path: Path) -> None:
     class Other(ModelCheckpoint):
         CHECKPOINT_JOIN_CHAR = "_"
         CHECKPOINT_EQUALS_CHAR = ":"
@@ -246,7 +246,7 @@ def test_a_directory_that_is_not_empty_is_warned_of(tmp_path: Path) -> None:
     ("mode", "kept", "best"),
     [("min", [1, 3], 3), ("max", [0, 2], 2)],
 )
-def test_the_best_k_stay(mode: Any, kept: list[int], best: int, tmp_path: Path) -> None:
+def test_the_best_k_are_kept(mode: Any, kept: list[int], best: int, tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", save_top_k=2, mode=mode)
     losses = [4, 3, 5, 1]
     RecordedRun(tmp_path, callback).fit(epochs=4, val_losses=losses)
@@ -271,7 +271,7 @@ def test_a_worse_or_equal_score_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("save_top_k", "expected"), [(-1, ["epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"]), (0, [])])
 @pytest.mark.parametrize("monitor", ["val_loss", None])
-def test_all_or_none_stay(monitor: str | None, save_top_k: int, expected: list[str], tmp_path: Path) -> None:
+def test_all_or_none_are_kept(monitor: str | None, save_top_k: int, expected: list[str], tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{epoch}", monitor=monitor, save_top_k=save_top_k)
     RecordedRun(tmp_path, callback).fit(epochs=3, val_losses=[1, 3, 2])
     assert names(tmp_path) == expected
@@ -319,7 +319,7 @@ def test_files_of_other_directories_are_left_alone(tmp_path: Path) -> None:
     assert names(tmp_path / "old") == ["best.ckpt"]
 
 
-def test_weights_alone_are_asked_for(tmp_path: Path) -> None:
+def test_save_weights_only_is_passed_on(tmp_path: Path) -> None:
     for is_weights_only in (True, False):
         callback = ModelCheckpoint(tmp_path / str(is_weights_only), save_weights_only=is_weights_only)
         RecordedRun(tmp_path, callback).fit(epochs=1)
@@ -338,7 +338,7 @@ def test_last_is_a_file_of_its_own_and_always_the_latest(tmp_path: Path) -> None
     assert callback.newest_model_path == callback.last_model_path == str(tmp_path / "last.ckpt")
 
 
-def test_last_is_saved_where_nothing_else_is(tmp_path: Path) -> None:
+def test_last_is_saved_even_if_nothing_else_is(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True)
     run = RecordedRun(tmp_path, callback)
     run.fit(epochs=2)
@@ -354,7 +354,7 @@ def test_last_is_saved_at_the_end_of_a_run_too_short_for_its_interval(tmp_path: 
     assert names(tmp_path) == ["last.ckpt"]
 
 
-def test_a_link_leads_to_the_file_saved_last(tmp_path: Path) -> None:
+def test_a_link_points_to_the_file_saved_last(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", save_last="link")
     run = RecordedRun(tmp_path, callback)
     run.fit(epochs=3, val_losses=[2, 1, 3])
@@ -365,7 +365,7 @@ def test_a_link_leads_to_the_file_saved_last(tmp_path: Path) -> None:
     assert callback.newest_model_path == str(tmp_path / "epoch=1.ckpt")
 
 
-def test_a_link_with_nothing_to_lead_to_is_a_file(tmp_path: Path) -> None:
+def test_last_is_a_file_if_there_is_nothing_to_link_to(tmp_path: Path) -> None:
     RecordedRun(tmp_path, ModelCheckpoint(tmp_path, save_top_k=0, save_last="link")).fit(epochs=2)
     assert not os.path.islink(tmp_path / "last.ckpt")
     assert step_of(tmp_path / "last.ckpt") == 8
@@ -404,7 +404,9 @@ def test_the_last_of_another_run_is_left_alone(tmp_path: Path) -> None:
         ({"every_n_train_steps": 3, "save_on_train_epoch_end": False}, {"interval": 0.5}, [3, 6, 9, 12, 15]),
     ],
 )
-def test_when_it_saves(arguments: dict[str, Any], settings: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
+def test_it_saves_at_the_expected_times(
+    arguments: dict[str, Any], settings: dict[str, Any], steps: list[int], tmp_path: Path
+) -> None:
     callback = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, auto_insert_metric_name=False, **arguments)
     run = RecordedRun(tmp_path, callback, **settings)
     run.fit(epochs=4)
@@ -420,7 +422,7 @@ def test_saving_by_steps_asks_for_no_other_pauses(tmp_path: Path) -> None:
     assert epochs.pauses == [10, 20]
 
 
-def test_saving_before_the_epochs_end_precedes_it(tmp_path: Path) -> None:
+def test_a_save_inside_an_epoch_comes_before_the_epochs_end(tmp_path: Path) -> None:
     """With validation, the default saves after it, when the epoch's own metrics are there."""
     seen = []
 
@@ -456,7 +458,7 @@ def test_the_sanity_check_saves_nothing(tmp_path: Path) -> None:
     assert run.saved == []
 
 
-def test_other_stages_save_nothing_and_settle_no_directory(tmp_path: Path) -> None:
+def test_other_stages_save_nothing_and_set_no_dirpath(tmp_path: Path) -> None:
     callback = ModelCheckpoint()
     run = RecordedRun(tmp_path, callback)
     run.state.stage = "test"
@@ -494,7 +496,7 @@ def test_a_time_interval_begins_with_the_training(tmp_path: Path, monkeypatch: p
     assert run.saved == []
 
 
-def test_no_time_is_every_batch(tmp_path: Path) -> None:
+def test_a_time_interval_of_zero_saves_at_every_batch(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, train_time_interval=timedelta(0))
     run = RecordedRun(tmp_path, callback, has_validation=False)
     run.fit(epochs=1, batches=3)
@@ -541,13 +543,13 @@ def test_a_save_by_steps_waits_over_epochs_without_validation(tmp_path: Path) ->
     assert run.saved == ["step=8.ckpt", "step=9.ckpt", "step=12.ckpt"]
 
 
-def test_a_save_by_steps_does_not_wait_for_what_is_there(tmp_path: Path) -> None:
+def test_a_save_by_steps_does_not_wait_for_an_existing_metric(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{step}", monitor="train_loss", every_n_train_steps=1, save_top_k=2)
     RecordedRun(tmp_path, callback).fit(epochs=1, train_losses=[5, 1, 2, 9])
     assert names(tmp_path) == ["step=2.ckpt", "step=3.ckpt"]
 
 
-def test_the_newest_k_stay_when_the_step_is_monitored(tmp_path: Path) -> None:
+def test_the_newest_k_are_kept_when_the_step_is_monitored(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, "{step}", monitor="step", mode="max", every_n_train_steps=2, save_top_k=2)
     RecordedRun(tmp_path, callback, has_validation=False).fit(epochs=2)
     assert names(tmp_path) == ["step=6.ckpt", "step=8.ckpt"]
@@ -609,7 +611,7 @@ def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any], messa
         ModelCheckpoint(**arguments)
 
 
-def test_verbose_tells_what_is_saved_and_what_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_logs_saves_and_skipped_saves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="raylit"):
         RecordedRun(tmp_path, ModelCheckpoint(tmp_path, monitor="val_loss", verbose=True)).fit(
             epochs=2, val_losses=[1, 2]
@@ -622,7 +624,7 @@ def test_verbose_tells_what_is_saved_and_what_is_not(tmp_path: Path, caplog: pyt
 
 
 def resumed_from(path: str | Path, root: Path, callback: ModelCheckpoint, **settings: Any) -> RecordedRun:
-    """A run that continues from a checkpoint: the state comes before the start, as with the coordinator."""
+    """Start a run that continues from a checkpoint: the state is loaded before the start, as in the coordinator."""
     run = RecordedRun(root, callback, **settings)
     checkpoint = files.read(path)
     step = checkpoint["global_step"]
@@ -636,7 +638,7 @@ def best_two(directory: Path | None) -> ModelCheckpoint:
 
 
 @pytest.mark.parametrize("is_directory_given", [True, False])
-def test_a_resumed_run_goes_on_with_the_files_it_has(is_directory_given: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_with_its_files(is_directory_given: bool, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     given = directory if is_directory_given else None
     RecordedRun(tmp_path, best_two(given)).fit(epochs=3, val_losses=[3, 1, 2])
@@ -649,21 +651,21 @@ def test_a_resumed_run_goes_on_with_the_files_it_has(is_directory_given: bool, t
     assert step_of(callback.last_model_path) == 20
 
 
-def test_the_very_first_file_knows_where_last_goes(tmp_path: Path) -> None:
+def test_the_first_file_contains_the_path_of_last(tmp_path: Path) -> None:
     run = RecordedRun(tmp_path, best_two(tmp_path))
     run.fit(epochs=1, val_losses=[3])
     resumed_from(tmp_path / "epoch=0.ckpt", tmp_path, best_two(tmp_path)).fit(epochs=2, val_losses=[4])
     assert names(tmp_path) == ["epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"]
 
 
-def test_the_file_that_a_run_was_resumed_from_stays(tmp_path: Path) -> None:
+def test_the_file_from_which_a_run_was_resumed_is_kept(tmp_path: Path) -> None:
     RecordedRun(tmp_path, ModelCheckpoint(tmp_path)).fit(epochs=1)
     first = tmp_path / "epoch=0-step=4.ckpt"
     resumed_from(first, tmp_path, ModelCheckpoint(tmp_path)).fit(epochs=3)
     assert names(tmp_path) == ["epoch=0-step=4.ckpt", "epoch=2-step=12.ckpt"]
 
 
-def test_with_another_directory_only_the_best_path_is_taken_over(tmp_path: Path) -> None:
+def test_with_another_directory_only_the_best_path_is_restored(tmp_path: Path) -> None:
     RecordedRun(tmp_path, best_two(tmp_path / "old")).fit(epochs=2, val_losses=[2, 1])
     callback = best_two(tmp_path / "new")
     with pytest.warns(UserWarning, match=r"go to .*new, those of the resumed run went to .*old"):
@@ -675,7 +677,7 @@ def test_with_another_directory_only_the_best_path_is_taken_over(tmp_path: Path)
     assert names(tmp_path / "old") == ["epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"]
 
 
-def test_lightnings_state_is_taken(tmp_path: Path) -> None:
+def test_lightnings_state_is_loaded(tmp_path: Path) -> None:
     path = str(tmp_path / "epoch=0.ckpt")
     callback = ModelCheckpoint(tmp_path, monitor="val_loss")
     callback.load_state_dict(
@@ -723,7 +725,7 @@ def test_the_state_key_is_lightnings() -> None:
 # The automatic checkpoint
 
 
-def test_the_automatic_keeps_the_latest_and_the_best(tmp_path: Path) -> None:
+def test_the_default_callback_keeps_the_latest_and_the_best(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     RecordedRun(tmp_path, callback).fit(epochs=4, val_losses=[3, 1, 2, 4])
     assert names(tmp_path / "checkpoints") == ["epoch=1-step=8.ckpt", "epoch=3-step=16.ckpt"]
@@ -732,14 +734,14 @@ def test_the_automatic_keeps_the_latest_and_the_best(tmp_path: Path) -> None:
     assert callback.newest_model_path.endswith("epoch=3-step=16.ckpt")
 
 
-def test_the_automatic_keeps_one_file_where_the_latest_is_the_best(tmp_path: Path) -> None:
+def test_the_default_callback_keeps_one_file_if_the_latest_is_the_best(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     RecordedRun(tmp_path, callback).fit(epochs=3, val_losses=[3, 4, 1])
     assert names(tmp_path / "checkpoints") == ["epoch=2-step=12.ckpt"]
     assert callback.best_model_path == callback.newest_model_path
 
 
-def test_the_automatic_without_a_score_has_the_latest_as_its_best(tmp_path: Path) -> None:
+def test_the_default_callback_without_a_score_uses_the_latest_as_the_best(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     RecordedRun(tmp_path, callback, has_validation=False).fit(epochs=3, epoch_losses=[1, 2, 3])
     assert names(tmp_path / "checkpoints") == ["epoch=2-step=12.ckpt"]
@@ -747,7 +749,7 @@ def test_the_automatic_without_a_score_has_the_latest_as_its_best(tmp_path: Path
     assert callback.best_model_score is None
 
 
-def test_the_automatic_prefers_checkpoint_on(tmp_path: Path) -> None:
+def test_the_default_callback_prefers_checkpoint_on(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     run = RecordedRun(tmp_path, callback, has_validation=False)
     for epoch, (checkpoint_on, val_loss) in enumerate([(1, 9), (2, 8), (3, 7)]):
@@ -756,7 +758,7 @@ def test_the_automatic_prefers_checkpoint_on(tmp_path: Path) -> None:
     assert callback.best_model_path.endswith("epoch=0-step=4.ckpt")
 
 
-def test_the_automatic_keeps_the_latest_of_epochs_without_validation(tmp_path: Path) -> None:
+def test_the_default_callback_keeps_the_latest_of_epochs_without_validation(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     run = RecordedRun(tmp_path, callback, every_n_epochs=2)
     run.fit(epochs=5, val_losses=[3, 2])
@@ -765,7 +767,7 @@ def test_the_automatic_keeps_the_latest_of_epochs_without_validation(tmp_path: P
     assert names(tmp_path / "checkpoints") == ["epoch=3-step=16.ckpt", "epoch=4-step=20.ckpt"]
 
 
-def test_the_automatic_saves_after_each_of_several_validations(tmp_path: Path) -> None:
+def test_the_default_callback_saves_after_each_of_several_validations(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     run = RecordedRun(tmp_path, callback, interval=0.5)
     run.fit(epochs=2, val_losses=[3, 1, 2, 4])
@@ -773,14 +775,14 @@ def test_the_automatic_saves_after_each_of_several_validations(tmp_path: Path) -
     assert names(tmp_path / "checkpoints") == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]
 
 
-def test_the_automatic_does_not_score_a_stop_in_the_middle_of_an_epoch_by_an_older_validation(tmp_path: Path) -> None:
+def test_the_default_callback_does_not_score_a_stop_inside_an_epoch_by_an_older_validation(tmp_path: Path) -> None:
     callback = ModelCheckpoint.automatic()
     RecordedRun(tmp_path, callback).fit(epochs=3, val_losses=[3], max_steps=6)
     assert names(tmp_path / "checkpoints") == ["epoch=0-step=4.ckpt", "epoch=1-step=6.ckpt"]
     assert callback.best_model_path.endswith("epoch=0-step=4.ckpt")
 
 
-def test_the_automatic_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
+def test_the_default_callback_continues_in_a_resumed_run(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     RecordedRun(tmp_path, ModelCheckpoint.automatic()).fit(epochs=3, val_losses=[3, 1, 2])
     callback = ModelCheckpoint.automatic()
@@ -800,7 +802,7 @@ def test_an_explicit_checkpoint_without_monitor_has_no_score(tmp_path: Path) -> 
 
 
 def hostile_checkpoint(path: Path, callback: ModelCheckpoint, **state: Any) -> None:
-    """The checkpoint of a run, with other paths in its ModelCheckpoint's state."""
+    """Return the checkpoint of a run, with other paths in its ModelCheckpoint's state."""
     checkpoint = files.read(path)
     checkpoint["callbacks"][callback.state_key] |= state
     files.write(checkpoint, path)
@@ -856,7 +858,7 @@ def test_no_file_that_a_checkpoint_merely_names_is_removed(
 
 
 @pytest.mark.filterwarnings("ignore:.*is not empty")
-def test_a_resumed_run_still_removes_what_the_one_before_it_has_written(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_files_of_the_run_before_it(tmp_path: Path) -> None:
     RecordedRun(tmp_path, ModelCheckpoint(tmp_path, save_top_k=2, monitor="val_loss")).fit(
         epochs=3, val_losses=[3, 1, 2]
     )
@@ -880,7 +882,7 @@ def test_no_url_that_a_checkpoint_merely_names_is_removed(path: str, tmp_path: P
     assert files.exists(f"memory://{root}/precious.ckpt")
 
 
-def test_state_of_other_types_than_paths_is_left_out(tmp_path: Path) -> None:
+def test_paths_of_other_types_in_the_state_are_ignored(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path)
     state = {**callback.state_dict(), "best_model_path": 3, "last_model_path": ["x"], "best_k_models": [1]}
     with pytest.warns(UserWarning, match="outside of its directory"):

@@ -86,11 +86,11 @@ def test_the_cpus_statistics_may_be_left_out():
 
 
 @pytest.mark.parametrize("make", [pl.DeviceStatsMonitor, lambda: pl.ThroughputMonitor(len)])
-def test_monitors_want_a_logger(make):
+def test_monitors_without_a_logger_are_an_error(make):
     with pytest.raises(pl.ConfigError, match="Monitor has no logger"):
         pl.Trainer(callbacks=make(), logger=False)
 
 
-def test_a_window_needs_two_ends():
+def test_a_window_of_one_batch_is_refused():
     with pytest.raises(pl.ConfigError, match="window_size=1"):
         pl.ThroughputMonitor(len, window_size=1)

@@ -93,7 +93,7 @@ class Fails(Regression):
         return super().training_step(batch, batch_idx)
 
 
-def test_an_average_that_an_error_has_ended_is_not_that_of_the_next_fit(quiet):
+def test_an_average_left_by_an_error_is_not_used_by_the_next_fit(quiet):
     averaging = pl.callbacks.EMAWeightAveraging(decay=0.5)
     trainer = pl.Trainer(num_workers=0, max_epochs=1, callbacks=averaging, **quiet)
     with pytest.raises(ValueError, match="no more"):

@@ -29,7 +29,7 @@ trainer.fit(Net(), data, data)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_cell_shows_bars_that_are_renewed_in_place() -> None:
+def test_a_cell_shows_bars_that_are_updated_in_place() -> None:
     pytest.importorskip("ipykernel")
     manager = pytest.importorskip("jupyter_client.manager")
     kernel, client = manager.start_new_kernel(kernel_name="python3")

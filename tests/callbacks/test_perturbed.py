@@ -36,7 +36,7 @@ def fitted(quiet, path, model, *, max_epochs, **arguments):
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(None, [(0.002, 0.5)] * 2), (0.5, [(0.0005, 0.5), (0.00025, 0.5)])])
-def test_new_settings_win_and_the_state_stays(quiet, tmp_path, factor, expected):
+def test_new_settings_win_and_the_state_is_kept(quiet, tmp_path, factor, expected):
     path = tmp_path / "a.ckpt"
     saving = pl.ModelCheckpoint(dirpath=tmp_path, filename="a")
     donor = fitted({**quiet, "enable_checkpointing": saving}, path, Momentum(0.01, 0.9, factor), max_epochs=2)

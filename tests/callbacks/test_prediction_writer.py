@@ -63,7 +63,7 @@ def test_only_the_interval_asked_for_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_nothing_need_come_back(num_workers, tmp_path):
+def test_predictions_are_not_returned_with_return_predictions_false(num_workers, tmp_path):
     loader = DataLoader(make_data(8), batch_size=2)
     _, outputs = predict(loader, Writer(tmp_path, "epoch"), num_workers=num_workers, return_predictions=False)
     assert outputs is None
@@ -84,7 +84,7 @@ def test_several_loaders_have_lists_of_their_own(tmp_path):
     assert torch.load(tmp_path / "batch-0-1-1.pt")[1] == [2]
 
 
-def test_a_random_samplers_indices_are_those_it_drew(tmp_path):
+def test_indices_of_a_random_sampler_are_in_its_order(tmp_path):
     data = make_data(9)
     loader = DataLoader(data, batch_size=3, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(3)))
     predict(loader, Writer(tmp_path, "batch"))
@@ -96,7 +96,7 @@ def test_a_random_samplers_indices_are_those_it_drew(tmp_path):
     assert sorted(seen) == list(range(9)) != seen
 
 
-def test_of_a_plain_iterable_nobody_knows_the_indices(tmp_path):
+def test_a_plain_iterable_has_no_indices(tmp_path):
     predict([make_data(4)[:], make_data(2)[:]], Writer(tmp_path, "batch"))
     assert [torch.load(path)[1] for path in tmp_path.glob("batch-*.pt")] == [[], []]
 

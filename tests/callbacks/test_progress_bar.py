@@ -69,7 +69,7 @@ class Terminal:
         self._reader.start()
 
     def rows(self) -> list[str]:
-        """Ends the terminal and gives its rows without those that are empty."""
+        """Close the terminal and return its rows without the empty ones."""
         self.stream.close()
         self._reader.join(timeout=10)
         rows: dict[int, list[str]] = {}
@@ -146,7 +146,7 @@ def test_validation_has_a_second_bar_while_it_runs(open_terminal: Callable[[], T
     assert " 4/5 " in second
 
 
-def test_after_validation_its_bar_is_gone_and_its_metrics_are_shown(open_terminal: Callable[[], Terminal]) -> None:
+def test_after_validation_its_bar_is_removed_and_its_metrics_are_shown(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     run = Run(ProgressBar())
     run.start_epoch(0)
@@ -210,7 +210,7 @@ def test_other_stages_leave_a_full_bar(stage: Stage, title: str, open_terminal: 
     assert re.match(f"{title}: +100%", row)
 
 
-def test_what_others_print_stands_above_the_bars(open_terminal: Callable[[], Terminal]) -> None:
+def test_printed_lines_appear_above_the_bars(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     run = Run(ProgressBar())
     run.start_epoch(0)
@@ -232,7 +232,7 @@ def test_what_others_print_stands_above_the_bars(open_terminal: Callable[[], Ter
     assert last == "afterwards"
 
 
-def test_the_streams_are_given_back_with_what_they_held(open_terminal: Callable[[], Terminal]) -> None:
+def test_the_streams_are_restored_and_unfinished_lines_are_written(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     run = Run(ProgressBar())
     run.start_epoch(0)
@@ -429,7 +429,7 @@ def test_the_bar_keeps_its_width_whatever_the_values_become(monkeypatch: pytest.
     assert widths[0] == widths[1] > 16
 
 
-def test_a_status_line_is_there_for_as_long_as_something_takes(open_terminal: Callable[[], Terminal]) -> None:
+def test_a_status_line_is_shown_during_the_block(open_terminal: Callable[[], Terminal]) -> None:
     terminal = open_terminal()
     with contextlib.suppress(KeyError), status_line("Starting 2 workers ..."):
         print("said meanwhile")

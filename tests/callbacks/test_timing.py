@@ -55,7 +55,7 @@ class RecordedRun:
     ],
     ids=repr,
 )
-def test_where_validation_comes_next(settings: dict[str, Any], expected: bool) -> None:
+def test_is_validation_next_at_each_batch(settings: dict[str, Any], expected: bool) -> None:
     assert is_validation_next(RecordedRun(**settings)) is expected
 
 
@@ -70,7 +70,7 @@ def test_where_validation_comes_next(settings: dict[str, Any], expected: bool) -
     ],
     ids=repr,
 )
-def test_where_an_epochs_end_has_all_metrics(settings: dict[str, Any], expected: bool) -> None:
+def test_is_validated_by_epoch_end_for_each_setting(settings: dict[str, Any], expected: bool) -> None:
     assert is_validated_by_epoch_end(RecordedRun(**settings)) is expected
 
 
@@ -81,7 +81,7 @@ def test_without_an_interval_nothing_is_ever_due() -> None:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, which the test sets."""
+    """Return the clock's time, which the test sets."""
     set_s = [100.0]
     monkeypatch.setattr("raylit.callbacks.timing.time", SimpleNamespace(monotonic=lambda: set_s[0]))
     return set_s

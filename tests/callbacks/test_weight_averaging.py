@@ -54,7 +54,7 @@ def step(model, optimizer, batch):
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_an_exponential_average_equals_a_loop_by_hand(num_workers):
+def test_an_exponential_average_equals_a_plain_loop(num_workers):
     torch.manual_seed(1)
     model = Regression()
     by_hand = deepcopy(model)
@@ -73,7 +73,7 @@ def test_an_exponential_average_equals_a_loop_by_hand(num_workers):
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_the_plain_average_is_of_all_steps(num_workers):
+def test_the_plain_average_includes_all_steps(num_workers):
     torch.manual_seed(1)
     model = Regression()
     by_hand, seen = deepcopy(model), []
@@ -137,7 +137,7 @@ def test_a_resumed_average_equals_one_that_was_not_interrupted(num_workers, tmp_
     assert_same_weights(weights_of(resumed), weights_of(model))
 
 
-def test_a_checkpoint_has_the_average_as_its_weights_and_the_others_beside_it(tmp_path):
+def test_a_checkpoint_has_the_average_as_weights_and_the_current_weights_separately(tmp_path):
     model = Regression()
     saved = pl.ModelCheckpoint(tmp_path)
     fit(model, callbacks=[pl.EMAWeightAveraging(decay=0.5), saved], enable_checkpointing=True)
@@ -152,7 +152,7 @@ def test_a_checkpoint_has_the_average_as_its_weights_and_the_others_beside_it(tm
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_until_an_average_begins_the_current_weights_are_validated_saved_and_left(num_workers, tmp_path):
+def test_before_the_average_begins_the_current_weights_are_validated_saved_and_kept(num_workers, tmp_path):
     torch.manual_seed(1)
     model = Weighs()
     expected = deepcopy(model)
@@ -215,7 +215,7 @@ def test_a_run_resumed_before_its_average_has_begun_equals_one_that_was_not_inte
     assert_same_weights(weights_of(resumed), weights_of(model))
 
 
-def test_an_average_is_saved_of_a_module_with_extra_state_that_is_no_tensor(tmp_path):
+def test_the_average_of_a_module_with_extra_state_that_is_not_a_tensor_is_saved(tmp_path):
     class Extra(Regression):
         def get_extra_state(self):
             return {"calls": 3}
@@ -229,7 +229,7 @@ def test_an_average_is_saved_of_a_module_with_extra_state_that_is_no_tensor(tmp_
 
 
 def swa_by_hand(model, *, epochs, start, rate, anneal, strategy):
-    """What Lightning does: weights as epochs begin, from the `start`-th to the last; statistics from one more epoch."""
+    """Average as Lightning does: weights at the start of each epoch from `start` on; statistics from one more epoch."""
     optimizer = model.configure_optimizers()
     average, count, scheduler, last = {}, 0, None, -1
     for epoch, _, batch in batches(epochs=epochs):
@@ -262,7 +262,7 @@ def swa_by_hand(model, *, epochs, start, rate, anneal, strategy):
 
 @pytest.mark.parametrize("num_workers", WORKERS)
 @pytest.mark.parametrize(("strategy", "kind"), [("cos", Regression), ("linear", Normed)])
-def test_stochastic_averaging_equals_a_loop_by_hand(strategy, kind, num_workers):
+def test_stochastic_averaging_equals_a_plain_loop(strategy, kind, num_workers):
     torch.manual_seed(1)
     model = kind()
     expected = swa_by_hand(deepcopy(model), epochs=5, start=2, rate=0.02, anneal=3, strategy=strategy)
@@ -303,7 +303,7 @@ class Rates(pl.Callback):
         self.rates.append(round(trainer.optimizers[0].param_groups[0]["lr"], 6))
 
 
-def test_the_schedulers_place_is_taken():
+def test_the_users_scheduler_is_replaced():
     rates = Rates()
     swa = pl.StochasticWeightAveraging(0.01, swa_epoch_start=0.5, annealing_epochs=1, annealing_strategy="linear")
     fit(Scheduled(), max_epochs=4, callbacks=[rates, swa])
@@ -311,7 +311,7 @@ def test_the_schedulers_place_is_taken():
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_stochastic_averaging_goes_on_in_a_resumed_run(num_workers, tmp_path):
+def test_stochastic_averaging_continues_in_a_resumed_run(num_workers, tmp_path):
     def swa():
         return pl.StochasticWeightAveraging(0.01, swa_epoch_start=2, annealing_epochs=2)
 
@@ -344,7 +344,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
         pl.StochasticWeightAveraging(**arguments)
 
 
-def test_the_weights_stay_as_they_are_where_a_stochastic_average_does_not_begin():
+def test_the_weights_are_unchanged_if_the_stochastic_average_does_not_begin():
     torch.manual_seed(1)
     model = Normed()
     expected = deepcopy(model)
@@ -353,7 +353,7 @@ def test_the_weights_stay_as_they_are_where_a_stochastic_average_does_not_begin(
     assert_same_weights(weights_of(model), weights_of(expected))
 
 
-def test_an_own_function_averages():
+def test_avg_fn_computes_the_average():
     model = Regression()
     seen = []
 

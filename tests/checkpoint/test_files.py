@@ -28,7 +28,7 @@ def a_checkpoint(value: float = 1.0, *, size: int = 1000) -> dict[str, Any]:
     return format.merge([part], {})
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_checkpoints_are_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "new" / "directory" / "a.ckpt"
     files.write(a_checkpoint(2.0), path)
     assert torch.equal(files.read(path)["state_dict"]["weight"], torch.full((1000,), 2.0))
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["a.ckpt"]
 
 
-def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
         files.write(a_checkpoint(), tmp_path / "a.ckpt")
@@ -98,7 +98,7 @@ def test_an_interrupted_write_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file.txt/a.ckpt", "directory"])
-def test_a_place_that_cannot_hold_a_file_is_an_error(place: str, tmp_path: Path) -> None:
+def test_writing_to_an_impossible_path_is_an_error(place: str, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("")
     (tmp_path / "directory").mkdir()
     with pytest.raises(CheckpointError, match="cannot write"):
@@ -106,7 +106,7 @@ def test_a_place_that_cannot_hold_a_file_is_an_error(place: str, tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["directory", "file.txt"]
 
 
-def test_checksums_are_written_whatever_torch_is_set_to(tmp_path: Path) -> None:
+def test_checksums_are_written_even_if_torch_disables_them(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
         files.write(a_checkpoint(), tmp_path / "a.ckpt")
@@ -116,7 +116,7 @@ def test_checksums_are_written_whatever_torch_is_set_to(tmp_path: Path) -> None:
     files.read(tmp_path / "a.ckpt")
 
 
-def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_that_replaces_a_draft_is_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious.txt"
     precious.write_text("precious")
 
@@ -137,7 +137,7 @@ def _unserializable(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fail", "reason"), [(_disk_full, "too large"), (_unserializable, "unserializable")])
-def test_the_reason_of_a_failed_write_is_told(fail: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+def test_a_failed_write_reports_its_reason(fail: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
     """Not what torch says afterwards about the archive's end, nor an error of the run that is handled meanwhile."""
     try:
         raise ValueError("of the run")
@@ -151,7 +151,7 @@ class Unserializable:
         raise RuntimeError("unserializable")
 
 
-def test_a_broken_bit_of_any_kind_is_found_in_a_file_that_torch_wrote(tmp_path: Path) -> None:
+def test_any_flipped_bit_is_detected_in_a_file_that_torch_wrote(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     state = {"weight": torch.randn(200), "bias": torch.randn(3)}
     files.write({**a_checkpoint(), "state_dict": state}, path)
@@ -197,7 +197,7 @@ for line in sys.stdin:
 
 
 def _kill_while_writing(writers: subprocess.Popen[str], *, start: int, delay_s: float) -> int:
-    """The number of the last checkpoint whose writing had ended when the writer was killed."""
+    """Return the number of the last checkpoint that was completely written when the writer was killed."""
     assert writers.stdin is not None
     assert writers.stdout is not None
     writers.stdin.write(f"{start}\n")
@@ -240,7 +240,7 @@ def test_the_file_is_whole_whenever_the_writer_is_killed(tmp_path: Path) -> None
 # Reading fails
 
 
-def test_a_missing_file_is_named_with_those_beside_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_lists_its_neighbours(tmp_path: Path) -> None:
     for name in ("epoch=0.ckpt", "epoch=1.ckpt", "notes.txt"):
         (tmp_path / name).write_text("")
     with pytest.raises(CheckpointError, match=r"no checkpoint .*epoch=2\.ckpt.*: epoch=0\.ckpt, epoch=1\.ckpt$"):
@@ -249,14 +249,14 @@ def test_a_missing_file_is_named_with_those_beside_it(tmp_path: Path) -> None:
         files.read(tmp_path / "nowhere" / "a.ckpt")
 
 
-def test_a_long_list_of_neighbours_is_cut(tmp_path: Path) -> None:
+def test_a_long_list_of_neighbours_is_truncated(tmp_path: Path) -> None:
     for index in range(15):
         (tmp_path / f"{index:02}.ckpt").write_text("")
     with pytest.raises(CheckpointError, match=r"09\.ckpt and 5 more$"):
         files.read(tmp_path / "a.ckpt")
 
 
-def test_a_directory_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+def test_the_error_for_a_directory_lists_its_files(tmp_path: Path) -> None:
     files.write(a_checkpoint(), tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"is a directory.*a\.ckpt"):
         files.read(tmp_path)
@@ -272,7 +272,7 @@ def test_a_truncated_file_is_damaged(kept: float, tmp_path: Path) -> None:
         files.read(path)
 
 
-def test_one_wrong_bit_anywhere_in_the_data_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_in_the_data_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     files.write(a_checkpoint(), path)
     data = path.read_bytes()
@@ -284,7 +284,7 @@ def test_one_wrong_bit_anywhere_in_the_data_is_noticed(tmp_path: Path) -> None:
             files.read(path)
 
 
-def test_a_damaged_name_is_not_taken_for_a_pickled_object(tmp_path: Path) -> None:
+def test_a_damaged_class_name_is_not_reported_as_a_pickled_object(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     files.write(a_checkpoint(), path)
     data = path.read_bytes()
@@ -305,14 +305,14 @@ def test_a_file_without_a_state_dict_is_not_a_checkpoint(value: Any, contents: s
         files.read(tmp_path / "a.ckpt")
 
 
-def test_something_else_is_not_a_checkpoint(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_not_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_text("hello")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         files.read(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old format"])
-def test_pickled_objects_need_consent(is_zip: bool, tmp_path: Path) -> None:
+def test_pickled_objects_need_allow_pickle(is_zip: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {}, "odd": Custom()}, path, _use_new_zipfile_serialization=is_zip)
     named = r"test_files\.Custom" if is_zip else "old format"
@@ -321,7 +321,7 @@ def test_pickled_objects_need_consent(is_zip: bool, tmp_path: Path) -> None:
     assert isinstance(files.read(path, allow_pickle=True)["odd"], Custom)
 
 
-def test_an_object_whose_class_is_gone_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_object_whose_class_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {}, "odd": Custom()}, path)
     kept = Custom
@@ -362,7 +362,7 @@ def test_lightnings_checkpoints_are_read(has_checksums: bool, tmp_path: Path) ->
 # Removing
 
 
-def test_removing_takes_a_file_or_a_link_and_passes_over_a_missing_one(tmp_path: Path) -> None:
+def test_remove_deletes_files_and_links_and_ignores_missing_ones(tmp_path: Path) -> None:
     files.write(a_checkpoint(), tmp_path / "a.ckpt")
     (tmp_path / "last.ckpt").symlink_to("a.ckpt")
     files.remove(tmp_path / "last.ckpt")
@@ -380,7 +380,7 @@ def test_removing_a_directory_is_refused(tmp_path: Path) -> None:
 # Links
 
 
-def test_a_link_takes_the_place_of_a_file_or_link(tmp_path: Path) -> None:
+def test_a_link_replaces_a_file_or_link(tmp_path: Path) -> None:
     files.write(a_checkpoint(1.0), tmp_path / "one.ckpt")
     files.write(a_checkpoint(2.0), tmp_path / "two.ckpt")
     files.write(a_checkpoint(3.0), tmp_path / "last.ckpt")
@@ -391,13 +391,13 @@ def test_a_link_takes_the_place_of_a_file_or_link(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 3
 
 
-def test_a_link_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_link_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").mkdir()
     assert not files.link(tmp_path / "one.ckpt", tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
-def test_a_link_that_leads_nowhere_does_not_exist(tmp_path: Path) -> None:
+def test_a_dangling_link_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
     assert not files.exists(tmp_path / "last.ckpt")
     files.write(a_checkpoint(), tmp_path / "gone.ckpt")
@@ -405,7 +405,7 @@ def test_a_link_that_leads_nowhere_does_not_exist(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_a_url_has_the_whole_checkpoint_or_what_it_had(scheme, tmp_path, monkeypatch):
+def test_a_url_has_the_whole_new_checkpoint_or_the_previous_one(scheme, tmp_path, monkeypatch):
     import fsspec
 
     url = f"{scheme}://{tmp_path}/runs/model.ckpt"
@@ -427,14 +427,14 @@ def test_a_url_has_the_whole_checkpoint_or_what_it_had(scheme, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cpu", "1.13.1"])
-def test_torch_whose_safe_loading_is_not_safe_is_named(version: str) -> None:
+def test_an_unsafe_torch_version_is_warned_of(version: str) -> None:
     with pytest.warns(UserWarning, match=r"CVE-2026-24747.*upgrade to torch 2\.10"):
         files.warn_of_unsafe_torch(version)
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.10.0a0+git123", "3.0.0"])
 @pytest.mark.filterwarnings("error")
-def test_torch_whose_safe_loading_is_safe_is_not(version: str) -> None:
+def test_a_safe_torch_version_is_not_warned_of(version: str) -> None:
     files.warn_of_unsafe_torch(version)
 
 
@@ -451,7 +451,7 @@ def test_links_at_a_checkpoints_path_are_replaced_and_removed_but_not_followed(t
     assert os.listdir(tmp_path) == ["precious.txt"]
 
 
-def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_checkpoint_and_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.ckpt")
     with pytest.raises(files.NotACheckpoint, match=r"pipe\.ckpt is a pipe"):
         files.read(tmp_path / "pipe.ckpt")

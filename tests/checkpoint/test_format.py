@@ -35,7 +35,7 @@ Point = collections.namedtuple("Point", "x y")
 
 
 def stored(value: Any) -> Any:
-    """The value after torch.save and torch.load(weights_only=True)."""
+    """Return the value after torch.save and torch.load(weights_only=True)."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
@@ -130,7 +130,7 @@ def test_arrays_become_tensors_of_the_same_values(array: np.ndarray) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_not_plain_is_named_with_its_place_and_type(value: Any, named: str) -> None:
+def test_the_error_for_a_value_that_is_not_plain_has_its_place_and_type(value: Any, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         format.to_plain_values({"a": [0, value]}, "state")
 
@@ -236,12 +236,12 @@ def test_plain_hyper_parameters_stay_readable_under_their_own_names() -> None:
     assert format.unpack_hyper_parameters(back) == hparams
 
 
-def test_a_path_comes_back_as_a_path_without_consent() -> None:
+def test_a_path_is_restored_as_a_path_without_allow_pickle() -> None:
     back = stored(format.pack_hyper_parameters({"data_dir": Path("/data/mnist")}))
     assert format.unpack_hyper_parameters(back) == {"data_dir": Path("/data/mnist")}
 
 
-def test_objects_come_back_with_consent() -> None:
+def test_objects_are_restored_with_allow_pickle() -> None:
     layer = nn.Linear(3, 2)
     hparams = {
         "lr": 0.1,
@@ -262,25 +262,25 @@ def test_objects_come_back_with_consent() -> None:
     assert back["lr"] == 0.1
 
 
-def test_objects_are_not_unpickled_without_consent() -> None:
+def test_objects_are_not_unpickled_without_allow_pickle() -> None:
     packed = format.pack_hyper_parameters({"lr": 0.1, "layer": nn.Linear(1, 1), "settings": Settings(8)})
     with pytest.raises(CheckpointError, match=r"layer \(torch.*Linear\), settings .*weights_only=False") as caught:
         format.unpack_hyper_parameters(packed)
     assert "lr" not in str(caught.value).split("run code")[1].split("For a file")[0]
 
 
-def test_a_users_dict_under_the_reserved_key_is_not_taken_for_a_wrapper() -> None:
+def test_a_users_dict_with_the_reserved_key_is_restored_unchanged() -> None:
     hparams = {"odd": {"__raylit__": "pickle", "type": "a", "data": 1}}
     assert format.unpack_hyper_parameters(format.pack_hyper_parameters(hparams), allow_pickle=True) == hparams
 
 
-def test_what_cannot_be_pickled_is_left_out_with_a_warning() -> None:
+def test_values_that_cannot_be_pickled_are_left_out_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"'guard' \(lock\).*ignore=\['guard'\]"):
         packed = format.pack_hyper_parameters({"guard": threading.Lock(), "lr": 0.1})
     assert packed == {"lr": 0.1}
 
 
-def test_an_object_whose_module_is_gone_is_named() -> None:
+def test_the_error_names_an_object_whose_module_is_missing() -> None:
     packed = format.pack_hyper_parameters({"settings": Settings(8)})
     packed["settings"]["data"] = torch.frombuffer(bytearray(b"cno_such_module\nThing\n."), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=r"'settings'.*Settings.*no_such_module"):
@@ -307,7 +307,7 @@ def test_generators_continue_from_their_stored_state() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_numpys_generator_may_be_another_one() -> None:
+def test_the_state_of_another_numpy_generator_is_restored() -> None:
     kept = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(1))
     try:
@@ -342,7 +342,7 @@ def rank_part(rank: int) -> Saved:
     return Saved(rank=rank, checkpoint=whole if rank == 0 else {}, of_rank={"random": {"seed": rank}})
 
 
-def test_merge_brings_ranks_and_driver_together() -> None:
+def test_merge_combines_the_parts_of_ranks_and_driver() -> None:
     saved = [rank_part(2), rank_part(0), rank_part(1)]
     checkpoint = stored(format.merge(saved, {"seed": 7, "callbacks": {"EarlyStopping": {"best": np.float32(0.5)}}}))
     assert format.read_rank_states(checkpoint) == [{"random": {"seed": rank}} for rank in range(3)]
@@ -361,19 +361,19 @@ def test_the_drivers_progress_wins() -> None:
     assert format.read_progress(checkpoint) == progress
 
 
-def test_weights_alone_have_no_callbacks() -> None:
+def test_a_weights_only_checkpoint_has_no_callbacks() -> None:
     part = Saved(rank=0, checkpoint={"epoch": 0, "global_step": 5, "state_dict": {}}, of_rank={})
     checkpoint = format.merge([part], {})
     assert "callbacks" not in checkpoint
     assert format.read_progress(checkpoint).global_step == 5
 
 
-def test_a_state_key_of_both_sides_is_refused() -> None:
+def test_a_state_key_in_both_worker_and_driver_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"'Counter'.*state_key"):
         format.merge([rank_part(0)], {"callbacks": {"Counter": {}}})
 
 
-def test_a_callbacks_object_is_named_when_the_parts_are_merged() -> None:
+def test_merge_names_a_callbacks_value_that_is_not_plain() -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint\['callbacks'\]\['Mine'\]\['settings'\]"):
         format.merge([rank_part(0)], {"callbacks": {"Mine": {"settings": Settings(1)}}})
 
@@ -406,6 +406,6 @@ def test_progress_of_lightnings_checkpoints() -> None:
     assert format.read_seed(lightning(2, 3, 2, 5, is_last=False)) is None
 
 
-def test_fields_that_a_later_raylit_added_to_the_progress_are_passed_over() -> None:
+def test_unknown_fields_of_a_newer_progress_are_ignored() -> None:
     progress = {**Progress(epoch=3).to_dict(), "later": 1}
     assert format.read_progress({"raylit": {"progress": progress}}) == Progress(epoch=3)

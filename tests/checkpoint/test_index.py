@@ -21,7 +21,7 @@ def written(directory: Any, name: str, *, step: int, is_whole: bool = True, is_l
     if is_listed:
         before = index.read_index(directory)
         entry = Entry(name=name, step=step, is_weights_only=not is_whole)
-        index.write_index(before.changed(added=[entry], removed=[], last=name, best=""), directory)
+        index.write_index(before.replace_entries(added=[entry], removed=[], last=name, best=""), directory)
 
 
 def newest(directory: Any) -> str:
@@ -36,7 +36,7 @@ def age(path: pathlib.Path, *, by_s: float) -> None:
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime - by_s))
 
 
-def test_the_order_of_writing_counts_whatever_a_copy_made_of_the_times(tmp_path: pathlib.Path) -> None:
+def test_the_order_of_writing_counts_even_if_a_copy_changed_the_times(tmp_path: pathlib.Path) -> None:
     for step in (3, 1, 2):
         written(tmp_path, f"{step}.ckpt", step=step)
     age(tmp_path / "2.ckpt", by_s=100)
@@ -55,14 +55,14 @@ def test_a_file_that_a_crash_left_out_of_the_index_is_found(tmp_path: pathlib.Pa
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"entries": [1]}', '{"entries": [{"name": 1, "other": 2}]}'])
-def test_an_index_that_cannot_be_read_is_none(content: str, tmp_path: pathlib.Path) -> None:
+def test_an_unreadable_index_counts_as_empty(content: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / index.FILE_NAME).write_text(content)
     written(tmp_path, "1.ckpt", step=1, is_listed=False)
     assert newest(tmp_path) == "1.ckpt"
 
 
 @pytest.mark.parametrize("place", [-1, 0.5, 0.01])
-def test_damaged_ones_are_named_and_the_one_before_is_used(place: float, tmp_path: pathlib.Path) -> None:
+def test_damaged_checkpoints_are_warned_of_and_the_previous_one_is_used(place: float, tmp_path: pathlib.Path) -> None:
     """Cut short by half, or one bit flipped in the middle or near the beginning."""
     for step in (1, 2, 3):
         written(tmp_path, f"{step}.ckpt", step=step)
@@ -83,7 +83,7 @@ def test_damaged_ones_are_named_and_the_one_before_is_used(place: float, tmp_pat
     ] == [True, True]
 
 
-def test_what_is_no_checkpoint_is_named_and_passed_over(tmp_path: pathlib.Path) -> None:
+def test_files_that_are_not_checkpoints_are_skipped_with_a_warning(tmp_path: pathlib.Path) -> None:
     written(tmp_path, "1.ckpt", step=1)
     (tmp_path / "directory.ckpt").mkdir()
     torch.save({"state": 1}, tmp_path / "foreign.ckpt")
@@ -96,13 +96,13 @@ def test_what_is_no_checkpoint_is_named_and_passed_over(tmp_path: pathlib.Path) 
     ]
 
 
-def test_weights_alone_are_passed_over(tmp_path: pathlib.Path) -> None:
+def test_weights_only_checkpoints_are_skipped(tmp_path: pathlib.Path) -> None:
     written(tmp_path, "1.ckpt", step=1)
     written(tmp_path, "2.ckpt", step=2, is_whole=False)
     assert newest(tmp_path) == "1.ckpt"
 
 
-def test_one_of_a_newer_raylit_is_not_passed_over_in_silence(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_of_a_newer_raylit_is_an_error(tmp_path: pathlib.Path) -> None:
     written(tmp_path, "1.ckpt", step=1)
     checkpoint = files.read(tmp_path / "1.ckpt")
     checkpoint["raylit"]["format"] += 1
@@ -111,7 +111,7 @@ def test_one_of_a_newer_raylit_is_not_passed_over_in_silence(tmp_path: pathlib.P
         index.newest_usable(tmp_path)
 
 
-def test_links_and_second_names_count_once(tmp_path: pathlib.Path) -> None:
+def test_a_file_with_several_names_is_listed_once(tmp_path: pathlib.Path) -> None:
     written(tmp_path, "1.ckpt", step=1)
     files.link(tmp_path / "1.ckpt", tmp_path / "last.ckpt")
     files.duplicate(tmp_path / "1.ckpt", tmp_path / "copy.ckpt")
@@ -119,7 +119,7 @@ def test_links_and_second_names_count_once(tmp_path: pathlib.Path) -> None:
     assert len(list(index.newest_first(tmp_path))) == 1
 
 
-def test_there_may_be_none(tmp_path: pathlib.Path) -> None:
+def test_an_empty_directory_has_no_usable_checkpoint(tmp_path: pathlib.Path) -> None:
     assert index.newest_usable(tmp_path) is None
     assert index.newest_usable(tmp_path / "missing") is None
 
@@ -133,9 +133,9 @@ def test_a_directory_may_be_a_url(tmp_path: pathlib.Path) -> None:
     assert newest(url) == "3.ckpt"
 
 
-def test_what_comes_and_goes() -> None:
+def test_replace_entries_adds_and_removes_names() -> None:
     entries = [Entry(name=name) for name in "abc"]
     before = Index(entries=tuple(entries), last="c", best="a")
-    after = before.changed(added=[Entry(name="a", step=1), Entry(name="d")], removed=["b"], last="d", best="a")
+    after = before.replace_entries(added=[Entry(name="a", step=1), Entry(name="d")], removed=["b"], last="d", best="a")
     assert [(entry.name, entry.step) for entry in after.entries] == [("c", 0), ("a", 1), ("d", 0)]
     assert (after.last, after.best) == ("d", "a")

@@ -57,7 +57,7 @@ for line in sys.stdin:
 
 
 def check(directory: pathlib.Path | str) -> int:
-    """The step of the newest checkpoint, which is sound; a damaged one would be a warning, and so an error."""
+    """Return the step of the newest checkpoint, which is intact: a damaged one would be a warning, and so an error."""
     listed = index.read_index(directory).entries
     found = index.newest_usable(directory)
     assert found is not None
@@ -188,7 +188,7 @@ class InterruptedWhileSaving(KilledWhileSaving):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_ctrl_c_beside_a_save_leaves_two_whole_ones(num_workers: int, tmp_path: pathlib.Path) -> None:
+def test_ctrl_c_during_a_save_leaves_two_complete_checkpoints(num_workers: int, tmp_path: pathlib.Path) -> None:
     saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(num_workers=num_workers, max_epochs=1, callbacks=saving, **quiet)
@@ -230,7 +230,7 @@ _MOMENTS = {
     ],
 )
 @pytest.mark.timeout(180)
-def test_a_driver_killed_while_parts_are_written_leaves_the_checkpoint_before(
+def test_a_driver_killed_while_parts_are_written_leaves_the_previous_checkpoint(
     moment: str, scheme: str, tmp_path: pathlib.Path
 ) -> None:
     script = tmp_path / "script.py"
@@ -278,7 +278,7 @@ class KilledAtMoment(KilledWhileSaving):
         *(pytest.param(1, moment, marks=pytest.mark.slow) for moment in ("begun", "all parts", "index")),
     ],
 )
-def test_a_worker_killed_while_parts_are_written_leaves_the_checkpoint_before(
+def test_a_worker_killed_while_parts_are_written_leaves_the_previous_checkpoint(
     rank: int, moment: str, tmp_path: pathlib.Path
 ) -> None:
     saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1)

@@ -1,5 +1,7 @@
-"""A run that is continued from any batch ends with the bits of the one that was not interrupted: a table of everything
-that a run can be made of. With another number of workers every sample of the epoch is met once."""
+"""A run that is resumed at any batch ends bit-identical to an uninterrupted one, for a table of features.
+
+With another number of workers every sample of the epoch is used once.
+"""
 
 import copy
 import itertools
@@ -255,7 +257,7 @@ FROM_SEVERAL = {"adam", "plateau", "manual", "accumulation by epoch", "swa", "cy
 
 
 def fitted(module, make_loader, directory, *, saves=(), ckpt_path=None, arguments):
-    """The trainer and all that was logged."""
+    """Return the trainer and everything that was logged."""
     arguments = dict(arguments)
     callbacks = [*arguments.pop("callbacks", list)(), SaveAt(directory, *saves)]
     recorder = Recorder()
@@ -296,7 +298,7 @@ def assert_same(left, right, where=""):
 @pytest.mark.filterwarnings("ignore:the training loader is a stream", "ignore:overfit_batches")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:.*lr_scheduler.step", "ignore:Detected call of")
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_continued_from_any_batch_ends_with_the_same_bits(case, tmp_path):
+def test_a_run_resumed_at_any_batch_ends_bit_identical(case, tmp_path):
     make, make_loader, arguments = CASES[case]
     seeded(3)
     module = make()
@@ -351,7 +353,7 @@ def seen_in(directory):
 
 
 @pytest.mark.filterwarnings("ignore:checkpoints go to")
-def test_other_numbers_of_workers_twice_in_one_epoch_meet_every_sample_once(quiet, tmp_path):
+def test_changing_the_number_of_workers_twice_in_an_epoch_uses_every_sample_once(quiet, tmp_path):
     data = torch.utils.data.TensorDataset(torch.arange(47.0))
     path = None
     # Three workers' batches of 3 are 9 samples a step, two workers' 6: 9 + 12 + 26.

@@ -9,7 +9,7 @@ from raylit.checkpoint.filenames import TopK
 
 
 def offered(best: TopK, scores: dict[str, float]) -> list[str]:
-    """What went out, in order, when these were offered one after the other."""
+    """Return the removed files, in order, when these are offered one after the other."""
     out = []
     for path, score in scores.items():
         if best.admits(score):
@@ -21,10 +21,10 @@ def offered(best: TopK, scores: dict[str, float]) -> list[str]:
 @pytest.mark.parametrize(
     ("mode", "out", "best", "next_out"), [("min", ["a", "c"], "d", "b"), ("max", ["b", "a"], "e", "c")]
 )
-def test_the_best_two_stay(mode: Any, out: list[str], best: str, next_out: str) -> None:
+def test_the_best_two_are_kept(mode: Any, out: list[str], best: str, next_out: str) -> None:
     files = TopK(count=2, mode=mode)
     assert offered(files, {"a": 4, "b": 2, "c": 5 if mode == "max" else 3, "d": 1, "e": 9}) == out
-    assert (files.best, files.next_out) == (best, next_out)
+    assert (files.best, files.next_removed) == (best, next_out)
 
 
 def test_the_earlier_one_wins_a_tie() -> None:
@@ -34,22 +34,22 @@ def test_the_earlier_one_wins_a_tie() -> None:
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_nan_has_a_place_only_while_there_is_room(mode: Any) -> None:
+def test_nan_is_kept_only_while_fewer_than_k_files_exist(mode: Any) -> None:
     files = TopK(count=1, mode=mode)
     assert offered(files, {"a": math.nan, "b": math.nan}) == []
     assert files.scores == {"a": math.inf if mode == "min" else -math.inf}
     assert offered(files, {"c": 1e300}) == ["a"]
 
 
-def test_all_stay_or_none() -> None:
+def test_all_files_or_none_are_kept() -> None:
     everything, nothing = TopK(count=-1, mode="min"), TopK(count=0, mode="min")
     scores = {"a": 3.0, "b": 1.0, "c": 2.0}
     assert offered(everything, scores) == offered(nothing, scores) == []
-    assert (everything.best, everything.next_out, list(everything.scores)) == ("b", "", ["a", "b", "c"])
+    assert (everything.best, everything.next_removed, list(everything.scores)) == ("b", "", ["a", "b", "c"])
     assert (nothing.best, nothing.scores) == ("", {})
 
 
-def test_more_than_there_is_room_for_goes_out_worst_first() -> None:
+def test_excess_files_are_removed_worst_first() -> None:
     files = TopK(count=1, mode="min")
     files.scores = {"a": 1.0, "b": 3.0, "c": 2.0}
     assert not files.admits(1.5)

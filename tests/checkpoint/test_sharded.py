@@ -22,8 +22,8 @@ from raylit.checkpoint import files, format, remote
 from raylit.checkpoint import sharded as directory
 from raylit.checkpoint.host_copy import HostCopy
 from raylit.checkpoint.index import newest_first, newest_usable
+from raylit.checkpoint.layout import INDEX, METADATA
 from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
-from raylit.checkpoint.sharded import METADATA
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
@@ -72,23 +72,23 @@ def assert_holds(path: str, state_dict: dict[str, DTensor]) -> None:
         assert torch.equal(read[name], tensor.full_tensor()), name
 
 
-def test_what_is_written_in_parts_is_read_again(mesh: DeviceMesh, place: str) -> None:
+def test_a_checkpoint_written_in_parts_is_read_back_equal(mesh: DeviceMesh, place: str) -> None:
     state_dict = sharded(mesh, seed=1)
     write(join(place, "one.ckpt"), state_dict)
     assert_holds(join(place, "one.ckpt"), state_dict)
     assert all(tensor.is_meta for tensor in files.read(join(place, "one.ckpt"), is_whole=False)["state_dict"].values())
 
 
-def test_a_directory_takes_the_place_of_another_and_leaves_nothing_of_it(mesh: DeviceMesh, place: str) -> None:
+def test_a_directory_replaces_another_completely(mesh: DeviceMesh, place: str) -> None:
     path = join(place, "one.ckpt")
     for seed in (1, 2):
         write(path, sharded(mesh, seed=seed))
     assert_holds(path, sharded(mesh, seed=2))
     assert entries(place) == ["one.ckpt"]
-    assert len([name for name in entries(path) if name != directory.INDEX]) in (1, 2)
+    assert len([name for name in entries(path) if name != INDEX]) in (1, 2)
 
 
-def test_a_second_name_stays_when_the_first_goes(mesh: DeviceMesh, place: str) -> None:
+def test_a_duplicate_stays_when_the_original_is_removed(mesh: DeviceMesh, place: str) -> None:
     first, last = join(place, "one.ckpt"), join(place, "last.ckpt")
     for seed in (1, 2):
         write(first, sharded(mesh, seed=seed))
@@ -99,7 +99,7 @@ def test_a_second_name_stays_when_the_first_goes(mesh: DeviceMesh, place: str) -
     assert_holds(last, sharded(mesh, seed=2))
 
 
-def test_what_is_half_there_is_none(mesh: DeviceMesh, place: str) -> None:
+def test_an_incomplete_directory_is_not_a_checkpoint(mesh: DeviceMesh, place: str) -> None:
     write(join(place, "one.ckpt"), sharded(mesh, seed=1))
     draft = files.directory_draft(join(place, "two.ckpt"))
     again = files.directory_draft(join(place, "one.ckpt"))
@@ -113,11 +113,11 @@ def test_what_is_half_there_is_none(mesh: DeviceMesh, place: str) -> None:
     assert_holds(join(place, "one.ckpt"), sharded(mesh, seed=1))
 
 
-def test_harm_is_named_and_the_one_before_is_used(mesh: DeviceMesh, place: str) -> None:
+def test_damage_is_warned_of_and_the_previous_checkpoint_is_used(mesh: DeviceMesh, place: str) -> None:
     for step in (1, 2):
         write(join(place, f"step={step}.ckpt"), sharded(mesh, seed=step), step=step)
     path = join(place, "step=2.ckpt")
-    [part] = [name for name in directory.checksums_of(files.read(path, is_whole=False)) if name.endswith(".distcp")]
+    [part] = [name for name in directory.read_checksums(files.read(path, is_whole=False)) if name.endswith(".distcp")]
     store, at = file_system(join(path, part))
     content = bytearray(store.cat_file(at))
     content[len(content) // 2] ^= 1
@@ -130,7 +130,7 @@ def test_harm_is_named_and_the_one_before_is_used(mesh: DeviceMesh, place: str) 
     assert found[1]["global_step"] == 1
 
 
-def test_torch_reads_the_parts_by_itself(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_torch_distributed_checkpoint_reads_the_parts(mesh: DeviceMesh, tmp_path: Path) -> None:
     state_dict = sharded(mesh, seed=1)
     write(str(tmp_path / "one.ckpt"), state_dict)
     dcp_to_torch_save(tmp_path / "one.ckpt", tmp_path / "one.pt")
@@ -139,12 +139,12 @@ def test_torch_reads_the_parts_by_itself(mesh: DeviceMesh, tmp_path: Path) -> No
         assert torch.equal(read[f"state_dict.{name}"], state_dict[name].full_tensor())
 
 
-def test_a_copied_part_is_the_same_file_and_stays_as_it_was(mesh: DeviceMesh) -> None:
+def test_a_copied_part_is_the_same_file_and_does_not_change(mesh: DeviceMesh) -> None:
     tensors = sharded(mesh, seed=1)
     strided = torch.arange(12.0).reshape(3, 4)[:, :2]
     tensors["view"] = DTensor.from_local(strided, mesh, [Shard(0)])
     by_reference = PendingPart(copy.deepcopy(tensors), rank=0)
-    copied = PendingPart(tensors, rank=0, copied=HostCopy().taken)
+    copied = PendingPart(tensors, rank=0, copy_tensors=HostCopy().copy_state)
     for tensor in tensors.values():
         tensor.to_local().zero_()
     pieces = []
@@ -153,24 +153,24 @@ def test_a_copied_part_is_the_same_file_and_stays_as_it_was(mesh: DeviceMesh) ->
         pieces.append(part.next_piece().tobytes())
         assert len(part.next_piece()) == 0
     assert pieces[0] == pieces[1]
-    assert copied.described() == by_reference.described()
-    assert copied.described().num_bytes == len(pieces[0])
-    assert copied.described().crc == zlib.crc32(pieces[0])
-    assert copied.described().num_bytes < 1.1 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**14
+    assert copied.describe() == by_reference.describe()
+    assert copied.describe().num_bytes == len(pieces[0])
+    assert copied.describe().crc == zlib.crc32(pieces[0])
+    assert copied.describe().num_bytes < 1.1 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**14
 
 
-def test_a_directory_at_a_url_gives_way_to_one_file_and_back(mesh: DeviceMesh) -> None:
+def test_a_directory_at_a_url_is_replaced_by_one_file_and_back(mesh: DeviceMesh) -> None:
     path = "memory://both/one.ckpt"
     write(path, sharded(mesh, seed=1))
     files.remove(path)
     files.write({"state_dict": {}}, path)
-    assert remote.kind_of(path) == "file"
+    assert remote.find_kind(path) == "file"
     assert files.read(path) == {"state_dict": {}}
     files.remove(path)
     assert not files.exists(path)
 
 
-def test_where_nothing_can_be_made_all_ranks_are_told(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_all_ranks_raise_if_the_directory_cannot_be_created(mesh: DeviceMesh, tmp_path: Path) -> None:
     (tmp_path / "file.txt").touch()
     with pytest.raises(CheckpointError, match=r"cannot write .*one.ckpt"):
         write(str(tmp_path / "file.txt" / "one.ckpt"), sharded(mesh, seed=1))
@@ -193,7 +193,7 @@ def changed_metadata(path: Path, change: Callable[[Metadata], None]) -> None:
     change(metadata)
     file.write_bytes(pickle.dumps(metadata))
     for name in os.listdir(path):
-        if name != directory.INDEX:
+        if name != INDEX:
             rewrite_index(path, lambda about, name=name: about["parts"].update({name: checksum_of(path / name)}))
 
 
@@ -203,9 +203,9 @@ def checksum_of(file: Path) -> tuple[int, int]:
 
 
 def rewrite_index(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    index = torch.load(path / directory.INDEX, weights_only=True)
+    index = torch.load(path / INDEX, weights_only=True)
     change(index["raylit"])
-    torch.save(index, path / directory.INDEX)
+    torch.save(index, path / INDEX)
 
 
 def test_no_part_of_a_sharded_checkpoint_is_unpickled(mesh: DeviceMesh, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_no_part_of_a_sharded_checkpoint_is_unpickled(mesh: DeviceMesh, tmp_path
 
 
 @pytest.mark.parametrize("name", ["../two.ckpt/__0_0.distcp", "{two}/__0_0.distcp", "file://{two}/__0_0.distcp"])
-def test_parts_that_lie_outside_of_the_checkpoint_are_not_read(mesh: DeviceMesh, tmp_path: Path, name: str) -> None:
+def test_parts_outside_of_the_checkpoint_are_not_read(mesh: DeviceMesh, tmp_path: Path, name: str) -> None:
     path, two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
     for number, seed in ((path, 1), (two, 2)):
         write(str(number), sharded(mesh, seed=seed))
@@ -251,15 +251,15 @@ def test_parts_that_lie_outside_of_the_checkpoint_are_not_read(mesh: DeviceMesh,
             files.read(path, is_whole=is_whole)
 
 
-def test_one_file_cannot_say_that_its_parts_are_elsewhere(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_a_single_file_cannot_name_a_directory_of_parts(mesh: DeviceMesh, tmp_path: Path) -> None:
     write(str(tmp_path / "one.ckpt"), sharded(mesh, seed=1))
-    stolen = torch.load(tmp_path / "one.ckpt" / directory.INDEX, weights_only=True)
+    stolen = torch.load(tmp_path / "one.ckpt" / INDEX, weights_only=True)
     stolen["raylit"]["directory"] = str(tmp_path / "one.ckpt")
     torch.save(stolen, tmp_path / "alone.ckpt")
     assert directory.place_of(files.read(tmp_path / "alone.ckpt", is_whole=False)) is None
 
 
-def test_a_sharded_checkpoint_takes_no_other_directorys_place(mesh: DeviceMesh, place: str) -> None:
+def test_a_sharded_checkpoint_does_not_replace_a_directory_with_other_content(mesh: DeviceMesh, place: str) -> None:
     file = join(place, "models", "notes.txt")
     make_directory(join(place, "models"))
     write_bytes(b"precious", file) if is_url(file) else Path(file).write_bytes(b"precious")
@@ -269,7 +269,7 @@ def test_a_sharded_checkpoint_takes_no_other_directorys_place(mesh: DeviceMesh, 
     assert entries(join(place, "models")) == ["notes.txt"]
 
 
-def test_what_lies_in_a_sharded_checkpoint_at_a_url_but_is_none_of_it_stays(mesh: DeviceMesh) -> None:
+def test_foreign_files_in_a_sharded_checkpoint_at_a_url_are_kept(mesh: DeviceMesh) -> None:
     path = "memory://mixed/one.ckpt"
     write(path, sharded(mesh, seed=1))
     write_bytes(b"precious", f"{path}/notes.txt")

@@ -58,7 +58,7 @@ class Outage(pl.DriverCallback):
             self.server.start()
 
 
-def test_a_bucket_that_is_away_costs_one_checkpoint_and_no_training(
+def test_an_unreachable_bucket_costs_one_checkpoint_and_no_training(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_queue, "_RETRY_AFTER_S", (0.01,))
@@ -111,7 +111,7 @@ assert_same_weights(torch.load("one.ckpt", weights_only=True)["state_dict"], wei
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_another_number_of_workers_fetches_what_it_needs_from_a_bucket(server: Server, run_script: Any) -> None:
+def test_another_number_of_workers_downloads_the_parts_it_needs(server: Server, run_script: Any) -> None:
     tests = os.path.dirname(os.path.dirname(__file__))
     places = {"tests": tests, "strategies": os.path.join(tests, "strategies")}
     output = run_script(SCRIPT.format(environment=server.environment, url=server.url, **places), timeout_s=150)

@@ -39,7 +39,7 @@ def test_each_step_has_a_batch_of_every_loader(mode):
     assert len(combined) == len(STEPS[mode])
 
 
-def test_one_after_the_other_keeps_each_loaders_own_count():
+def test_sequential_counts_batches_per_loader():
     combined = pl.CombinedLoader({"a": loader(2), "b": loader(1)}, "sequential")
     assert plain(list(combined)) == [([0], 0, 0), ([1], 1, 0), ([0], 0, 1)]
     assert len(combined) == 3
@@ -65,31 +65,31 @@ def test_batches_have_the_shape_of_the_collection(collection, first):
     assert type(batch) is type(collection) or isinstance(collection, DataLoader)
 
 
-def test_a_shuffled_loader_is_shuffled_anew_when_it_starts_again():
+def test_a_shuffled_loader_is_reshuffled_when_it_restarts():
     shuffled = DataLoader(torch.arange(50), batch_size=50, shuffle=True)
     steps = [batch[0].tolist() for batch, _, _ in pl.CombinedLoader([shuffled, loader(3)], "max_size_cycle")]
     assert len(steps) == 3
     assert steps[0] != steps[1] != steps[2]
 
 
-def test_an_empty_loader_ends_what_cannot_go_on_without_it():
+def test_an_empty_loader_ends_modes_that_need_its_batches():
     for mode, num_steps in [("min_size", 0), ("max_size_cycle", 0), ("max_size", 2), ("sequential", 2)]:
         combined = pl.CombinedLoader([loader(0), loader(2)], mode)
         assert len(combined) == len(list(combined)) == num_steps, mode
         assert list(pl.CombinedLoader([], mode)) == []
 
 
-def test_no_length_is_a_type_error():
+def test_the_length_of_a_loader_without_length_is_a_type_error():
     with pytest.raises(TypeError):
         len(pl.CombinedLoader([(batch for batch in ()), loader(2)]))
 
 
-def test_an_unknown_mode_names_those_that_there_are():
+def test_the_error_for_an_unknown_mode_names_the_known_ones():
     with pytest.raises(pl.ConfigError, match=r"mode='longest'.*'min_size', 'max_size_cycle', 'max_size', 'sequential'"):
         pl.CombinedLoader([], "longest")
 
 
-def test_a_collection_of_loaders_is_told_from_batches():
+def test_holds_loaders_distinguishes_loaders_from_batches():
     batch = (torch.ones(2), {"x": torch.ones(2)})
     for collection in (
         [loader(1)],

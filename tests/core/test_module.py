@@ -12,7 +12,7 @@ from models import Regression, RegressionData, assert_same_weights, weights_of
 import raylit as pl
 
 
-def test_is_an_ordinary_module():
+def test_a_lightning_module_is_an_ordinary_module():
     model = Regression()
     model.eval()
     x = torch.randn(4, 8)
@@ -129,7 +129,7 @@ def test_names_with_an_underscore_in_a_file_are_not_passed_to_kwargs(source, tmp
 
 
 @pytest.mark.parametrize("name", ["_instantiator", 3, ["x"]])
-def test_the_argument_for_hyper_parameters_is_no_private_name_either(name, tmp_path):
+def test_private_names_are_not_passed_as_the_hyper_parameter_argument(name, tmp_path):
     state = Open(width=3).state_dict()
     torch.save(
         {"state_dict": state, "hparams_name": name, "hyper_parameters": {"width": 3, "more": 5}}, tmp_path / "x.ckpt"
@@ -137,7 +137,7 @@ def test_the_argument_for_hyper_parameters_is_no_private_name_either(name, tmp_p
     assert Open.load_from_checkpoint(tmp_path / "x.ckpt").rest == {"more": 5}
 
 
-def test_no_object_is_made_from_a_file_of_hyper_parameters(tmp_path):
+def test_a_hyper_parameter_file_creates_no_python_objects(tmp_path):
     torch.save({"state_dict": Open().state_dict(), "hyper_parameters": {}}, tmp_path / "x.ckpt")
     for name, text in (
         ("a.yaml", f"width: !!python/object/apply:os.system ['touch {tmp_path}/mark']"),

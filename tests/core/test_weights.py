@@ -40,7 +40,7 @@ class Overlapping(Tied):
         self.register_buffer("turned", torch.randn(3, 2).t())
 
 
-def test_a_run_s_weights_are_read_by_other_programs(tmp_path):
+def test_saved_weights_are_read_by_other_programs(tmp_path):
     model = Regression()
     trainer = fit(model, max_epochs=1)
     trainer.save_weights(tmp_path / "new" / "weights.safetensors")
@@ -49,7 +49,7 @@ def test_a_run_s_weights_are_read_by_other_programs(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_tied_and_overlapping_tensors_come_back(place, tmp_path):
+def test_tied_and_overlapping_tensors_are_restored(place, tmp_path):
     path = str(tmp_path / "w.safetensors") if place == "local" else "memory://weights/w.safetensors"
     model, other = Overlapping(), Overlapping(seed=1)
     model.save_weights(path)
@@ -70,14 +70,14 @@ def test_tied_weights_are_read_by_safetensors_own_function(tmp_path):
     assert_same_weights(weights_of(other), weights_of(model))
 
 
-def test_weights_come_from_a_checkpoint_too(tmp_path):
+def test_weights_are_loaded_from_a_checkpoint_too(tmp_path):
     model, other = Regression(), Regression()
     fit(model, max_epochs=1).save_checkpoint(tmp_path / "run.ckpt")
     other.load_weights(tmp_path / "run.ckpt")
     assert_same_weights(weights_of(other), weights_of(model))
 
 
-def test_another_models_weights_name_what_does_not_fit(tmp_path):
+def test_the_error_for_another_models_weights_names_the_keys(tmp_path):
     Regression(width=4).save_weights(tmp_path / "w.safetensors")
     with pytest.raises(pl.CheckpointError, match=r"of another shape .*net.0.weight \(\(4, 8\) instead of \(16, 8\)\)"):
         Regression().load_weights(tmp_path / "w.safetensors")
@@ -97,7 +97,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         Regression().load_weights(path)
 
 
-def test_what_is_no_tensor_is_refused_and_what_stood_there_stays(tmp_path):
+def test_state_that_is_not_a_tensor_is_refused_and_the_previous_file_is_kept(tmp_path):
     class WithState(Regression):
         def get_extra_state(self):
             return {"calls": 3}
@@ -120,7 +120,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
         Regression().save_weights(tmp_path / "w.safetensors")
 
 
-def test_without_a_run_there_are_no_weights():
+def test_saving_weights_without_a_run_is_an_error():
     with pytest.raises(pl.ConfigError, match="save_weights needs a model"):
         pl.Trainer(logger=False).save_weights("w.safetensors")
 

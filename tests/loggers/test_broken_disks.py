@@ -61,14 +61,14 @@ def rows_of(logger):
         return [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
 
 
-def test_a_directory_that_is_removed_is_made_again_for_the_rows_to_come(quiet, tmp_path):
+def test_a_removed_directory_is_created_again_for_later_rows(quiet, tmp_path):
     logger = table(tmp_path)
     text = train(Breaking(lambda: shutil.rmtree(tmp_path / "log")), logger, quiet)
     assert "metrics.csv has been removed, and with it" in text
     assert rows_of(logger) == list(range(6, NUM_STEPS))
 
 
-def test_event_files_are_begun_anew_where_their_directory_is_removed(quiet, tmp_path, monkeypatch):
+def test_new_event_files_are_written_if_their_directory_is_removed(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr("raylit.loggers.tensorboard._RETRY_S", 0.0)
     logger = tensorboard(tmp_path)
     text = train(Breaking(lambda: shutil.rmtree(tmp_path / "log")), logger, quiet)
@@ -109,7 +109,7 @@ def test_a_full_disk_does_not_end_the_training(kind, quiet, small_disk):
     assert rows_of(other) == list(range(NUM_STEPS))
 
 
-def test_no_row_is_lost_or_written_twice_where_a_full_disk_has_room_again(quiet, small_disk):
+def test_no_row_is_lost_or_written_twice_when_a_full_disk_has_space_again(quiet, small_disk):
     logger = table(small_disk)
     train(Breaking(lambda: fill(small_disk), lambda: os.unlink(small_disk / "filling")), logger, quiet)
     assert rows_of(logger) == list(range(NUM_STEPS))

@@ -82,7 +82,7 @@ def test_a_copy_leaves_the_rows_to_the_original(tmp_path: pathlib.Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows_of(logger)] == [("1", ""), ("1", ""), ("0", "1.0")]
 
 
-def test_the_prefix_stands_before_every_name(tmp_path: pathlib.Path) -> None:
+def test_the_prefix_is_put_before_every_name(tmp_path: pathlib.Path) -> None:
     logger = CSVLogger(tmp_path, prefix="a")
     logger.log_metrics({"loss": 1.0}, step=0)
     logger.save()

@@ -35,7 +35,7 @@ def test_version_is_the_next_free_number(logger_class: type[FileLogger], tmp_pat
 
 
 @BOTH
-def test_nothing_is_made_before_it_is_needed(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+def test_no_directory_is_created_before_it_is_needed(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
     logger = logger_class(tmp_path)
     logger.bind("/elsewhere")
     assert (logger.name, logger.save_dir) == ("lightning_logs", str(tmp_path))
@@ -55,13 +55,13 @@ def test_a_given_version_is_used_as_it_is(
 
 @BOTH
 @pytest.mark.parametrize("name", ["", None])
-def test_without_a_name_the_versions_lie_in_save_dir(
+def test_without_a_name_the_versions_are_in_save_dir(
     logger_class: type[FileLogger], name: str | None, tmp_path: pathlib.Path
 ) -> None:
     assert logger_class(tmp_path, name=name).log_dir == str(tmp_path / "version_0")
 
 
-def test_sub_dir_lies_below_the_version(tmp_path: pathlib.Path) -> None:
+def test_sub_dir_is_below_the_version(tmp_path: pathlib.Path) -> None:
     assert TensorBoardLogger(tmp_path, sub_dir="train").log_dir == str(
         tmp_path / "lightning_logs" / "version_0" / "train"
     )
@@ -79,7 +79,7 @@ def test_save_dir_comes_from_the_trainer_when_not_given(logger_class: type[FileL
 
 
 @BOTH
-def test_a_url_counts_its_versions_too(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
+def test_versions_at_a_url_are_counted(logger_class: type[FileLogger], tmp_path: pathlib.Path) -> None:
     url = f"memory://{tmp_path}/logs"
     for version in (0, 1):
         logger = logger_class(url)
@@ -135,5 +135,5 @@ def test_a_name_or_version_does_not_lead_out_of_the_save_dir(option, value, tmp_
         CSVLogger(tmp_path, **{option: value})
 
 
-def test_names_below_names_are_fine(tmp_path):
+def test_names_may_contain_directories(tmp_path):
     assert CSVLogger(tmp_path, "a/b", "c..d").log_dir == str(tmp_path / "a" / "b" / "c..d")

@@ -1,5 +1,4 @@
-"""What is in the logs after a run has broken off and another one goes on from its checkpoint: nothing twice, nothing
-lost."""
+"""Logs of a run that breaks off and is continued from a checkpoint: no row is lost or written twice."""
 
 import csv
 import os
@@ -81,9 +80,11 @@ def contents(loggers):
 
 @pytest.mark.parametrize("saves", ["every", "validation"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_that_breaks_twice_leaves_the_log_of_one_that_does_not(num_workers, saves, tmp_path):
-    """Checkpoints at steps 4, 8, ... or in front of an epoch's end; each run breaks shortly after one and before the
-    next. The last one begins at the same checkpoint as the one before it."""
+def test_a_run_that_is_resumed_twice_has_the_log_of_an_uninterrupted_one(num_workers, saves, tmp_path):
+    """Save at steps 4, 8, ... or before an epoch's end; each run breaks between two checkpoints.
+
+    The last run begins at the same checkpoint as the one before it.
+    """
     torch.manual_seed(3)
     _, _, whole = fit(tmp_path / "whole", num_workers=num_workers, saves=saves)
     directory = tmp_path / "broken"
@@ -98,7 +99,7 @@ def test_a_run_that_breaks_twice_leaves_the_log_of_one_that_does_not(num_workers
         assert {"train_loss", "val_loss", "each_step", "num", "own"} <= own.keys()
 
 
-def test_logs_at_a_url_lose_what_is_past_the_checkpoint_as_well(tmp_path):
+def test_logs_at_a_url_drop_entries_after_the_checkpoint_too(tmp_path):
     url = f"memory://{uuid.uuid4().hex}"
     torch.manual_seed(3)
     fit(tmp_path, breaks_at=7, save_dir=url)
@@ -109,7 +110,7 @@ def test_logs_at_a_url_lose_what_is_past_the_checkpoint_as_well(tmp_path):
     assert steps == list(range(18))
 
 
-def test_results_of_a_test_after_the_run_stay_when_it_is_continued(tmp_path):
+def test_test_results_are_kept_when_the_run_is_continued(tmp_path):
     trainer, model, loggers = fit(tmp_path, saves="validation")
     trainer.test(model, RegressionData().loader_for_test(), verbose=False)
     before = contents(loggers)

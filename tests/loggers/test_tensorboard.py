@@ -30,7 +30,7 @@ def hparams(logger: TensorBoardLogger) -> dict[str, Any]:
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
 
 
-def test_values_stand_at_their_steps(tmp_path: pathlib.Path) -> None:
+def test_values_are_logged_at_their_steps(tmp_path: pathlib.Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     for step in (0, 49, 99):
         logger.log_metrics({"train/loss": 1.0 / (step + 1), "epoch": 0}, step)
@@ -43,7 +43,7 @@ def test_values_stand_at_their_steps(tmp_path: pathlib.Path) -> None:
     }
 
 
-def test_save_makes_everything_readable_while_the_run_goes_on(tmp_path: pathlib.Path) -> None:
+def test_save_makes_everything_readable_during_the_run(tmp_path: pathlib.Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     logger.log_metrics({"loss": 1.0}, 0)
     logger.save()
@@ -53,7 +53,7 @@ def test_save_makes_everything_readable_while_the_run_goes_on(tmp_path: pathlib.
     assert scalars(logger) == {"loss": [(0, 1.0), (1, 0.5)]}
 
 
-def test_logging_goes_on_after_finalize(tmp_path: pathlib.Path) -> None:
+def test_logging_continues_after_finalize(tmp_path: pathlib.Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     logger.log_metrics({"loss": 1.0}, 0)
     logger.finalize("success")
@@ -89,7 +89,7 @@ def test_hyperparameters_reach_the_hparams_page(tmp_path: pathlib.Path) -> None:
     assert len([name for name in os.listdir(logger.log_dir) if "tfevents" in name]) == 1
 
 
-def test_own_metrics_stand_for_hp_metric(tmp_path: pathlib.Path) -> None:
+def test_given_metrics_replace_hp_metric(tmp_path: pathlib.Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     logger.log_hyperparams({"lr": 0.1}, {"val_loss": 3.0})
     logger.finalize("success")
@@ -123,7 +123,7 @@ def test_prefix_and_writer_options_are_passed_on(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_the_graph_is_drawn_when_asked_for(tmp_path: pathlib.Path) -> None:
+def test_the_graph_is_logged_with_log_graph(tmp_path: pathlib.Path) -> None:
     model = torch.nn.Linear(2, 1)
     TensorBoardLogger(tmp_path, version="off").log_graph(model)
     logger = TensorBoardLogger(tmp_path, version="on", log_graph=True)

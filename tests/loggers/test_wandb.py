@@ -65,7 +65,7 @@ def test_metrics_hyperparameters_and_media_of_hooks_reach_the_run(num_workers, q
     assert json.loads(table.read_text())["data"] == [[1], [2]]
 
 
-def test_a_run_that_the_script_has_begun_is_used(wandb, tmp_path):
+def test_a_run_that_the_script_has_started_is_used(wandb, tmp_path):
     run = wandb.init(mode="offline", dir=tmp_path)
     logger = pl.WandbLogger()
     logger.log_metrics({"x": 1.0}, step=3)

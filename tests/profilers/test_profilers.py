@@ -43,7 +43,7 @@ def test_peak_memory_grows_with_what_hooks_allocate():
     assert peaks[1] - peaks[0] > 350 * 2**20
 
 
-def test_the_table_goes_into_the_file_that_was_asked_for(tmp_path, capsys):
+def test_the_table_is_written_to_the_configured_file(tmp_path, capsys):
     fit(Regression(), profiler=pl.SimpleProfiler(dirpath=tmp_path / "new", filename="times"), max_epochs=1)
     assert "training_step" not in capsys.readouterr().out
     assert "training_step" in (tmp_path / "new" / "fit-times.txt").read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def test_advanced_limits_its_lines_and_dumps_what_pstats_reads(tmp_path):
     assert any(name == "training_step" for _, _, name in stats.stats)
 
 
-def test_advanced_is_off_after_a_failure():
+def test_cprofile_is_disabled_after_a_failure():
     class Failing(Regression):
         def training_step(self, batch, batch_idx):
             raise KeyError("no such thing")
@@ -127,7 +127,7 @@ def test_pytorch_leaves_no_hooks_on_the_module():
     assert all(not child._forward_hooks and not child._forward_pre_hooks for child in model.modules())
 
 
-def test_a_profiler_of_ones_own_sees_the_actions():
+def test_a_custom_profiler_receives_the_actions():
     class Own(Profiler):
         def setup(self, stage, local_rank=None, log_dir=None):
             self.started = []
@@ -146,7 +146,7 @@ def test_a_profiler_of_ones_own_sees_the_actions():
 
 
 @pytest.mark.parametrize("name", ["simple", "advanced", "pytorch"])
-def test_profiling_changes_no_number(name):
+def test_profiling_does_not_change_results(name):
     plain, profiled = Regression(dropout=0.5), Regression(dropout=0.5)
     profiled.load_state_dict(plain.state_dict())
     fit(plain)
@@ -155,7 +155,7 @@ def test_profiling_changes_no_number(name):
 
 
 @pytest.mark.parametrize("profiler", [None, False, pl.PassThroughProfiler()])
-def test_without_a_profiler_hooks_may_still_name_their_parts(profiler):
+def test_profile_in_a_hook_works_without_a_profiler(profiler):
     trainer = fit(Named(), profiler=profiler, max_epochs=1)
     assert type(trainer.profiler) is pl.PassThroughProfiler
     assert trainer.profiler.profiles == ()

@@ -33,9 +33,9 @@ def test_an_action_takes_its_time_from_the_one_around_it(clock):
 
 def test_an_action_inside_itself_counts_twice_and_its_time_once(clock):
     stopwatch = Stopwatch(clock)
-    with stopwatch.measured("a"):
+    with stopwatch.measure("a"):
         clock.now_s += 1.0
-        with stopwatch.measured("a"):
+        with stopwatch.measure("a"):
             clock.now_s += 1.0
     [action] = stopwatch.actions()
     assert (action.num_calls, action.total_s) == (2, 2.0)
@@ -51,7 +51,7 @@ def test_actions_may_end_in_another_order_than_they_began(clock):
     assert {action.name: action.total_s for action in stopwatch.actions()} == {"a": 0.0, "b": 3.0}
 
 
-def test_what_is_under_way_has_its_time_so_far(clock):
+def test_a_running_action_has_its_time_so_far(clock):
     stopwatch = Stopwatch(clock)
     stopwatch.start("a")
     clock.now_s += 2.0
@@ -64,14 +64,14 @@ def test_stopping_what_was_not_started_is_an_error(clock):
         Stopwatch(clock).stop("a")
 
 
-def test_getting_items_is_measured_and_using_them_is_not(clock):
+def test_time_items_measures_getting_items_but_not_using_them(clock):
     def items():
         for item in range(3):
             clock.now_s += 1.0
             yield item
 
     stopwatch, seen = Stopwatch(clock), []
-    for item in stopwatch.over("fetch", items()):
+    for item in stopwatch.time_items("fetch", items()):
         clock.now_s += 10.0
         seen.append(item)
     [action] = stopwatch.actions()
@@ -80,7 +80,7 @@ def test_getting_items_is_measured_and_using_them_is_not(clock):
 
 def test_an_exception_ends_an_action(clock):
     stopwatch = Stopwatch(clock)
-    with pytest.raises(KeyError), stopwatch.measured("a"):
+    with pytest.raises(KeyError), stopwatch.measure("a"):
         raise KeyError
     clock.now_s += 5.0
     [action] = stopwatch.actions()

@@ -30,7 +30,7 @@ def test_without_extended_there_are_totals_and_means():
 
 
 @pytest.mark.parametrize(("columns", "is_abreast"), [("60", False), ("200", True)])
-def test_ranks_stand_abreast_where_there_is_room(columns, is_abreast, monkeypatch):
+def test_ranks_are_side_by_side_if_the_terminal_is_wide_enough(columns, is_abreast, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     profiles = [profile(3, "Slowest rank: 3", a=1.0, b=3.0), profile(1, "Fastest rank: 1", a=2.0, c=1.0)]
     lines = draw_profiles("fit", profiles).splitlines()
@@ -47,5 +47,5 @@ def test_ranks_have_the_same_rows_in_the_same_order(monkeypatch):
     assert names == ["b", "a", "c", "total"] * 2
 
 
-def test_nothing_measured_draws_nothing():
+def test_a_profile_without_actions_draws_nothing():
     assert draw_profiles("fit", [Profile(title="Worker", rank=0, elapsed_s=1.0, actions=())]) == ""

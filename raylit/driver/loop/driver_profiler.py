@@ -18,10 +18,10 @@ class DriverProfiler:
         self._stopwatch = Stopwatch()
 
     def measured(self, name: str) -> AbstractContextManager[None]:
-        return self._stopwatch.measured(name)
+        return self._stopwatch.measure(name)
 
     def over(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
-        return self._stopwatch.over(name, items)
+        return self._stopwatch.time_items(name, items)
 
     def of(self, called: _Object, *, name: str | None = None) -> _Object:
         """Stands for an object whose methods are measured, under the name of its class unless another is given."""
@@ -54,7 +54,7 @@ class _Timed:
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*args: Any, **kwargs: Any) -> Any:
-            with self._stopwatch.measured(self._name):
+            with self._stopwatch.measure(self._name):
                 return method(*args, **kwargs)
 
         return measured

@@ -232,8 +232,8 @@ class WorkerActor:
         return await asyncio.to_thread(self._held(what).next_piece)
 
     async def describe_part(self) -> Part:
-        """See HeldPart.described."""
-        return await asyncio.to_thread(self._held("part").described)
+        """See PendingPart.describe."""
+        return await asyncio.to_thread(self._held("part").describe)
 
     async def release_held(self, what: Held) -> None:
         if self._worker is not None:  # else it has gone with its run

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from raylit.checkpoint import files, remote
-from raylit.checkpoint.sharded import METADATA, name_of_part
+from raylit.checkpoint.layout import METADATA, name_of_part
 from raylit.driver.loop.checkpoint_queue import HolderLost
 from raylit.driver.ray.actor import Held
 from raylit.driver.ray.heartbeat import Heartbeat

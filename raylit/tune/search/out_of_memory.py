@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from raylit.callbacks.base import Callback
-from raylit.errors import ConfigError, RemoteTraceback, WorkerDied, without_hidden
+from raylit.errors import ConfigError, RemoteTraceback, WorkerDied, drop_hidden_frames
 
 Verdict = Literal["too large", "crashed"]
 
@@ -94,7 +94,7 @@ def without_tracebacks(error: BaseException) -> BaseException:
     """The exception, but no longer the frames that it has passed, whose variables hold a failed step's tensors: a text
     tells of them."""
     if error.__cause__ is None:
-        shown = without_hidden(error.__traceback__) or error.__traceback__
+        shown = drop_hidden_frames(error.__traceback__) or error.__traceback__
         error.__cause__ = RemoteTraceback("".join(traceback.format_exception(type(error), error, shown)))
     for each in _chain(error):
         each.__traceback__ = None

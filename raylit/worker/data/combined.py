@@ -67,7 +67,9 @@ def remove_shuffling(loader: Any) -> Any:
     Samplers that torch does not define are kept: their order is the same in every epoch, which is what matters.
     """
     if isinstance(loader, CombinedLoader):
-        return CombinedLoader(loader.shaped([remove_shuffling(member) for member in loader.flattened]), loader.mode)
+        return CombinedLoader(
+            loader.restore_shape([remove_shuffling(member) for member in loader.flattened]), loader.mode
+        )
     if isinstance(loader, dict) or holds_loaders(loader):
         return remove_shuffling(CombinedLoader(loader)).iterables
     if not is_map_style(loader):
@@ -195,7 +197,7 @@ class CombinedTrainData:
         # Beginning another pass draws from torch's generator.
         is_cycling = self._combined.mode == "max_size_cycle"
         can_prefetch = not is_cycling and all(member.can_prefetch for member in self._members)
-        return Feed(map(self._combined.shaped, steps), can_prefetch=can_prefetch)
+        return Feed(map(self._combined.restore_shape, steps), can_prefetch=can_prefetch)
 
     def num_left(self, epoch: int, num_done: int) -> float:
         if self._is_replayed or not self._members:
@@ -353,7 +355,7 @@ class _CombinedBatches:
         if self._combined.mode == "sequential":
             return chain.from_iterable(member.batches() for member in self._members)
         openers = [lambda number, member=member: member.batches() for member in self._members]
-        return map(self._combined.shaped, stepwise(openers, mode=self._combined.mode))
+        return map(self._combined.restore_shape, stepwise(openers, mode=self._combined.mode))
 
     def __len__(self) -> int:
         length = num_steps([member.num_batches for member in self._members], mode=self._combined.mode)
