@@ -1,4 +1,4 @@
-"""fit, validate, test, predict, tune and the two searches: one line of use each. Driver."""
+"""Functions that build a Trainer and call one of its methods: fit, validate, test, predict, tune, searches. Driver."""
 
 import atexit
 import inspect
@@ -26,7 +26,20 @@ def fit(
     weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> Trainer:
-    """`Trainer(**trainer_arguments).fit(...)`; returns the Trainer, to look at metrics and to test with."""
+    """Train a model: `Trainer(**trainer_arguments).fit(...)`.
+
+    Args:
+        model: The module; afterwards it holds the trained weights.
+        train_dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        val_dataloaders: Validation loaders. None: likewise.
+        datamodule: A DataModule, in place of loaders.
+        ckpt_path: Checkpoint to continue from, as in `Trainer.fit`.
+        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
+        trainer_arguments: Arguments of the Trainer.
+
+    Returns:
+        The Trainer, with the run's metrics and callbacks.
+    """
     trainer = Trainer(**trainer_arguments)
     trainer.fit(
         model,
@@ -49,7 +62,19 @@ def validate(
     weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> list[dict[str, float]]:
-    """`Trainer(**trainer_arguments).validate(...)`."""
+    """Validate a model: `Trainer(**trainer_arguments).validate(...)`.
+
+    Args:
+        model: The module.
+        dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        datamodule: A DataModule, in place of loaders.
+        ckpt_path: Checkpoint with the weights to use. None: the module's weights.
+        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
+        trainer_arguments: Arguments of the Trainer.
+
+    Returns:
+        The metrics of the validation loop, a dict for each loader.
+    """
     return Trainer(**trainer_arguments).validate(
         model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=weights_only
     )
@@ -65,7 +90,19 @@ def test(
     weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> list[dict[str, float]]:
-    """`Trainer(**trainer_arguments).test(...)`."""
+    """Test a model: `Trainer(**trainer_arguments).test(...)`.
+
+    Args:
+        model: The module.
+        dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        datamodule: A DataModule, in place of loaders.
+        ckpt_path: Checkpoint with the weights to use. None: the module's weights.
+        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
+        trainer_arguments: Arguments of the Trainer.
+
+    Returns:
+        The metrics of the test loop, a dict for each loader.
+    """
     return Trainer(**trainer_arguments).test(
         model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=weights_only
     )
@@ -81,7 +118,19 @@ def predict(
     weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> list[Any] | None:
-    """`Trainer(**trainer_arguments).predict(...)`."""
+    """Predict with a model: `Trainer(**trainer_arguments).predict(...)`.
+
+    Args:
+        model: The module.
+        dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        datamodule: A DataModule, in place of loaders.
+        ckpt_path: Checkpoint with the weights to use. None: the module's weights.
+        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
+        trainer_arguments: Arguments of the Trainer.
+
+    Returns:
+        The outputs of `predict_step`, as `Trainer.predict` returns them.
+    """
     return Trainer(**trainer_arguments).predict(
         model, dataloaders, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only
     )
@@ -96,7 +145,18 @@ def tune(
     datamodule: DataModule | None = None,
     **trainer_arguments: Any,
 ) -> dict[str, Any]:
-    """`Trainer(**trainer_arguments).tune(...)`: the searches of `auto_lr_find` and `auto_scale_batch_size`."""
+    """Run the searches of `auto_lr_find` and `auto_scale_batch_size`: `Trainer(**trainer_arguments).tune(...)`.
+
+    Args:
+        model: The module, on which the results are set.
+        train_dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        val_dataloaders: Validation loaders. None: likewise.
+        datamodule: A DataModule, in place of loaders.
+        trainer_arguments: Arguments of the Trainer.
+
+    Returns:
+        The results of the searches, as `scale_batch_size` and `lr_find`.
+    """
     return Trainer(**trainer_arguments).tune(model, train_dataloaders, val_dataloaders, datamodule)
 
 
@@ -109,8 +169,19 @@ def lr_find(
     datamodule: DataModule | None = None,
     **arguments: Any,
 ) -> RangeCurve | RaceResult:
-    """`Tuner(Trainer(...)).lr_find(...)`: what the search does not take is the Trainer's."""
-    own, rest = _split(arguments, Tuner.lr_find)
+    """Search for a learning rate: `Tuner(Trainer(...)).lr_find(...)`.
+
+    Args:
+        model: The module, on which the result is set.
+        train_dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        val_dataloaders: Validation loaders. None: likewise.
+        datamodule: A DataModule, in place of loaders.
+        arguments: Arguments of `Tuner.lr_find`; all others are the Trainer's.
+
+    Returns:
+        The result, whose `suggestion()` is the rate.
+    """
+    own, rest = _split_arguments(arguments, Tuner.lr_find)
     return Tuner(Trainer(**rest)).lr_find(model, train_dataloaders, val_dataloaders, datamodule, **own)
 
 
@@ -123,15 +194,28 @@ def scale_batch_size(
     datamodule: DataModule | None = None,
     **arguments: Any,
 ) -> int:
-    """`Tuner(Trainer(...)).scale_batch_size(...)`: what the search does not take is the Trainer's."""
-    own, rest = _split(arguments, Tuner.scale_batch_size)
+    """Search for a batch size: `Tuner(Trainer(...)).scale_batch_size(...)`.
+
+    Args:
+        model: The module, on which the result is set.
+        train_dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
+        val_dataloaders: Validation loaders. None: likewise.
+        datamodule: A DataModule, in place of loaders.
+        arguments: Arguments of `Tuner.scale_batch_size`; all others are the Trainer's.
+
+    Returns:
+        The batch size per worker.
+    """
+    own, rest = _split_arguments(arguments, Tuner.scale_batch_size)
     return Tuner(Trainer(**rest)).scale_batch_size(model, train_dataloaders, val_dataloaders, datamodule, **own)
 
 
 def shutdown() -> None:
-    """End the idle workers and the Ray node that raylit has started; a cluster of yours is left alone. Runs by itself
-    at exit."""
-    # Without this module nothing has been started, and Ray need not be imported for it.
+    """End the idle workers and the local Ray node that raylit has started; runs by itself at exit.
+
+    A cluster that raylit has not started stays as it is.
+    """
+    # If this module is not imported nothing has been started, and Ray need not be imported to end it.
     warm = sys.modules.get("raylit.driver.ray.worker_pool")
     if warm is not None:
         warm.shutdown()
@@ -140,8 +224,8 @@ def shutdown() -> None:
 atexit.register(shutdown)
 
 
-def _split(arguments: dict[str, Any], search: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that the search takes, and the others."""
+def _split_arguments(arguments: dict[str, Any], search: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split arguments into those of the search's signature and the others."""
     named = inspect.signature(search).parameters
     own = {name: value for name, value in arguments.items() if name in named}
     return own, {name: value for name, value in arguments.items() if name not in named}

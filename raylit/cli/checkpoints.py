@@ -1,4 +1,4 @@
-"""`raylit checkpoint`: what can be done with checkpoints from a command line. Driver."""
+"""The command `raylit checkpoint`, which converts checkpoints. Driver."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,11 @@ _CONSOLIDATE = (
 
 
 def main(args: Sequence[str]) -> None:
-    """CheckpointError: no checkpoint, a damaged one, or no way to write."""
+    """Run the command on its arguments.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, it is damaged, or the file cannot be written.
+    """
     parser = argparse.ArgumentParser(prog="raylit checkpoint", description="Work with checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
     consolidate = commands.add_parser("consolidate", help="a directory into one file", description=_CONSOLIDATE)

@@ -1,4 +1,4 @@
-"""The command line of a user's script: `raylit fit` with its own arguments and files."""
+"""RaylitCLI: options and config files for module, data and Trainer, and the subcommands fit to predict. Driver."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from raylit.trainer.trainer import Trainer
 
 
 class SavedConfig(DriverCallback):
-    """Writes `config.yaml` into the run's log directory as it starts."""
+    """Callback that writes `config.yaml` into the log directory when a fit starts."""
 
     def __init__(self, text: str, filename: str = "config.yaml") -> None:
         check_stays_below(filename, f"the config's file name {filename!r}")
@@ -35,15 +35,30 @@ _SUBCOMMANDS = {
 
 _DESCRIPTION = "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help."
 _EXACT = {"allow_abbrev": False}
-"""A later version's option would make an abbreviation ambiguous."""
+"""No abbreviated options: an option of a later version could make them ambiguous."""
 
 
 class RaylitCLI:
-    """Parses `sys.argv`, or `args`, builds what it names and runs the subcommand.
+    """Command line that builds a module, a data module and a Trainer from options and files, and runs a subcommand.
 
-    `model_class` and `datamodule_class`: a class, whose arguments become `--model.x`; None, where the command line
-    names the class (`--model my.module.LitModel`). Afterwards `model`, `datamodule`, `trainer`, `config` and `result`
-    are there. `run=False` builds them, without a subcommand.
+    Afterwards `model`, `datamodule`, `trainer`, `config` and `result` hold what was built, parsed and returned.
+
+    Args:
+        model_class: A class or function, whose arguments become options `--model.x`. None: the command line names the
+            class (`--model my.module.LitModel`).
+        datamodule_class: The same for the data module and `--data`.
+        save_config_callback: Callback class that saves the parsed config when a fit starts. None: it is not saved.
+        trainer_class: The Trainer or a subclass.
+        trainer_defaults: Defaults of Trainer arguments, by name.
+        seed_everything_default: Default of `--seed_everything`. True: the run gets a seed, which its config holds.
+        parser_kwargs: Keywords of jsonargparse's ArgumentParser.
+        subclass_mode_model: True: the command line names a subclass of `model_class`.
+        subclass_mode_data: True: the command line names a subclass of `datamodule_class`.
+        args: Arguments as a list of strings or as a dict. None: `sys.argv`.
+        run: False builds the objects only, and there are no subcommands.
+
+    Raises:
+        ConfigError: If jsonargparse is not installed.
     """
 
     def __init__(
@@ -70,9 +85,11 @@ class RaylitCLI:
         self._subparsers: dict[str, Any] = {}
         self.subcommand: str | None = None
         self.result: Any = None
-        """What the subcommand has returned."""
-        self.parser = self._main_parser() if run else self._parser(has_checkpoint=False, **self._parser_kwargs)
-        parsed = self._parsed(args)
+        """Return value of the subcommand."""
+        self.parser = (
+            self._build_main_parser() if run else self._build_parser(has_checkpoint=False, **self._parser_kwargs)
+        )
+        parsed = self._parse_arguments(args)
         if run:
             self.subcommand = parsed.subcommand
             parsed = parsed[parsed.subcommand]
@@ -86,17 +103,17 @@ class RaylitCLI:
 
     # Helpers, in the order in which they are called
 
-    def _main_parser(self) -> Any:
+    def _build_main_parser(self) -> Any:
         parser = _parser_class()(**{"description": _DESCRIPTION, **_EXACT, **self._parser_kwargs})
         subcommands = parser.add_subcommands(required=True, dest="subcommand")
         for name, text in _SUBCOMMANDS.items():
             usage = f"{parser.prog} {name} [--config FILE] [--model ...] [--data ...] [--trainer.NAME VALUE] ..."
-            self._subparsers[name] = self._parser(has_checkpoint=True, usage=usage)
+            self._subparsers[name] = self._build_parser(has_checkpoint=True, usage=usage)
             subcommands.add_subcommand(name, self._subparsers[name], help=text)
         return parser
 
-    def _parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
-        # A usage of its own: not all of the hundred options before each error.
+    def _build_parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
+        # An own usage line, as argparse prints all of the hundred options before each error.
         parser = _parser_class()(**{**_EXACT, **options})
         parser.add_argument("-c", "--config", action="config", help="A YAML file; later ones and options win.")
         parser.add_argument(
@@ -120,13 +137,13 @@ class RaylitCLI:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="A file or URL of a checkpoint.")
         return parser
 
-    def _parsed(self, args: Any) -> Any:
+    def _parse_arguments(self, args: Any) -> Any:
         if isinstance(args, dict):
             return self.parser.parse_object(args)
         return self.parser.parse_args(sys.argv[1:] if args is None else list(args))
 
     def _build(self, save_config: type[SavedConfig] | None) -> None:
-        """Seed first: the model's weights follow it."""
+        """Seed, then build module, data module and Trainer; the seed comes first as the weights depend on it."""
         seed = self.config.seed_everything
         if seed is not None and seed is not False:
             self.config.seed_everything = seed_everything(None if seed is True else seed)

@@ -1,4 +1,4 @@
-"""main: the `raylit` command. Driver."""
+"""Entry point of the `raylit` command. Driver."""
 
 import os
 import sys
@@ -10,9 +10,10 @@ from raylit.errors import RaylitError
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a subcommand; raylit's own errors are a line, the user's code's are a traceback."""
+    """Run a subcommand and return the exit status; raylit's errors are one line, those of user code a traceback."""
     args = sys.argv[1:] if args is None else args
-    # A console script begins with its own directory; the user's modules are where they stand. Workers get this path.
+    # A console script has its own directory on the path, not the current one with the user's modules. Workers get this
+    # path, too.
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)

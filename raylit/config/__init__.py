@@ -1,3 +1,4 @@
-"""The settings of a run: frozen, validated, sent to every worker as they are.
+"""The settings of a run: frozen dataclasses, validated in the driver and sent to every worker unchanged.
 
-Made in the driver from the Trainer's arguments. Open `plan.py` first."""
+The driver builds them from the Trainer's arguments. Open `plan.py` first.
+"""

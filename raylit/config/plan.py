@@ -1,4 +1,7 @@
-"""The Plan: every setting of a run, validated and frozen; it travels to the workers."""
+"""The Plan: every setting of a run, validated and frozen. The driver builds it and sends it to the workers.
+
+`raylit/trainer/arguments/` parses the Trainer's arguments into the groups below. The values here are checked.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -7,7 +10,7 @@ from typing import Any, Literal
 from raylit.config.strategy import SingleDeviceStrategy, StrategyOptions
 
 BatchLimit = int | float
-"""A float is a fraction of the loader (1.0: all of it), an int a count of batches per worker."""
+"""A float is a fraction of the loader (1.0: all batches), an int is a count of batches per worker."""
 
 AcceleratorName = Literal["cpu", "cuda"]
 PlacementName = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -18,63 +21,67 @@ PrecisionName = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """Who runs the steps."""
+    """Number, kind and placement of the workers."""
 
     num_workers: int = 0
-    """Ray actors; 0 runs the loop in the driver's process."""
+    """Number of Ray actors; 0 runs the loop in the driver's process."""
     num_nodes: int | None = None
-    """Hosts that share the workers evenly; None: wherever there is room."""
+    """Hosts that share the workers evenly; None: Ray and `placement` choose the hosts."""
     accelerator: AcceleratorName = "cpu"
     resources_per_worker: dict[str, float] = field(default_factory=dict)
     """What each actor asks Ray for, by Ray's names. Unless named: one CPU (and one GPU with accelerator="cuda")."""
     placement: PlacementName = "PACK"
-    """Ray's strategy for the workers: few hosts or many, as far as possible or strictly. num_nodes says it exactly."""
+    """Ray's placement strategy: few hosts or many, as far as possible or strictly. num_nodes sets the exact number."""
     label_selector: dict[str, str] = field(default_factory=dict)
-    """Only on hosts with these labels; Ray's conditions: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
+    """Labels that a worker's host must have; Ray's conditions: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
     start_timeout_s: float = 600.0
+    """How long the start of the workers may wait for resources of the cluster."""
     ping_timeout_s: float = 10.0
-    """A worker that answers nothing for so long counts as dead; 0: never."""
+    """A worker that does not answer for this time counts as dead; 0: no limit."""
     start_ping_timeout_s: float = 120.0
-    """The same while it starts: what that prepares may hold the interpreter for long. Not longer than a ping_timeout_s
-    that the user has given."""
+    """The limit while a worker starts, when imports may hold the interpreter for long. Equal to ping_timeout_s if the
+    user has given that."""
     keep_s: float | None = None
     """How long idle workers stay for the next run; None: 5 minutes on the embedded node, 30 s on a cluster."""
 
     @property
     def world_size(self) -> int:
+        """Number of ranks: one per worker, or 1 with the loop in the driver's process."""
         return max(1, self.num_workers)
 
     @property
     def given_ping_timeout_s(self) -> float | None:
-        """As the user has said it; None: not at all."""
+        """The user's ping_timeout_s; None if it was not given."""
         return self.ping_timeout_s if self.ping_timeout_s == self.start_ping_timeout_s else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How long, and how much of each loader."""
+    """Limits of a run in epochs, steps and time, and how much of each loader is used."""
 
     max_epochs: int | None = 1000
-    """None: no limit in epochs."""
+    """None: no limit."""
     min_epochs: int = 0
+    """Epochs that a request to stop, such as early stopping's, does not cut short."""
     max_steps: int | None = None
-    """Optimizer steps; None: no limit in steps."""
+    """Optimizer steps; None: no limit."""
     min_steps: int = 0
+    """Optimizer steps that a request to stop does not cut short."""
     train_batches: BatchLimit = 1.0
     val_batches: BatchLimit = 1.0
     test_batches: BatchLimit = 1.0
     predict_batches: BatchLimit = 1.0
     overfit_batches: BatchLimit = 0.0
-    """The same few batches for training and validation, unshuffled; 0.0: not so."""
+    """Train and validate on the same first batches, unshuffled; 0.0: off."""
     max_time_s: float | None = None
-    """Training ends at the next batch border after so many seconds."""
+    """Seconds after which training ends, at the next batch; None: no limit."""
     sanity_val_batches: int = 2
-    """Validation batches run before training to find bugs early; -1: all."""
+    """Validation batches per loader that run before training, to find errors early; -1: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
-    """When validation is due during fit."""
+    """The times at which validation runs during fit."""
 
     interval: BatchLimit = 1.0
     """A float: a fraction of the training epoch; an int: training batches."""
@@ -86,78 +93,84 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimization:
-    """What happens between the loss and the next weights."""
+    """Settings of the backward pass and the optimizer step, of precision and of compilation."""
 
     accumulation: tuple[tuple[int, int], ...] = ((0, 1),)
-    """(first epoch, batches in a window) pairs, ascending; the first is of epoch 0."""
+    """(first epoch, batches in an accumulation window) pairs, ascending; the first pair is for epoch 0."""
     clip_val: float | None = None
+    """Limit of gradient clipping; None: no clipping."""
     clip_algorithm: Literal["norm", "value"] = "norm"
     precision: PrecisionName = "32-true"
     truncated_steps: int | None = None
-    """Length of the pieces of truncated back-propagation; None: whole batches, unless the module has a length."""
+    """Time steps of a piece of truncated back-propagation; None: the module's own length, else whole batches."""
     grad_norm_order: float | None = None
-    """Gradients' norms are logged at logging steps: 2.0, inf, ...; None: they are not."""
+    """Order of the gradient norms that are logged at logging steps: 2.0, inf, ...; None: none are logged."""
     is_ending_on_nan: bool = False
-    """A loss or weight that is not finite is an error."""
+    """Raise NotFiniteError for a loss or a weight that is not finite."""
     is_detecting_anomaly: bool = False
-    """torch.autograd's anomaly detection."""
+    """Use torch.autograd's anomaly detection."""
     matmul_precision: MatmulPrecisionName | None = None
-    """Of float32 products: torch.set_float32_matmul_precision; None: as in the driver."""
+    """Precision of float32 matrix products, as in torch.set_float32_matmul_precision; None: as in the driver."""
     is_channels_last: bool = False
-    """Weights and batches of four dimensions lie in memory as NHWC."""
+    """Keep four-dimensional weights and batches in memory as NHWC."""
     compile_options: dict[str, Any] | None = None
-    """Keywords of torch.compile; None: nothing is compiled but what the user has."""
+    """Keywords of torch.compile; None: only what the user has compiled is compiled."""
 
     def window_in(self, epoch: int) -> int:
-        """Batches whose gradients are added up before a step."""
+        """Return the number of batches whose gradients are added up before a step of this epoch."""
         return next(window for first, window in reversed(self.accumulation) if epoch >= first)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reporting:
-    """What the driver gets to see, and how often."""
+    """Intervals and depth of the reports that workers send to the driver."""
 
     log_every_n_steps: int = 50
+    """Optimizer steps from one report of step metrics to the next; 0: none."""
     refresh_period_s: float = 0.1
-    """Least time between two progress reports of a worker."""
+    """Least seconds between two progress reports of a worker."""
     summary_depth: int | None = None
-    """How deep the model's layers are summarized at a fit's start; -1: all of them, None: not at all."""
+    """Depth of the summary of layers that is printed when a fit starts; -1: all layers, None: no summary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One run, as asked for. Built by the Trainer, never changed."""
+    """All settings of one run. The Trainer builds it, and it never changes."""
 
     workers: Workers = Workers()
     strategy: StrategyOptions = field(default_factory=SingleDeviceStrategy)
-    """How the workers share the model. It may hold classes and functions of the user's."""
+    """How the workers share the model. It may hold the user's classes and functions."""
     is_syncing_batchnorm: bool = False
-    """Batch norm layers take their statistics over all ranks."""
+    """Batch-norm layers compute their statistics over all ranks."""
     limits: Limits = Limits()
     validation: Validation = Validation()
     optimization: Optimization = Optimization()
     reporting: Reporting = Reporting()
     default_root_dir: str = "."
+    """Directory or URL for logs and checkpoints."""
     reload_loaders_every_n_epochs: int = 0
-    """The loader hooks are called again after so many epochs; 0: never."""
+    """Epochs after which the loader hooks are called again; 0: never."""
     combination: CombinationName = "max_size_cycle"
-    """How several training loaders become one where the user has not combined them."""
+    """How several training loaders are combined if the user has not combined them."""
     prepares_per_node: bool = True
-    """prepare_data runs once per host, else once in all."""
+    """Call prepare_data once per host; False: once in all."""
     seed: int = 0
     """Seed of the data order: global batch k of epoch e is a function of seed, e and k."""
     use_distributed_sampler: bool = True
-    """False: samplers and iterables are the user's to split."""
+    """Share the samples out over the ranks; False: the user's code splits samplers and iterables."""
     deterministic: bool | Literal["warn"] = False
+    """Use torch's deterministic algorithms; "warn": warn if there is none for an operation."""
     benchmark: bool | None = None
+    """Value of torch.backends.cudnn.benchmark; None: False with `deterministic`, else as in the driver."""
     is_saving_async: bool = True
-    """Training goes on while a checkpoint is written."""
+    """Go on with training while a checkpoint is written."""
     is_dev_run: bool = False
-    """fast_dev_run: nothing is written."""
+    """The run is a fast_dev_run, which writes nothing."""
     inference_mode: bool = True
+    """Evaluate and predict under torch.inference_mode; False: under torch.no_grad."""
 
     def num_windows(self, num_batches: float) -> float:
-        """Of a whole fit whose epochs have so many batches; infinite where neither epochs nor steps are limited."""
+        """Return the optimizer steps of a fit with this many batches per epoch; infinite if nothing limits them."""
         limits = self.limits
         most = math.inf if limits.max_steps is None else limits.max_steps
         if limits.max_epochs is None or math.isinf(num_batches):
@@ -170,7 +183,7 @@ class Plan:
 
 
 class PlanProperties:
-    """Properties that read the plan."""
+    """Properties that read the Plan, for the Trainer and for the view of it that hooks get."""
 
     _plan: Plan
 
@@ -184,7 +197,7 @@ class PlanProperties:
 
     @property
     def max_steps(self) -> int:
-        """-1: no limit."""
+        """Limit in optimizer steps; -1: no limit."""
         return -1 if self._plan.limits.max_steps is None else self._plan.limits.max_steps
 
     @property
@@ -217,7 +230,7 @@ class PlanProperties:
 
     @property
     def val_check_interval(self) -> BatchLimit:
-        """1.0 where validation comes by time."""
+        """Interval of validation in batches, or as a fraction of the epoch; 1.0 if validation runs by time."""
         return self._plan.validation.interval
 
     @property
@@ -250,5 +263,5 @@ class PlanProperties:
 
     @property
     def num_devices(self) -> int:
-        """Workers of each host."""
+        """Number of workers per host."""
         return self._plan.workers.world_size // (self._plan.workers.num_nodes or 1)

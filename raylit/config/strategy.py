@@ -1,4 +1,4 @@
-"""How the workers are to share one model: each strategy's options, as the user gives them. Both sides; in the plan."""
+"""Options of the strategies by which workers share one model, as the user gives them. Part of the Plan; both sides."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 CommHook = Callable[..., Any]
-"""As torch's `register_comm_hook` takes it: (state, bucket) to a future of the bucket's tensor."""
+"""A hook for torch's `register_comm_hook`: (state, bucket) to a future of the bucket's tensor."""
 CompressionName = Literal["bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SingleDeviceStrategy:
-    """One worker: nothing to share."""
+    """Options of a run with one worker, which has nothing to share."""
 
     is_sharding: ClassVar[bool] = False
     is_saving_parts: ClassVar[bool] = False
@@ -26,35 +26,36 @@ class SingleDeviceStrategy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DDPStrategy:
-    """Every worker holds the whole model; gradients are averaged over the workers while the backward pass runs.
+    """Data parallelism: every worker holds the whole model; gradients are averaged during the backward pass.
 
-    Lightning's names, as far as torch's DistributedDataParallel has them. With one worker none of it matters.
+    The names are Lightning's, as far as torch's DistributedDataParallel has these options. With one worker the options
+    have no effect.
     """
 
     find_unused_parameters: bool | Literal["auto"] = False
-    """Parameters that a loss does not depend on count as zero; else such a parameter is an error that names it. "auto",
-    which strategy="auto" stands for: they are looked for from the first step on that has any."""
+    """Use zero gradients for parameters that a loss does not depend on; False: such a parameter is an error that names
+    it. "auto", the value under strategy="auto": search for them from the first step that has any."""
     static_graph: bool = False
-    """Every batch uses the same parameters in the same order, with layers run twice or recomputed (activation
-    checkpointing) among them. Parameters that are never used need no search then."""
+    """Every batch uses the same parameters in the same order. Layers may run twice or be recomputed (activation
+    checkpointing), and parameters that are never used need no search."""
     bucket_cap_mb: float | None = None
-    """Gradients travel together up to this size, in MiB; None: 25, torch's own."""
+    """Size of a gradient bucket, which is one all-reduce, in MiB; None: torch's default, 25."""
     gradient_as_bucket_view: bool = True
-    """Gradients are views of the memory that they travel in: no copies, and nothing may replace `parameter.grad`."""
+    """Make gradients views of the buckets, which saves copies; nothing may replace `parameter.grad` then."""
     broadcast_buffers: bool = True
-    """Rank 0's buffers (running statistics) go to all workers before each forward pass."""
+    """Broadcast rank 0's buffers (running statistics) to all workers before each forward pass."""
     ddp_comm_hook: CommHook | CompressionName | None = None
-    """What becomes of gradients on their way: "bf16" or "fp16" halves them, or a hook of
+    """How gradients are communicated: "bf16" or "fp16" halves their size; or a hook of
     torch.distributed.algorithms.ddp_comm_hooks, or your own."""
     ddp_comm_state: Any = None
     """The hook's first argument; each worker gets a copy."""
     ddp_comm_wrapper: Callable[[CommHook], CommHook] | None = None
-    """Makes another hook of the hook, such as torch's `fp16_compress_wrapper`."""
+    """A function that wraps the hook in another one, such as torch's `fp16_compress_wrapper`."""
     is_sharding: ClassVar[bool] = False
     is_saving_parts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """ConfigError: a value that cannot work."""
+        """Raise ConfigError for a value that cannot work."""
         if self.find_unused_parameters not in (True, False, "auto"):
             raise ConfigError(
                 f"DDPStrategy(find_unused_parameters={self.find_unused_parameters!r}): must be True, False or 'auto'"
@@ -84,46 +85,47 @@ class DDPStrategy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FSDPStrategy:
-    """Every worker holds its share of parameters, gradients and optimizer states: torch's `fully_shard`.
+    """Sharding by torch's `fully_shard`: every worker holds its shard of parameters, gradients and optimizer states.
 
-    Lightning's names where it has one, values as torch takes them. With one worker none of it matters. A model that
-    is too large for one process is built in `configure_model`; one that is built before is in each of them for a
-    moment.
+    The names are Lightning's where it has one, the values are torch's. With one worker the options have no effect.
+    Build a model that is too large for one process in `configure_model`: a model that is built earlier is in the memory
+    of every worker as a whole before it is sharded.
     """
 
     auto_wrap_policy: Collection[type[nn.Module]] | Callable[[nn.Module], bool] | None = None
-    """What is gathered at a time: modules of these classes, or those that the function says True to. None: the repeated
-    blocks, which are members of one class in a ModuleList, ModuleDict or Sequential."""
+    """Modules whose parameters are all-gathered together: modules of these classes, or those for which the function
+    returns True. None: the repeated blocks, which are members of one class in a ModuleList, ModuleDict or
+    Sequential."""
     activation_checkpointing_policy: Collection[type[nn.Module]] | None = None
-    """Modules of these classes compute their activations again in the backward pass instead of keeping them."""
+    """Modules of these classes recompute their activations in the backward pass instead of keeping them."""
     cpu_offload: bool = False
-    """Parameters, gradients and optimizer states stay in main memory, and with it the optimizer's step."""
+    """Keep parameters, gradients and optimizer states in main memory, where the optimizer steps on the CPU."""
     mixed_precision: "MixedPrecisionPolicy | None" = None
-    """torch.distributed.fsdp.MixedPrecisionPolicy; None: as the Trainer's precision has it. With "bf16-mixed" and
-    "16-mixed" parameters are gathered in that type, kept and reduced in float32."""
+    """A torch.distributed.fsdp.MixedPrecisionPolicy; None: the Trainer's precision decides. With "bf16-mixed" and
+    "16-mixed" parameters are all-gathered in that type; shards and reductions are float32."""
     reshard_after_forward: bool | int = True
-    """Gathered parameters are let go of after the forward pass and gathered again for the backward pass: less memory,
-    half as much traffic again. An int: kept by groups of so many workers."""
+    """Free gathered parameters after the forward pass and gather them again for the backward pass: less memory, 1.5
+    times the traffic. An int: each group of this many workers keeps them, sharded."""
     state_dict_type: Literal["sharded", "full"] = "sharded"
-    """Checkpoints are directories to which each worker writes its part at the same time, or single files, for which
-    the whole goes through rank 0's memory."""
+    """Format of checkpoints: directories to which all workers write their shards at the same time, or single files, for
+    which the whole state passes through rank 0's memory."""
     empty_init: bool = True
-    """`configure_model` builds on the meta device, and each part is initialised by its `reset_parameters`: the same
-    numbers as in a plain build whose constructors end with that call. False: it builds real tensors, all of them in
-    each worker for a moment, such as pretrained ones."""
+    """Run `configure_model` on the meta device and initialise each module by its `reset_parameters`: the same numbers
+    as in a plain build whose constructors end with that call. False: it builds real tensors, such as pretrained ones,
+    and each worker holds all of them before they are sharded."""
     gather_weights: bool = True
-    """After a run the driver's module has the trained weights, which have come piece by piece. False: it keeps what
-    it has had, and is on the meta device where `configure_model` has made it; the weights are in the checkpoints."""
+    """Send the trained weights to the driver's module after a run, piece by piece. False: that module keeps the weights
+    that it had, on the meta device if `configure_model` has built it; the trained ones are in the checkpoints."""
 
     is_sharding: ClassVar[bool] = True
 
     @property
     def is_saving_parts(self) -> bool:
-        """A checkpoint is a directory, and each worker writes its part."""
+        """A checkpoint is a directory to which each worker writes its shard."""
         return self.state_dict_type == "sharded"
 
     def __post_init__(self) -> None:
-        """ConfigError: a value that cannot work."""
+        """Raise ConfigError for a value that cannot work."""
         for name in ("cpu_offload", "empty_init", "gather_weights"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"FSDPStrategy({name}={value!r}): must be True or False")

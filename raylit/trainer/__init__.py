@@ -1,3 +1,4 @@
-"""The Trainer: its arguments, its entry points and what it knows after a run.
+"""The Trainer: its arguments, its entry points, and its state after a run.
 
-Runs in the driver. Open `trainer.py` first."""
+Runs in the driver. Open `trainer.py` first.
+"""

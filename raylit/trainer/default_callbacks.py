@@ -1,4 +1,4 @@
-"""What is attached to a Trainer: callbacks, sorted by the side they run on, and loggers. Driver."""
+"""Choose a Trainer's callbacks and loggers, from its arguments and defaults. Driver."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ _Any = TypeVar("_Any")
 _Callback = TypeVar("_Callback", bound=DriverCallback)
 
 
-def chosen_callbacks(
+def choose_callbacks(
     *,
     callbacks: Callback | DriverCallback | Sequence[Callback | DriverCallback] | None,
     enable_checkpointing: bool | ModelCheckpoint,
@@ -37,33 +37,35 @@ def chosen_callbacks(
     max_time: Duration | None,
     fast_dev_run: bool | int,
 ) -> list[Callback | DriverCallback]:
-    """What was given and what switches and defaults add to it."""
+    """Return the given callbacks and those that bool arguments and defaults add."""
     one_or_more = [] if callbacks is None else callbacks
     given: list[Any] = list(one_or_more) if isinstance(one_or_more, (list, tuple)) else [one_or_more]
     _check_kinds(given, "callbacks holds")
-    bars = _chosen(ProgressBar, given, ProgressBar, enable_progress_bar=enable_progress_bar)
-    summaries = _chosen(ModelSummary, given, ModelSummary, enable_model_summary=enable_model_summary)
-    saves = _chosen(ModelCheckpoint, given, ModelCheckpoint.automatic, enable_checkpointing=enable_checkpointing)
-    # False is the default here, and says nothing against a callback of the user's.
+    bars = _choose_of_kind(ProgressBar, given, ProgressBar, enable_progress_bar=enable_progress_bar)
+    summaries = _choose_of_kind(ModelSummary, given, ModelSummary, enable_model_summary=enable_model_summary)
+    saves = _choose_of_kind(
+        ModelCheckpoint, given, ModelCheckpoint.automatic, enable_checkpointing=enable_checkpointing
+    )
+    # False is the default here, so it does not contradict a callback of the user's.
     is_stopping = early_stop_callback or any(isinstance(callback, EarlyStopping) for callback in given)
-    stops = _chosen(EarlyStopping, given, EarlyStopping, early_stop_callback=is_stopping)
+    stops = _choose_of_kind(EarlyStopping, given, EarlyStopping, early_stop_callback=is_stopping)
     if max_time is not None and any(isinstance(callback, Timer) for callback in given):
         raise ConfigError("max_time and a Timer callback: give one of them")
     timers = [] if max_time is None or fast_dev_run else [Timer(max_time)]
-    # A callback given in a switch's place is not among the given ones, and vice versa.
+    # An argument such as enable_checkpointing may hold a callback, which is then not in `given`.
     chosen: list[Callback | DriverCallback] = [*bars, *summaries, *given, *timers, *stops, *saves]
     kept = [callback for callback in chosen if not (fast_dev_run and isinstance(callback, ModelCheckpoint))]
-    return _distinct(kept)
+    return _drop_duplicates(kept)
 
 
-def _chosen(
+def _choose_of_kind(
     kind: type[_Callback], given: list[Any], default: Callable[[], _Callback], **switch: bool | _Callback
 ) -> list[_Callback]:
-    """Those of a kind: the one that is given in the switch's place, the user's, else the default where it is on."""
+    """Return the callbacks of a kind: the argument's and the user's, else the default one if the argument is True."""
     [(name, value)] = switch.items()
     own = [callback for callback in given if isinstance(callback, kind)]
     if isinstance(value, kind):
-        return _distinct([value, *own])
+        return _drop_duplicates([value, *own])
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: must be True, False or a {kind.__name__}")
     if own and not value:
@@ -71,15 +73,15 @@ def _chosen(
     return own or ([default()] if value else [])
 
 
-def _distinct(callbacks: Sequence[_Any]) -> list[_Any]:
-    """Each object once: users' callbacks may be unhashable, or equal to each other."""
+def _drop_duplicates(callbacks: Sequence[_Any]) -> list[_Any]:
+    """Return each object once, by identity: users' callbacks may be unhashable, or equal to each other."""
     return list({id(callback): callback for callback in callbacks}.values())
 
 
-def with_modules_own(
+def merge_module_callbacks(
     callbacks: Sequence[Callback | DriverCallback], module: LightningModule
 ) -> list[Callback | DriverCallback]:
-    """The Trainer's, where those that the module's `configure_callbacks` returns take the place of their kind."""
+    """Return the callbacks with those of the module's `configure_callbacks`, which replace others of their class."""
     answer = module.configure_callbacks()
     own = list(answer) if isinstance(answer, (list, tuple)) else [answer]
     _check_kinds(own, "configure_callbacks returned")
@@ -87,16 +89,25 @@ def with_modules_own(
     return [*(callback for callback in callbacks if type(callback) not in kinds), *own]
 
 
-def split(callbacks: Sequence[Callback | DriverCallback]) -> tuple[list[Callback], list[DriverCallback]]:
-    """The workers' and the driver's; bars and summaries first and checkpointing last, so that it sees what the others
-    decided. ConfigError: two that would keep their state under one key."""
+def split_callbacks(callbacks: Sequence[Callback | DriverCallback]) -> tuple[list[Callback], list[DriverCallback]]:
+    """Split callbacks into the workers' and the driver's.
+
+    The driver's are sorted: bars and summaries first, checkpointing last, so that it sees what the others decided.
+
+    Raises:
+        ConfigError: If two callbacks would keep their state under one key.
+    """
     _check_state_keys(callbacks)
     drivers = [callback for callback in callbacks if isinstance(callback, DriverCallback)]
-    return [callback for callback in callbacks if isinstance(callback, Callback)], sorted(drivers, key=_turn)
+    return [callback for callback in callbacks if isinstance(callback, Callback)], sorted(drivers, key=_sort_key)
 
 
 def apply_callbacks(plan: Plan, callbacks: Sequence[Callback | DriverCallback], *, has_loggers: bool) -> Plan:
-    """The plan with what callbacks say. ConfigError: what one of them needs is not there."""
+    """Return the plan with the settings that callbacks make, such as the depth of the summary.
+
+    Raises:
+        ConfigError: If a callback needs a logger or a limit that is missing.
+    """
     for callback in callbacks:
         is_logging = isinstance(callback, (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor))
         if is_logging and not has_loggers and not plan.is_dev_run:
@@ -116,8 +127,8 @@ def apply_callbacks(plan: Plan, callbacks: Sequence[Callback | DriverCallback], 
     return replace(plan, optimization=replace(plan.optimization, accumulation=accumulation))
 
 
-def on_worker_exceptions(callbacks: Sequence[DriverCallback], *, log_dir: str) -> list[Callback]:
-    """What is to run on every worker for those in the driver that save when a worker's hook raises."""
+def build_exception_callbacks(callbacks: Sequence[DriverCallback], *, log_dir: str) -> list[Callback]:
+    """Build the workers' callbacks for each ModelCheckpoint that saves when a worker's hook raises."""
     saves = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
     directory = join(absolute(log_dir), "checkpoints")
     return [
@@ -126,7 +137,8 @@ def on_worker_exceptions(callbacks: Sequence[DriverCallback], *, log_dir: str) -
     ]
 
 
-def _turn(callback: DriverCallback) -> int:
+def _sort_key(callback: DriverCallback) -> int:
+    """Return the place in the order: ProgressBar, ModelSummary, others, ModelCheckpoint."""
     kinds: tuple[type, ...] = (ProgressBar, ModelSummary, DriverCallback)
     return (
         3 if isinstance(callback, ModelCheckpoint) else next(i for i, k in enumerate(kinds) if isinstance(callback, k))
@@ -155,7 +167,7 @@ def _check_state_keys(callbacks: Sequence[Callback | DriverCallback]) -> None:
 
 
 def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: str) -> list[Logger]:
-    """TensorBoard's by default; in a run that writes nothing one that keeps nothing, for the hooks that log."""
+    """Build the loggers, by default TensorBoard's; a fast_dev_run has a DummyLogger, for the hooks that log."""
     if isinstance(logger, bool):
         loggers: list[Logger] = [TensorBoardLogger()] if logger else []
     else:
@@ -170,8 +182,8 @@ def build_loggers(*, logger: Any, fast_dev_run: bool | int, default_root_dir: st
     return loggers
 
 
-def known_to_hooks(loggers: Sequence[Logger], *, num_workers: int) -> list[Logger | LoggerFacts]:
-    """What travels to where the hooks run: there a logger is itself, or what is known of it."""
+def build_hook_loggers(loggers: Sequence[Logger], *, num_workers: int) -> list[Logger | LoggerFacts]:
+    """Return what hooks get as loggers: the loggers themselves in this process, their LoggerFacts on workers."""
     return [
         logger if num_workers == 0 or isinstance(logger, DummyLogger) else LoggerFacts.from_logger(logger, index)
         for index, logger in enumerate(loggers)

@@ -1,4 +1,4 @@
-"""What a stage needs of the user's objects, checked before anything starts. Driver."""
+"""Check that the user's objects have what a stage needs, before any worker starts. Driver."""
 
 import warnings
 from typing import Any
@@ -18,10 +18,11 @@ from raylit.worker.loops.hooks import is_overridden
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-_NEEDING_THE_WHOLE_MODEL = (OnExceptionCheckpoint, StochasticWeightAveraging)
+_WHOLE_MODEL_CALLBACKS = (OnExceptionCheckpoint, StochasticWeightAveraging)
 
 
 def check_module(model: Any) -> None:
+    """Raise ModuleError if the model is not an instance of LightningModule."""
     if isinstance(model, type):
         raise ModuleError(f"the class {model.__name__} was passed: pass an instance, {model.__name__}(...)")
     if not isinstance(model, LightningModule):
@@ -29,7 +30,7 @@ def check_module(model: Any) -> None:
 
 
 def require_automatic(module: LightningModule, plan: Plan) -> None:
-    """ConfigError for what only automatic optimization can do, asked of a module that optimizes by hand."""
+    """Raise ConfigError for settings that need automatic optimization, if the module optimizes manually."""
     if module.automatic_optimization:
         return
     hook = plan.strategy.ddp_comm_hook if isinstance(plan.strategy, DDPStrategy) else None
@@ -51,10 +52,10 @@ def require_automatic(module: LightningModule, plan: Plan) -> None:
 
 
 def require_shardable(job: Job, plan: Plan) -> None:
-    """ConfigError for what a fit that shards the model cannot do."""
+    """Raise ConfigError for callbacks that cannot work in a fit that shards the model."""
     if not plan.strategy.is_sharding:
         return
-    whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _NEEDING_THE_WHOLE_MODEL)]
+    whole = [type(one).__name__ for one in job.callbacks if isinstance(one, _WHOLE_MODEL_CALLBACKS)]
     for is_wrong, what, instead in (
         (
             any(isinstance(one, SavesOnException) for one in job.callbacks),
@@ -68,7 +69,7 @@ def require_shardable(job: Job, plan: Plan) -> None:
 
 
 def require_weights(module: LightningModule, *, has_checkpoint: bool) -> None:
-    """ConfigError: there is nothing to evaluate."""
+    """Raise ConfigError if the weights are on the meta device and no checkpoint is given."""
     if not has_checkpoint and any(parameter.is_meta for parameter in module.parameters()):
         raise ConfigError(
             f"the weights of this {type(module).__name__} are on the meta device, without numbers: pass "
@@ -76,8 +77,8 @@ def require_weights(module: LightningModule, *, has_checkpoint: bool) -> None:
         )
 
 
-def require(job: Job, stage: Stage, *, is_validating: bool = False) -> None:
-    """ModuleError, before anything starts, for a step or a loader that the stage cannot do without."""
+def require_steps_and_loaders(job: Job, stage: Stage, *, is_validating: bool = False) -> None:
+    """Raise ModuleError if a step, an optimizer or a loader that the stage needs is missing."""
     module, step = job.module, _STEPS[stage]
     name = type(module).__name__
     if stage != "predict" and not is_overridden(step, module, LightningModule):

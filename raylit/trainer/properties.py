@@ -1,4 +1,4 @@
-"""The Trainer's properties: what it knows of its plan, its run and its last checkpoint. Driver."""
+"""The Trainer's properties: settings, state and results of its last run; and saving that run. Driver."""
 
 import os
 from collections.abc import Iterator
@@ -35,8 +35,14 @@ def write_last_run(
     newest: str,
     is_weights_only: bool,
 ) -> None:
-    """The whole run where its `newest` checkpoint is of the same step, and so has what the driver has not: optimizers,
-    random states. Else, or with `is_weights_only`, weights and hyper-parameters."""
+    """Write the last run as a checkpoint.
+
+    The driver has the weights, but no optimizer and random states. These come from the run's `newest` checkpoint if
+    that is of the same step. Otherwise, or with `is_weights_only`, the file has weights and hyper-parameters only.
+
+    Raises:
+        CheckpointError: If the weights are on the meta device and no checkpoint is of the run's last step.
+    """
     weights = format.checkpoint_from_weights(module.state_dict(), progress, module=module, datamodule=datamodule)
     whole = files.read(newest) if newest and not is_weights_only and files.exists(newest) else {}
     is_of_this_step = "optimizer_states" in whole and format.read_progress(whole) == progress
@@ -54,17 +60,17 @@ def write_last_run(
 
 
 class TrainerProperties(PlanProperties):
-    """The Trainer writes these; users and tests read the properties."""
+    """Properties of the Trainer, which writes the fields below; users read the properties."""
 
     loggers: list[Logger]
     ckpt_path: str | None
-    """Where the last run's checkpoint was read, None: it had none."""
+    """Path from which the last run's checkpoint was read; None: it had none."""
     _plan: Plan
     _state: RunState
     _status: RunStatus
     _progress_of_weights: Progress
-    """Where the last fit stood with the weights that the model here has: at its start, where an error has kept the
-    workers from handing theirs back."""
+    """Position in the last fit that the driver's weights are of: the start, if an error kept the workers from sending
+    theirs."""
     _callbacks: list[Callback]
     _driver_callbacks: list[DriverCallback]
     _profiler: Profiler | None
@@ -78,36 +84,37 @@ class TrainerProperties(PlanProperties):
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
-        """The last value of every metric, as 0-dim tensors."""
+        """Last value of every metric, as 0-dim tensors."""
         return {name: torch.tensor(value) for name, value in self._state.callback_metrics.items()}
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """The last values that went to the loggers."""
+        """Last values that were sent to the loggers, as 0-dim tensors."""
         return {name: torch.tensor(value) for name, value in self._state.logged_metrics.items()}
 
     @property
     def progress_bar_metrics(self) -> dict[str, float | str]:
+        """Last values that the progress bar has shown."""
         return dict(self._state.progress_bar_metrics)
 
     @property
     def current_epoch(self) -> int:
-        """During a fit the epoch's index, afterwards the number of epochs run, the last one perhaps only in part."""
+        """Index of the epoch during a fit; afterwards the number of epochs run, the last one perhaps only in part."""
         return self._state.num_epochs
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps."""
         return self._state.progress.global_step
 
     @property
     def num_training_batches(self) -> float:
-        """Per worker and epoch, of the last fit; infinite where the loader has no length."""
+        """Batches per worker and epoch of the last fit; infinite if the loader has no length."""
         return self._state.num_training_batches
 
     @property
     def estimated_stepping_batches(self) -> float:
-        """Optimizer steps of the last fit, had it gone to its limits: see the property of hooks' own `trainer`."""
+        """Optimizer steps of the last fit up to its limits; hooks read it from their own `trainer`."""
         if self._status == "initializing":
             raise ConfigError(
                 "estimated_stepping_batches is known once fit has made the loaders: read self.trainer."
@@ -117,12 +124,12 @@ class TrainerProperties(PlanProperties):
 
     @property
     def state(self) -> TrainerState:
-        """What the last run was and how it ended."""
+        """Stage of the last run and how it ended."""
         return TrainerState(fn=self._state.stage, status=self._status)
 
     @property
     def interrupted(self) -> bool:
-        """The last run ended by Ctrl-C, SIGTERM or SIGHUP."""
+        """True if the last run ended by Ctrl-C, SIGTERM or SIGHUP."""
         return self._state.is_interrupted
 
     @property
@@ -155,12 +162,12 @@ class TrainerProperties(PlanProperties):
 
     @property
     def profiler(self) -> Profiler:
-        """With the last run's `profiles`. In hooks `self.trainer.profiler` is the worker's own copy."""
+        """The profiler, with the last run's `profiles`; in hooks `self.trainer.profiler` is the worker's own copy."""
         return self._profiler or PassThroughProfiler()
 
     @property
     def log_dir(self) -> str:
-        """Where the first logger writes; the root directory without one."""
+        """Directory or URL that the first logger writes to; without a logger the root directory."""
         return next((log.log_dir for log in self.loggers if log.log_dir is not None), self._plan.default_root_dir)
 
     @property
@@ -177,12 +184,12 @@ class TrainerProperties(PlanProperties):
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """In the first epoch, or after a fit the one that came last."""
+        """Batches per optimizer step in the first epoch, or after a fit in its last epoch."""
         return self._plan.optimization.window_in(self._state.progress.epoch)
 
     @property
     def global_rank(self) -> int:
-        """0: the driver is one process, and what it prints or writes is there once."""
+        """Rank of this process: 0, as the driver is one process and prints and writes once."""
         return 0
 
     @property
@@ -193,8 +200,13 @@ class TrainerProperties(PlanProperties):
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Around making a model: its weights are of the run's precision from the start, here on the CPU, as workers put
-        their copies on their devices. `empty_init` with strategy="fsdp": on the meta device, without memory."""
+        """Build a model inside this context manager with weights of the run's precision, on the CPU.
+
+        Workers move their copies to their devices.
+
+        Args:
+            empty_init: With strategy="fsdp" True builds the model on the meta device, without memory.
+        """
         is_on_meta = bool(empty_init) and self._plan.strategy.is_sharding
         precision = build_precision(
             self._plan.optimization.precision, torch.device("cpu"), build_scaler=lambda device: GradScaler(device.type)
@@ -203,17 +215,17 @@ class TrainerProperties(PlanProperties):
             yield
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """`print`; in hooks `self.trainer.print` is rank 0's alone."""
+        """Print as the builtin does; in hooks `self.trainer.print` prints on rank 0 only."""
         print(*args, **kwargs)
 
     @property
     def num_val_batches(self) -> list[float]:
-        """Per worker, for each validation loader of the last run."""
+        """Validation batches per worker, for each loader of the last run."""
         return list(self._state.num_val_batches)
 
     @property
     def enable_validation(self) -> bool:
-        """The last fit has validated."""
+        """True if the last fit has validation."""
         return self._state.has_validation
 
     @property
@@ -222,7 +234,7 @@ class TrainerProperties(PlanProperties):
 
     @property
     def datamodule(self) -> DataModule | None:
-        """Of the last run."""
+        """DataModule of the last run."""
         return self._datamodule
 
     @property
@@ -231,12 +243,22 @@ class TrainerProperties(PlanProperties):
 
     @property
     def lightning_module(self) -> LightningModule | None:
-        """The module of the last run."""
+        """Module of the last run."""
         return self._model
 
     def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
-        """Write the last run: the whole of it where this Trainer's newest checkpoint is of the same step, else, or with
-        `weights_only`, its weights and hyper-parameters. Inside a run hooks save with their own `trainer`."""
+        """Write a checkpoint of the last run; inside a run hooks save with their own `trainer`.
+
+        It holds the whole run if this Trainer's newest checkpoint is of the same step, else weights and
+        hyper-parameters.
+
+        Args:
+            filepath: A path or a URL that fsspec knows.
+            weights_only: Write weights and hyper-parameters only.
+
+        Raises:
+            ConfigError: If nothing has run yet.
+        """
         if self._model is None:
             raise ConfigError("save_checkpoint needs a model: call fit on this Trainer before")
         newest = "" if self.checkpoint_callback is None else self.checkpoint_callback.newest_model_path
@@ -244,7 +266,14 @@ class TrainerProperties(PlanProperties):
         write_last_run(filepath, **owners, newest=newest, is_weights_only=weights_only)
 
     def save_weights(self, filepath: str | os.PathLike[str]) -> None:
-        """The last run's weights as a safetensors file, to a path or a URL: for other programs, and `load_weights`."""
+        """Write the last run's weights as a safetensors file, for other programs and for `load_weights`.
+
+        Args:
+            filepath: A path or a URL that fsspec knows.
+
+        Raises:
+            ConfigError: If nothing has run yet.
+        """
         if self._model is None:
             raise ConfigError(
                 "save_weights needs a model: call fit on this Trainer before, or model.save_weights(path)"

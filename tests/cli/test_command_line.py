@@ -14,6 +14,7 @@ import raylit as pl
 
 pytest.importorskip("jsonargparse")
 from raylit.cli import LightningCLI, RaylitCLI, main
+from raylit.trainer.arguments.command_line import read_argument_texts
 
 MODEL, DATA = "project.module.Regression", "project.module.RegressionData"
 
@@ -39,6 +40,17 @@ def test_help_and_version(raylit):
     assert raylit("--version").strip() == "raylit 0.1.0"
     printed = raylit("--help")
     assert [name for name in ("fit", "validate", "test", "predict") if f"    {name} " not in printed] == []
+
+
+def test_help_prints_the_text_of_each_argument_of_the_trainer(capsys, monkeypatch):
+    pytest.importorskip("docstring_parser")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "1000")  # words with hyphens are not broken
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    texts = read_argument_texts(pl.Trainer)
+    assert [name for name, text in texts.items() if text not in printed] == ["earlier"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

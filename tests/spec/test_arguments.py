@@ -1,6 +1,7 @@
 """The Trainer's arguments: names of both eras, what each value becomes, and what each refusal says."""
 
 import inspect
+import re
 from argparse import ArgumentParser
 from datetime import timedelta
 
@@ -8,6 +9,8 @@ import pytest
 from models import Regression, RegressionData
 
 import raylit as pl
+from raylit.trainer.arguments.command_line import read_argument_texts
+from raylit.trainer.arguments.names import EarlierNames
 
 
 def plan_of(**arguments):
@@ -36,6 +39,16 @@ def test_the_signature_shows_every_argument_with_its_default():
     }
     assert {name: parameters[name].default for name in defaults} == defaults
     assert all(name == "self" or p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for name, p in parameters.items())
+
+
+def test_every_argument_has_a_text_which_the_help_of_argparse_prints():
+    texts = read_argument_texts(pl.Trainer)
+    names = [p.name for p in inspect.signature(pl.Trainer).parameters.values() if p.name != "earlier"]
+    assert [name for name in texts if name != "earlier"] == names
+    assert [name for name, text in texts.items() if not re.fullmatch(r"[A-Z\"0-9].*\.", text)] == []
+    assert [name for name in EarlierNames.__annotations__ if name not in " ".join(texts.values())] == []
+    printed = " ".join(pl.Trainer.add_argparse_args(ArgumentParser()).format_help().split())
+    assert f"{texts['max_time']} (default: None)" in printed
 
 
 def test_the_arguments_of_the_pages_era_are_accepted_with_their_defaults():

@@ -1,4 +1,4 @@
-"""What an argument's value must be, said in the same words for each. Driver."""
+"""Checks of single values, which raise ConfigErrors of the same wording for every argument. Driver."""
 
 from typing import Any
 
@@ -6,21 +6,21 @@ from raylit.errors import ConfigError
 
 
 def check_count(least: int, **named: Any) -> None:
-    """ConfigError for the first that is no int of at least `least`."""
+    """Raise ConfigError for the first argument that is not an int of at least `least`."""
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: must be an int of at least {least}")
 
 
 def check_switch(**named: Any) -> None:
-    """ConfigError for the first that is neither True nor False."""
+    """Raise ConfigError for the first argument that is neither True nor False."""
     for name, value in named.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name}={value!r}: must be True or False")
 
 
 def check_share(**named: Any) -> None:
-    """ConfigError for the first that is neither a fraction (float) nor a count (int) of batches."""
+    """Raise ConfigError for the first argument that is neither a fraction (float) nor a count (int) of batches."""
     for name, value in named.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not value >= 0 or (isinstance(value, float) and value > 1):

@@ -1,4 +1,4 @@
-"""The Trainer's names of Lightning 0.9 beside those of 2.6: one thing, one value. Driver."""
+"""Map the Trainer's argument names of Lightning 0.9 to today's, and refuse names that raylit does not have. Driver."""
 
 import difflib
 import functools
@@ -17,22 +17,22 @@ _Parameters = ParamSpec("_Parameters")
 
 
 class EarlierNames(TypedDict, total=False):
-    """Lightning 0.9's name for what Lightning 2.6, and with it the Trainer, calls otherwise."""
+    """Trainer arguments under their names of Lightning 0.9; each docstring gives the name that replaces it."""
 
     checkpoint_callback: bool | ModelCheckpoint
-    """enable_checkpointing"""
+    """Replaced by `enable_checkpointing`."""
     early_stop_checkpoint: bool | EarlyStopping
-    """early_stop_callback"""
+    """Replaced by `early_stop_callback`."""
     progress_bar_refresh_rate: int | None
-    """enable_progress_bar; 0: off"""
+    """Batches between two updates of the bar; 0: no bar. Replaced by `enable_progress_bar`."""
     weights_summary: Literal["top", "full"] | None
-    """enable_model_summary; None: off"""
+    """The depth of the summary; None: no summary. Replaced by `enable_model_summary`."""
     distributed_backend: str | None
-    """strategy"""
+    """Replaced by `strategy`."""
     replace_sampler_ddp: bool
-    """use_distributed_sampler"""
+    """Replaced by `use_distributed_sampler`."""
     reload_dataloaders_every_epoch: bool
-    """reload_dataloaders_every_n_epochs"""
+    """Replaced by `reload_dataloaders_every_n_epochs`: True is 1, False is 0."""
 
 
 _ABSENT: dict[str, tuple[Any, str]] = {
@@ -58,29 +58,32 @@ _ABSENT: dict[str, tuple[Any, str]] = {
     "test_percent_check": (1.0, "it is limit_test_batches"),
     "row_log_interval": (50, "it is log_every_n_steps"),
 }
-"""Names of Lightning's, of whatever time, that are none here: their default, which changes nothing, and what to say."""
+"""Lightning's arguments that raylit does not have: the default, which is ignored, and what the error advises."""
 _NONE_HAS_A_MEANING = frozenset({"check_val_every_n_epoch"})
-"""Everywhere else None is what Lightning has it be: the default."""
+"""Arguments for which None is a value of its own; for all others None stands for the default, as in Lightning."""
 
 
 def accepts_earlier_names(init: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
-    """Decorates the Trainer's constructor: it gets today's names alone, and what is None as its default.
+    """Decorate the Trainer's constructor so that it receives today's names only; None is left out as the default.
 
-    UnknownArgumentError: a name of neither time. ConfigError: two names of one thing with different values.
+    Raises:
+        UnknownArgumentError: If a name is neither today's nor one of Lightning 0.9's.
+        ConfigError: If two names of one argument are given with different values.
     """
     known = [name for name in inspect.signature(init).parameters if name not in ("self", "earlier")]
 
     @functools.wraps(init)
     def construct(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
-        cast(Callable[..., None], init)(*args, **_with_todays_names(kwargs, known))
+        cast(Callable[..., None], init)(*args, **_translate_names(kwargs, known))
 
     return construct
 
 
 def resolve_aliases(**named: Any) -> Any:
-    """The value of one thing that has several names; None where none of them is given.
+    """Return the value of an argument that has several names; None if none of them is given.
 
-    ConfigError: two of them are, with different values.
+    Raises:
+        ConfigError: If two of the names are given with different values.
     """
     given = [(name, value) for name, value in named.items() if value is not None]
     for name, value in given[1:]:
@@ -91,7 +94,7 @@ def resolve_aliases(**named: Any) -> Any:
     return given[0][1] if given else None
 
 
-def _with_todays_names(given: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+def _translate_names(given: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
     arguments = {}
     for name, value in given.items():
         if name in _ABSENT and (value is None or value == _ABSENT[name][0]):
@@ -108,7 +111,7 @@ def _with_todays_names(given: Mapping[str, Any], known: list[str]) -> dict[str, 
         if value is None:
             continue
         if today in arguments:
-            value = _one_of(value, arguments[today], f"{name}={given[name]!r} and {today}={arguments[today]!r}")
+            value = _merge_values(value, arguments[today], f"{name}={given[name]!r} and {today}={arguments[today]!r}")
         arguments[today] = value
     return arguments
 
@@ -121,48 +124,48 @@ def _refuse_unknown(name: str, known: Iterable[str]) -> None:
     raise UnknownArgumentError(f"Trainer has no argument {name!r}: {hint}")
 
 
-def _one_of(left: Any, right: Any, names: str) -> Any:
-    """The more exact one: a callback says more than True does."""
+def _merge_values(left: Any, right: Any, names: str) -> Any:
+    """Return the more exact value of the two: a callback is more exact than True."""
     is_switch = isinstance(left, bool) or isinstance(right, bool)
     if bool(left) != bool(right) if is_switch else left is not right and left != right:
         raise ConfigError(f"{names} are two names of one thing and contradict each other: keep one")
     return right if isinstance(left, bool) else left
 
 
-def _as_it_is(value: Any) -> Any:
+def _keep_value(value: Any) -> Any:
     return value
 
 
-def _progress_bar(refresh_rate: Any) -> bool | ProgressBar | None:
+def _make_progress_bar(refresh_rate: Any) -> bool | ProgressBar | None:
     if refresh_rate is None:
         return None
     check_count(0, progress_bar_refresh_rate=refresh_rate)
     return ProgressBar(refresh_rate=refresh_rate) if refresh_rate else False
 
 
-def _model_summary(mode: Any) -> bool | ModelSummary:
+def _make_model_summary(mode: Any) -> bool | ModelSummary:
     if mode not in (None, "top", "full"):
         raise ConfigError(f"weights_summary={mode!r}: must be 'top', 'full' or None (off)")
     return ModelSummary(max_depth=1 if mode == "top" else -1) if mode else False
 
 
-def _strategy(backend: Any) -> str | None:
+def _translate_backend(backend: Any) -> str | None:
     if backend in ("dp", "ddp2", "horovod"):
         raise ConfigError(f"distributed_backend={backend!r}: raylit has one process per device; use 'ddp'")
     return "ddp" if backend in ("ddp_cpu", "ddp_spawn") else backend
 
 
-def _reload(is_every_epoch: Any) -> int | None:
+def _translate_reload(is_every_epoch: Any) -> int | None:
     return None if is_every_epoch is None else int(bool(is_every_epoch))
 
 
 _RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "checkpoint_callback": ("enable_checkpointing", _as_it_is),
-    "early_stop_checkpoint": ("early_stop_callback", _as_it_is),
-    "progress_bar_refresh_rate": ("enable_progress_bar", _progress_bar),
-    "weights_summary": ("enable_model_summary", _model_summary),
-    "distributed_backend": ("strategy", _strategy),
-    "replace_sampler_ddp": ("use_distributed_sampler", _as_it_is),
-    "reload_dataloaders_every_epoch": ("reload_dataloaders_every_n_epochs", _reload),
+    "checkpoint_callback": ("enable_checkpointing", _keep_value),
+    "early_stop_checkpoint": ("early_stop_callback", _keep_value),
+    "progress_bar_refresh_rate": ("enable_progress_bar", _make_progress_bar),
+    "weights_summary": ("enable_model_summary", _make_model_summary),
+    "distributed_backend": ("strategy", _translate_backend),
+    "replace_sampler_ddp": ("use_distributed_sampler", _keep_value),
+    "reload_dataloaders_every_epoch": ("reload_dataloaders_every_n_epochs", _translate_reload),
 }
-"""What 0.9 called it, what it is called today, and its value put in today's terms (None: today's default)."""
+"""By the name of Lightning 0.9: today's name, and a function that translates the value (None: today's default)."""

@@ -1,11 +1,29 @@
-"""Arguments of the loop: limits, strategy, precision and optimization."""
+"""Parse and check the Trainer's arguments of the loop, one function for each group of the Plan. Driver.
+
+`parse_limits`: epochs, steps, time and batches. `parse_validation`: when validation runs. `parse_strategy`: how workers
+share the model. `parse_optimization`: accumulation, clipping, precision and compilation. `build_plan`: the arguments of
+no group, on logging, data, determinism and saving. `parse_searches`: learning rate and batch size.
+"""
 
 import math
+import os
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 from raylit.callbacks.timer import Duration, parse_seconds
-from raylit.config.plan import BatchLimit, Limits, MatmulPrecisionName, Optimization, PrecisionName, Validation, Workers
+from raylit.config.plan import (
+    BatchLimit,
+    CombinationName,
+    Limits,
+    MatmulPrecisionName,
+    Optimization,
+    Plan,
+    PrecisionName,
+    Reporting,
+    Validation,
+    Workers,
+)
 from raylit.config.strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyOptions
 from raylit.errors import ConfigError
 from raylit.trainer.arguments.checks import check_count, check_share, check_switch
@@ -26,7 +44,7 @@ def parse_limits(
     num_sanity_val_steps: int,
     fast_dev_run: bool | int,
 ) -> Limits:
-    """Lightning's -1 and None for "no limit" become None. Without any limit there are 1000 epochs."""
+    """Parse the limits: Lightning's -1 and None for "no limit" become None; without any limit there are 1000 epochs."""
     check_count(0, min_epochs=min_epochs or 0, min_steps=min_steps or 0)
     check_count(-1, max_epochs=0 if max_epochs is None else max_epochs, max_steps=max_steps)
     check_count(-1, num_sanity_val_steps=num_sanity_val_steps)
@@ -40,7 +58,7 @@ def parse_limits(
     )
     max_time_s = None if max_time is None else parse_seconds(max_time, name="max_time")
     if fast_dev_run:
-        return _dev_run(int(fast_dev_run))
+        return _build_dev_run_limits(int(fast_dev_run))
     if max_epochs is None:
         max_epochs = 1000 if max_steps == -1 and max_time_s is None else -1
     return Limits(
@@ -61,7 +79,7 @@ def parse_limits(
 def parse_validation(
     *, val_check_interval: BatchLimit | Duration, check_val_every_n_epoch: int | None, fast_dev_run: bool | int
 ) -> Validation:
-    """The interval: a fraction of the epoch above 0, a positive count of batches, or a time."""
+    """Parse the interval of validation: a fraction of the epoch above 0, a positive count of batches, or a time."""
     if check_val_every_n_epoch is not None:
         check_count(1, check_val_every_n_epoch=check_val_every_n_epoch)
     if isinstance(val_check_interval, (str, dict, timedelta)):
@@ -91,7 +109,7 @@ def parse_validation(
     return Validation(interval=val_check_interval, every_n_epochs=check_val_every_n_epoch)
 
 
-def _dev_run(num_batches: int) -> Limits:
+def _build_dev_run_limits(num_batches: int) -> Limits:
     return Limits(
         max_epochs=1,
         train_batches=num_batches,
@@ -164,7 +182,7 @@ def parse_optimization(
     channels_last: bool,
     compile: bool | dict[str, Any],
 ) -> Optimization:
-    """A clip value of 0 means none, as it always has in Lightning."""
+    """Parse the settings of the optimizer step; as in Lightning, a clip value of 0 means no clipping."""
     if gradient_clip_val is not None and not gradient_clip_val >= 0:
         raise ConfigError(f"gradient_clip_val={gradient_clip_val}: must be 0 (no clipping) or more")
     algorithm: Literal["norm", "value"] = "value" if gradient_clip_algorithm == "value" else "norm"
@@ -179,21 +197,21 @@ def parse_optimization(
             "(bfloat16) or None (as this process has it)"
         )
     return Optimization(
-        accumulation=_accumulation(accumulate_grad_batches),
+        accumulation=_parse_accumulation(accumulate_grad_batches),
         clip_val=gradient_clip_val or None,
         clip_algorithm=algorithm,
-        precision=_precision(precision),
+        precision=_parse_precision(precision),
         truncated_steps=truncated_bptt_steps,
-        grad_norm_order=_norm_order(track_grad_norm),
+        grad_norm_order=_parse_norm_order(track_grad_norm),
         is_ending_on_nan=terminate_on_nan,
         is_detecting_anomaly=detect_anomaly,
         matmul_precision=float32_matmul_precision,
         is_channels_last=channels_last,
-        compile_options=_compile_options(compile),
+        compile_options=_parse_compile_options(compile),
     )
 
 
-def _accumulation(given: int | dict[int, int]) -> tuple[tuple[int, int], ...]:
+def _parse_accumulation(given: int | dict[int, int]) -> tuple[tuple[int, int], ...]:
     if not isinstance(given, dict):
         check_count(1, accumulate_grad_batches=given)
         return ((0, given),)
@@ -207,7 +225,7 @@ def _accumulation(given: int | dict[int, int]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted({0: 1, **given}.items()))
 
 
-def _norm_order(given: float | str) -> float | None:
+def _parse_norm_order(given: float | str) -> float | None:
     if given in (-1, "-1"):
         return None
     try:
@@ -219,7 +237,7 @@ def _norm_order(given: float | str) -> float | None:
     return order
 
 
-def _compile_options(given: bool | dict[str, Any]) -> dict[str, Any] | None:
+def _parse_compile_options(given: bool | dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(given, bool):
         return {} if given else None
     if not isinstance(given, dict):
@@ -234,7 +252,104 @@ def _compile_options(given: bool | dict[str, Any]) -> dict[str, Any] | None:
     return dict(given)
 
 
-def _precision(given: int | str) -> PrecisionName:
+def _parse_precision(given: int | str) -> PrecisionName:
     if str(given) not in _PRECISIONS:
         raise ConfigError(f"precision={given!r}: must be one of {', '.join(_PRECISIONS)}")
     return _PRECISIONS[str(given)]
+
+
+def build_plan(
+    *,
+    workers: Workers,
+    strategy: StrategyOptions,
+    limits: Limits,
+    validation: Validation,
+    optimization: Optimization,
+    log_every_n_steps: int,
+    default_root_dir: str | os.PathLike[str] | None,
+    sync_batchnorm: bool,
+    use_distributed_sampler: bool,
+    prepare_data_per_node: bool,
+    reload_dataloaders_every_n_epochs: int,
+    multiple_trainloader_mode: CombinationName,
+    deterministic: bool | Literal["warn"],
+    benchmark: bool | None,
+    inference_mode: bool,
+    checkpoint_async: bool,
+    fast_dev_run: bool | int,
+) -> Plan:
+    """Check the arguments that belong to no group and build the Plan; the first five are parsed groups.
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+    check_count(
+        0,
+        log_every_n_steps=log_every_n_steps,
+        reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+    )
+    check_switch(
+        sync_batchnorm=sync_batchnorm,
+        use_distributed_sampler=use_distributed_sampler,
+        prepare_data_per_node=prepare_data_per_node,
+        inference_mode=inference_mode,
+        checkpoint_async=checkpoint_async,
+        benchmark=False if benchmark is None else benchmark,
+        deterministic=deterministic if deterministic != "warn" else True,
+    )
+    if multiple_trainloader_mode not in get_args(CombinationName):
+        modes = ", ".join(map(repr, get_args(CombinationName)))
+        raise ConfigError(f"multiple_trainloader_mode={multiple_trainloader_mode!r}: must be one of {modes}")
+    return Plan(
+        workers=workers,
+        strategy=strategy,
+        limits=limits,
+        validation=validation,
+        optimization=optimization,
+        reporting=Reporting(log_every_n_steps=log_every_n_steps),
+        default_root_dir=os.fspath(default_root_dir or os.getcwd()),
+        is_syncing_batchnorm=sync_batchnorm,
+        use_distributed_sampler=use_distributed_sampler,
+        reload_loaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+        combination=multiple_trainloader_mode,
+        prepares_per_node=prepare_data_per_node,
+        deterministic=deterministic,
+        benchmark=benchmark,
+        inference_mode=inference_mode,
+        is_saving_async=checkpoint_async,
+        is_dev_run=bool(fast_dev_run),
+    )
+
+
+SizeMode = Literal["power", "binsearch", "throughput"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Searches:
+    """The searches to run before a fit."""
+
+    rate_name: str | None = None
+    """Attribute for the learning rate; empty: `lr` or `learning_rate`; None: no search for a rate."""
+    size_mode: SizeMode | None = None
+    """None: no search for a batch size."""
+
+
+def parse_searches(
+    *, auto_lr_find: bool | str, auto_scale_batch_size: bool | str, fast_dev_run: bool | int
+) -> Searches:
+    """Parse the two searches; a fast_dev_run has none."""
+    if not isinstance(auto_lr_find, (bool, str)) or auto_lr_find == "":
+        raise ConfigError(f"auto_lr_find={auto_lr_find!r}: must be True, False or the name of the module's attribute")
+    modes: dict[Any, SizeMode | None] = {False: None, True: "power", **{mode: mode for mode in get_args(SizeMode)}}
+    if not isinstance(auto_scale_batch_size, (bool, str)) or auto_scale_batch_size not in modes:
+        raise ConfigError(
+            f"auto_scale_batch_size={auto_scale_batch_size!r}: must be True or 'power' (doubling), 'binsearch', "
+            "'throughput' (the fastest) or False"
+        )
+    if fast_dev_run:
+        return Searches()
+    names = {False: None, True: ""}
+    return Searches(
+        rate_name=names[auto_lr_find] if isinstance(auto_lr_find, bool) else auto_lr_find,
+        size_mode=modes[auto_scale_batch_size],
+    )

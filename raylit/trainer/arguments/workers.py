@@ -1,4 +1,4 @@
-"""Arguments that say where a run happens: workers, devices, hosts and resources."""
+"""Parse and check the Trainer's arguments on workers, devices, hosts and resources. Driver."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from raylit.trainer.arguments.checks import check_count
 
 
 def is_on_cluster() -> bool:
-    """This process is connected to Ray already, or RAY_ADDRESS names a cluster."""
+    """Return True if this process is connected to Ray already or RAY_ADDRESS names a cluster."""
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and bool(ray.is_initialized()))
 
@@ -41,7 +41,7 @@ def parse_workers(
     ping_timeout_s: float | None,
     keep_workers_s: float | None,
 ) -> Workers:
-    """How many workers of which kind. Nothing asked for: this process, or a worker per GPU where there are several."""
+    """Parse the number and kind of workers; by default one per GPU if there are several, else none (this process)."""
     check_count(1, num_nodes=num_nodes)
     _refuse_tpus(tpu_cores, accelerator)
     if ping_timeout_s is not None and not ping_timeout_s >= 0:
@@ -108,7 +108,7 @@ def _accelerator(accelerator: str, *, gpus: Any, num_processes: Any, devices: An
 
 
 def _devices_per_node(gpus: Any, num_processes: int | None, devices: Any, name: AcceleratorName) -> int | None:
-    """How many workers each host has; None where that was not said."""
+    """Return the number of workers per host; None if no argument gives it."""
     given = {
         "gpus": gpus if gpus not in _NOTHING else None,
         "num_processes": num_processes,
@@ -121,7 +121,7 @@ def _devices_per_node(gpus: Any, num_processes: int | None, devices: Any, name: 
 
 
 def _count(key: str, value: Any, name: AcceleratorName) -> int:
-    """An int, a list of indices, "2", "0,1", or -1 for all."""
+    """Return the number of devices that an int, a list of indices, "2", "0,1", or -1 (all) stands for."""
     if isinstance(value, str):
         parts = [part for part in value.split(",") if part.strip()]
         value = int(parts[0]) if len(parts) == 1 and "," not in value and _is_int(parts[0]) else parts
@@ -155,7 +155,7 @@ def _default_num_workers(total: int | None, name: AcceleratorName) -> int:
 
 
 def _refuse_without_workers(*, num_nodes: int, **given: Any) -> None:
-    """What is said of workers means that there are to be some."""
+    """Raise ConfigError if an argument about workers is given but there are none."""
     named = [f"{name}={value!r}" for name, value in given.items() if value]
     if num_nodes > 1:
         named.append(f"num_nodes={num_nodes}")

@@ -14,7 +14,7 @@ import torch
 from raylit.callbacks.base import Callback
 from raylit.config.plan import Plan
 from raylit.errors import ConfigError
-from raylit.trainer.arguments.searches import SizeMode
+from raylit.trainer.arguments.training import SizeMode
 from raylit.tune import figures
 from raylit.tune.search.trial import Outcome
 from raylit.worker.data.batches import batch_size_of
