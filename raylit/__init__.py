@@ -1,6 +1,7 @@
 """raylit: the PyTorch Lightning programming model on Ray actors."""
 
 from raylit import callbacks, metrics
+from raylit.accelerators import Accelerator, register_accelerator
 from raylit.api import fit, lr_find, predict, scale_batch_size, shutdown, test, tune, validate
 from raylit.callbacks import (
     BackboneFinetuning,
@@ -48,12 +49,14 @@ from raylit.errors import (
 from raylit.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from raylit.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from raylit.seed import seed_everything
+from raylit.strategies import register_strategy
 from raylit.trainer.trainer import Trainer
 from raylit.tune.sweep.result import SweepResult
 from raylit.tune.sweep.sweep import sweep
 from raylit.tune.tuner import Tuner
 
 __all__ = [
+    "Accelerator",
     "AdvancedProfiler",
     "BackboneFinetuning",
     "BaseFinetuning",
@@ -113,6 +116,8 @@ __all__ = [
     "lr_find",
     "metrics",
     "predict",
+    "register_accelerator",
+    "register_strategy",
     "scale_batch_size",
     "seed_everything",
     "shutdown",

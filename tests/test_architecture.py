@@ -16,8 +16,8 @@ PACKAGE = ROOT / "raylit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {"compat", "config", "errors", "protocol", "storage", "text_table"},
-    {"accelerators", "precision", "strategies"},
+    {"accelerators", "compat", "config", "errors", "protocol", "storage", "text_table"},
+    {"precision", "strategies"},
     {"callbacks", "checkpoint", "core", "loggers", "metrics", "profilers", "seed"},
     {"worker"},
     {"driver"},

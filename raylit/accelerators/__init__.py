@@ -1,13 +1,19 @@
-"""The devices a worker can drive. Worker, and the driver to check what was asked for."""
+"""The devices that workers train on: one file for each kind, behind the interface in base.py (open it first).
+
+The driver makes one accelerator for each Trainer (registry.py); it travels in the Plan, and each worker uses its own.
+"""
 
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.cpu import CPUAccelerator
 from raylit.accelerators.cuda import CUDAAccelerator
-from raylit.config.plan import AcceleratorName
+from raylit.accelerators.registry import choose_accelerator, get_accelerator, is_registered, register_accelerator
 
-
-def build_accelerator(name: AcceleratorName) -> Accelerator:
-    return CUDAAccelerator() if name == "cuda" else CPUAccelerator()
-
-
-__all__ = ["Accelerator", "CPUAccelerator", "CUDAAccelerator", "build_accelerator"]
+__all__ = [
+    "Accelerator",
+    "CPUAccelerator",
+    "CUDAAccelerator",
+    "choose_accelerator",
+    "get_accelerator",
+    "is_registered",
+    "register_accelerator",
+]

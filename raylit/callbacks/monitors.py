@@ -7,9 +7,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch.optim import Optimizer
 
+from raylit.accelerators import choose_accelerator
 from raylit.callbacks.base import Callback
 from raylit.errors import ConfigError
 
@@ -98,25 +98,23 @@ class DeviceStatsMonitor(Callback):
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
-        if cpu_stats is not False and importlib.util.find_spec("psutil") is None and not torch.cuda.is_available():
+        if cpu_stats is not False and importlib.util.find_spec("psutil") is None and choose_accelerator().is_host:
             raise ConfigError("DeviceStatsMonitor reads the CPU's statistics with psutil: pip install psutil")
         self.cpu_stats = cpu_stats
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._is_due = trainer.is_logging_step
         if self._is_due:
-            self._log(pl_module, "on_train_batch_start")
+            self._log(trainer, pl_module, "on_train_batch_start")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._is_due:
-            self._log(pl_module, "on_train_batch_end")
+            self._log(trainer, pl_module, "on_train_batch_end")
 
-    def _log(self, pl_module: Any, hook: str) -> None:
-        device = pl_module.device
+    def _log(self, trainer: Any, pl_module: Any, hook: str) -> None:
         stats: dict[str, float] = {}
-        if device.type == "cuda":
-            stats.update(torch.cuda.memory_stats(device))
-        if self.cpu_stats or (self.cpu_stats is None and device.type == "cpu"):
+        stats.update(trainer.accelerator.memory_stats())
+        if self.cpu_stats or (self.cpu_stats is None and trainer.accelerator.is_host):
             stats.update(_read_cpu_stats())
         for name, value in stats.items():
             pl_module.log(f"{type(self).__qualname__}.{hook}/{name}", float(value), on_step=True, on_epoch=False)
@@ -188,8 +186,7 @@ class ThroughputMonitor(Callback):
             self._started_at += time.perf_counter() - self._paused_at
 
     def _log(self, trainer: Any, pl_module: Any) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
+        trainer.accelerator.synchronize()
         now = _Mark(
             time.perf_counter() - self._started_at, self._batches, self._samples, self._lengths, float(self._flops)
         )

@@ -16,6 +16,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
+from raylit.accelerators import Accelerator
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
@@ -223,24 +224,28 @@ def unpack_hyper_parameters(packed: Mapping[str, Any], *, allow_pickle: bool = F
     return {name: _unpack(value, name) for name, value in packed.items()}
 
 
-def random_state() -> dict[str, Any]:
-    """Return the states of this process's generators: Python, torch (CPU, current CUDA device), NumPy if imported."""
+def random_state(accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """Return the states of this process's generators: Python, torch, NumPy if imported, and the accelerator's device.
+
+    The device's state has the accelerator's name as key; without an accelerator only the host's states are returned.
+    """
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         state["numpy"] = to_plain_values(sys.modules["numpy"].random.get_state(legacy=False), "numpy.random")
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    of_device = None if accelerator is None else accelerator.random_state()
+    if accelerator is not None and of_device is not None:
+        state[accelerator.name] = of_device
     return state
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what `random_state()` returned; the CUDA state is ignored in a process without CUDA."""
+def set_random_state(state: Mapping[str, Any], accelerator: Accelerator | None = None) -> None:
+    """Restore what `random_state()` returned; the state of another accelerator's device is ignored."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
         importlib.import_module("numpy").random.set_state(_to_arrays(state["numpy"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if accelerator is not None and accelerator.name in state and accelerator.is_available():
+        accelerator.set_random_state(state[accelerator.name])
 
 
 def _read_version() -> str:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raylit.accelerators import Accelerator
 from raylit.compat.torch_tensor import build_negative_view
 
 _ALIGNMENT = 64
@@ -29,7 +30,8 @@ _StorageKey = tuple[torch.device, int, int]
 class HostCopy:
     """Host memory for one snapshot; between two snapshots the system may reclaim it."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._memory: NDArray[np.uint8] | None = None
         self._mapping: mmap.mmap | None = None
         """The memory map below `_memory`; None if that is pinned."""
@@ -50,7 +52,8 @@ class HostCopy:
             starts[key] = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
             num_bytes = starts[key] + storage.nbytes()
         is_on_device = any(storage.device.type != "cpu" for storage in storages.values())
-        memory = self._prepare_memory(num_bytes, is_pinned=is_on_device)
+        is_pinned = is_on_device and self._accelerator.has_copy_streams
+        memory = self._prepare_memory(num_bytes, is_pinned=is_pinned)
         copies, host_pairs = {}, []
         for key, storage in storages.items():
             place = memory[starts[key] : starts[key] + storage.nbytes()]
@@ -58,11 +61,11 @@ class HostCopy:
             if storage.device.type == "cpu":
                 host_pairs.append((place, _view_as_bytes(storage).numpy()))
             else:
-                copy.copy_(_view_as_bytes(storage), non_blocking=True)
+                copy.copy_(_view_as_bytes(storage), non_blocking=is_pinned)
             copies[key] = copy.untyped_storage()
         _copy_blocks(host_pairs)
         if is_on_device:
-            torch.cuda.synchronize()
+            self._accelerator.synchronize()
         return _map_tensors(checkpoint, lambda tensor: _copy_tensor(tensor, copies))
 
     def lend(self) -> None:

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raylit.accelerators import Accelerator, CPUAccelerator
 from raylit.config.strategy import SingleDeviceStrategy, StrategyOptions
 
 BatchLimit = int | float
 """A float is a fraction of the loader (1.0: all batches), an int is a count of batches per worker."""
 
-AcceleratorName = Literal["cpu", "cuda"]
 PlacementName = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 CombinationName = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 MatmulPrecisionName = Literal["highest", "high", "medium"]
@@ -27,9 +27,10 @@ class Workers:
     """Number of Ray actors; 0 runs the loop in the driver's process."""
     num_nodes: int | None = None
     """Hosts that share the workers evenly; None: Ray and `placement` choose the hosts."""
-    accelerator: AcceleratorName = "cpu"
+    accelerator: Accelerator = field(default_factory=CPUAccelerator)
+    """The kind of device; its class and values are pickled with the Plan."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
-    """What each actor asks Ray for, by Ray's names. Unless named: one CPU (and one GPU with accelerator="cuda")."""
+    """What each actor asks Ray for, by Ray's names. Unless named: one CPU, and what the accelerator asks for."""
     placement: PlacementName = "PACK"
     """Ray's placement strategy: few hosts or many, as far as possible or strictly. num_nodes sets the exact number."""
     label_selector: dict[str, str] = field(default_factory=dict)
@@ -186,6 +187,11 @@ class PlanProperties:
     """Properties that read the Plan, for the Trainer and for the view of it that hooks get."""
 
     _plan: Plan
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The kind of device that the run trains on."""
+        return self._plan.workers.accelerator
 
     @property
     def max_epochs(self) -> int | None:

@@ -150,7 +150,30 @@ class FSDPStrategy:
             )
 
 
-StrategyOptions = SingleDeviceStrategy | DDPStrategy | FSDPStrategy
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegisteredStrategy:
+    """A third party's strategy, which `register_strategy` has given a name."""
+
+    name: str
+    build: Callable[[Any], Any]
+    """(Plan) to the Strategy, in each worker."""
+    is_sharding: ClassVar[bool] = False
+    is_saving_parts: ClassVar[bool] = False
+
+
+StrategyOptions = SingleDeviceStrategy | DDPStrategy | FSDPStrategy | RegisteredStrategy
+
+NAMED_STRATEGIES: dict[str, StrategyOptions | None] = {
+    "auto": None,
+    "single": SingleDeviceStrategy(),
+    "single_device": SingleDeviceStrategy(),
+    "ddp": DDPStrategy(),
+    # Lightning's ways to start the processes of "ddp", which Ray starts here.
+    **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_cpu"), DDPStrategy()),
+    "fsdp": FSDPStrategy(),
+    "fsdp_cpu_offload": FSDPStrategy(cpu_offload=True),
+}
+"""raylit's own. None: what the number of workers asks for."""
 
 
 def _are_module_classes(value: Any) -> bool:

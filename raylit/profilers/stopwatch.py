@@ -9,8 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
-import torch
-
+from raylit.accelerators import Accelerator
 from raylit.protocol.messages import Action
 
 _Item = TypeVar("_Item")
@@ -85,12 +84,11 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Peak memory of this process; on CUDA also that of torch's allocator. Data loaders' processes are not included."""
+    """Peak memory of this process, and of the device's allocator. Data loaders' processes are not included."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        accelerator.reset_peak_memory()
         # If the kernel refuses, the peak is that since the process's start.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -98,8 +96,8 @@ class PeakMemory:
     def read(self) -> tuple[tuple[str, int], ...]:
         """Return names of kinds of memory with their peaks in bytes."""
         peaks = [("resident", _read_peak_resident_bytes())]
-        if self._device.type == "cuda":
-            peaks.append((f"on {self._device}", torch.cuda.max_memory_allocated(self._device)))
+        if (num_bytes := self._accelerator.peak_memory_bytes()) is not None:
+            peaks.append((f"on {self._accelerator.device()}", num_bytes))
         return tuple(peaks)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, record_function, schedule, supported_activities
 from torch.utils.hooks import RemovableHandle
 
 from raylit.profilers.base import NEXT_BATCH, Profiler
@@ -61,9 +60,8 @@ class PyTorchProfiler(Profiler):
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
         self._stage, self._text, self._traces, self._ranges = stage, "", [], []
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         arguments = {
-            "activities": activities,
+            "activities": supported_activities(),
             "schedule": schedule(wait=1, warmup=1, active=3, repeat=1),
             "record_shapes": self._is_grouping,
             **self._kwargs,
@@ -137,7 +135,7 @@ class PyTorchProfiler(Profiler):
 
     def _record_cycle(self, profiler: profile) -> None:
         """Store table and trace at the end of a cycle of the schedule."""
-        order = "self_device_time_total" if torch.cuda.is_available() else "cpu_time_total"
+        order = "cpu_time_total" if supported_activities() == {ProfilerActivity.CPU} else "self_device_time_total"
         table = {**self._table, "sort_by": self._table["sort_by"] or order}
         self._text = profiler.key_averages(group_by_input_shape=self._is_grouping).table(**table)
         if self._is_exporting:

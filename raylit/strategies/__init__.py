@@ -1,9 +1,10 @@
 """How the ranks of a run share the work on one model. Worker."""
 
 from raylit.config.plan import Plan
-from raylit.config.strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from raylit.config.strategy import DDPStrategy, FSDPStrategy, RegisteredStrategy, SingleDeviceStrategy
 from raylit.strategies.base import PendingGradients, Strategy, ZeroLoss
 from raylit.strategies.ddp.strategy import DDP
+from raylit.strategies.registry import register_strategy, registered_strategies
 from raylit.strategies.single import Single
 
 
@@ -16,6 +17,9 @@ def build_strategy(plan: Plan) -> Strategy:
         from raylit.strategies.fsdp.strategy import FSDP
 
         return FSDP(options, precision=plan.optimization.precision, is_syncing_batch_norm=plan.is_syncing_batchnorm)
+    if isinstance(options, RegisteredStrategy):
+        strategy: Strategy = options.build(plan)
+        return strategy
     return Single()
 
 
@@ -29,4 +33,6 @@ __all__ = [
     "Strategy",
     "ZeroLoss",
     "build_strategy",
+    "register_strategy",
+    "registered_strategies",
 ]

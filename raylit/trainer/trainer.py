@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from typing_extensions import Self, Unpack
 
+from raylit.accelerators import Accelerator
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
@@ -77,7 +78,7 @@ class Trainer(TrainerProperties):
         tpu_cores: int | str | list[int] | None = None,
         num_nodes: int = 1,
         num_processes: int | None = None,
-        accelerator: str = "auto",
+        accelerator: str | Accelerator = "auto",
         devices: int | str | list[int] = "auto",
         strategy: str | StrategyOptions = "auto",
         precision: int | str = 32,

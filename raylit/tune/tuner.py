@@ -191,7 +191,7 @@ class Tuner:
             raise ConfigError(f"margin={margin!r}: must be a fraction of the size, from 0 to below 1")
         job = self._trainer.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         plan = self._trainer.plan
-        check_limit(memory_limit_bytes, is_on_cpu=plan.workers.accelerator == "cpu")
+        check_limit(memory_limit_bytes, accelerator=plan.workers.accelerator)
         name = _size_name(batch_arg_name, job)
         is_speed = mode == "throughput"
         if effective_batch_size is None:
@@ -275,7 +275,9 @@ class Tuner:
             reporting=Reporting(log_every_n_steps=1),  # the ranks agree on a stop wish at once
             seed=torch.initial_seed() % 2**63,
         )
-        experiment = Experiment(plan=plan, random_state=format.random_state(), attribute=name, rungs=tuple(rungs))
+        experiment = Experiment(
+            plan=plan, random_state=format.random_state(plan.workers.accelerator), attribute=name, rungs=tuple(rungs)
+        )
         # Hooks that log find a logger, which keeps nothing.
         loggers = [DummyLogger()] if job.loggers else []
         runner = build_runner(plan, is_shown=any(isinstance(each, ProgressBar) for each in self._trainer.callbacks))

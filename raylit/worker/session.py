@@ -56,6 +56,7 @@ class Session:
         self.collectives = collectives
         self.stop_barrier = stop_barrier
         self.module = job.module
+        self.accelerator = accelerator
         self.device = accelerator.device()
         self.strategy = build_strategy(plan)
         self.precision = build_precision(
@@ -69,7 +70,7 @@ class Session:
         self.mover: Mover | None = build_mover(
             module=job.module,
             datamodule=job.datamodule,
-            device=self.device,
+            accelerator=accelerator,
             form=BatchForm(
                 floating_dtype=self.precision.weights_dtype, is_channels_last=plan.optimization.is_channels_last
             ),
@@ -77,7 +78,7 @@ class Session:
         """Moves batches to the device; None where they need neither hooks nor a transfer."""
         if self.mover is not None and self.profiler is not None:
             self.mover.measure_with(self.profiler)
-        self._profiler_hooks: list[RemovableHandle] = []
+        self._step_hooks: list[RemovableHandle] = []
         """A profiler's hooks on the user's objects."""
         self._compiled_modules: list[nn.Module] = []
         self._compilations: CompilationWatch | None = None
@@ -109,7 +110,7 @@ class Session:
             set_layout(self.module, torch.channels_last)
         self._compile()
         if self.profiler is not None:
-            self._profiler_hooks += self.profiler.attach(self.module)
+            self._step_hooks += self.profiler.attach(self.module)
         if self.stage == "fit":
             self.strategy.set_up(self.module, device=self.device)
 
@@ -145,11 +146,13 @@ class Session:
         return call if self.profiler is None else time_items(self.profiler, name, call)
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the optimizer's steps if there is a profiler."""
+        """Measure the optimizer's steps if there is a profiler, and call the accelerator's `after_step` after each."""
         profiler = self.profiler
         if profiler is not None:
-            self._profiler_hooks.append(optimizer.register_step_pre_hook(lambda *_: profiler.start("optimizer_step")))
-            self._profiler_hooks.append(optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
+            self._step_hooks.append(optimizer.register_step_pre_hook(lambda *_: profiler.start("optimizer_step")))
+            self._step_hooks.append(optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
+        if type(self.accelerator).after_step is not Accelerator.after_step:
+            self._step_hooks.append(optimizer.register_step_post_hook(lambda *_: self.accelerator.after_step()))
 
     def seed_rank(self) -> None:
         """Set a different random state of torch, NumPy and Python on every rank except rank 0.
@@ -160,6 +163,7 @@ class Session:
         """
         if self.context.rank > 0:
             diverge_random_state(self.context.rank)
+            self.accelerator.seed(torch.initial_seed())
 
     def continue_random_state_at_next_batch(self, state: dict[str, Any]) -> None:
         """Keep a checkpoint's random state for `restore_random_state`."""
@@ -171,7 +175,7 @@ class Session:
         Creating the iterator draws a number.
         """
         if self._pending_random_state is not None:
-            format.set_random_state(self._pending_random_state)
+            format.set_random_state(self._pending_random_state, self.accelerator)
             self._pending_random_state = None
 
     def around_step(self) -> AbstractContextManager[object]:
@@ -197,7 +201,7 @@ class Session:
         """Detach the run from the user's objects, however it has ended."""
         self.module.attach_run(None)
         self.module.redirect_log(None)
-        for hook in self._profiler_hooks:
+        for hook in self._step_hooks:
             hook.remove()
         drop_compiled(self._compiled_modules)
         if self._compilations is not None:

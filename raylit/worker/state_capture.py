@@ -42,8 +42,8 @@ class StateCapture:
         self._optimizers = optimizers
         self._schedules = schedules
         self._loop = loop
-        self._host_copy = HostCopy()
-        self._part_copy = HostCopy()
+        self._host_copy = HostCopy(session.accelerator)
+        self._part_copy = HostCopy(session.accelerator)
         self.pending: PendingCheckpoint | None = None
         """On rank 0: the checkpoint that the driver's last `Save` asked for."""
         self.pending_part: PendingPart | None = None
@@ -195,7 +195,8 @@ class StateCapture:
 
     def _copy_to_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Copy to separate host memory, as another copy may be in use by a write."""
-        return checkpoint if self._session.device.type == "cpu" else HostCopy().copy_state(checkpoint)
+        session = self._session
+        return checkpoint if session.device.type == "cpu" else HostCopy(session.accelerator).copy_state(checkpoint)
 
     @property
     def _driver_part(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from raylit.accelerators import build_accelerator
 from raylit.checkpoint import format
 from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.compat.torch_optim import without_compiler
@@ -93,7 +92,7 @@ class Worker:
         self._job = job
         self._is_in_driver = is_in_driver
         self._collectives = Collectives(rank=context.rank, world_size=context.world_size)
-        self._accelerator = build_accelerator(plan.workers.accelerator)
+        self._accelerator = plan.workers.accelerator
         self._session: Session | None = None
         self._train_loop: TrainLoop | None = None
         self._validation_loop: EvalLoop | None = None
@@ -170,7 +169,8 @@ class Worker:
         self._prepare_process(command)
         if command.random_state is not None:
             torch.manual_seed(self._plan.seed)
-            format.set_random_state(command.random_state)
+            self._accelerator.seed(self._plan.seed)
+            format.set_random_state(command.random_state, self._accelerator)
         session = self._session = Session(
             stage=command.stage,
             plan=self._plan,

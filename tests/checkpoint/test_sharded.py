@@ -144,7 +144,7 @@ def test_a_copied_part_is_the_same_file_and_does_not_change(mesh: DeviceMesh) ->
     strided = torch.arange(12.0).reshape(3, 4)[:, :2]
     tensors["view"] = DTensor.from_local(strided, mesh, [Shard(0)])
     by_reference = PendingPart(copy.deepcopy(tensors), rank=0)
-    copied = PendingPart(tensors, rank=0, copy_tensors=HostCopy().copy_state)
+    copied = PendingPart(tensors, rank=0, copy_tensors=HostCopy(CPUAccelerator()).copy_state)
     for tensor in tensors.values():
         tensor.to_local().zero_()
     pieces = []

@@ -197,12 +197,12 @@ def test_gpus_and_nodes_multiply(gpus, monkeypatch):
     # No such cluster is here: the plan alone tells, as on a driver without a GPU that is connected to one.
     monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     workers = plan_of(gpus=gpus, num_nodes=32).workers
-    assert (workers.num_workers, workers.num_nodes, workers.accelerator) == (256, 32, "cuda")
+    assert (workers.num_workers, workers.num_nodes, workers.accelerator.name) == (256, 32, "cuda")
 
 
 def test_processes_and_nodes_multiply():
     workers = plan_of(num_processes=8, num_nodes=128).workers
-    assert (workers.num_workers, workers.num_nodes, workers.accelerator) == (1024, 128, "cpu")
+    assert (workers.num_workers, workers.num_nodes, workers.accelerator.name) == (1024, 128, "cpu")
 
 
 def test_more_processes_than_there_are_hosts_for_is_a_clear_error(quiet):

@@ -434,12 +434,12 @@ def test_train_on_tpus():
 def test_train_on_256_gpus(monkeypatch, quiet):
     monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     workers = Trainer(gpus=8, num_nodes=32, **quiet)._plan.workers
-    assert (workers.num_workers, workers.num_nodes, workers.accelerator) == (256, 32, "cuda")
+    assert (workers.num_workers, workers.num_nodes, workers.accelerator.name) == (256, 32, "cuda")
 
 
 def test_train_on_1024_cpus_across_128_machines(quiet):
     workers = Trainer(num_processes=8, num_nodes=128, **quiet)._plan.workers
-    assert (workers.num_workers, workers.num_nodes, workers.accelerator) == (1024, 128, "cpu")
+    assert (workers.num_workers, workers.num_nodes, workers.accelerator.name) == (1024, 128, "cpu")
 
 
 def test_anything_you_can_do_with_pytorch():

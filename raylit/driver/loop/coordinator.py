@@ -371,7 +371,7 @@ class Coordinator:
                 checkpoint=checkpoint,
                 is_resuming=is_resuming,
                 progress=self.state.progress,
-                random_state=None if self._group.is_in_driver else format.random_state(),
+                random_state=None if self._group.is_in_driver else format.random_state(self.plan.workers.accelerator),
                 torch_settings=None if self._group.is_in_driver else TorchSettings.current(),
             )
         )

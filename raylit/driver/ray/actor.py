@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from raylit.accelerators import Accelerator, CPUAccelerator
 from raylit.checkpoint import files
 from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.driver.ray.failures import explain_failure
@@ -140,6 +141,8 @@ class WorkerActor:
         self._outbox = Outbox(asyncio.get_running_loop())
         self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
+        self._accelerator: Accelerator = CPUAccelerator()
+        """Of the run, once there has been one."""
         self._shared: SharedMemory | None = None
         self._script: ScriptModule | None = None
         self._brake = StopBarrier()
@@ -305,8 +308,10 @@ class WorkerActor:
         assignment.settings.apply_warning_filters()  # what has been imported may have added some of its own
         self._script = ScriptModule(job.script_objects)
         self._module = weakref.ref(job.module)
+        plan = unpickle_plan(assignment.plan)
+        self._accelerator = plan.workers.accelerator
         self._worker = Worker(
-            plan=unpickle_plan(assignment.plan),
+            plan=plan,
             context=self._context,
             job=job,
             is_in_driver=False,
@@ -323,7 +328,7 @@ class WorkerActor:
         if self._script is not None:
             self._script.restore()
             self._script = None
-        leftovers = self._process.restore(self._module)
+        leftovers = self._process.restore(self._module, self._accelerator)
         return leftovers if shared is None else (*leftovers, *shared.release())
 
     def _carry_out(self, command: Command) -> None:

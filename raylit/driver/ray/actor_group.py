@@ -10,7 +10,6 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
-from raylit.accelerators import build_accelerator
 from raylit.compat import ray_core
 from raylit.config.plan import Plan, Workers
 from raylit.driver.ray import local_cluster
@@ -274,7 +273,7 @@ class ActorGroup:
             )
             meeting = self._rendezvous.next_meeting()
         self._streams = [actor.reports.options(num_returns="streaming").remote() for actor in self._actors]
-        backend = build_accelerator(self.workers.accelerator).collective_backend
+        backend = self.workers.accelerator.collective_backend
         self._ask(
             [
                 actor.join.remote(context, meeting, backend)

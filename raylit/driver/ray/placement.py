@@ -225,7 +225,7 @@ def check_memory(demand: ResourceRequest, hosts: list[Host]) -> None:
 
 def resources_per_worker(workers: Workers, *, cpu: float) -> Resources:
     """What a worker asks for: what is named, and what every worker needs where it is not named."""
-    each = {"CPU": cpu, **({"GPU": 1.0} if workers.accelerator == "cuda" else {}), **workers.resources_per_worker}
+    each = {"CPU": cpu, **workers.accelerator.resources, **workers.resources_per_worker}
     # Ray has no bundles of nothing, and counts memory in bytes.
     return {name: float(amount) for name, amount in each.items() if amount} or {"memory": 1.0}
 

@@ -24,8 +24,9 @@ from raylit.config.plan import (
     Validation,
     Workers,
 )
-from raylit.config.strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyOptions
+from raylit.config.strategy import NAMED_STRATEGIES, DDPStrategy, SingleDeviceStrategy, StrategyOptions
 from raylit.errors import ConfigError
+from raylit.strategies import registered_strategies
 from raylit.trainer.arguments.checks import check_count, check_share, check_switch
 
 
@@ -120,17 +121,6 @@ def _build_dev_run_limits(num_batches: int) -> Limits:
     )
 
 
-_NAMED: dict[str, StrategyOptions | None] = {
-    "auto": None,
-    "single": SingleDeviceStrategy(),
-    "single_device": SingleDeviceStrategy(),
-    "ddp": DDPStrategy(),
-    # Lightning's ways to start the processes of "ddp", which Ray starts here.
-    **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_cpu"), DDPStrategy()),
-    "fsdp": FSDPStrategy(),
-    "fsdp_cpu_offload": FSDPStrategy(cpu_offload=True),
-}
-"""None: what the number of workers asks for."""
 _UNUSED = "_find_unused_parameters_"
 
 
@@ -148,9 +138,10 @@ def parse_strategy(*, strategy: str | StrategyOptions, workers: Workers) -> Stra
 
 def _named(given: str) -> StrategyOptions | None:
     name, has_suffix, is_finding = given.partition(_UNUSED)
-    chosen = _NAMED.get(name)
-    if name not in _NAMED or (has_suffix and (is_finding not in ("true", "false") or chosen != DDPStrategy())):
-        names = ", ".join(map(repr, _NAMED))
+    known = {**NAMED_STRATEGIES, **registered_strategies()}
+    chosen = known.get(name)
+    if name not in known or (has_suffix and (is_finding not in ("true", "false") or chosen != DDPStrategy())):
+        names = ", ".join(map(repr, known))
         raise ConfigError(
             f"strategy={given!r}: must be one of {names}, of the ddp ones also with '{_UNUSED}true' at its end, or an "
             "object such as DDPStrategy(bucket_cap_mb=50)"

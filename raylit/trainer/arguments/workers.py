@@ -5,9 +5,8 @@ import re
 import sys
 from typing import Any, get_args
 
-import torch
-
-from raylit.config.plan import AcceleratorName, PlacementName, Workers
+from raylit.accelerators import Accelerator, choose_accelerator, get_accelerator, is_registered
+from raylit.config.plan import PlacementName, Workers
 from raylit.errors import ConfigError
 from raylit.trainer.arguments.checks import check_count
 
@@ -18,7 +17,6 @@ def is_on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and bool(ray.is_initialized()))
 
 
-_ACCELERATORS: dict[str, AcceleratorName] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 _LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _LABEL_KEY = re.compile(rf"([a-zA-Z0-9.-]+/)?{_LABEL}")
 _LABEL_CONDITION = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
@@ -32,7 +30,7 @@ def parse_workers(
     tpu_cores: int | str | list[int] | None,
     num_nodes: int,
     num_processes: int | None,
-    accelerator: str,
+    accelerator: str | Accelerator,
     devices: int | str | list[int],
     resources_per_worker: dict[str, float] | None,
     placement: str | None,
@@ -46,11 +44,11 @@ def parse_workers(
     _refuse_tpus(tpu_cores, accelerator)
     if ping_timeout_s is not None and not ping_timeout_s >= 0:
         raise ConfigError(f"ping_timeout_s={ping_timeout_s}: must be a number of seconds, or 0 for no limit")
-    name = _accelerator(accelerator, gpus=gpus, num_processes=num_processes, devices=devices, num_workers=num_workers)
-    per_node = _devices_per_node(gpus, num_processes, devices, name)
+    chosen = _accelerator(accelerator, gpus=gpus, num_processes=num_processes)
+    per_node = _devices_per_node(gpus, num_processes, devices, chosen)
     total = None if per_node is None else per_node * num_nodes
     if num_workers is None:
-        num_workers = _default_num_workers(total, name)
+        num_workers = _default_num_workers(total, chosen)
         if num_workers == 0:
             _refuse_without_workers(
                 num_nodes=num_nodes,
@@ -65,19 +63,16 @@ def parse_workers(
             f"num_workers={num_workers} and {total} devices (gpus, devices or num_processes times "
             f"num_nodes={num_nodes}) are asked for: leave one of them out, or give the same number"
         )
-    if name == "cuda" and not torch.cuda.is_available() and (num_workers == 0 or not is_on_cluster()):
-        raise ConfigError(
-            "GPUs are asked for, but torch sees none on this machine: use accelerator='cpu' with num_workers, install "
-            "a CUDA build of torch, or connect to a cluster with GPUs (ray.init(address=...) or RAY_ADDRESS)"
-        )
+    if not chosen.is_available() and (num_workers == 0 or not is_on_cluster()):
+        raise ConfigError(chosen.explain_unavailable())
     world_size = max(1, num_workers)
     if world_size % num_nodes:
         raise ConfigError(f"{num_workers} workers cannot be spread evenly over num_nodes={num_nodes}")
     return Workers(
         num_workers=num_workers,
         num_nodes=num_nodes if num_nodes > 1 else None,
-        accelerator=name,
-        resources_per_worker=_resources(resources_per_worker or {}, name),
+        accelerator=chosen,
+        resources_per_worker=_resources(resources_per_worker or {}, chosen),
         placement=_placement(placement, num_nodes=num_nodes),
         label_selector=_label_selector(label_selector or {}),
         start_timeout_s=start_timeout_s,
@@ -90,37 +85,42 @@ def _ping_timeouts(given_s: float) -> dict[str, float]:
     return {"ping_timeout_s": given_s, "start_ping_timeout_s": given_s}
 
 
-def _accelerator(accelerator: str, *, gpus: Any, num_processes: Any, devices: Any, num_workers: Any) -> AcceleratorName:
-    if accelerator not in ("auto", *_ACCELERATORS):
-        raise ConfigError(f"accelerator={accelerator!r}: must be 'auto', 'cpu', 'gpu' or 'cuda'")
-    if gpus not in _NOTHING and accelerator == "cpu":
-        raise ConfigError(f"accelerator='cpu' and gpus={gpus!r} contradict each other: leave one out")
+def _accelerator(accelerator: str | Accelerator, *, gpus: Any, num_processes: Any) -> Accelerator:
+    """Make the one that is asked for, by `accelerator` or by `gpus`; "auto" takes what there is."""
+    named = None
+    if isinstance(accelerator, Accelerator):
+        named = accelerator
+    elif accelerator != "auto":
+        named = get_accelerator(accelerator)
     if gpus not in _NOTHING:
+        of_gpus = get_accelerator("gpu")
+        if named is not None and named != of_gpus:
+            raise ConfigError(f"accelerator={named.name!r} and gpus={gpus!r} contradict each other: leave one out")
         if num_processes is not None:
             raise ConfigError(
                 f"gpus={gpus!r} and num_processes={num_processes!r}: processes are CPU workers, choose one"
             )
-        return "cuda"
-    if accelerator != "auto":
-        return _ACCELERATORS[accelerator]
+        return of_gpus
+    if named is not None:
+        return named
     is_asking_for_cpu = num_processes is not None or gpus in (0, [], "0")
-    return "cuda" if torch.cuda.is_available() and not is_asking_for_cpu else "cpu"
+    return get_accelerator("cpu") if is_asking_for_cpu else choose_accelerator()
 
 
-def _devices_per_node(gpus: Any, num_processes: int | None, devices: Any, name: AcceleratorName) -> int | None:
+def _devices_per_node(gpus: Any, num_processes: int | None, devices: Any, accelerator: Accelerator) -> int | None:
     """Return the number of workers per host; None if no argument gives it."""
     given = {
         "gpus": gpus if gpus not in _NOTHING else None,
         "num_processes": num_processes,
         "devices": None if devices == "auto" else devices,
     }
-    counts = {key: _count(key, value, name) for key, value in given.items() if value is not None}
+    counts = {key: _count(key, value, accelerator) for key, value in given.items() if value is not None}
     if len(set(counts.values())) > 1:
         raise ConfigError(f"{counts} contradict each other: leave one out")
     return next(iter(counts.values()), None)
 
 
-def _count(key: str, value: Any, name: AcceleratorName) -> int:
+def _count(key: str, value: Any, accelerator: Accelerator) -> int:
     """Return the number of devices that an int, a list of indices, "2", "0,1", or -1 (all) stands for."""
     if isinstance(value, str):
         parts = [part for part in value.split(",") if part.strip()]
@@ -128,7 +128,7 @@ def _count(key: str, value: Any, name: AcceleratorName) -> int:
     if isinstance(value, (list, tuple)):
         return len(value)
     if value == -1:
-        return torch.cuda.device_count() if name == "cuda" else os.cpu_count() or 1
+        return accelerator.num_devices()
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{key}={value!r}: must be a positive int, a list of indices, or -1 for all")
     return value
@@ -138,20 +138,24 @@ def _is_int(text: str) -> bool:
     return text.strip().lstrip("-").isdigit()
 
 
-def _refuse_tpus(tpu_cores: Any, accelerator: str) -> None:
-    if tpu_cores not in _NOTHING or accelerator in ("tpu", "xla"):
+def _is_unregistered_tpu(accelerator: str | Accelerator) -> bool:
+    return isinstance(accelerator, str) and accelerator in ("tpu", "xla") and not is_registered(accelerator)
+
+
+def _refuse_tpus(tpu_cores: Any, accelerator: str | Accelerator) -> None:
+    if tpu_cores not in _NOTHING or _is_unregistered_tpu(accelerator):
         given = f"accelerator={accelerator!r}" if tpu_cores in _NOTHING else f"tpu_cores={tpu_cores!r}"
         raise ConfigError(
             f"{given}: this raylit has no accelerator for TPUs yet; say gpus= instead, or num_workers= for CPUs"
         )
 
 
-def _default_num_workers(total: int | None, name: AcceleratorName) -> int:
+def _default_num_workers(total: int | None, accelerator: Accelerator) -> int:
     if total is None:
         # One GPU, or none, is driven from this process: same numbers, no start of Ray.
-        num_gpus = torch.cuda.device_count() if name == "cuda" else 0
-        return num_gpus if num_gpus > 1 else 0
-    return 0 if total == 1 and name == "cpu" else total
+        num_devices = 0 if accelerator.is_host else accelerator.num_devices()
+        return num_devices if num_devices > 1 else 0
+    return 0 if total == 1 and accelerator.is_host else total
 
 
 def _refuse_without_workers(*, num_nodes: int, **given: Any) -> None:
@@ -166,7 +170,7 @@ def _refuse_without_workers(*, num_nodes: int, **given: Any) -> None:
         )
 
 
-def _resources(resources: dict[str, float], name: AcceleratorName) -> dict[str, float]:
+def _resources(resources: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
     for key, amount in resources.items():
         is_number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
         if not isinstance(key, str) or not is_number or not 0 <= amount < float("inf"):
@@ -181,14 +185,18 @@ def _resources(resources: dict[str, float], name: AcceleratorName) -> dict[str, 
     for key in resources:
         if key.lower() in near and key not in near.values():
             raise ConfigError(f"resources_per_worker={resources!r}: did you mean {near[key.lower()]!r}?")
-    if name == "cuda" and resources.get("GPU", 1) == 0:
-        raise ConfigError(f"resources_per_worker={resources!r} leaves workers without the GPU that they are to use")
-    if name == "cpu" and resources.get("GPU", 0) > 0:
+    own = accelerator.resources
+    for key in own:
+        if resources.get(key, 1) == 0:
+            raise ConfigError(
+                f"resources_per_worker={resources!r} leaves workers without the {key} that they are to use"
+            )
+    if "GPU" not in own and resources.get("GPU", 0) > 0:
         raise ConfigError(
-            f"resources_per_worker={resources!r} and accelerator='cpu': say accelerator='gpu' where workers are to use "
-            "the GPU, else leave it out"
+            f"resources_per_worker={resources!r} and accelerator={accelerator.name!r}: say accelerator='gpu' where "
+            "workers are to use the GPU, else leave it out"
         )
-    if name == "cpu" and resources.get("CPU", 1) == 0 and not any(resources.values()):
+    if not own and resources.get("CPU", 1) == 0 and not any(resources.values()):
         raise ConfigError(f"resources_per_worker={resources!r} asks for nothing: give a share of a CPU, such as 0.01")
     return dict(resources)
 

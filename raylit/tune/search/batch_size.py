@@ -9,8 +9,6 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Literal
 
-import torch
-
 from raylit.callbacks.base import Callback
 from raylit.config.plan import Plan
 from raylit.errors import ConfigError
@@ -112,8 +110,7 @@ class Stopwatch(Callback):
             self._since_s = perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
+        trainer.accelerator.synchronize()
         now_s = perf_counter()
         is_step = trainer.num_windows > self._num_windows
         if self._num_windows == 0:

@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from raylit.accelerators import Accelerator
 from raylit.checkpoint import format
 from raylit.compat import ray_core
 from raylit.config.plan import Workers
@@ -42,7 +43,7 @@ class TuneRunner:
     def run(self, search: Search, experiment: Experiment, job: Job) -> None:
         workers = _with_room(experiment.plan.workers)
         experiment = replace(experiment, plan=replace(experiment.plan, workers=workers))
-        trials = _Trials(search)
+        trials = _Trials(search, experiment.plan.workers.accelerator)
         with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
             run_trials(
                 _Recipe(experiment, pickle_job(job)),
@@ -82,7 +83,9 @@ class _Recipe:
             return not context.handover.report({_STEP: step, _LOSS: loss}, save=_save_nothing)
 
         # A trial's process starts with the driver's.
-        experiment = replace(self._experiment, random_state=format.random_state())
+        experiment = replace(
+            self._experiment, random_state=format.random_state(self._experiment.plan.workers.accelerator)
+        )
         try:
             outcome = run_trial(experiment, context.config[_VALUE], self._job, told=told)
         except Exception as error:
@@ -93,7 +96,8 @@ class _Recipe:
 class _Trials:
     """The search, as Tune's parts see it: which trial has which value, and what was wrong with all of them."""
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self.error: BaseException | None = None
         self._search = search
         self._values: dict[str, Any] = {}
@@ -123,7 +127,7 @@ class _Trials:
     def receive(self, trial_id: str, result: Mapping[str, Any]) -> None:
         error = self._errors.pop(trial_id, None)
         if error is not None:
-            outcome = Outcome(error=error, verdict=classify_failure(error))
+            outcome = Outcome(error=error, verdict=classify_failure(error, self._accelerator))
         else:
             # Without one, the trial was cut.
             outcome = _unpickled(result[_OUTCOME]) if _OUTCOME in result else Outcome()

@@ -4,8 +4,6 @@ import gc
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
 from raylit.config.plan import Plan
 from raylit.tune.search.out_of_memory import classify_failure, without_tracebacks
 from raylit.tune.search.trial import Experiment, Outcome, ReportLoss, Search, copy_job, fit_trial
@@ -42,15 +40,15 @@ class DirectRunner:
 
 def run_trial(experiment: Experiment, value: Any, job: Job, *, told: ReportLoss) -> Outcome:
     """A trial with a copy of the job. What is wrong with this one alone is its outcome; else it is raised."""
+    accelerator = experiment.plan.workers.accelerator
     try:
         return fit_trial(experiment, value, job=copy_job(job), told=told)
     except Exception as error:
-        verdict = classify_failure(error)
+        verdict = classify_failure(error, accelerator)
         if verdict is None:
             raise
         outcome = Outcome(error=without_tracebacks(error), verdict=verdict)
     # Outside of the except clause, which keeps the failed step's frames and with them its tensors.
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    accelerator.empty_cache()
     return outcome

@@ -133,13 +133,14 @@ def fit_trial(experiment: Experiment, value: Any, *, job: Job, told: ReportLoss)
     if experiment.attribute is not None:
         put(experiment.attribute, value, job)
     callbacks = [_Rungs(experiment.rungs, told)] if experiment.rungs else []
-    random_state = format.random_state()
+    accelerator = experiment.plan.workers.accelerator
+    random_state = format.random_state(accelerator)
     coordinator = Coordinator(plan=experiment.plan, job=job, callbacks=callbacks, loggers=[], stage="fit")
     try:
-        format.set_random_state(experiment.random_state)
+        format.set_random_state(experiment.random_state, accelerator)
         coordinator.fit()
     finally:
-        format.set_random_state(random_state)
+        format.set_random_state(random_state, accelerator)
     if coordinator.finished is not None and coordinator.finished.attributes:
         result_sync.apply(coordinator.finished.attributes, job.module, job.callbacks)
     probe = cast("Probe", job.callbacks[0])

@@ -154,11 +154,12 @@ class _Training:
 
     def module_of(self, config: dict[str, Any]) -> LightningModule:
         """The config's module as it was built, the generators left as they are."""
-        state = format.random_state()
+        accelerator = self.workers.accelerator
+        state = format.random_state(accelerator)
         try:
             return _Built.of(self.build(copy.deepcopy(config))).module
         finally:
-            format.set_random_state(state)
+            format.set_random_state(state, accelerator)
 
     def _of_workers(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the driver has made of the arguments: here, other devices may be seen."""

@@ -68,13 +68,15 @@ def run_trials(
 ) -> list[TrialRecord]:
     """Every trial's record. A trial that follows another takes its room and its processes over. KeyboardInterrupt: what
     is done is kept, for `is_resuming`."""
+    accelerator = room.workers.accelerator
     setting = TrialSettings(
         recipe=cloudpickle.dumps(recipe),
         directory=run.directory,
         metric=run.metric,
         is_saving=run.num_checkpoints != 0,
         import_path=tuple(os.path.abspath(path) for path in sys.path),
-        random_state=pack(format.random_state()),
+        accelerator=cloudpickle.dumps(accelerator),
+        random_state=pack(format.random_state(accelerator)),
         torch_settings=TorchSettings.current(),
         process_settings=local_cluster.settings_for_workers(),
         variables=variables_for_live_processes(

@@ -61,6 +61,8 @@ class TrialSettings:
     is_saving: bool
     """A checkpoint belongs to each report."""
     import_path: tuple[str, ...]
+    accelerator: bytes
+    """cloudpickle of it."""
     random_state: Any
     """Of the driver, packed: a trial starts with what a fit there would have."""
     torch_settings: TorchSettings
@@ -197,7 +199,8 @@ class Trial(tune.Trainable):
         # Here, as what goes wrong with it is the trial's error; once, as it may hold data.
         self._recipe = self._recipe or cloudpickle.loads(setting.recipe)
         setting.process_settings.apply_warning_filters()  # what has been imported may have added some of its own
-        format.set_random_state(unpack(setting.random_state, is_copying=True))
+        accelerator = cloudpickle.loads(setting.accelerator)
+        format.set_random_state(unpack(setting.random_state, is_copying=True), accelerator)
         context = TrialContext(
             id=self.trial_id,
             config=dict(self.config),

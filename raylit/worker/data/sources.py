@@ -30,7 +30,7 @@ class EpochRandomState:
         if self.num_passed > 0 and self.state is not None:
             format.set_random_state(self.state)
         else:
-            self.state = {name: value for name, value in format.random_state().items() if name != "cuda"}
+            self.state = format.random_state()
 
 
 def open_stream(stream: Iterable[Any], *, start_state: EpochRandomState) -> tuple[Iterator[Any], Any]:

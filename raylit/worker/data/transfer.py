@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from raylit.accelerators import Accelerator
 from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
@@ -124,7 +125,7 @@ class TimedCopy:
 
 
 class StreamCopy:
-    """Copy on a separate CUDA stream, concurrent with the kernels of the step.
+    """Copy on a separate stream of the device, concurrent with the kernels of the step.
 
     The host does not wait if the batch is in pinned memory (`DataLoader(pin_memory=True)`); otherwise it waits until
     its bytes are read, but not for the device.
@@ -133,16 +134,17 @@ class StreamCopy:
     def __init__(self, device: torch.device, form: BatchForm) -> None:
         self._device = device
         self._form = form
-        self._stream: Any = torch.cuda.Stream(device)
+        self._streams: Any = torch.get_device_module(device)
+        self._stream = self._streams.Stream(device)
 
     def start(self, batch: Any, dataloader_idx: int) -> Any:
-        with torch.cuda.stream(self._stream):
+        with self._streams.stream(self._stream):
             moved = map_tensors(batch, self._copy_tensor)
             return moved, self._stream.record_event()
 
     def finish(self, pending: Any) -> Any:
         moved, event = pending
-        stream = torch.cuda.current_stream(self._device)
+        stream = self._streams.current_stream(self._device)
         stream.wait_event(event)
 
         def record_use(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,10 +164,11 @@ def build_mover(
     *,
     module: LightningModule,
     datamodule: DataModule | None,
-    device: torch.device,
+    accelerator: Accelerator,
     form: BatchForm,
 ) -> Mover | None:
     """Build the mover of the run's batches; None where batches need neither hooks nor a transfer."""
+    device = accelerator.device()
     before, transfer, after = (
         _find_hook(name, module, datamodule)
         for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -176,7 +179,7 @@ def build_mover(
         if transfer is not None:
             copy = DirectCopy(_bind_device(transfer, device))
             return Mover(copy, before=before, after=after, can_prefetch=False)
-    if device.type == "cuda":
+    if accelerator.has_copy_streams:
         return Mover(StreamCopy(device, form), before=before, after=after, can_prefetch=not is_hooked)
     if form.is_plain and before is None and after is None:
         return None

@@ -218,7 +218,8 @@ class _ForwardLoop:
         """
         view, module = self._session.view, self._session.module
         previous = view.stage, view.metrics
-        random_state = format.random_state() if is_sanity_check else None
+        accelerator = self._session.accelerator
+        random_state = format.random_state(accelerator) if is_sanity_check else None
         view.stage, view.metrics = self._stage, metrics
         log_before = module.redirect_log(metrics)
         view.sanity_checking = is_sanity_check
@@ -233,7 +234,7 @@ class _ForwardLoop:
             module.redirect_log(log_before)
             view.sanity_checking = False
             if random_state is not None:
-                format.set_random_state(random_state)
+                format.set_random_state(random_state, accelerator)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

@@ -195,9 +195,9 @@ class TrainLoop:
         is_finished = self._view.num_batches_done >= self.num_batches_in_epoch
         if not is_finished and self._peekable is not None:
             # A resumed run fetches this batch again, with the same random numbers.
-            random_state = format.random_state()
+            random_state = format.random_state(self._session.accelerator)
             is_finished = not self._peekable.has_next(num_done=self._view.num_batches_done)
-            format.set_random_state(random_state)
+            format.set_random_state(random_state, self._session.accelerator)
         yield Paused(progress=self._view.progress, is_epoch_finished=is_finished)
 
     def end_epoch(self, command: EndEpoch) -> Iterator[Report]:
@@ -207,7 +207,7 @@ class TrainLoop:
         random numbers from before the hooks. The hooks and the loggers get the values so far.
         """
         session, view = self._session, self._view
-        random_state = None if command.is_complete else format.random_state()
+        random_state = None if command.is_complete else format.random_state(session.accelerator)
         view.is_epoch_cut_short = not command.is_complete
         if not command.is_complete:
             self._sums_before_epoch_end = self._copy_epoch_sums()
@@ -227,7 +227,7 @@ class TrainLoop:
             self._is_exhausted = False
             self._set_epoch_length(self.num_batches)
         if random_state is not None:
-            format.set_random_state(random_state)
+            format.set_random_state(random_state, session.accelerator)
         session.strategy.sync_buffers(session.module)
         yield EpochEnded(progress=view.progress, metrics=metrics, stop_reason=self._describe_stop())
 

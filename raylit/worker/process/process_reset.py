@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from raylit.accelerators import Accelerator
 from raylit.compat.torch_dynamo import reset_compiler
 from raylit.compat.torch_module import has_global_hooks
 from raylit.protocol.process_settings import ProcessSettings, TorchSettings, files_of_user_modules, take_over_variables
@@ -31,7 +32,7 @@ class ProcessState:
         """Path and modification time of the user's modules, by name."""
         _freeze_imported_objects()
 
-    def restore(self, module: "weakref.ref[Any]") -> tuple[str, ...]:
+    def restore(self, module: "weakref.ref[Any]", accelerator: Accelerator) -> tuple[str, ...]:
         """Undo what can be undone; return what is left of the run: its module, threads, processes, device memory."""
         take_over_variables({**dict.fromkeys(os.environ), **self._environment})
         self._process_settings.apply()
@@ -49,7 +50,7 @@ class ProcessState:
         if module() is not None:
             gc.collect()  # frees what autograd nodes, which are C++ objects, held until the first collection
         gc.freeze()
-        return tuple(self._list_leftovers(module))
+        return tuple(self._list_leftovers(module, accelerator))
 
     def changed_modules(self, files_in_driver: Mapping[str, str]) -> tuple[str, ...]:
         """Return the user's modules whose files have changed since their import, or differ from the driver's.
@@ -75,7 +76,7 @@ class ProcessState:
         for name, path in files_of_user_modules({name: sys.modules[name] for name in new}).items():
             self._user_files[name] = (path, _read_modification_time(path))
 
-    def _list_leftovers(self, module: "weakref.ref[Any]") -> list[str]:
+    def _list_leftovers(self, module: "weakref.ref[Any]", accelerator: Accelerator) -> list[str]:
         leftovers = []
         if module() is not None:
             leftovers.append(f"the module {type(module()).__name__}, which something still refers to")
@@ -87,10 +88,9 @@ class ProcessState:
         leftovers += [f"the process {child.name}" for child in multiprocessing.active_children()]
         if has_global_hooks():
             leftovers.append("global hooks of torch.nn")
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-            if torch.cuda.memory_allocated() > 0:
-                leftovers.append(f"{torch.cuda.memory_allocated()} bytes of device memory")
+        accelerator.empty_cache()
+        if (num_bytes := accelerator.allocated_bytes()) > 0:
+            leftovers.append(f"{num_bytes} bytes of device memory")
         return leftovers
 
 

@@ -58,7 +58,7 @@ class RankProfiler:
         self._profiler = profiler
         self._stage = stage
         self._context = context
-        self._memory = PeakMemory(accelerator.device())
+        self._memory = PeakMemory(accelerator)
         self._busy_before_s = 0.0
         profiler.setup(stage, context.local_rank, log_dir)
 

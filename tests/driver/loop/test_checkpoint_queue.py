@@ -15,6 +15,7 @@ from models import Regression, RegressionData
 from torch import Tensor
 
 import raylit as pl
+from raylit.accelerators import CPUAccelerator
 from raylit.checkpoint import files, index
 from raylit.checkpoint.host_copy import HostCopy
 from raylit.checkpoint.pending import PIECE_BYTES, PendingCheckpoint
@@ -283,7 +284,7 @@ def test_a_copy_makes_the_same_file_and_shows_no_later_change(num_large: int) ->
         "large": [torch.randn(500_000) for _ in range(num_large)],
         "plain": {"a": (1, 2.0, "x"), "b": bytearray(b"abc")},
     }
-    memory = HostCopy()
+    memory = HostCopy(CPUAccelerator())
     before = file_of(state)
     for _ in range(2):
         copy = memory.taken(state)

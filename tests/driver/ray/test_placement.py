@@ -134,7 +134,7 @@ def test_so_many_on_each_of_so_many_nodes(monkeypatch):
     assert (processes.num_workers, processes.num_nodes, processes.accelerator) == (16, 2, "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     gpus = pl.Trainer(gpus=2, num_nodes=2)._plan.workers
-    assert (gpus.num_workers, gpus.num_nodes, gpus.accelerator) == (4, 2, "cuda")
+    assert (gpus.num_workers, gpus.num_nodes, gpus.accelerator.name) == (4, 2, "cuda")
 
 
 def test_an_autoscaler_of_version_1_is_told_from_its_stand_in():

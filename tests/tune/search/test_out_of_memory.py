@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import raylit as pl
+from raylit.accelerators import CUDAAccelerator
 from raylit.errors import RemoteTraceback, WorkerDied
 from raylit.tune.search.out_of_memory import classify_failure, without_tracebacks
 
@@ -45,7 +46,7 @@ def died(reason):
     ],
 )
 def test_an_error_is_known_by_type_or_words(error, verdict):
-    assert classify_failure(error) == verdict
+    assert classify_failure(error, CUDAAccelerator()) == verdict
 
 
 def caught(function):
@@ -63,13 +64,13 @@ def test_the_cause_of_an_error_counts_and_its_frames_go():
             raise KeyError("step") from error
     except KeyError as error:
         outer = error
-    assert classify_failure(outer) == "too large"
+    assert classify_failure(outer, CUDAAccelerator()) == "too large"
     assert without_tracebacks(outer).__traceback__ is outer.__cause__.__traceback__ is None
     told = caught(lambda: [][1])
     assert "[][1]" in str(without_tracebacks(told).__cause__)
     told = RuntimeError("bug")
     told.__cause__ = RemoteTraceback("In rank 0: out of memory")  # only a text, of whatever
-    assert classify_failure(told) is None
+    assert classify_failure(told, CUDAAccelerator()) is None
 
 
 class Allocates(pl.LightningModule):

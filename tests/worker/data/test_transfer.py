@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
+from raylit.accelerators import CPUAccelerator
 from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.worker import session as session_module
 from raylit.worker.data.combined import build_eval_data
@@ -105,12 +106,17 @@ def test_only_loaders_with_worker_processes_can_prefetch():
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
 def test_no_mover_is_built_on_the_cpu_without_hooks(hook):
-    assert build_mover(module=Regression(), datamodule=None, device=CPU, form=BatchForm()) is None
+    assert build_mover(module=Regression(), datamodule=None, accelerator=CPUAccelerator(), form=BatchForm()) is None
     model = Regression()
     setattr(model, hook, lambda *args: args[0])
-    assert build_mover(module=model, datamodule=None, device=CPU, form=BatchForm()) is not None
+    assert build_mover(module=model, datamodule=None, accelerator=CPUAccelerator(), form=BatchForm()) is not None
     assert (
-        build_mover(module=Regression(), datamodule=None, device=CPU, form=BatchForm(floating_dtype=torch.float64))
+        build_mover(
+            module=Regression(),
+            datamodule=None,
+            accelerator=CPUAccelerator(),
+            form=BatchForm(floating_dtype=torch.float64),
+        )
         is not None
     )
 

@@ -1,0 +1,62 @@
+"""The accelerators that `Trainer(accelerator=...)` knows by name. Driver."""
+
+from collections.abc import Callable
+
+from raylit.accelerators.base import Accelerator
+from raylit.accelerators.cpu import CPUAccelerator
+from raylit.accelerators.cuda import CUDAAccelerator
+from raylit.errors import ConfigError
+
+_BUILT_IN: dict[str, Callable[[], Accelerator]] = {
+    "cpu": CPUAccelerator,
+    "gpu": CUDAAccelerator,
+    "cuda": CUDAAccelerator,
+}
+_REGISTERED: dict[str, Callable[[], Accelerator]] = {}
+
+
+def register_accelerator(name: str, factory: Callable[[], Accelerator]) -> None:
+    """Have `Trainer(accelerator=name)` train on the Accelerator that `factory()` returns, from now on in this process.
+
+    Workers need no registration: the Accelerator travels to them with the run. A later registration of the same name
+    takes its place.
+
+    Args:
+        name: Any but "auto" and those of raylit's own accelerators.
+        factory: An Accelerator's class, or a function; called once for each Trainer.
+
+    Raises:
+        ConfigError: `name` is taken.
+
+    Example:
+        class MyAccelerator(raylit.Accelerator): ...
+
+        raylit.register_accelerator("mine", MyAccelerator)
+        raylit.Trainer(accelerator="mine", num_workers=4)
+    """
+    if name == "auto" or name in _BUILT_IN:
+        raise ConfigError(f"register_accelerator({name!r}): the name is raylit's own, choose another one")
+    _REGISTERED[name] = factory
+
+
+def is_registered(name: str) -> bool:
+    """Whether somebody has registered an accelerator of this name."""
+    return name in _REGISTERED
+
+
+def get_accelerator(name: str) -> Accelerator:
+    """Make the accelerator of this name. ConfigError: there is none; it lists what there is."""
+    factories = {**_BUILT_IN, **_REGISTERED}
+    if name not in factories:
+        *names, last = map(repr, ("auto", *factories))
+        raise ConfigError(f"accelerator={name!r}: must be {', '.join(names)} or {last}")
+    made = factories[name]()
+    if not isinstance(made, Accelerator):
+        raise ConfigError(f"accelerator={name!r}: its factory returned {made!r}, which is no raylit.Accelerator")
+    return made
+
+
+def choose_accelerator() -> Accelerator:
+    """Make the first automatic accelerator that is available here, or else the CPU's."""
+    candidates = map(get_accelerator, ("cuda", *_REGISTERED))
+    return next((each for each in candidates if each.is_automatic and each.is_available()), CPUAccelerator())
