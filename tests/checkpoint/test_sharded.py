@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from raylit.accelerators import CPUAccelerator
 from raylit.checkpoint import files, format, remote
 from raylit.checkpoint import sharded as directory
 from raylit.checkpoint.host_copy import HostCopy
