@@ -32,6 +32,7 @@ from raylit.core.combined_loader import CombinedLoader
 from raylit.core.datamodule import DataModule, LightningDataModule
 from raylit.core.module import LightningModule
 from raylit.core.step_results import EvalResult, TrainResult
+from raylit.core.trainer_view import TrainerView
 from raylit.driver.tune_integration.report_callback import TuneReport
 from raylit.errors import (
     CheckpointError,
@@ -104,6 +105,7 @@ __all__ = [
     "Timer",
     "TrainResult",
     "Trainer",
+    "TrainerView",
     "TuneReport",
     "Tuner",
     "UnknownArgumentError",

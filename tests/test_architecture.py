@@ -192,11 +192,99 @@ def test_own_private_names_are_allowed(source: str, names: list[str]) -> None:
     assert sorted(name for _, name in private_names_of_others(ast.parse(source))) == sorted(names)
 
 
-def test_public_names_are_sorted_and_there() -> None:
+PUBLIC_NAMES = [
+    "AdvancedProfiler",
+    "BackboneFinetuning",
+    "BaseFinetuning",
+    "BasePredictionWriter",
+    "BatchSizeFinder",
+    "CSVLogger",
+    "Callback",
+    "CheckpointError",
+    "CombinedLoader",
+    "ConfigError",
+    "DDPStrategy",
+    "DamagedCheckpoint",
+    "DataModule",
+    "DeviceStatsMonitor",
+    "DriverCallback",
+    "EMAWeightAveraging",
+    "EarlyStopping",
+    "EvalResult",
+    "FSDPStrategy",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
+    "LearningRateFinder",
+    "LearningRateMonitor",
+    "LightningDataModule",
+    "LightningModule",
+    "Logger",
+    "LoggingError",
+    "MLFlowLogger",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "ModuleError",
+    "NotFiniteError",
+    "OnExceptionCheckpoint",
+    "PassThroughProfiler",
+    "ProgressBar",
+    "PyTorchProfiler",
+    "RaylitError",
+    "ResourcesError",
+    "SimpleProfiler",
+    "StochasticWeightAveraging",
+    "SweepResult",
+    "TQDMProgressBar",
+    "TensorBoardLogger",
+    "ThroughputMonitor",
+    "Timer",
+    "TrainResult",
+    "Trainer",
+    "TrainerView",
+    "TuneReport",
+    "Tuner",
+    "UnknownArgumentError",
+    "WandbLogger",
+    "WeightAveraging",
+    "WorkerDied",
+    "WorkerFailed",
+    "callbacks",
+    "fit",
+    "lr_find",
+    "metrics",
+    "predict",
+    "scale_batch_size",
+    "seed_everything",
+    "shutdown",
+    "sweep",
+    "test",
+    "tune",
+    "validate",
+]
+"""What `raylit` exports. A name that is added or removed is a change to the interface: say so in CHANGELOG.md."""
+
+
+def test_public_names_are_those_of_the_list() -> None:
     import raylit
 
-    assert raylit.__all__ == sorted(raylit.__all__)
+    assert sorted(PUBLIC_NAMES) == PUBLIC_NAMES
+    assert raylit.__all__ == PUBLIC_NAMES
     assert [name for name in raylit.__all__ if not hasattr(raylit, name)] == []
+
+
+FOLDERS_ONLY_IN_TESTS = {"benchmarks", "examples", "gpu", "spec"}
+
+
+def test_folders_of_tests_mirror_the_package() -> None:
+    folders = [folder.relative_to(ROOT / "tests") for folder in (ROOT / "tests").rglob("*") if is_test_folder(folder)]
+    mirrored = [folder for folder in folders if folder.parts[0] not in FOLDERS_ONLY_IN_TESTS]
+    assert len(mirrored) > 10
+    assert [str(folder) for folder in mirrored if not (PACKAGE / folder).is_dir()] == []
+    assert [name for name in sorted(FOLDERS_ONLY_IN_TESTS) if not (ROOT / "tests" / name).is_dir()] == []
+
+
+def is_test_folder(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and not folder.name.startswith((".", "__")) and any(folder.rglob("*.py"))
 
 
 def test_importing_raylit_leaves_slow_packages_alone() -> None:

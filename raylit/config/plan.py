@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from raylit.accelerators import Accelerator, CPUAccelerator
 from raylit.config.strategy import SingleDeviceStrategy, StrategyOptions
@@ -183,7 +183,7 @@ class Plan:
         return min(num_windows, most)
 
 
-class PlanProperties:
+class PlanProperties(Protocol):
     """Properties that read the Plan, for the Trainer and for the view of it that hooks get."""
 
     _plan: Plan

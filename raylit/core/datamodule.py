@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from raylit.accelerators.transfer import to_device
 from raylit.core.hparams import HyperparametersMixin, read_for_rebuild, read_hyperparameters, rebuild
+from raylit.core.trainer_view import TrainerView
 
 
 class DataModule(HyperparametersMixin):
@@ -16,7 +17,7 @@ class DataModule(HyperparametersMixin):
     A subclass whose `__init__` does not call this one's works as well.
     """
 
-    trainer: Any = None
+    trainer: TrainerView | None = None
     """The worker's view of the run, inside hooks."""
     prepare_data_per_node: bool = True
     """False: prepare_data runs in one process overall, instead of one per host."""

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from typing_extensions import Self
 from raylit.accelerators.transfer import is_namedtuple, to_device
 from raylit.core import export
 from raylit.core.hparams import HyperparametersMixin, load_weights, read_for_rebuild, rebuild
+from raylit.core.trainer_view import MetricLog, TrainerView
 from raylit.core.weights import read_weights, write_weights
 from raylit.errors import ConfigError, ModuleError
 from raylit.protocol.summary import Summary, summarize
@@ -96,10 +97,12 @@ _OF_THE_RUN = ("_view", "_metrics")
 class LightningModule(HyperparametersMixin, LoopHooks):
     """Base of modules: an nn.Module with training, validation, test and prediction steps, and their hooks."""
 
-    _view: Any = None
-    """Raylit's own, see `trainer`: the worker's view of the run under way; None outside of runs."""
-    _metrics: Any = None
-    """Raylit's own: the buffer that `log` writes to; None where nothing is collected."""
+    if TYPE_CHECKING:
+        _view: TrainerView | None
+        _metrics: MetricLog | None
+    # torch.jit.script would try to compile annotated attributes.
+    _view = None
+    _metrics = None
     example_input_array: Any = None
     automatic_optimization: bool = True
     """False: `training_step` runs backward passes and optimizers itself (`optimizers`, `manual_backward`)."""
@@ -233,7 +236,7 @@ class LightningModule(HyperparametersMixin, LoopHooks):
         if self._metrics is None:
             self._report_missing_run(name)
             return
-        if rank_zero_only and self._view.global_rank != 0:
+        if rank_zero_only and self.global_rank != 0:
             return
         self._metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx)
 
@@ -264,17 +267,17 @@ class LightningModule(HyperparametersMixin, LoopHooks):
 
     # The worker's view of the run
 
-    def attach_run(self, view: Any) -> None:
-        """Have `trainer` and what follows here show this view of a run; None: no run. Called by the worker."""
+    def attach_run(self, view: TrainerView | None) -> None:
+        """Set the view of the run that `trainer` returns; None outside of runs. Called by the worker."""
         self._view = view
 
-    def redirect_log(self, metrics: Any) -> Any:
-        """Have `log` write to this metric buffer, or nowhere; returns the one before. Called by the worker's loops."""
+    def redirect_log(self, metrics: MetricLog | None) -> MetricLog | None:
+        """Make `log` write to this buffer, or discard (None); return the previous one. For the worker's loops."""
         before, self._metrics = self._metrics, metrics
         return before
 
     @property
-    def trainer(self) -> Any:
+    def trainer(self) -> TrainerView:
         """The worker's view of the run; only available inside a run."""
         if self._view is None:
             raise RuntimeError(f"{type(self).__name__} is not inside a run: `trainer` is there in hooks only")

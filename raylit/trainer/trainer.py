@@ -150,8 +150,8 @@ class Trainer(TrainerProperties):
                 accelerator yet.
             num_nodes: Hosts that share the workers evenly. 1 leaves the hosts to Ray and `placement`.
             num_processes: CPU workers per host. None: not given.
-            accelerator: "cpu", "gpu" (or "cuda"), a registered name (`raylit.register_accelerator`), an `Accelerator`, or
-                "auto": GPUs if torch sees any and no CPU workers are asked for.
+            accelerator: "cpu", "gpu" (or "cuda"), a registered name (`raylit.register_accelerator`), an
+                `Accelerator`, or "auto": GPUs if torch sees any and no CPU workers are asked for.
             devices: Devices per host: a number, a list of indices, -1 for all, or "auto" for what `num_workers` and
                 the machine say.
             strategy: How workers share the model: "ddp", "fsdp", "fsdp_cpu_offload", "single", a name of Lightning's

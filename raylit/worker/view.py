@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.config.plan import Plan, PlanProperties
+from raylit.config.plan import Plan
+from raylit.core import trainer_view
 from raylit.errors import ConfigError
 from raylit.profilers import PassThroughProfiler
 from raylit.protocol.messages import Metrics
@@ -22,7 +23,7 @@ _DRIVER_ATTRIBUTES = (
 )
 
 
-class TrainerView(PlanProperties):
+class TrainerView(trainer_view.TrainerView):
     """State of the run as this worker knows it; hooks and callbacks get it as `trainer`.
 
     Setting `should_stop` requests the end of training.

@@ -8,6 +8,7 @@ from typing import Any
 from raylit.callbacks.base import Callback
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.profilers.base import Profiler, time_items
 
 
@@ -56,7 +57,12 @@ class Hooks:
     """Hooks of a run, called where they are overridden: first those of the callbacks, then the module's."""
 
     def __init__(
-        self, *, view: Any, module: LightningModule, callbacks: Sequence[Callback], profiler: Profiler | None = None
+        self,
+        *,
+        view: TrainerView,
+        module: LightningModule,
+        callbacks: Sequence[Callback],
+        profiler: Profiler | None = None,
     ) -> None:
         self._view = view
         self._module = module
