@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from raylit.callbacks.base import Callback
 from raylit.compat.torch_module import BatchNormBase
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import CheckpointError, ConfigError, ModuleError
 
 Modules: TypeAlias = "nn.Module | Iterable[Modules]"
@@ -115,12 +117,12 @@ class BaseFinetuning(Callback):
         if new := BaseFinetuning.filter_on_optimizer(optimizer, params):
             optimizer.add_param_group({"params": new, "lr": rate})
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._groups, self._trained, self._tracking, self._in_eval_mode = {}, [], [], None
             self.freeze_before_training(pl_module)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
             self.finetune_function(pl_module, trainer.current_epoch, optimizer)
         self._record(trainer, pl_module)
@@ -134,12 +136,12 @@ class BaseFinetuning(Callback):
             "in_eval_mode": self._in_eval_mode,
         }
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: TrainerView, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # A hook may have unfrozen parameters since the epoch's start.
         self._record(trainer, pl_module)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: TrainerView, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Done here because the optimizers' states, which are loaded next, need these groups.
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is None:
@@ -159,7 +161,7 @@ class BaseFinetuning(Callback):
         self._trained = state.get("trained", sorted(added))
         self._thaw(pl_module)
 
-    def _record(self, trainer: Any, pl_module: Any) -> None:
+    def _record(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         self._groups = {
             index: [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
@@ -237,7 +239,7 @@ class BackboneFinetuning(BaseFinetuning):
         self.rounding = rounding
         self.previous_backbone_lr: float | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(getattr(pl_module, "backbone", None), nn.Module):
             raise ModuleError(
                 f"BackboneFinetuning: {type(pl_module).__name__} has no `backbone`: set self.backbone = nn.Module(...)"

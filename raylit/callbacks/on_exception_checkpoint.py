@@ -2,11 +2,12 @@
 
 import os
 from functools import partial
-from typing import Any
 
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files
 from raylit.checkpoint.filenames import FilenamePattern, find_free_path
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError
 from raylit.storage import absolute, check_stays_below
 
@@ -41,16 +42,16 @@ class OnExceptionCheckpoint(Callback):
         """Path of the file."""
         return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         self._has_saved = False
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: TrainerView, pl_module: LightningModule, exception: BaseException) -> None:
         is_ours = trainer.is_global_zero or not isinstance(exception, (KeyboardInterrupt, SystemExit))
         if trainer.state.fn == "fit" and trainer.saving is not None and is_ours:
             trainer.save_own_checkpoint(self.ckpt_path)
             self._has_saved = True
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not self._has_saved:
             files.remove(self.ckpt_path)
 
@@ -63,7 +64,7 @@ class SavesOnException(Callback):
         self._naming = naming
         self._first_version = first_version
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: TrainerView, pl_module: LightningModule, exception: BaseException) -> None:
         # At Ctrl-C and SIGTERM the driver saves.
         is_ours = isinstance(exception, Exception) and not trainer.sanity_checking and not trainer.fast_dev_run
         if not is_ours or trainer.state.fn != "fit" or trainer.saving is None:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from raylit.callbacks.base import Callback
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 
 
 class PerturbedHyperparameters(Callback):
@@ -14,7 +16,7 @@ class PerturbedHyperparameters(Callback):
     schedule.
     """
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: TrainerView, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Change the saved states of optimizers and schedulers before they are loaded."""
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):

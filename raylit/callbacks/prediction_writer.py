@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from raylit.callbacks.base import Callback
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError
 
 
@@ -51,8 +53,8 @@ class BasePredictionWriter(Callback):
 
     def write_on_batch_end(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: TrainerView,
+        pl_module: LightningModule,
         prediction: Any,
         batch_indices: Sequence[int],
         batch: Any,
@@ -73,7 +75,7 @@ class BasePredictionWriter(Callback):
         raise NotImplementedError(f"{type(self).__name__} writes on batches: define write_on_batch_end")
 
     def write_on_epoch_end(
-        self, trainer: Any, pl_module: Any, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self, trainer: TrainerView, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the predictions of all this worker's batches.
 
@@ -87,13 +89,19 @@ class BasePredictionWriter(Callback):
         raise NotImplementedError(f"{type(self).__name__} writes on epochs: define write_on_epoch_end")
 
     def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerView,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.interval.on_batch:
             indices = trainer.predict_loop.current_batch_indices
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
 
-    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_epoch_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self.interval.on_epoch:
             loop = trainer.predict_loop
             self.write_on_epoch_end(trainer, pl_module, loop.predictions, loop.epoch_batch_indices)

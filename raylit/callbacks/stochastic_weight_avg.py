@@ -9,6 +9,8 @@ from torch.optim.swa_utils import SWALR
 
 from raylit.callbacks.base import Callback
 from raylit.compat.torch_module import BatchNormBase
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError
 
 _Average = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,18 +78,18 @@ class StochasticWeightAveraging(Callback):
         """State from a checkpoint, until the scheduler is built."""
         self._average: dict[str, Tensor] = {}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.num_averaged, self._latest_update_epoch = 0, -1
             self._scheduler, self._scheduler_state, self._average = None, None, {}
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: TrainerView, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         if state.get("scheduler_state") is not None:
             # SWALR had replaced the user's scheduler, whose state is not in the checkpoint.
             trainer.lr_scheduler_configs.clear()
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if len(trainer.optimizers) != 1 or len(trainer.lr_scheduler_configs) > 1:
             raise ConfigError("StochasticWeightAveraging works with one optimizer and at most one scheduler")
         if not pl_module.automatic_optimization:
@@ -100,7 +102,7 @@ class StochasticWeightAveraging(Callback):
         if self._scheduler_state is not None:
             self._scheduler = self._build_scheduler(trainer)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         if not self._first_epoch <= epoch <= self._last_epoch:
             return
@@ -110,11 +112,11 @@ class StochasticWeightAveraging(Callback):
             self._update(pl_module)
             self._latest_update_epoch = epoch
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self._scheduler is not None and not trainer.is_epoch_cut_short:
             self._scheduler.step()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if trainer.current_epoch != self._last_epoch or not trainer.is_epoch_ended or not self._average:
             return
         for name, parameter in pl_module.named_parameters():
@@ -123,7 +125,7 @@ class StochasticWeightAveraging(Callback):
         if norms:
             _update_statistics(norms, trainer)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         # Do not copy a second set of weights and an optimizer back to the driver.
         self._average, self._scheduler = {}, None
 
@@ -141,7 +143,7 @@ class StochasticWeightAveraging(Callback):
         self._scheduler_state = state_dict["scheduler_state"]
         self._average = dict(state_dict["average_model_state"] or {}) if self.num_averaged else {}
 
-    def _build_scheduler(self, trainer: Any) -> SWALR:
+    def _build_scheduler(self, trainer: TrainerView) -> SWALR:
         """Build the scheduler, which replaces the run's own."""
         [optimizer] = trainer.optimizers
         groups = optimizer.param_groups
@@ -188,7 +190,7 @@ def _drop_functions(scheduler: SWALR) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not callable(value)}
 
 
-def _update_statistics(norms: list[Any], trainer: Any) -> None:
+def _update_statistics(norms: list[Any], trainer: TrainerView) -> None:
     """Recompute the batch norms' statistics as the mean over the batches of one epoch."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

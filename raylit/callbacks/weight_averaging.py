@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from raylit.callbacks.base import Callback
 from raylit.compat.torch_module import build_flat_module
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError
 from raylit.strategies.sharded_state import is_sharded
 
@@ -58,22 +60,24 @@ class WeightAveraging(Callback):
         """
         return step_idx is not None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._forget()  # a run that ended with an error may have left an average
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self._average is None:
             self._latest_update_step, self._latest_update_epoch = trainer.global_step, -1
             self._make_average(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerView, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
             self._update(pl_module)
             self._latest_update_step = step
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         if trainer.is_epoch_cut_short:
             return  # the run that does the rest of the epoch updates the average at its end
@@ -81,15 +85,15 @@ class WeightAveraging(Callback):
             self._update(pl_module)
             self._latest_update_epoch = epoch
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self._has_average:
             self._swap(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self._is_swapped:
             self._swap(pl_module)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if not self._has_average:
             if trainer.is_global_zero and not trainer.fast_dev_run:
                 warnings.warn(
@@ -104,7 +108,7 @@ class WeightAveraging(Callback):
         ):
             current.copy_(average)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         # Do not copy a second model back to the driver.
         self._forget()
 
@@ -123,7 +127,7 @@ class WeightAveraging(Callback):
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: TrainerView, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._has_average:
             return
         if self._sharded is not None:
@@ -135,7 +139,7 @@ class WeightAveraging(Callback):
         else:
             self._save(pl_module, checkpoint)
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: TrainerView, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # The loaded weights are the start of the average, or the average itself.
         self._make_average(trainer, pl_module)
         self._latest_update_step, self._latest_update_epoch = checkpoint["global_step"], -1
@@ -149,7 +153,7 @@ class WeightAveraging(Callback):
             if name in current:
                 _copy_value(value.data, current[name])
 
-    def _make_average(self, trainer: Any, pl_module: Any) -> None:
+    def _make_average(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         device = pl_module.device if self._device is None else self._device
         part = build_local_module(pl_module)
         self._average = AveragedModel(part, device=device, use_buffers=self._use_buffers, **self._kwargs)
