@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from raylit.accelerators import choose_accelerator
 from raylit.callbacks.base import Callback
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError
 
 
@@ -46,20 +48,22 @@ class LearningRateMonitor(Callback):
         self.lrs: dict[str, list[float]] = {}
         """Every value that was logged, by name."""
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         self.lrs = {}
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: TrainerView, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.logging_interval != "epoch" and trainer.is_logging_step:
             for name, value in self._read_values(trainer, interval="step").items():
                 pl_module.log(name, value, on_step=True, on_epoch=False)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self.logging_interval != "step":
             for name, value in self._read_values(trainer, interval="epoch").items():
                 pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1)
 
-    def _read_values(self, trainer: Any, *, interval: str) -> dict[str, float]:
+    def _read_values(self, trainer: TrainerView, *, interval: str) -> dict[str, float]:
         """Return the values of the optimizers that are logged at this interval."""
         values: dict[str, float] = {}
         for optimizer, name, own_interval in _name_optimizers(trainer):
@@ -102,16 +106,20 @@ class DeviceStatsMonitor(Callback):
             raise ConfigError("DeviceStatsMonitor reads the CPU's statistics with psutil: pip install psutil")
         self.cpu_stats = cpu_stats
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: TrainerView, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._is_due = trainer.is_logging_step
         if self._is_due:
             self._log(trainer, pl_module, "on_train_batch_start")
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerView, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._is_due:
             self._log(trainer, pl_module, "on_train_batch_end")
 
-    def _log(self, trainer: Any, pl_module: Any, hook: str) -> None:
+    def _log(self, trainer: TrainerView, pl_module: LightningModule, hook: str) -> None:
         stats: dict[str, float] = {}
         stats.update(trainer.accelerator.memory_stats())
         if self.cpu_stats or (self.cpu_stats is None and trainer.accelerator.is_host):
@@ -158,18 +166,22 @@ class ThroughputMonitor(Callback):
         self.separator = separator
         self.available_flops = available_flops
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         self._started_at = time.perf_counter()
         self._batches = self._samples = self._lengths = 0
         self._flops = 0.0
         self._marks: deque[_Mark] = deque([_Mark(0.0, 0, 0, 0, 0.0)])
         self._is_due = False
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: TrainerView, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._is_due = trainer.is_logging_step
         self._window = trainer.num_windows
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerView, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._batches += 1
         self._samples += self.batch_size_fn(batch)
         if self.length_fn is not None:
@@ -178,14 +190,14 @@ class ThroughputMonitor(Callback):
         if self._is_due and trainer.num_windows > self._window:
             self._log(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         self._paused_at = time.perf_counter()
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._started_at += time.perf_counter() - self._paused_at
 
-    def _log(self, trainer: Any, pl_module: Any) -> None:
+    def _log(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         trainer.accelerator.synchronize()
         now = _Mark(
             time.perf_counter() - self._started_at, self._batches, self._samples, self._lengths, float(self._flops)
@@ -221,7 +233,7 @@ class ThroughputMonitor(Callback):
         return values
 
 
-def _name_optimizers(trainer: Any) -> list[tuple[Optimizer, str, str]]:
+def _name_optimizers(trainer: TrainerView) -> list[tuple[Optimizer, str, str]]:
     """Return each optimizer with its name and its scheduler's interval; those with schedulers come first."""
     optimizers: list[tuple[Optimizer, str | None, str]] = [
         (config.scheduler.optimizer, config.name, config.interval) for config in trainer.lr_scheduler_configs
