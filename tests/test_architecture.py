@@ -193,6 +193,7 @@ def test_own_private_names_are_allowed(source: str, names: list[str]) -> None:
 
 
 PUBLIC_NAMES = [
+    "Accelerator",
     "AdvancedProfiler",
     "BackboneFinetuning",
     "BaseFinetuning",
@@ -253,6 +254,8 @@ PUBLIC_NAMES = [
     "lr_find",
     "metrics",
     "predict",
+    "register_accelerator",
+    "register_strategy",
     "scale_batch_size",
     "seed_everything",
     "shutdown",
