@@ -185,7 +185,7 @@ class ActorGroup:
         except (GetTimeoutError, *DEATHS):
             return False
 
-    def holder(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
+    def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
         limit_s = self.workers.ping_timeout_s
         if is_in_parts:
             return PartTransfer(self._actors, ping_timeout_s=limit_s)

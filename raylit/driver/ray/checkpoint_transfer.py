@@ -10,7 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from raylit.checkpoint import files, remote
 from raylit.checkpoint.layout import METADATA, name_of_part
-from raylit.driver.loop.checkpoint_queue import HolderLost
+from raylit.driver.loop.checkpoint_queue import CheckpointWriterLost
 from raylit.driver.ray.actor import Held
 from raylit.driver.ray.heartbeat import Heartbeat
 from raylit.driver.ray.serialization import pack
@@ -98,16 +98,18 @@ class CheckpointTransfer:
         except RayTaskError as error:
             raise CheckpointError(f"cannot write {what}: {error.cause}") from error
         except RayError as error:
-            raise HolderLost(f"{what} was lost with the worker of rank {self._rank}: {error}") from error
+            raise CheckpointWriterLost(f"{what} was lost with the worker of rank {self._rank}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"cannot write {what}: {error}") from error
 
     def _answer(self, call: Any) -> Any:
-        """HolderLost: the actor has fallen silent."""
+        """CheckpointWriterLost: the actor has fallen silent."""
         watch = Heartbeat([self._actor], limit_s=self._ping_timeout_s)
         while not ray.wait([call], timeout=_WAKE_S)[0]:
             if watch.silent_rank() is not None:
-                raise HolderLost(f"the worker of rank {self._rank} has fallen silent while it wrote a checkpoint")
+                raise CheckpointWriterLost(
+                    f"the worker of rank {self._rank} has fallen silent while it wrote a checkpoint"
+                )
         return ray.get(call)
 
 

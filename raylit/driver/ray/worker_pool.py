@@ -72,9 +72,9 @@ class PooledGroup:
         assert self._group is not None
         return self._group.can_read(place)
 
-    def holder(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
+    def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
         assert self._group is not None
-        return self._group.holder(is_in_parts=is_in_parts)
+        return self._group.checkpoint_writer(is_in_parts=is_in_parts)
 
     def arm_stop(self) -> None:
         if self._group is not None:
