@@ -123,7 +123,7 @@ def list_pending_groups() -> frozenset[str]:
     return frozenset(request.details.split(":")[0] for request in requests)
 
 
-def list_waiting_demands() -> list[dict[str, float]]:
+def list_pending_requests() -> list[dict[str, float]]:
     """List what each task, actor or bundle of a placement group asks for that has no room in the cluster yet, where a
     host has as much at all. A second old. It never connects to Ray, as many of Ray's functions do by themselves."""
     state = _read_cluster_status().cluster_resource_state
