@@ -157,7 +157,7 @@ def read_free_in_group(group_id: str) -> dict[int, dict[str, float]]:
 
 
 def select_plain_resources(resources: Mapping[str, float]) -> dict[str, float]:
-    """Select the resources other than memory and the internal names that Ray adds, such as those of hosts and groups."""
+    """Select the resources other than memory and Ray's internal names, such as those of hosts and groups."""
     return {name: amount for name, amount in resources.items() if not _INTERNAL_RESOURCE.search(name)}
 
 

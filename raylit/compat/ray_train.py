@@ -28,7 +28,7 @@ def find_train_functions() -> Any | None:
 
 
 def count_train_reports() -> int:
-    """Return the number of reports of this worker of Train's second version; 0 in its local mode, which does not count."""
+    """Return the number of reports of this worker of Train's second version; 0 in its local mode."""
     module = "ray.train.v2._internal.execution.context"
     context = import_private(module, "_train_context", written_for=_VERSION)
     return 0 if context is None else int(context.report_call_index)

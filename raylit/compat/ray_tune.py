@@ -16,15 +16,12 @@ from raylit.errors import RaylitError
 _VERSION = "2.60"
 
 
-def has_metric(scheduler_or_searcher: object) -> bool:
-    """Return True if a scheduler or searcher of Tune was scheduler_or_searcher a metric, and False if the private name is missing.
+def has_metric(algorithm: object) -> bool:
+    """Return True if a scheduler or searcher of Tune has a metric; False if the private name is missing.
 
     Only searchers have a public property for it.
     """
-    return (
-        getattr(scheduler_or_searcher, "metric", None) is not None
-        or getattr(scheduler_or_searcher, "_metric", None) is not None
-    )
+    return getattr(algorithm, "metric", None) is not None or getattr(algorithm, "_metric", None) is not None
 
 
 def list_trials(results: tune.ResultGrid) -> list[Trial]:

@@ -73,7 +73,7 @@ class FlushLogsFirst:
 
 
 class CheckpointWriterLost(CheckpointError):
-    """Error: the process that held the pending checkpoint is gone; the run's own error says how."""
+    """Error: the process with the pending checkpoint is gone; the run's own error says how."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,7 @@ class CheckpointQueue:
         self._log_writer = log_writer
         self._thread: _SaveThread | None = None
         self._is_current = False
-        """True while the workers have run no command since the pending checkpoint was taken."""
+        """True while the workers have run no command since the pending checkpoint was created."""
         self._newest = ""
         self._last_error: CheckpointError | None = None
 

@@ -130,7 +130,7 @@ class Schedule:
         return (done // interval + 1) * interval - before
 
     def is_validation_owed(self, state: RunState) -> bool:
-        """Return True if the run resumes from a checkpoint taken before the validation that was due at its batch."""
+        """Return True if the run resumes from a checkpoint saved before the validation that was due at its batch."""
         progress = state.progress
         is_validated = progress.validated_batch == progress.batch or not self._is_validation_epoch(state)
         if is_validated or not progress.is_inside_epoch or math.isinf(self._validation_batches):

@@ -21,7 +21,9 @@ class InlineGroup:
         self._is_stop_armed = False
         self._stop_barrier = StopBarrier()
         self._settings = TorchSettings.current()
-        self._worker = Worker(plan=plan, context=WorkerContext(), job=job, is_in_driver=True, brake=self._stop_barrier)
+        self._worker = Worker(
+            plan=plan, context=WorkerContext(), job=job, is_in_driver=True, stop_barrier=self._stop_barrier
+        )
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         self.is_idle = False
@@ -37,7 +39,7 @@ class InlineGroup:
 
     def checkpoint_writer(self, *, is_in_parts: bool) -> PendingCheckpoint:
         assert not is_in_parts, "one worker has nothing to share"
-        return self._worker.held
+        return self._worker.pending_checkpoint
 
     def arm_stop(self) -> None:
         # This runs in the loop's own thread, between two of its instructions: no other worker has to wait.

@@ -37,7 +37,7 @@ from raylit.worker.process.stdout_capture import StdoutCapture
 from raylit.worker.worker import Worker
 
 _COALESCE_S = 0.1
-"""Reports that nobody waits for are sent together: sending each batch of them interrupts the training steps."""
+"""Reports that no code waits for are sent together: sending each batch of them interrupts the training steps."""
 
 
 class Outbox:
@@ -255,7 +255,7 @@ class WorkerActor:
 
     def _pending(self, kind: PendingKind) -> PendingCheckpoint | PendingPart:
         assert self._worker is not None
-        return self._worker.held if kind == "checkpoint" else self._worker.held_part
+        return self._worker.pending_checkpoint if kind == "checkpoint" else self._worker.pending_part
 
     async def reports(self) -> AsyncIterator[list[ActorMessage]]:
         """Yield all messages of the thread in batches, from the first to the last. There is one reader."""
@@ -320,7 +320,7 @@ class WorkerActor:
             context=self._context,
             job=job,
             is_in_driver=False,
-            brake=self._stop_barrier,
+            stop_barrier=self._stop_barrier,
             forward=self._outbox.put,
         )
         return ()

@@ -102,7 +102,7 @@ class ActorGroup:
         """Resources that each worker takes from the cluster."""
         self._leftovers: list[str] = []
         self.is_usable = True
-        """Every worker is alive and pauses nothing of an earlier run."""
+        """Every worker is alive and holds nothing of an earlier run."""
         self.is_idle = True
         """Every worker is alive and has finished its last command."""
         self._num_commands = 0

@@ -147,7 +147,7 @@ def raise_failures(failures: Sequence[Failed], *, num_workers: int) -> None:
         raise WorkerFailed(f"an exception that cannot be pickled ended {where}: {first.summary}") from cause
     error = cloudpickle.loads(first.error)
     if isinstance(error, SystemExit):
-        # Python prints nothing for it, in whichever process it is raised.
+        # Python prints nothing for it, neither here nor in the worker.
         line = find_user_line(first.traceback, is_last_innermost=True)
         sys.stderr.write(f"raylit: sys.exit({error.code!r}) in {where}{f' ({line})' if line else ''} ends the run\n")
     raise error from cause

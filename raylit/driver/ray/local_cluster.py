@@ -66,7 +66,7 @@ def environment_of_workers() -> dict[str, str]:
 
 
 def runtime_env() -> dict[str, Any]:
-    """Return the runtime_env that the user has directory Ray for this job, or for this task."""
+    """Return the runtime_env that the user has given Ray for this job, or for this task."""
     return dict(ray.get_runtime_context().runtime_env)
 
 

@@ -1,6 +1,6 @@
 """Node reaper: a process that removes what the embedded node leaves once the driver asks for it or is gone.
 
-It runs as a file with the standard library alone: it costs some MB, and outlives a driver that is killed.
+It runs as a file with the standard library alone: it needs some MB, and outlives a driver that is killed.
 """
 
 import contextlib
@@ -113,7 +113,7 @@ def _is_own(path: str, kind: int) -> bool:
 
 
 def _wait_for_driver_end(driver: int) -> None:
-    """Wait until the driver asks through the standard input, or is gone for whatever reason."""
+    """Wait until the driver asks through the standard input, or is gone."""
     try:
         pidfd = os.pidfd_open(driver)
     except OSError:  # not permitted here, or already gone

@@ -88,7 +88,7 @@ def _read_bundle_hosts(group: PlacementGroup) -> dict[int, tuple[str, Host]]:
 
 
 def _find_home_bundle(own: Resources, bundles: dict[int, Resources]) -> int:
-    """Return the bundle that this task or actor uses: Ray takes the first with room unless told otherwise."""
+    """Return the bundle that this task or actor uses: Ray takes the first with enough resources unless it names one."""
     needed = {name: amount for name, amount in own.items() if amount > 0}
     return next((index for index, bundle in bundles.items() if needed and num_slots(bundle, needed)), 0)
 
@@ -196,7 +196,7 @@ class Placement:
 def _build_request(workers: Workers) -> ResourceRequest:
     """Build the workers' resource request. ResourcesError: the cluster can never meet it."""
     hosts = cluster_hosts()
-    # On the embedded node a small share leaves room next to pooled workers that wait for their next run.
+    # On the embedded node a small share leaves some next to pooled workers that wait for their next run.
     cpu = 0.01 if local_cluster.is_embedded() else 1.0
     # A task or actor only waits for its workers: they use its CPUs, or tasks that fill a cluster would wait for each
     # other.

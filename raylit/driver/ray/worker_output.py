@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from raylit.protocol.messages import Printed
 
 _GATHER_S = 0.25
-"""Ranks that print the same line within this time are due together."""
+"""Ranks that print the same line within this time are printed together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
