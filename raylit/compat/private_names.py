@@ -1,4 +1,4 @@
-"""Look up a private name of another library, with an error that names the versions where it is missing."""
+"""Lookup of private names of other libraries, with an error that names the version if one is missing. Any process."""
 
 import importlib
 import importlib.metadata
@@ -10,7 +10,14 @@ from raylit.errors import RaylitError
 def read_private(owner: object, name: str, *, feature: str, library: str = "torch") -> Any:
     """Read the attribute `name` of an object that belongs to `library`.
 
-    Raises: RaylitError if this version of the library has no such name; `feature` says what needs it.
+    Args:
+        owner: The object, class or module.
+        name: The private name.
+        feature: What needs the name; the error says so.
+        library: The package that owns the object.
+
+    Raises:
+        RaylitError: This version of the library has no such name.
     """
     try:
         return getattr(owner, name)
@@ -29,21 +36,27 @@ def describe_missing(owner: object, name: str, *, feature: str, library: str = "
 
 
 def import_private(module: str, name: str, *, written_for: str) -> Any:
-    """Import `name`, which may have dots in it, from `module`. `written_for`: the version that is known to have it.
+    """Import `name`, which may have dots in it, from `module`.
 
-    Raises: RaylitError if the installed version of the library does not have it.
+    Args:
+        module: The full name of the module.
+        name: The private name in it.
+        written_for: The version that is known to have it.
+
+    Raises:
+        RaylitError: The installed version of the library does not have it.
     """
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError) as error:
         raise RaylitError(explain_missing(f"{module}.{name}", written_for=written_for)) from error
-    return found
+    return value
 
 
 def explain_missing(name: str, *, written_for: str) -> str:
-    """Say what to install where the full name of something private is missing, or is something else."""
+    """Explain what to install if a private name (given in full) is missing or has another meaning."""
     package = name.partition(".")[0]
     return (
         f"raylit uses {name}, which is private to {package} and missing in the installed version "

@@ -1,7 +1,7 @@
-"""Private names of Ray's core and the wording of its errors, each behind one function. Driver.
+"""Private names of Ray's core and the texts of its errors, each behind one function. Driver.
 
-Written against Ray 2.60. A name that another version lacks is a RaylitError, or, where nothing depends on it but
-printed lines or a second's wait, left out.
+Written for Ray 2.60. A missing name is a RaylitError, or is ignored if only printed lines or a second's wait depend on
+it.
 """
 
 import json
@@ -18,24 +18,26 @@ from raylit.errors import RaylitError
 
 _VERSION = "2.60"
 _TIMEOUT_S = 5.0
-"""For an answer of Ray's head."""
+"""Timeout of an answer from Ray's head."""
 
 
 # Settings and processes
 
 
 def reload_settings() -> None:
-    """Have this process follow RAY_AUTH_MODE, RAY_AUTH_TOKEN and Ray's other settings in the environment as they are
-    now: Ray reads them once, on import."""
+    """Reload Ray's settings from the environment, RAY_AUTH_MODE and RAY_AUTH_TOKEN included.
+
+    Ray itself reads them once, on import.
+    """
     _import("ray._raylet", "Config").initialize("")
     _import("ray._raylet", "AuthenticationTokenLoader").instance().reset_cache()
 
 
 @contextmanager
 def listen_on_loopback() -> Iterator[None]:
-    """Give a node that starts within this context the address 127.0.0.1, so that its ports are open to this host alone.
+    """Give a node that starts within this context the address 127.0.0.1, so that its ports are open to this host only.
 
-    Ray replaces that address by the host's own where it is asked for it, and listens on all interfaces; except under
+    Ray replaces that address by the host's own and listens on all interfaces, except under
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which it reads once, on import.
     """
     constants = _import("ray._private", "ray_constants")
@@ -48,9 +50,9 @@ def listen_on_loopback() -> Iterator[None]:
 
 
 def shut_down_at_once() -> None:
-    """Call `ray.shutdown` without its wait for the raylet, for a node of this process that somebody else clears away.
+    """Call `ray.shutdown` without its wait for the raylet, for a node of this process that the node reaper removes.
 
-    Ray waits a second for its raylet, which takes longer. Without the private name: `ray.shutdown` alone.
+    Ray waits a second for its raylet, which takes longer. Without the private name this is `ray.shutdown`.
     """
     worker = _import("ray._private", "worker")
     node = getattr(worker, "_global_node", None)
@@ -62,18 +64,18 @@ def shut_down_at_once() -> None:
 
 
 def hide_worker_deaths(worker_ids: Sequence[str]) -> None:
-    """Have Ray print nothing of its own about the deaths of these workers.
+    """Keep Ray from printing lines of its own about the deaths of these workers.
 
-    As RAY_DEDUP_LOGS_SKIP_REGEX, which Ray reads once, on import; that of the user's stays. Without the private name
-    Ray prints its lines beside raylit's error.
+    It has the effect of RAY_DEDUP_LOGS_SKIP_REGEX, which Ray reads once, on import; the user's setting stays. Without
+    the private name Ray prints its lines in addition to raylit's error.
     """
     try:
         deduplicator = _import("ray._private.ray_logging", "stdout_deduplicator")
-        given = deduplicator.skip_re
+        user_pattern = deduplicator.skip_re
     except (RaylitError, AttributeError):
         return
     own = rf"^A worker died or was killed .* Worker ID: (?:{'|'.join(worker_ids)}) "
-    deduplicator.skip_re = re.compile(own if given is None else f"{given.pattern}|{own}")
+    deduplicator.skip_re = re.compile(own if user_pattern is None else f"{user_pattern.pattern}|{own}")
 
 
 # The cluster's state
@@ -81,18 +83,18 @@ def hide_worker_deaths(worker_ids: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Autoscaling:
-    """What the cluster's autoscaler says of itself."""
+    """State of the cluster's autoscaler."""
 
     starting: dict[str, int] = field(default_factory=dict)
-    """Nodes on their way, by type."""
+    """Nodes that are starting, by type."""
     infeasible_groups: frozenset[str] = frozenset()
-    """Placement groups, by id in hex, that no node it may start could serve. The old autoscaler does not tell."""
+    """Placement groups, by id in hex, that none of its nodes could serve. The old autoscaler does not report them."""
 
 
 def read_autoscaling() -> Autoscaling | None:
-    """Ask Ray's head what the autoscaler is about to do. None: nothing adds nodes to this cluster.
+    """Read what the autoscaler is about to do from Ray's head; None if no autoscaler adds nodes to this cluster.
 
-    Ray 2.60 has no public word on that. The new autoscaler reports to the head; for the old one there is its status.
+    Ray 2.60 has no public API for it. The new autoscaler reports to the head; the old one has a status.
     """
     state = _read_cluster_status().autoscaling_state
     if state.autoscaler_state_version:
@@ -103,13 +105,15 @@ def read_autoscaling() -> Autoscaling | None:
                 request.details.split(":")[0] for request in state.infeasible_gang_resource_requests
             ),
         )
-    status = _gcs_client().internal_kv_get(b"__autoscaling_status", None, timeout=_TIMEOUT_S)
+    status = _get_gcs_client().internal_kv_get(b"__autoscaling_status", None, timeout=_TIMEOUT_S)
     return parse_old_autoscaling(json.loads(status)) if status else None
 
 
 def parse_old_autoscaling(status: Mapping[str, Any]) -> Autoscaling | None:
-    """Read the status of an autoscaler of version 1, which is there on any cluster: without a configuration it only
-    mirrors the nodes, as types of their own."""
+    """Parse the status of an autoscaler of version 1; None if it has no configuration.
+
+    The status exists on any cluster: without a configuration it only mirrors the nodes, as types of their own.
+    """
     report = status.get("autoscaler_report") or {}
     types = [*report.get("active_nodes", {}), *report.get("pending_launches", {})]
     if all(name.startswith("node_") for name in types):
@@ -118,44 +122,46 @@ def parse_old_autoscaling(status: Mapping[str, Any]) -> Autoscaling | None:
 
 
 def list_pending_groups() -> frozenset[str]:
-    """List the placement groups, by id in hex, that the autoscaler sees waiting."""
+    """List the placement groups, by id in hex, that the autoscaler sees pending."""
     requests = _read_cluster_status().cluster_resource_state.pending_gang_resource_requests
     return frozenset(request.details.split(":")[0] for request in requests)
 
 
-def list_waiting_demands() -> list[dict[str, float]]:
-    """List what each task, actor or bundle of a placement group asks for that has no room in the cluster yet, where a
-    host has as much at all. A second old. It never connects to Ray, as many of Ray's functions do by themselves."""
+def list_pending_requests() -> list[dict[str, float]]:
+    """List pending resource requests of tasks, actors and bundles that a host could serve in total, if it were free.
+
+    The list may be a second old. It never connects to Ray, as many of Ray's functions do by themselves.
+    """
     state = _read_cluster_status().cluster_resource_state
     hosts = [dict(node.total_resources) for node in state.node_states]
     single = [entry.request for entry in state.pending_resource_requests]
-    of_groups = [request for group in state.pending_gang_resource_requests for request in group.requests]
-    demands = [dict(request.resources_bundle) for request in (*single, *of_groups)]
+    bundles = [request for group in state.pending_gang_resource_requests for request in group.requests]
+    requests = [dict(request.resources_bundle) for request in (*single, *bundles)]
     return [
-        demand
-        for demand in demands
-        if any(all(host.get(name, 0.0) >= amount for name, amount in demand.items()) for host in hosts)
+        request
+        for request in requests
+        if any(all(host.get(name, 0.0) >= amount for name, amount in request.items()) for host in hosts)
     ]
 
 
 def read_free_in_group(group_id: str) -> dict[int, dict[str, float]]:
-    """Ask what is free in each bundle of a placement group. `ray.available_resources` leaves these out."""
+    """Read the free resources of each bundle of a placement group, which `ray.available_resources` leaves out."""
     free: dict[int, dict[str, float]] = {}
     for resources in _import("ray._private.state", "available_resources_per_node")().values():
         for key, amount in resources.items():
-            name, separator, place = key.partition("_group_")  # CPU_group_0_ID, and CPU_group_ID for all together
-            index, _, group = place.partition("_")
+            name, separator, suffix = key.partition("_group_")  # CPU_group_0_ID, and CPU_group_ID for all together
+            index, _, group = suffix.partition("_")
             if separator and group == group_id and name != "bundle":
                 free.setdefault(int(index), {})[name] = amount
     return free
 
 
 def select_plain_resources(resources: Mapping[str, float]) -> dict[str, float]:
-    """Leave out memory and the names that Ray adds for its own use, such as those of hosts and placement groups."""
+    """Select the resources other than memory and Ray's internal names, such as those of hosts and groups."""
     return {name: amount for name, amount in resources.items() if not _INTERNAL_RESOURCE.search(name)}
 
 
-# The wording of Ray's errors and logs
+# Texts of Ray's errors and logs
 
 
 def is_memory_monitor_kill(text: str) -> bool:
@@ -164,19 +170,19 @@ def is_memory_monitor_kill(text: str) -> bool:
 
 
 def parse_memory_use(text: str) -> tuple[str, str] | None:
-    """Read the gigabytes in use and in all from what Ray's memory monitor says. None: it does not say."""
+    """Parse the gigabytes in use and in total from a message of Ray's memory monitor; None if it has none."""
     match = _MEMORY_USED.search(text)
     return None if match is None else (match[1], match[2])
 
 
 def parse_lost_host(text: str) -> str | None:
-    """Read why Ray has given a host up, "" where it does not say, from an ActorDiedError's text. None: it has not."""
+    """Parse why Ray has lost a host from an ActorDiedError's text: "" without a reason, None if no host was lost."""
     match = _HOST_LOST.search(text)
     return None if match is None else match[1] or ""
 
 
 def parse_exit_code(text: str) -> int | None:
-    """Read the exit code of a worker's process from an ActorDiedError's text. None: Ray does not say."""
+    """Parse the exit code of a worker's process from an ActorDiedError's text; None if it has none."""
     match = _EXIT_CODE.search(text)
     return None if match is None else int(match[1])
 
@@ -187,45 +193,45 @@ def is_exit_by_sigterm(text: str) -> bool:
 
 
 def is_connection_lost(text: str) -> bool:
-    """Return True if all that an ActorDiedError's text says is that the process's connection ended."""
+    """Return True if an ActorDiedError's text only says that the process's connection ended."""
     return "Worker unexpectedly exits with a connection error" in text
 
 
 def strip_preamble(text: str) -> str:
-    """Leave the cause alone of an ActorDiedError's text."""
+    """Return the cause in an ActorDiedError's text."""
     return text.partition("The actor is dead because ")[2] or text
 
 
 def parse_host_address(text: str) -> str | None:
-    """Read the host's address from the text of an error about an actor. None: it names none."""
-    match = _ADDRESS.search(text)
+    """Parse the host's address from the text of an error about an actor; None if it has none."""
+    match = _HOST_ADDRESS.search(text)
     return None if match is None else match[1]
 
 
 def parse_crash_signal(log: str, *, pid: int) -> str | None:
-    """Read from a worker's log which signal, such as "SIGSEGV", has crashed the process of this id. None: none has."""
+    """Parse the signal, such as "SIGSEGV", that has crashed the process with this id from a worker's log, or None."""
     return next((name for owner, name in reversed(_CRASH.findall(log)) if int(owner) == pid), None)
 
 
-_ADDRESS = re.compile(r"\b(?:ip|IP): ([^\s,]+)")
+_HOST_ADDRESS = re.compile(r"\b(?:ip|IP): ([^\s,]+)")
 _CRASH = re.compile(r"^\[[^\]]* E (\d+) \d+\] \S+ \*\*\* (SIG[A-Z]+) received at ", re.MULTILINE)
-"""What Ray's handler of such signals writes, with the process's id: its children write to the same log."""
+"""Line that Ray's handler of such signals writes, with the process's id: its children write to the same log."""
 _EXIT_CODE = re.compile(r"exits with an exit code (-?\d+)")
 _HOST_LOST = re.compile(r"its node has died\.(?:.*?the actor's node was (.*?)[.:]?(?: The actor never ran.*)?$)?")
 _INTERNAL_RESOURCE = re.compile(":|memory|_group_")
 _MEMORY_MONITOR = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor|low memory", re.IGNORECASE)
-"""The exit type, and the sentences of Ray's memory monitor."""
+"""Exit type and messages of Ray's memory monitor."""
 _MEMORY_USED = re.compile(r"was ([\d.]+) ?GB used / ([\d.]+) ?GB limit")
 
 
 def _read_cluster_status() -> Any:
-    """Ask Ray's head for the state that its autoscaler works with."""
+    """Read the state that the autoscaler works with from Ray's head."""
     reply = _import("ray.core.generated.autoscaler_pb2", "GetClusterStatusReply")()
-    reply.ParseFromString(_gcs_client().get_cluster_status(timeout_s=_TIMEOUT_S))
+    reply.ParseFromString(_get_gcs_client().get_cluster_status(timeout_s=_TIMEOUT_S))
     return reply
 
 
-def _gcs_client() -> Any:
+def _get_gcs_client() -> Any:
     return _import("ray._private.worker", "global_worker.gcs_client")
 
 

@@ -1,8 +1,8 @@
-"""Keep Python's exit by SIGINT where Ray is imported. Driver.
+"""Keep Python's exit by SIGINT if Ray is imported. Driver.
 
-Written against Ray 2.60 and Python 3.11. Where nobody catches a KeyboardInterrupt, Python ends by SIGINT (130 in a
-shell, which then ends a loop of commands as well), unless code is compiled between the exception and its end: then it
-ends with 1. Ray does so as it shuts down, by importing a package.
+Written for Ray 2.60 and Python 3.11. After an uncaught KeyboardInterrupt, Python ends by SIGINT (130 in a shell, which
+then ends a loop of commands as well), unless code is compiled between the exception and the end: then its exit code is
+1. Ray causes that at its shutdown, by importing a package.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 
 
 def load_exit_imports() -> None:
-    """Import what Ray imports while a process ends, which takes 0.1 s then as now; nothing where Ray is not imported.
+    """Import what Ray imports while a process ends, which takes 0.1 s either way; do nothing without Ray.
 
     With a version that has no such package, or others, a program that Ctrl-C ends may have the exit code 1.
     """

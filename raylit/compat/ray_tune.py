@@ -1,6 +1,6 @@
 """Private names of Ray Tune, each behind one function. Driver.
 
-Written against Ray 2.60. A name that another version lacks is a RaylitError, or, where it only saves time, left out.
+Written for Ray 2.60. A missing name is a RaylitError, or is ignored if it only saves time.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from raylit.errors import RaylitError
 _VERSION = "2.60"
 
 
-def has_metric(given: object) -> bool:
-    """Return True if a scheduler or searcher of Tune's was given a metric, False too where the private name is gone.
+def has_metric(algorithm: object) -> bool:
+    """Return True if a scheduler or searcher of Tune has a metric; False if the private name is missing.
 
     Only searchers have a public property for it.
     """
-    return getattr(given, "metric", None) is not None or getattr(given, "_metric", None) is not None
+    return getattr(algorithm, "metric", None) is not None or getattr(algorithm, "_metric", None) is not None
 
 
 def list_trials(results: tune.ResultGrid) -> list[Trial]:
-    """List the trials behind Tune's results, with their states and checkpoints, which the public results leave out."""
+    """Return the trials of Tune's results, with their states and checkpoints, which the public results leave out."""
     analysis = getattr(results, "_experiment_analysis", None)
     if analysis is None:
         raise RaylitError(explain_missing("ray.tune.ResultGrid._experiment_analysis", written_for=_VERSION))
@@ -36,11 +36,11 @@ def list_trials(results: tune.ResultGrid) -> list[Trial]:
 def set_trial_variables(variables: Mapping[str, str], *, is_pooled: bool) -> Iterator[None]:
     """Give the processes of trials that start within this context these environment variables.
 
-    Tune adds some of its own, and hands on some of this process's; Ray starts processes for them, with two more of
-    Python's starts, where those without any come from the ones that it has ready. `is_pooled`: leave Tune's out, unless
-    there are some in this process to hand on.
+    Tune adds some of its own, and passes on some of this process's. For variables Ray starts new processes, with two
+    more starts of Python, where trials without any use prestarted ones. `is_pooled`: leave Tune's variables out, unless
+    this process has some to pass on.
 
-    Without the private names: Tune's variables and none of raylit's, unless there are some that the trials need.
+    Without the private names Tune's variables apply and none of raylit's; that is an error if the trials need some.
     """
     try:
         module = import_private("ray.tune.execution", "class_cache", written_for=_VERSION)

@@ -1,13 +1,13 @@
-"""Ray Tune's controller, except where that ends a process, or the whole sweep, without need. Driver.
+"""Ray Tune's controller without its needless ends of processes and sweeps. Driver.
 
-Written against Ray 2.60, which lets nobody choose the controller, nor says by a callback or to a scheduler what these
-methods change. What Tune's own does, and users would feel:
+Written for Ray 2.60, in which the controller cannot be chosen, and neither a callback nor a scheduler can change what
+these methods do. Tune's own controller:
 
-- it ends the whole sweep where Ray's memory monitor has killed one trial's process;
-- synchronous population based training waits for ever where the last trial to report has failed instead;
-- population based training ends a process, and starts one anew with its workers, at each perturbation of a trial;
-- a pause that overtakes a save ends the trial at its next save;
-- a trial that fails by a user's mistake ends a process that the next trial could take over.
+- ends the whole sweep if Ray's memory monitor has killed one trial's process;
+- waits for ever in synchronous population based training if the last trial to report has failed instead;
+- ends a process, and starts one anew with its workers, at each perturbation of a trial in population based training;
+- ends a trial at its next save after a pause that overtakes a save;
+- ends the process of a trial that fails by a user's mistake, which the next trial could reuse.
 """
 
 import contextlib
@@ -35,22 +35,26 @@ _OVERRIDDEN = ("on_step_begin", "_schedule_trial_pause", "_schedule_trial_stop",
 
 
 class _Controller(TuneController):
-    """Tune keeps a process only for a trial that already waits for one, and one more; this one also those of trials
-    that pause, and of trials that fail by a mistake."""
+    """Controller that also keeps processes of trials that pause, and of trials that fail by a user's mistake.
+
+    Tune keeps a process only for a trial that already waits for one, and one more.
+    """
 
     def is_reusable_after(self, exception: Exception | None) -> bool:
         raise NotImplementedError
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._actor_manager = _Actors(resource_manager=self._actor_manager._resource_manager)
+        self._actor_manager = _ActorManager(resource_manager=self._actor_manager._resource_manager)
 
     def on_step_begin(self) -> None:
-        """Synchronous population based training goes on when the last trial reports; where the last one has ended
-        instead, nobody asks it any more."""
+        """Resume synchronous population based training if no trial runs.
+
+        It continues when the last trial reports; if that one has ended instead, Tune does not ask the scheduler again.
+        """
         super().on_step_begin()
-        is_standing_still = self._paused_trials and not (self._running_trials or self._pending_trials)
-        if is_standing_still and isinstance(self._scheduler_alg, PopulationBasedTraining):
+        is_stalled = self._paused_trials and not (self._running_trials or self._pending_trials)
+        if is_stalled and isinstance(self._scheduler_alg, PopulationBasedTraining):
             trial = min(self._paused_trials, key=lambda trial: trial.trial_id)
             self._scheduler_alg.on_trial_result(self._wrapped(), trial, flatten_dict(trial.last_result))
 
@@ -58,7 +62,7 @@ class _Controller(TuneController):
         if should_checkpoint or trial not in self._trial_to_actor:
             super()._schedule_trial_pause(trial, should_checkpoint=should_checkpoint)
             return
-        # What is staged is waited for by a trial: this one, from the moment on at which its process is free.
+        # Tune keeps the process for a staged trial: this one is staged from when its process is free.
         self._staged_trials.add(trial)
         self._actor_cache.increase_max(trial.placement_group_factory)
         try:
@@ -66,7 +70,7 @@ class _Controller(TuneController):
         finally:
             self._staged_trials.discard(trial)
             self._actor_cache.decrease_max(trial.placement_group_factory)
-        # Left by a pause that overtakes a save, of which no result comes any more: the next save would end the trial.
+        # A pause that overtakes a save leaves it, and no result of it will come: the next save would end the trial.
         self._cached_trial_decisions.pop(trial.trial_id, None)
 
     def _schedule_trial_stop(self, trial: Trial, exception: Exception | None = None) -> None:
@@ -85,17 +89,20 @@ class _Controller(TuneController):
             self._actor_cache.decrease_max(trial.placement_group_factory)
 
 
-class _Actors(RayActorManager):
-    """What Ray's memory monitor has killed is dead: to Tune its word on that is unexpected, and ends the run."""
+class _ActorManager(RayActorManager):
+    """Actor manager that reports a kill by Ray's memory monitor as a death.
+
+    Tune does not expect the monitor's own error and ends the run.
+    """
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
-        super()._actor_task_failed(tracked_actor_task, _death(exception))
+        super()._actor_task_failed(tracked_actor_task, _to_actor_death(exception))
 
     def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
-        super()._actor_start_failed(tracked_actor, _death(exception))
+        super()._actor_start_failed(tracked_actor, _to_actor_death(exception))
 
 
-def _death(exception: Exception) -> Exception:
+def _to_actor_death(exception: Exception) -> Exception:
     if isinstance(exception, OutOfMemoryError):
         death = ActorDiedError()
         death.error_msg = str(exception)
@@ -105,12 +112,15 @@ def _death(exception: Exception) -> Exception:
 
 @contextlib.contextmanager
 def replace_controller(*, is_reusable_after: Callable[[Exception | None], bool]) -> Iterator[None]:
-    """Have sweeps that start within this context run under this controller.
+    """Run sweeps that start within this context under this controller.
 
-    Only for trials that all ask for the same resources, of which each can take any other's process.
-    `is_reusable_after`: whether a trial's process is as good as new after this exception.
+    Use it only for trials that all request the same resources, so that each can reuse any other's process.
 
-    Raises: RaylitError if the installed version of Ray does not have what the controller changes.
+    Args:
+        is_reusable_after: Tells whether a trial's process can be reused after this exception.
+
+    Raises:
+        RaylitError: The installed version of Ray does not have what the controller changes.
     """
     for name in _OVERRIDDEN:
         if not hasattr(TuneController, name):

@@ -1,7 +1,7 @@
-"""Pickle wandb's images, sounds and the like together with their files, to another host. Worker packs, driver unpacks.
+"""Pickling of wandb's images, sounds and other media with their files, for another host. Worker packs, driver unpacks.
 
-Written against wandb 0.17 to 0.31, where a Media keeps its content in a temporary file that private attributes name.
-Of one without these attributes, as of a later version, what wandb itself pickles travels.
+Written for wandb 0.17 to 0.31, in which a Media keeps its content in a temporary file that private attributes name. A
+medium without these attributes, as of a later version, is pickled as wandb does it.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def reduce_media(media: Any) -> Any:
-    """Say how to pickle one of wandb's media with its file in it. None: it is none, or has no file."""
+    """Return how to pickle one of wandb's media with its file, or None for other objects and media without a file."""
     package = sys.modules.get("wandb.sdk.data_types.base_types.media")
     if package is None or not isinstance(media, package.Media):
         return None
@@ -33,6 +33,6 @@ def _restore_media(
     with os.fdopen(handle, "wb") as file:
         file.write(content)
     media = function(*arguments)
-    # A temporary one is moved into the run's directory when it is logged.
+    # A temporary file is moved into the run's directory when it is logged.
     media.__dict__.update(state, _path=path, _is_tmp=True)
     return media

@@ -1,3 +1,5 @@
-"""The driver: it decides what the workers do between two steps, and acts on what they report.
+"""Driver process: decides what the workers do between two steps and acts on their reports.
 
-`loop/` decides, `ray/` starts and watches the workers, `tune_integration/` is for a fit within Ray Tune."""
+`loop/` makes the decisions, `ray/` starts and monitors the workers, `tune_integration/` serves a fit that runs inside
+Ray Tune. Open `loop/coordinator.py` first.
+"""

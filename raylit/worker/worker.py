@@ -72,7 +72,7 @@ class Worker:
         context: WorkerContext,
         job: Job,
         is_in_driver: bool,
-        brake: StopBarrier,
+        stop_barrier: StopBarrier,
         forward: Callable[[LogCall], None] | None = None,
     ) -> None:
         """Create the worker; nothing of the user's runs before the command `Start`.
@@ -82,12 +82,12 @@ class Worker:
             context: The worker's ranks and host.
             job: The user's objects.
             is_in_driver: The worker runs in the driver's process.
-            brake: Stop barrier of the loops, armed by another thread.
+            stop_barrier: Stop barrier of the loops, armed by another thread.
             forward: Sends what hooks log to the driver, at any time; None in the driver itself.
         """
         self._forward = forward if context.rank == 0 else None
         self._plan = plan
-        self._stop_barrier = brake
+        self._stop_barrier = stop_barrier
         self._context = context
         self._job = job
         self._is_in_driver = is_in_driver
@@ -112,13 +112,13 @@ class Worker:
         }
 
     @property
-    def held(self) -> PendingCheckpoint:
+    def pending_checkpoint(self) -> PendingCheckpoint:
         """The checkpoint that the last `Save` has prepared for writing."""
         assert self._state_capture is not None and self._state_capture.pending is not None
         return self._state_capture.pending
 
     @property
-    def held_part(self) -> PendingPart:
+    def pending_part(self) -> PendingPart:
         """This rank's part of it, where checkpoints are written in parts."""
         assert self._state_capture is not None and self._state_capture.pending_part is not None
         return self._state_capture.pending_part

@@ -62,8 +62,8 @@ def write(path: str, state_dict: dict[str, Any], *, step: int = 1) -> None:
         split(state_dict, "state_dict", parts), Progress(global_step=step), module=None, datamodule=None
     )
     saved = Saved(rank=0, checkpoint={**checkpoint, "optimizer_states": []}, of_rank={})
-    held = PendingCheckpoint(format.merge([saved], {}), on_release=lambda: None)
-    write_in_parts(path, held, parts, context=WorkerContext(), collectives=Collectives(rank=0, world_size=1))
+    pending = PendingCheckpoint(format.merge([saved], {}), on_release=lambda: None)
+    write_in_parts(path, pending, parts, context=WorkerContext(), collectives=Collectives(rank=0, world_size=1))
 
 
 def assert_holds(path: str, state_dict: dict[str, DTensor]) -> None:

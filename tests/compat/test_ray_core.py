@@ -59,7 +59,7 @@ def test_without_the_filter_ray_prints_its_lines(monkeypatch):
 def test_the_head_says_that_nothing_adds_nodes_and_nothing_waits():
     assert ray_core.read_autoscaling() is None
     assert ray_core.list_pending_groups() == frozenset()
-    assert ray_core.list_waiting_demands() == []
+    assert ray_core.list_pending_requests() == []
 
 
 @pytest.mark.usefixtures("_node")

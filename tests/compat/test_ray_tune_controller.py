@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from raylit.compat import ray_tune_controller
-from raylit.compat.ray_tune_controller import _death, replace_controller
+from raylit.compat.ray_tune_controller import _to_actor_death, replace_controller
 from raylit.driver.ray.failures import reason_of_death
 from raylit.errors import RaylitError
 
@@ -15,13 +15,13 @@ def test_what_rays_memory_monitor_has_killed_is_as_dead_to_tune_as_what_has_cras
     text = (
         "2 worker(s) were killed due to the node running low on memory. Memory on the node was 7.18GB used / 23GB limit"
     )
-    death = pickle.loads(pickle.dumps(_death(OutOfMemoryError(text))))
+    death = pickle.loads(pickle.dumps(_to_actor_death(OutOfMemoryError(text))))
     assert isinstance(death, ActorDiedError)
     assert reason_of_death(death, None).startswith(
         "killed by Ray's memory monitor, as its host ran out of memory (7.18"
     )
     mistake = ValueError("odd")
-    assert _death(mistake) is mistake
+    assert _to_actor_death(mistake) is mistake
 
 
 def test_the_controller_is_another_one_within_the_context_only():

@@ -1,3 +1,4 @@
-"""The driver's loop: validation, saves, logs and stops, in the order in which they are due.
+"""The driver's loop: runs training, validation, saves and logging in the order in which they are due.
 
-Runs in the driver and does not import Ray. Open `coordinator.py` first."""
+It runs in the driver and does not import Ray. Open `coordinator.py` first.
+"""

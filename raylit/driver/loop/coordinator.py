@@ -1,4 +1,4 @@
-"""The driver's loop: what the workers do next, and what the driver does with what they report."""
+"""The driver's loop: chooses the workers' next command and handles their reports."""
 
 import pickle
 from collections.abc import Iterator, Sequence
@@ -57,17 +57,17 @@ from raylit.worker.process import result_sync
 
 
 class CallbackStates:
-    """Remembers what the workers have been told last."""
+    """States of the driver callbacks, sent to the workers whenever they have changed."""
 
     def __init__(self, callbacks: Sequence[DriverCallback]) -> None:
         self._callbacks = callbacks
-        self._told = b""
+        self._last_sent = b""
 
-    def taken(self) -> dict[str, Any]:
+    def collect(self) -> dict[str, Any]:
         return {callback.state_key: state for callback in self._callbacks if (state := callback.state_dict())}
 
     def reset(self) -> None:
-        """A new run begins."""
+        """Reset every callback's state at the start of a new run."""
         for callback in self._callbacks:
             callback.reset_state()
 
@@ -76,22 +76,25 @@ class CallbackStates:
             if callback.state_key in checkpoint.get("callbacks", {}):
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
-    def sent_with(self, command: Command) -> Command:
-        """The command with what has changed. The workers stand still, so it holds for as long as this one runs."""
+    def attach_to(self, command: Command) -> Command:
+        """Return the command with the callback states, if they have changed since they were last sent.
+
+        The workers are idle at this point, so the states stay valid for as long as the command runs.
+        """
         if not isinstance(command, HookedCommand):
             return command
         try:
-            states = pickle.dumps(format.to_plain_values(self.taken(), "a driver callback's state"))
-        except CheckpointError:  # only who saves needs to be told, and the driver's own saves do
+            states = pickle.dumps(format.to_plain_values(self.collect(), "a driver callback's state"))
+        except CheckpointError:  # only checkpoints need these states, and the driver's own saves raise this error
             return command
-        if states == self._told:
+        if states == self._last_sent:
             return command
-        self._told = states
+        self._last_sent = states
         return replace(command, callback_states=states)
 
 
 class Coordinator:
-    """One run: the only writer of its RunState, and what driver callbacks know as `run`."""
+    """Coordinator of one run: the only writer of its RunState, and the `run` that driver callbacks receive."""
 
     def __init__(
         self,
@@ -103,37 +106,43 @@ class Coordinator:
         stage: Stage,
     ) -> None:
         self.plan = plan
-        self._costs = None if job.profiler is None else DriverProfiler()
+        self._profiler = None if job.profiler is None else DriverProfiler()
         self.loggers = list(loggers)
         log_writer = LogWriter(self.loggers, is_direct=plan.workers.num_workers == 0)
-        self._log_writer = log_writer if self._costs is None else self._costs.of(log_writer, name="loggers")
+        self._log_writer = (
+            log_writer if self._profiler is None else self._profiler.time_methods_of(log_writer, name="loggers")
+        )
         self.state = RunState(stage=stage)
         self.log_dir = job.log_dir
         self._job = job
-        self._callbacks = callbacks if self._costs is None else [self._costs.of(callback) for callback in callbacks]
-        self._savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-        self._states = CallbackStates(callbacks if stage == "fit" else ())
+        self._callbacks = (
+            callbacks
+            if self._profiler is None
+            else [self._profiler.time_methods_of(callback) for callback in callbacks]
+        )
+        self._checkpoint_callbacks = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        self._callback_states = CallbackStates(callbacks if stage == "fit" else ())
         self._schedule = Schedule(plan)
         self._group: WorkerGroup | None = None
-        self._interrupts = SignalHandler(on_first=self._brake)
+        self._signals = SignalHandler(on_first=self._arm_stop)
         self._is_training = False
-        """The workers carry out a Train command."""
+        """True while the workers run a Train command."""
         self._written: list[Written] = []
-        self._saves = CheckpointQueue(self, self._log_writer)
-        self.is_saving_to = self._saves.is_making
+        self._checkpoint_queue = CheckpointQueue(self, self._log_writer)
+        self.is_saving_to = self._checkpoint_queue.is_writing
         self._notified: DriverCallback | None = None
-        """The callback in one of whose hooks we are."""
-        self._returned = result_sync.GatheredWeights(job.module)
-        """The weights, at the end, from workers that each have a part."""
+        """The callback whose hook is running."""
+        self._gathered_weights = result_sync.GatheredWeights(job.module)
+        """The weights at the end of the run, gathered from workers that each hold a shard."""
         self._profiles: list[Profile] = []
         self.finished: Finished | None = None
-        """What the workers have handed back at the end of the run; of an interrupted one, too."""
+        """Rank 0's result at the end of the run; an interrupted run has one, too."""
 
-    # The entry points
+    # Entry points
 
     def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
-        """Train to the end; continue from a checkpoint's position where one is given."""
-        self._states.reset()
+        """Train to the end; continue from the checkpoint's position if one is given."""
+        self._callback_states.reset()
         with self._running(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
@@ -143,47 +152,49 @@ class Coordinator:
                 self._train_epoch()
             self._notify("on_train_end")
             self._finish()
-        self._saves.raise_last()
+        self._checkpoint_queue.raise_last()
         self._log_writer.raise_failures()
 
     def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> list[dict[str, float]]:
-        """Validate or test: for each loader its metrics by name."""
+        """Validate or test; return the metrics by name for each loader."""
         with self._running(checkpoint, is_resuming=False):
             evaluated = self._evaluate(self.state.stage)
             self._finish()
             return [dict(metrics) for metrics in evaluated.per_loader]
 
     def predict(self, *, checkpoint: dict[str, Any] | None = None, is_returning: bool = True) -> list[list[Any]]:
-        """For each loader the outputs of its batches, in data-set order."""
+        """Return for each loader the outputs of its batches, in data-set order."""
         with self._running(checkpoint, is_resuming=False):
             self._notify("on_evaluation_start", "predict")
             parts = [
                 report for report in self._run(Predict(is_returning=is_returning)) if isinstance(report, Predicted)
             ]
-            self._interrupts.check()
+            self._signals.check()
             self._notify("on_evaluation_end", "predict")
             self._finish()
             return predictions.restore_sample_order(parts)
 
-    # What a driver callback may ask for
+    # What a driver callback may call
 
     def stop(self, reason: str) -> None:
         self._note_stop(reason)
         if self._is_training and self._schedule.may_stop(self.state):
-            self._brake()
+            self._arm_stop()
 
     def save_checkpoint(self, path: str, *, is_weights_only: bool = False, then: Publication | None = None) -> None:
         assert self._group is not None
         self.finish_saves(is_earlier_only=True)
-        states = format.to_plain_values({} if is_weights_only else self._states.taken(), "callbacks")
-        order = SaveRequest(path=path, by=self._notified, then=then, is_weights_only=is_weights_only, callbacks=states)
-        if self._saves.is_joined_by(order):
+        states = format.to_plain_values({} if is_weights_only else self._callback_states.collect(), "callbacks")
+        request = SaveRequest(
+            path=path, callback=self._notified, publication=then, is_weights_only=is_weights_only, callbacks=states
+        )
+        if self._checkpoint_queue.try_join(request):
             return
         self.finish_saves()
-        reports = [*self._run(order.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
-        holder = self._group.holder(is_in_parts=self.plan.strategy.is_saving_parts)
-        # Whoever resumes from the file finds everything in the logs that was logged before.
-        self._saves.start(order, FlushLogsFirst(holder, self._log_writer.flush()), reports)
+        reports = [*self._run(request.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
+        writer = self._group.checkpoint_writer(is_in_parts=self.plan.strategy.is_saving_parts)
+        # A run that resumes from the file must find everything in the logs that was logged before the save.
+        self._checkpoint_queue.start(request, FlushLogsFirst(writer, self._log_writer.flush()), reports)
         if not self.plan.is_saving_async:
             self.finish_saves()
 
@@ -192,9 +203,9 @@ class Coordinator:
         return self._group is not None and self._group.is_idle and self.finished is None
 
     def finish_saves(self, *, is_earlier_only: bool = False) -> None:
-        if self._saves.is_earlier_under_way if is_earlier_only else self._saves.is_under_way:
-            with self._measured("write checkpoint"):
-                self._saves.finish()
+        if self._checkpoint_queue.is_earlier_under_way if is_earlier_only else self._checkpoint_queue.is_under_way:
+            with self._measure("write checkpoint"):
+                self._checkpoint_queue.finish()
 
     # The loop
 
@@ -203,7 +214,7 @@ class Coordinator:
         self._schedule.begin_epoch(self.state)
         if self.state.progress.batch == 0:
             if self._schedule.is_reload_due(self.state):
-                self._one(Reload())
+                self._run_for_report(Reload())
             self._notify("on_train_epoch_start")
         is_over = is_complete = False
         while not is_over:
@@ -216,26 +227,31 @@ class Coordinator:
                 self._validate()
                 is_complete = is_complete or self._is_run_over_at_epoch_end()
             is_over = is_complete or self._schedule.is_run_over(self.state)
-        self._one(EndEpoch(is_complete=is_complete))
+        self._run_for_report(EndEpoch(is_complete=is_complete))
         self._notify("on_train_epoch_end")
 
     def _is_run_over_at_epoch_end(self) -> bool:
-        """The run ends here, and the epoch has no further batch, which of a stream only a look ahead can tell."""
+        """Return True if the run ends here and the epoch has no further batch.
+
+        An iterable data set without a length needs a look ahead on the workers to know that.
+        """
         if not self._schedule.is_run_over(self.state):
             return False
-        paused = self._one(LookAhead())
+        paused = self._run_for_report(LookAhead())
         assert isinstance(paused, Paused)
         return paused.is_epoch_finished
 
     def _train(self) -> Paused:
         assert self._group is not None
-        wishes = [step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None]
-        until_step = min([self._schedule.next_decision_step(self.state), *wishes])
-        self._interrupts.check()
+        requested_steps = [step for callback in self._callbacks if (step := callback.next_pause_step(self)) is not None]
+        until_step = min([self._schedule.next_decision_step(self.state), *requested_steps])
+        self._signals.check()
         self._is_training = True
-        paused = self._one(Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step))
+        paused = self._run_for_report(
+            Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step)
+        )
         self._is_training = False
-        self._interrupts.check()
+        self._signals.check()
         self._group.disarm_stop()
         assert isinstance(paused, Paused)
         return paused
@@ -250,10 +266,10 @@ class Coordinator:
         self.state.is_sanity_checking = False
 
     def _evaluate(self, stage: Stage, *, is_sanity_check: bool = False) -> Evaluated:
-        self._interrupts.check()
+        self._signals.check()
         self._notify("on_evaluation_start", stage)
-        evaluated = self._one(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
-        self._interrupts.check()
+        evaluated = self._run_for_report(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
+        self._signals.check()
         assert isinstance(evaluated, Evaluated)
         if self._written:
             written, self._written = self._written, []
@@ -265,63 +281,63 @@ class Coordinator:
         self.state.stop_reason = self.state.stop_reason or reason
 
     def _finish(self) -> None:
-        finished = self._one(Finish(interruption=self._interrupts.pending))
+        finished = self._run_for_report(Finish(interruption=self._signals.pending))
         assert isinstance(finished, Finished)
-        self.finished = replace(finished, state_dict=self._returned.state_dict or finished.state_dict)
+        self.finished = replace(finished, state_dict=self._gathered_weights.state_dict or finished.state_dict)
 
-    def _brake(self) -> None:
+    def _arm_stop(self) -> None:
         if self._group is not None:
             self._group.arm_stop()
 
-    def _connected(self) -> None:
-        self._interrupts.install()
-        self._interrupts.is_connecting = False
-        self._interrupts.check()
+    def _handle_connection(self) -> None:
+        self._signals.install()
+        self._signals.is_connecting = False
+        self._signals.check()
 
-    def _break_off(self) -> None:
-        """Save and hand back what an interrupted run has, where its workers stand still and can still be asked."""
+    def _end_interrupted_run(self) -> None:
+        """Save and return the results of an interrupted run whose workers are idle and can still run commands."""
         if self.state.stage == "fit":
             self._notify("on_interrupt")
         self._finish()
 
-    def _measured(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext() if self._costs is None else self._costs.measured(name)
+    def _measure(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._profiler is None else self._profiler.measure(name)
 
     def _describe_profiles(self) -> None:
-        """What came of the profiler in a run whose workers have come to their end, whatever has ended it."""
-        if self._job.profiler is not None and self._costs is not None and self._profiles:
-            profiles = self._costs.beside(self._profiles)
+        """Print the profiler's result once the workers have reported theirs, however the run has ended."""
+        if self._job.profiler is not None and self._profiler is not None and self._profiles:
+            profiles = self._profiler.append_own_profile(self._profiles)
             self._job.profiler.describe(self.state.stage, profiles, log_dir=self.log_dir)
 
     # The workers
 
     @contextmanager
     def _running(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
-        """The group and everyone who listens, from the start to an end of whatever kind."""
+        """Start the group, the callbacks and the loggers, and end them after success, failure or interruption."""
         started: list[DriverCallback] = []
-        self._interrupts.install()
+        self._signals.install()
         try:
-            self._interrupts.is_connecting = self.plan.workers.num_workers > 0
-            with self._measured("get workers"), start_is_shown(self.plan.workers.num_workers, self._callbacks):
-                self._group = build_group(self.plan, self._job, on_connected=self._connected)
+            self._signals.is_connecting = self.plan.workers.num_workers > 0
+            with self._measure("get workers"), start_is_shown(self.plan.workers.num_workers, self._callbacks):
+                self._group = build_group(self.plan, self._job, on_connected=self._handle_connection)
             self._start(checkpoint, is_resuming=is_resuming)
-            self._interrupts.is_deferring = True
+            self._signals.is_deferring = True
             for callback in self._callbacks:
                 started.append(callback)
                 callback.on_start(self)
             yield
-            self._interrupts.check()
+            self._signals.check()
             self.finish_saves()
             self._log_writer.drain()
             status = "success"
         except BaseException as error:
-            status = self._interrupts.status_after(error)
+            status = self._signals.status_after(error)
             self.state.is_interrupted = status == "interrupted"
             try:
-                is_break = self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit))
-                if is_break and self.is_idle:
-                    self._break_off()
-                if not self._interrupts.is_ending_at_once:
+                is_interruption = self.state.is_interrupted and isinstance(error, (KeyboardInterrupt, SystemExit))
+                if is_interruption and self.is_idle:
+                    self._end_interrupted_run()
+                if not self._signals.is_ending_at_once:
                     self.finish_saves()
             finally:
                 for callback in started:
@@ -335,20 +351,22 @@ class Coordinator:
                     callback.on_end(self)
                 self._log_writer.finalize(status)
             finally:
-                with self._measured("release workers"):
+                with self._measure("release workers"):
                     if self._group is not None:
                         self._group.release(is_kept=not self.state.is_interrupted)
-                self._interrupts.restore()
+                self._signals.restore()
                 self._describe_profiles()
 
     def _how_to_continue(self) -> str:
-        """Say how far a broken run had come, and what the next one can start from."""
+        """Describe how far the failed run got and which checkpoint the next run can start from."""
         progress = self.state.progress
         text = f"The last step that it reported is {progress.global_step}, in epoch {progress.epoch}. "
-        newest = next((saver.newest_model_path for saver in self._savers if saver.newest_model_path), "")
+        newest = next(
+            (callback.newest_model_path for callback in self._checkpoint_callbacks if callback.newest_model_path), ""
+        )
         if newest:
             return text + f'The newest checkpoint is {newest}: Trainer(resume="auto") continues from it'
-        if self._savers:
+        if self._checkpoint_callbacks:
             return text + (
                 "No checkpoint has been saved yet: ModelCheckpoint(every_n_train_steps=N) saves inside an epoch, too, "
                 'and Trainer(resume="auto") continues from the newest checkpoint'
@@ -361,11 +379,11 @@ class Coordinator:
         checkpoint = checkpoint and sharded.ensure_readable(checkpoint, sees=self._group.can_read)
         if is_resuming:
             assert checkpoint is not None
-            self._states.load(checkpoint)
+            self._callback_states.load(checkpoint)
             step = format.read_progress(checkpoint).global_step
             self._log_writer.resume(step=step, positions=format.read_log_positions(checkpoint))
             self.state.callback_metrics.update(format.read_metrics(checkpoint))
-        started = self._one(
+        started = self._run_for_report(
             Start(
                 stage=self.state.stage,
                 checkpoint=checkpoint,
@@ -379,7 +397,7 @@ class Coordinator:
         if self.state.stage == "fit":
             self._log_writer.log_start(self._job.module, self._job.datamodule)
 
-    def _one(self, command: Command) -> Report:
+    def _run_for_report(self, command: Command) -> Report:
         """Run a command and return rank 0's last report."""
         last: Report | None = None
         for report in self._run(command, only_rank=0):
@@ -389,15 +407,15 @@ class Coordinator:
         return last
 
     def _run(self, command: Command, *, only_rank: int | None = None) -> Iterator[Report]:
-        """Run a command; every report is taken in before it is handed on."""
+        """Run a command and process every report before it is yielded."""
         assert self._group is not None
-        self._saves.note_command()
-        reports = self._group.run(self._states.sent_with(command))
-        if self._costs is not None:
-            reports = self._costs.over("wait for workers", reports)
+        self._checkpoint_queue.note_command()
+        reports = self._group.run(self._callback_states.attach_to(command))
+        if self._profiler is not None:
+            reports = self._profiler.time_items("wait for workers", reports)
         for rank, report in reports:
             self._log_writer.check()
-            self._saves.settle()
+            self._checkpoint_queue.settle()
             if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
                 self._note_stop(report.stop_reason)
             if isinstance(report, Raised):
@@ -412,7 +430,7 @@ class Coordinator:
                 yield report
 
     def _receive(self, report: Report) -> None:
-        """Take rank 0's report into the state and tell who listens."""
+        """Apply rank 0's report to the state and notify callbacks and loggers."""
         state = self.state
         match report:
             case Ticked():
@@ -420,38 +438,41 @@ class Coordinator:
                 self._notify("on_tick", report.batch, report.dataloader_idx)
             case Stepped():
                 state.progress = report.progress
-                self._take_metrics(report.metrics)
+                self._record_metrics(report.metrics)
                 self._notify("on_step_metrics")
             case Paused():
                 state.progress = report.progress
-                self._take_metrics(report.metrics, is_logged=False)
+                self._record_metrics(report.metrics, is_logged=False)
             case Evaluated() if not report.is_broken_off:
-                state.progress = self._schedule.validated(state)
+                state.progress = self._schedule.progress_after_evaluation(state)
                 for step, metrics in report.steps:
                     self._log(metrics, step=step)
-                self._take_metrics(report.metrics, is_flushed=True)
+                self._record_metrics(report.metrics, is_flushed=True)
             case EpochEnded():
                 state.progress = report.progress
                 state.is_epoch_cut_short = not report.progress.is_epoch_ended
-                self._take_metrics(report.metrics, is_flushed=True)
+                self._record_metrics(report.metrics, is_flushed=True)
             case Started():
                 state.progress = report.progress
                 state.summary = report.summary
                 self._schedule.set_sizes(state, report)
             case Weights():
-                self._returned.take(report.state_dict)
+                self._gathered_weights.take(report.state_dict)
             case LogCall():
-                self._log_writer.take(report)
+                self._log_writer.queue_call(report)
             case Reloaded():
                 self._schedule.set_sizes(state, report)
 
     def _note_raised(self, report: Raised) -> None:
-        """Any rank's: those that wait for it stand in the same step, and report nothing any more."""
-        told, known = report.progress, self.state.progress
-        if (told.batch_in_all, told.global_step) >= (known.batch_in_all, known.global_step):
-            self.state.progress = told
+        """Record the progress of a rank whose hook has raised.
 
-    def _take_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
+        Any rank may report it: the ranks that wait for it are in the same step and report nothing further.
+        """
+        reported, current = report.progress, self.state.progress
+        if (reported.batch_in_all, reported.global_step) >= (current.batch_in_all, current.global_step):
+            self.state.progress = reported
+
+    def _record_metrics(self, metrics: Metrics, *, is_logged: bool = True, is_flushed: bool = False) -> None:
         state = self.state
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
         state.metric_steps.update(dict.fromkeys(metrics, state.progress.global_step))
@@ -460,7 +481,7 @@ class Coordinator:
             self._log_writer.save()
 
     def _log(self, metrics: Metrics, *, step: int) -> bool:
-        """To the loggers; whether there was anything for them."""
+        """Send the metrics to the loggers; return True if there were any."""
         logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
         if logged:
             self.state.logged_metrics.update(logged)
@@ -468,12 +489,12 @@ class Coordinator:
         return bool(logged)
 
     def _notify(self, hook: str, *args: Any) -> None:
-        self._saves.settle()
+        self._checkpoint_queue.settle()
         before = self._notified
         for callback in self._callbacks:
             self._notified = callback
             try:
                 getattr(callback, hook)(self, *args)
-            except StoreUnreachable as error:  # which it asks for a free name before it saves
-                self._saves.note_failed(callback, error.url, error)
+            except StoreUnreachable as error:  # raised when the callback looks for a free file name before a save
+                self._checkpoint_queue.note_failed(callback, error.url, error)
         self._notified = before

@@ -1,4 +1,4 @@
-"""Predictions of all workers in data-set order, and files of what EvalResult.write has collected there. Driver."""
+"""Predictions of all workers in data-set order, and the files of `EvalResult.write`. Driver."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,15 @@ from raylit.protocol.messages import Predicted, Written
 
 
 def restore_sample_order(parts: Sequence[Predicted]) -> list[list[Any]]:
-    """For each loader the outputs of its batches."""
-    placed = [[pair for part in parts for pair in part.outputs[index]] for index in range(len(parts[0].outputs))]
-    return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in placed]
+    """Return for each loader the outputs of its batches, in data-set order."""
+    indexed_outputs = [
+        [pair for part in parts for pair in part.outputs[index]] for index in range(len(parts[0].outputs))
+    ]
+    return [[output for _, output in sorted(pairs, key=lambda pair: pair[0])] for pairs in indexed_outputs]
 
 
 def write(reports: Sequence[Written]) -> None:
-    """A list of row dicts per file, in data-set order."""
+    """Write for each file a list of row dicts in data-set order."""
     for filename in dict.fromkeys(filename for report in reports for filename in report.files):
         batches = [batch for report in reports for batch in report.files.get(filename, ())]
         batches.sort(key=lambda batch: batch[:2])
@@ -30,7 +32,7 @@ def write(reports: Sequence[Written]) -> None:
 def _rows(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     names = list(columns)
     for values in zip(*columns.values(), strict=True):
-        # A view would take the whole batch along wherever the row is copied to.
+        # A view would be serialized with the whole batch.
         yield {
             name: value.clone() if isinstance(value, Tensor) else value
             for name, value in zip(names, values, strict=True)
@@ -39,12 +41,12 @@ def _rows(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _save(rows: list[dict[str, Any]], filename: str) -> None:
     if "://" in filename:
-        with _remote(filename) as file:
+        with _open_remote(filename) as file:
             torch.save(rows, file)
         return
     path = Path(filename).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that nobody can guess and put a link to another file under.
+    # The name is random, so that no other user can put a link to another file there.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         torch.save(rows, temporary)
@@ -53,7 +55,7 @@ def _save(rows: list[dict[str, Any]], filename: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _remote(filename: str) -> Any:
+def _open_remote(filename: str) -> Any:
     try:
         import fsspec
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""Interrupts: Ctrl-C, SIGTERM and SIGHUP in a run: the first asks for an orderly end, more end it at once. Driver."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP in a run. Driver.
+
+The first signal requests an orderly end; a second Ctrl-C ends the run at once.
+"""
 
 import functools
 import os
@@ -18,7 +21,10 @@ _NAMES: dict[int, SignalName] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTE
 if hasattr(signal, "SIGHUP"):  # not on Windows
     _NAMES[signal.SIGHUP] = "SIGHUP"
 _REPEAT_S = 0.3
-"""Whoever passes a signal on to a process and to its group (timeout, job managers) sends it twice; nobody types so."""
+"""A repeat within this time is ignored.
+
+Programs such as `timeout` and job managers signal a process and its group, so that the signal arrives twice.
+"""
 _NOTICE: dict[SignalName, bytes] = {
     "SIGINT": b"\nraylit: Ctrl-C: the run ends after this step and is saved; once more ends it at once\n",
     "SIGTERM": b"\nraylit: SIGTERM: the run ends after this step and is saved\n",
@@ -28,20 +34,20 @@ _NOTICE_STARTING = b"\nraylit: the run ends as soon as Ray has started; Ctrl-C o
 
 
 class SignalHandler:
-    """Takes these signals for the time of a run, in the main thread and where they have their default effect: a
-    handler of the user's own stays.
+    """Handler of these signals during a run, installed in the main thread for signals with their default handler.
 
-    While `is_deferring`, the first signal is only noted and `on_first` called, in the handler. Otherwise, and for a
-    second Ctrl-C, the exception is raised where the main thread is: KeyboardInterrupt, or SystemExit with the exit code
-    that the signal's victim has in a shell, so that `finally` and `atexit` still run.
+    A handler of the user's own stays installed. While `is_deferring`, the first signal is only recorded and `on_first`
+    is called, in the handler. Otherwise, and for a second Ctrl-C, the exception is raised in the main thread:
+    KeyboardInterrupt, or SystemExit with the exit code that a shell shows for a process ended by that signal, so that
+    `finally` and `atexit` still run.
     """
 
     def __init__(self, *, on_first: Callable[[], None]) -> None:
         self.is_deferring = False
         self.is_connecting = False
-        """Ray is starting: an exception in the middle of that can crash the process."""
+        """True while Ray starts: an exception in the middle of that can crash the process."""
         self.is_ending_at_once = False
-        """A second Ctrl-C has come."""
+        """True once a second Ctrl-C has arrived."""
         self._on_first = on_first
         self._first: signal.Signals | None = None
         self._first_at = 0.0
@@ -49,11 +55,11 @@ class SignalHandler:
 
     @property
     def pending(self) -> SignalName | None:
-        """The first signal that has come."""
+        """The first signal that has arrived, or None."""
         return None if self._first is None else _NAMES[self._first]
 
     def install(self) -> None:
-        """May be called again: connecting to Ray puts a handler of Ray's in this one's place."""
+        """Install the handler; call it again after connecting to Ray, which installs its own."""
         load_exit_imports()
         if threading.current_thread() is not threading.main_thread():
             return
@@ -71,50 +77,56 @@ class SignalHandler:
                 signal.signal(number, handler)
 
     def status_after(self, error: BaseException) -> Literal["interrupted", "success", "failed"]:
-        """What the run has come to by this exception, for the loggers. A SystemExit by SIGTERM has its code then."""
+        """Return the run's status for the loggers after this exception.
+
+        It also sets the exit code of a SystemExit that a signal has caused.
+        """
         self._correct(error)
         if self._first is not None or isinstance(error, KeyboardInterrupt):
             return "interrupted"
-        # Ray ends a function of the user's in good order with a SystemExit of code 0.
+        # Ray ends a user's function normally with a SystemExit of code 0.
         return "success" if isinstance(error, SystemExit) and not error.code else "failed"
 
     def _correct(self, error: BaseException) -> None:
-        """Give a SystemExit by a signal its exit code back. Ray's calls lose the code of one that is raised in them,
-        and Ray's own handler, in place while it connects, exits with 15."""
-        is_ray_s = self.is_connecting and isinstance(error, SystemExit) and error.code == signal.SIGTERM
-        if is_ray_s:
+        """Restore the exit code of a SystemExit that a signal has caused.
+
+        Ray's calls lose the code of one that is raised in them, and Ray's own handler, installed while it connects,
+        exits with 15.
+        """
+        is_from_ray_handler = self.is_connecting and isinstance(error, SystemExit) and error.code == signal.SIGTERM
+        if is_from_ray_handler:
             self._first = signal.SIGTERM
         if isinstance(error, SystemExit) and self._first not in (None, signal.SIGINT) and not self.is_deferring:
             error.code = 128 + self._first
 
     def check(self) -> None:
-        """Raise for a signal that was only noted."""
+        """Raise the exception of a signal that was only recorded."""
         if self._first is not None:
-            raise _exception(self._first)
+            raise _make_exception(self._first)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._first is None:
             self._first, self._first_at = signal.Signals(number), time.monotonic()
             if self.is_connecting:
-                _write(_NOTICE_STARTING)
+                _write_notice(_NOTICE_STARTING)
                 return
             if self.is_deferring:
-                _write(_NOTICE[_NAMES[self._first]])
+                _write_notice(_NOTICE[_NAMES[self._first]])
                 self._on_first()
                 return
         elif number != signal.SIGINT or time.monotonic() - self._first_at < _REPEAT_S:
             return
         else:
             self.is_ending_at_once = True
-        raise _exception(signal.Signals(number))
+        raise _make_exception(signal.Signals(number))
 
 
 class _ForkHooks(threading.local):
-    """Give a process that a loader or the user has forked the handlers from before the run: it has no run to end.
+    """Fork hooks that restore the previous handlers in a process forked by a loader or the user: it has no run to end.
 
-    Python forgets signals for its own handlers that reach the new process before its hooks run, so that a SIGTERM from
-    a parent that ends it at once would be lost. They stay blocked for so long; not Ctrl-C, which Python handles, and so
-    forgets, without us as well.
+    Python drops signals for its own handlers that reach the new process before its hooks run, so that a SIGTERM from a
+    parent that ends the process immediately would be lost. These signals are blocked until then, except SIGINT, which
+    Python itself handles (and drops) without us as well.
     """
 
     def block_signals(self) -> None:
@@ -125,8 +137,8 @@ class _ForkHooks(threading.local):
 
     def restore_handlers(self) -> None:
         for handler in map(signal.getsignal, _NAMES):
-            if isinstance(interrupts := getattr(handler, "__self__", None), SignalHandler):
-                interrupts.restore()
+            if isinstance(receiver := getattr(handler, "__self__", None), SignalHandler):
+                receiver.restore()
         self.unblock_signals()
 
 
@@ -141,9 +153,11 @@ def _register_fork_hooks() -> None:
         )
 
 
-def _write(notice: bytes) -> None:
-    """To stderr, directly: print may be what the signal has interrupted. Where the terminal is gone, what the run has
-    to say goes nowhere, rather than ending it."""
+def _write_notice(notice: bytes) -> None:
+    """Write to stderr directly, as the signal may have interrupted a print.
+
+    If the terminal is gone, stdout and stderr are redirected to /dev/null, so that later output does not end the run.
+    """
     try:
         os.write(2, notice)
     except OSError:
@@ -155,11 +169,11 @@ def _write(notice: bytes) -> None:
 
 
 def _is_default(handler: Any) -> bool:
-    """Nobody but Python or Ray has set it. Ray's own ends the process with exit code 15."""
+    """Return True if Python or Ray has set this handler; Ray's own ends the process with exit code 15."""
     if handler in (signal.SIG_DFL, signal.default_int_handler):
         return True
     return str(getattr(handler, "__module__", "")).partition(".")[0] == "ray"
 
 
-def _exception(number: signal.Signals) -> BaseException:
+def _make_exception(number: signal.Signals) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -1,11 +1,11 @@
-"""The workers of a run as the driver's loop sees them: Ray actors, or this process."""
+"""Groups of workers as the driver's loop sees them: Ray actors, or this process. Driver."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from raylit.checkpoint.pending import PendingCheckpoint
 from raylit.config.plan import Plan
-from raylit.driver.loop.checkpoint_queue import CheckpointHolder
+from raylit.driver.loop.checkpoint_queue import CheckpointWriter
 from raylit.protocol.messages import Command, Report
 from raylit.protocol.process_settings import TorchSettings
 from raylit.worker.job import Job, WorkerContext
@@ -18,34 +18,36 @@ class InlineGroup:
 
     def __init__(self, plan: Plan, job: Job) -> None:
         self.is_idle = True
-        self._is_braking = False
-        self._brake = StopBarrier()
+        self._is_stop_armed = False
+        self._stop_barrier = StopBarrier()
         self._settings = TorchSettings.current()
-        self._worker = Worker(plan=plan, context=WorkerContext(), job=job, is_in_driver=True, brake=self._brake)
+        self._worker = Worker(
+            plan=plan, context=WorkerContext(), job=job, is_in_driver=True, stop_barrier=self._stop_barrier
+        )
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         self.is_idle = False
-        self._brake.reset()
-        if self._is_braking:
+        self._stop_barrier.reset()
+        if self._is_stop_armed:
             self.arm_stop()
         for report in self._worker.run(command):
             yield 0, report
         self.is_idle = True
 
-    def can_read(self, place: str) -> bool:
+    def can_read(self, path: str) -> bool:
         return True
 
-    def holder(self, *, is_in_parts: bool) -> PendingCheckpoint:
+    def checkpoint_writer(self, *, is_in_parts: bool) -> PendingCheckpoint:
         assert not is_in_parts, "one worker has nothing to share"
-        return self._worker.held
+        return self._worker.pending_checkpoint
 
     def arm_stop(self) -> None:
-        # In the thread of the loop itself, between two of its instructions: nobody needs to be held.
-        self._is_braking = True
-        self._brake.release(self._brake.num_done + 1)
+        # This runs in the loop's own thread, between two of its instructions: no other worker has to wait.
+        self._is_stop_armed = True
+        self._stop_barrier.release(self._stop_barrier.num_done + 1)
 
     def disarm_stop(self) -> None:
-        self._is_braking = False
+        self._is_stop_armed = False
 
     def release(self, *, is_kept: bool = True) -> None:
         self._worker.abandon()
@@ -53,28 +55,31 @@ class InlineGroup:
 
 
 class WorkerGroup(Protocol):
-    """Every worker carries out the same commands, one after the other."""
+    """Group of workers that all run the same commands, one after the other."""
 
     is_in_driver: bool
-    """The workers' objects are the driver's own."""
+    """True if the workers' objects are the driver's own."""
 
     @property
     def is_idle(self) -> bool:
-        """Every worker is through with its last command and can take another."""
+        """True if every worker has finished its last command and can run another."""
         ...
 
-    def can_read(self, place: str) -> bool:
-        """Every worker finds a file at the path or URL that the driver has found there."""
+    def can_read(self, path: str) -> bool:
+        """Return True if every worker can read the file at a path or URL at which the driver finds one."""
         ...
 
-    def holder(self, *, is_in_parts: bool) -> CheckpointHolder:
-        """Of what the last Save command has left to be written, which may be a part on each worker."""
+    def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointWriter:
+        """Return the writer of the checkpoint that the last Save command left pending.
+
+        With `is_in_parts` it has a shard on each worker.
+        """
         ...
 
     def arm_stop(self) -> None:
-        """Have the command under way, and any later one, end its loop after the step or batch that has begun.
+        """Make the command under way, and any later one, end its loop after the current step or batch.
 
-        Returns at once; called in a signal handler.
+        Returns at once; it is called in a signal handler.
         """
         ...
 
@@ -83,25 +88,25 @@ class WorkerGroup(Protocol):
         ...
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
-        """Have every worker carry the command out; yields (rank, report) as they come, until all are through.
+        """Run the command on every worker; yield (rank, report) as they arrive, until all have finished.
 
-        A hook's exception is raised here; a lost worker is a WorkerDied. Either leaves the group unusable.
+        Raises a hook's exception, or WorkerDied for a lost worker. Either leaves the group unusable.
         """
         ...
 
     def release(self, *, is_kept: bool = True) -> None:
-        """Let go of the workers, however the run has ended. May be called more than once.
+        """Release the workers, however the run has ended; may be called more than once.
 
-        `is_kept`: good workers may wait for another run.
+        With `is_kept`, healthy workers may stay in the pool for another run.
         """
         ...
 
 
 def build_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> WorkerGroup:
-    """The workers that the plan asks for, ready for commands. `on_connected` is called once Ray is there."""
+    """Create the workers that the plan asks for, ready for commands; call `on_connected` once Ray is connected."""
     if plan.workers.num_workers == 0:
         return InlineGroup(plan, job)
-    # Ray takes half a second to import, which a run without it need not pay.
+    # Importing Ray takes half a second, which a run without it does not spend.
     from raylit.driver.ray.worker_pool import PooledGroup
 
     return PooledGroup(plan, job, on_connected=on_connected)

@@ -1,3 +1,4 @@
-"""The workers as Ray actors: resources, start, messages, failures and end.
+"""Workers as Ray actors: resource requests, start, messages, failures and end.
 
-Runs in the driver, but for `actor.py`, which runs in the worker's process. Open `actor_group.py` first."""
+This runs in the driver, except `actor.py`, which runs in the worker's process. Open `actor_group.py` first.
+"""

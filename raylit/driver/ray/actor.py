@@ -1,4 +1,4 @@
-"""The Ray actor that runs one worker: a training thread, and the messages it sends to the driver."""
+"""The Ray actor of one worker: a training thread, and the messages that it sends to the driver. Worker."""
 
 import asyncio
 import contextlib
@@ -37,20 +37,20 @@ from raylit.worker.process.stdout_capture import StdoutCapture
 from raylit.worker.worker import Worker
 
 _COALESCE_S = 0.1
-"""Reports that nobody waits for travel together: each batch of them takes the interpreter away from the steps."""
+"""Reports that no code waits for are sent together: sending each batch of them interrupts the training steps."""
 
 
 class Outbox:
-    """Wakes the loop once for all that gathers until it comes to fetch it, not once for each report."""
+    """Messages to the driver; wakes the event loop once for all messages until they are fetched, not once for each."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
         self._reports: list[ActorMessage] = []
-        self._has_mail = asyncio.Event()
+        self._has_messages = asyncio.Event()
         self._is_urgent = asyncio.Event()
 
-    # In any thread
+    # Callable from any thread
 
     def put(self, report: ActorMessage) -> None:
         with self._lock:
@@ -62,21 +62,21 @@ class Outbox:
         if isinstance(report, (CommandDone, Failed, Weights)):
             self._call(self._is_urgent)
         if is_first:
-            self._call(self._has_mail)
+            self._call(self._has_messages)
 
-    def announce(self) -> None:
-        """There is something to fetch beside the reports."""
-        self._call(self._has_mail)
+    def wake_reader(self) -> None:
+        """Wake the reader, as there is something to send other than reports."""
+        self._call(self._has_messages)
 
-    # In the loop
+    # Only in the event loop
 
-    async def fetched(self) -> list[ActorMessage]:
-        """What has gathered a little after the first of it; at once where somebody waits."""
-        await self._has_mail.wait()
+    async def fetch(self) -> list[ActorMessage]:
+        """Return the messages that gathered shortly after the first one, or at once if an urgent one has arrived."""
+        await self._has_messages.wait()
         if not self._is_urgent.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._is_urgent.wait(), timeout=_COALESCE_S)
-        self._has_mail.clear()
+        self._has_messages.clear()
         self._is_urgent.clear()
         with self._lock:
             reports, self._reports = self._reports, []
@@ -87,16 +87,16 @@ class Outbox:
             self._loop.call_soon_threadsafe(event.set)
 
 
-Held = Literal["checkpoint", "part"]
-"""What a process holds to be written: rank 0 the whole, or all but the parts; each rank its part."""
+PendingKind = Literal["checkpoint", "part"]
+"""Kind of pending file in a process: rank 0's "checkpoint" (all of it, or all but the shards), or a rank's "part"."""
 
-_AHEAD = 2
-"""Pieces of the weights on their way to the driver: what they need of this host's memory."""
+_MAX_CHUNKS_IN_FLIGHT = 2
+"""Chunks of the weights that may be in flight to the driver, which bounds their use of this host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActorInfo:
-    """Where an actor has come to run."""
+    """Node, process and hardware of a running actor."""
 
     node_id: str
     worker_id: str
@@ -106,27 +106,27 @@ class ActorInfo:
     pid: int
     num_cores: int
     log_path: str = ""
-    """Where the process's stderr goes, on its host; what comes from C is there only."""
+    """The file on its host that the process's stderr goes to; the output of C code is only there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """A run, as a worker takes it up beside the user's objects, and what the driver's process is like."""
+    """Settings of a run for a worker: everything but the user's objects, and the state of the driver's process."""
 
     plan: bytes
-    """Pickled, for the user's modules that it may refer to are found only by the import path."""
+    """Pickled, as the user's modules that it refers to are only found with the import path."""
     import_path: tuple[str, ...]
-    """The driver's sys.path: the user's modules are found where the worker's host has them, too."""
+    """The driver's sys.path: the user's modules are found if the worker's host has them, too."""
     prefix: str
-    """The sys.prefix of a driver whose modules come in the same order in its workers; else empty."""
+    """The sys.prefix of a driver whose modules workers find in the same order; otherwise empty."""
     files: dict[str, str]
-    """Of the driver's modules that are not installed, by name; empty where the workers may have others."""
+    """Files of the driver's modules that are not installed, by name; empty if the workers may have other versions."""
     settings: ProcessSettings
     variables: dict[str, str | None]
-    """Of the environment; None for those that are to be removed."""
+    """Variables of the environment; None for those to remove."""
 
 
-def _log_path() -> str:
+def _read_log_path() -> str:
     try:
         return os.readlink("/proc/self/fd/2")
     except OSError:
@@ -134,27 +134,29 @@ def _log_path() -> str:
 
 
 class WorkerActor:
-    """Carries out what it is asked for in one thread of its own, and streams to the driver what that thread reports;
-    a CommandDone or Failed ends each request."""
+    """Ray actor that runs its requests in a thread of its own and streams the thread's reports to the driver.
+
+    A CommandDone or Failed ends each request.
+    """
 
     def __init__(self) -> None:
         self._outbox = Outbox(asyncio.get_running_loop())
         self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._accelerator: Accelerator = CPUAccelerator()
-        """Of the run, once there has been one."""
+        """Accelerator of the run, once there has been one."""
         self._shared: SharedMemory | None = None
         self._script: ScriptModule | None = None
-        self._brake = StopBarrier()
+        self._stop_barrier = StopBarrier()
         self._num_commands = 0
-        self._room = threading.Semaphore(_AHEAD)
+        self._chunk_slots = threading.Semaphore(_MAX_CHUNKS_IN_FLIGHT)
         self._context = WorkerContext()
-        faulthandler.enable(all_threads=True)  # a library ends the process in a thread of its own
-        self._output = StdoutCapture(on_lines=self._outbox.announce)
-        self._thread = threading.Thread(target=self._work, name="raylit-worker", daemon=True)
+        faulthandler.enable(all_threads=True)  # for libraries that end the process in a thread of their own
+        self._output = StdoutCapture(on_lines=self._outbox.wake_reader)
+        self._thread = threading.Thread(target=self._run_thread, name="raylit-worker", daemon=True)
         self._thread.start()
 
-    async def whereabouts(self) -> ActorInfo:
+    async def get_info(self) -> ActorInfo:
         runtime = ray.get_runtime_context()
         return ActorInfo(
             node_id=runtime.get_node_id(),
@@ -163,118 +165,121 @@ class WorkerActor:
             host=socket.gethostname(),
             gpu_ids=tuple(str(gpu) for gpu in runtime.get_accelerator_ids().get("GPU", [])),
             pid=os.getpid(),
-            log_path=_log_path(),
+            log_path=_read_log_path(),
             num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         )
 
-    async def join(self, context: WorkerContext, meeting: RendezvousInfo | None, backend: str) -> None:
-        """Become a rank and meet the others."""
+    async def join(self, context: WorkerContext, rendezvous: RendezvousInfo | None, backend: str) -> None:
+        """Set this worker's rank and form the process group."""
         self._context = context
-        self._inbox.put((self._join, meeting, backend))
+        self._inbox.put((self._join, rendezvous, backend))
 
     async def assign(self, assignment: Assignment, job: SerializedJob) -> None:
-        """Take a run up, whose Job comes pickled; what this process is too old for comes with the CommandDone."""
-        self._inbox.put((self._take_up, assignment, job))
+        """Prepare for a run.
 
-    async def dismiss(self) -> None:
-        """Let go of the run; what is left of it comes with the CommandDone."""
-        self._inbox.put((self._let_go,))
+        The CommandDone lists modules that have changed since this process imported them.
+        """
+        self._inbox.put((self._begin_run, assignment, job))
+
+    async def end_run(self) -> None:
+        """Release the run; the CommandDone lists what is left of it."""
+        self._inbox.put((self._finish_run,))
 
     async def submit(self, command: Command, number: int) -> None:
-        """Carry a command out, the `number`th of this group."""
-        self._brake.reset()  # here, not in the thread: a hold that comes next must not be undone
+        """Run a command, the `number`th of this group."""
+        self._stop_barrier.reset()  # here, not in the thread: a pause that comes next must not be undone
         self._num_commands = number
-        self._inbox.put((self._carry_out, command))
+        self._inbox.put((self._run_command, command))
 
     async def ping(self) -> None:
-        """A sign of life, also while a step runs."""
+        """Answer the driver's heartbeat, also while a step runs."""
 
-    async def hold(self, number: int) -> int:
-        """Have the loop of the `number`th command wait at its next border; returns the one it will not pass."""
-        while self._num_commands < number:  # a command comes through the object store, later than a call like this
+    async def pause_loop(self, number: int) -> int:
+        """Pause the loop of the `number`th command at its next batch border; return that border."""
+        while self._num_commands < number:  # a command passes through the object store, later than this call
             await asyncio.sleep(0.01)
-        return self._brake.hold()
+        return self._stop_barrier.hold()
 
-    async def go_on(self, limit: int) -> None:
-        """Let a held loop run up to a border."""
-        self._brake.release(limit)
+    async def continue_until(self, limit: int) -> None:
+        """Let a paused loop run up to a batch border."""
+        self._stop_barrier.release(limit)
 
-    async def make_room(self) -> None:
-        """The driver has a piece of the weights in its own memory: another may follow."""
-        self._room.release()
+    async def release_chunk_slot(self) -> None:
+        """Let the next chunk of the weights be sent, as the driver has copied one to its own memory."""
+        self._chunk_slots.release()
 
-    async def can_read(self, place: str) -> bool:
-        """A file, or an object, is there for this host."""
+    async def can_read(self, path: str) -> bool:
+        """Return True if this host can read a file or an object there."""
         try:
-            return await asyncio.to_thread(files.exists, place)
+            return await asyncio.to_thread(files.exists, path)
         except CheckpointError:
             return False
 
-    async def complete_held(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
-        """See HeldCheckpoint.complete; so the next one. Beside the training thread."""
+    async def complete_checkpoint(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
+        """Complete rank 0's pending checkpoint, outside the training thread. See `PendingCheckpoint.complete`."""
         parts = unpack(others, is_copying=True), unpack(callbacks, is_copying=True)
-        await asyncio.to_thread(self._held("checkpoint").complete, *parts)
+        await asyncio.to_thread(self._pending("checkpoint").complete, *parts)
 
     async def add_parts(self, parts: list[Part], subdirectory: str) -> bytes:
-        held = self._held("checkpoint")
-        return await asyncio.to_thread(held.add_parts, parts, subdirectory=subdirectory)
+        pending = self._pending("checkpoint")
+        return await asyncio.to_thread(pending.add_parts, parts, subdirectory=subdirectory)
 
-    async def fill_draft(self, what: Held, draft: str) -> bool:
-        """See HeldCheckpoint.fill; so the next ones."""
-        return await asyncio.to_thread(self._held(what).fill, draft)
+    async def fill_draft(self, kind: PendingKind, draft: str) -> bool:
+        """Write the pending file into the driver's empty file. See `PendingFile.fill`."""
+        return await asyncio.to_thread(self._pending(kind).fill, draft)
 
-    async def write_held(self, what: Held, url: str) -> bool:
-        """Always True."""
-        await asyncio.to_thread(self._held(what).write, url)
+    async def write_pending(self, kind: PendingKind, url: str) -> bool:
+        """Write the pending file to a URL. Always returns True."""
+        await asyncio.to_thread(self._pending(kind).write, url)
         return True
 
-    async def begin_pieces(self, what: Held) -> None:
-        await asyncio.to_thread(self._held(what).begin_pieces)
+    async def begin_pieces(self, kind: PendingKind) -> None:
+        await asyncio.to_thread(self._pending(kind).begin_pieces)
 
-    async def next_piece(self, what: Held) -> NDArray[np.uint8]:
-        return await asyncio.to_thread(self._held(what).next_piece)
+    async def next_piece(self, kind: PendingKind) -> NDArray[np.uint8]:
+        return await asyncio.to_thread(self._pending(kind).next_piece)
 
     async def describe_part(self) -> Part:
-        """See PendingPart.describe."""
-        return await asyncio.to_thread(self._held("part").describe)
+        """Return the description of this rank's pending part."""
+        return await asyncio.to_thread(self._pending("part").describe)
 
-    async def release_held(self, what: Held) -> None:
-        if self._worker is not None:  # else it has gone with its run
-            self._held(what).release()
-
-    @overload
-    def _held(self, what: Literal["checkpoint"]) -> PendingCheckpoint: ...
+    async def release_pending(self, kind: PendingKind) -> None:
+        if self._worker is not None:  # otherwise it was released with its run
+            self._pending(kind).release()
 
     @overload
-    def _held(self, what: Literal["part"]) -> PendingPart: ...
+    def _pending(self, kind: Literal["checkpoint"]) -> PendingCheckpoint: ...
 
-    def _held(self, what: Held) -> PendingCheckpoint | PendingPart:
+    @overload
+    def _pending(self, kind: Literal["part"]) -> PendingPart: ...
+
+    def _pending(self, kind: PendingKind) -> PendingCheckpoint | PendingPart:
         assert self._worker is not None
-        return self._worker.held if what == "checkpoint" else self._worker.held_part
+        return self._worker.pending_checkpoint if kind == "checkpoint" else self._worker.pending_part
 
     async def reports(self) -> AsyncIterator[list[ActorMessage]]:
-        """Everything that the thread reports, from the first to the last, in batches. One reader."""
+        """Yield all messages of the thread in batches, from the first to the last. There is one reader."""
         while True:
-            reports = await self._outbox.fetched()
-            if (printed := self._output.take()) is not None:
-                reports.insert(0, printed)
+            reports = await self._outbox.fetch()
+            if (output := self._output.take()) is not None:
+                reports.insert(0, output)
             if reports:
                 yield [pack(report) for report in reports]
 
     async def stop(self) -> None:
-        """End the thread and the group. Returns once that is done, so that the process can be ended."""
+        """End the thread and the process group; returns once that is done, so that the process can be ended."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    # In the thread
+    # Runs in the thread
 
-    def _work(self) -> None:
+    def _run_thread(self) -> None:
         while (task := self._inbox.get()) is not None:
-            # A tuple, not a closure, whose frame would stand above every step of the user's.
+            # A tuple, not a closure, whose frame would appear above every step of the user's.
             function, *arguments = task
             try:
                 leftovers = function(*arguments) or ()
-            except BaseException as error:  # a user's SystemExit must reach the driver too
+            except BaseException as error:  # a user's SystemExit must reach the driver, too
                 self._output.finish_lines()
                 self._outbox.put(explain_failure(error, self._context))
             else:
@@ -284,28 +289,28 @@ class WorkerActor:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _join(self, meeting: RendezvousInfo | None, backend: str) -> None:
+    def _join(self, rendezvous: RendezvousInfo | None, backend: str) -> None:
         context = self._context
         os.environ["LOCAL_RANK"], os.environ["RANK"] = str(context.local_rank), str(context.rank)
         os.environ["WORLD_SIZE"] = str(context.world_size)
-        if meeting is not None:
-            meeting.join(rank=context.rank, world_size=context.world_size, backend=backend, own_ip=context.host_ip)
+        if rendezvous is not None:
+            rendezvous.join(rank=context.rank, world_size=context.world_size, backend=backend, own_ip=context.host_ip)
         if context.num_threads is not None:
             torch.set_num_threads(context.num_threads)
         self._process = ProcessState()
 
-    def _take_up(self, assignment: Assignment, parcel: SerializedJob) -> tuple[str, ...]:
-        if changed := self._process.changed_modules(assignment.files):
-            return changed
+    def _begin_run(self, assignment: Assignment, serialized_job: SerializedJob) -> tuple[str, ...]:
+        if changed_modules := self._process.changed_modules(assignment.files):
+            return changed_modules
         take_over_variables(assignment.variables)
         assignment.settings.apply()
-        given = assignment.import_path
+        import_path = assignment.import_path
         if assignment.prefix == sys.prefix:
-            sys.path[:] = [*given, *(path for path in sys.path if path not in given)]
+            sys.path[:] = [*import_path, *(path for path in sys.path if path not in import_path)]
         else:
-            sys.path.extend(path for path in given if path not in sys.path)
-        job, self._shared = unpickle_job(parcel)
-        assignment.settings.apply_warning_filters()  # what has been imported may have added some of its own
+            sys.path.extend(path for path in import_path if path not in sys.path)
+        job, self._shared = unpickle_job(serialized_job)
+        assignment.settings.apply_warning_filters()  # imported modules may have added filters of their own
         self._script = ScriptModule(job.script_objects)
         self._module = weakref.ref(job.module)
         plan = unpickle_plan(assignment.plan)
@@ -315,12 +320,12 @@ class WorkerActor:
             context=self._context,
             job=job,
             is_in_driver=False,
-            brake=self._brake,
+            stop_barrier=self._stop_barrier,
             forward=self._outbox.put,
         )
         return ()
 
-    def _let_go(self) -> tuple[str, ...]:
+    def _finish_run(self) -> tuple[str, ...]:
         if self._worker is not None:
             self._worker.abandon()
         self._worker = None
@@ -331,9 +336,9 @@ class WorkerActor:
         leftovers = self._process.restore(self._module, self._accelerator)
         return leftovers if shared is None else (*leftovers, *shared.release())
 
-    def _carry_out(self, command: Command) -> None:
+    def _run_command(self, command: Command) -> None:
         assert self._worker is not None
         for report in self._worker.run(unpack(command, is_copying=True)):
             if isinstance(report, Weights):
-                self._room.acquire()
+                self._chunk_slots.acquire()
             self._outbox.put(report)

@@ -1,4 +1,4 @@
-"""ActorGroup: the workers as Ray actors in one placement group. Driver."""
+"""The workers as Ray actors in one placement group. Driver."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransf
 from raylit.driver.ray.failures import (
     DEATHS,
     ProcessEnd,
-    call_in,
+    describe_gloo_error,
+    find_user_line,
     is_at_one_line,
-    last_words,
     raise_failures,
     reason_of_death,
 )
@@ -49,60 +49,66 @@ from raylit.protocol.process_settings import files_of_user_modules, variables_fo
 from raylit.worker.job import WorkerContext
 
 _STOP_S = 5.0
-"""For a worker to end by itself before it is killed."""
+"""Time for a worker to end by itself before it is killed."""
 _WAKE_S = 0.5
-"""Between two looks at what does not arrive by itself: silence, a wish to stop."""
-_SEEING_S = 30.0
-"""For a store to say whether something is there."""
-_AWAKE_S = 10.0
-"""For idle workers to answer, where ping_timeout_s has no limit: nothing of the user's keeps them busy."""
-_STARTING_S = 30.0
-"""Before a line says that workers have not started yet: an ordinary start needs none, also on a busy machine."""
+"""Interval between checks for what does not arrive as a message: a silent worker, a requested stop."""
+_CAN_READ_TIMEOUT_S = 30.0
+"""Time for a store to say whether a file is there."""
+_IDLE_ANSWER_S = 10.0
+"""Time for idle workers to answer, if ping_timeout_s has no limit: no user code keeps them busy."""
+_FIRST_LINE_S = 30.0
+"""Time before a line says that workers have not started yet: an ordinary start takes less, also on a busy machine."""
 _LOOPS = (Train, Evaluate, Predict)
-_TOGETHER_S = 0.5
-"""Ranks that fail on the same line do so within this time and are one error."""
-_OUTSIDE = "no line of the user's own, as when gradients are reduced"
-_BLAME_S = 5.0
-"""For the cause to arrive, when the first to fail is a collective whose peer has gone."""
+_SAME_TIME_S = 0.5
+"""Ranks that fail on the same line within this time are reported as one error."""
+_NO_USER_LINE = "no line of the user's own, as when gradients are reduced"
+_CAUSE_S = 5.0
+"""Time for the cause to arrive, if the first failure is a collective whose peer has gone."""
 
 
 class ActorGroup:
-    """Actors that have formed a group and take up one run after the other."""
+    """Group of actors that have formed a process group and run one job after the other."""
 
     is_in_driver = False
 
     def __init__(
-        self, workers: Workers, *, variables: Mapping[str, str], make_room: Callable[[], bool] = lambda: False
+        self, workers: Workers, *, variables: Mapping[str, str], free_resources: Callable[[], bool] = lambda: False
     ) -> None:
-        """Spawn the actors and let them meet. ResourcesError, WorkerDied: that did not work.
+        """Start the actors and form their process group.
 
-        `variables`: of the environment, with which their processes are to begin beside those of the node. `make_room`:
-        see Placement.
+        Args:
+            workers: Number, resources and placement of the workers.
+            variables: Environment variables with which their processes start, in addition to those of the node.
+            free_resources: See `Placement`.
+
+        Raises:
+            ResourcesError: The cluster does not have the resources, or the workers did not start in time.
+            WorkerDied: A worker died or did not answer.
         """
         self.workers = workers
         self.variables = dict(variables)
         self._is_on_own_host = False
-        """All of them run on the driver's."""
+        """True if all of them run on the driver's host."""
         self._actors: list[Any] = []
         self._streams: list[Any] = []
         self._calls: list[Any] = []
-        """What was asked of actors without waiting; it says nothing unless it fails to arrive."""
+        """Calls that nothing waits for; their results are only looked at for errors."""
         self._contexts: list[WorkerContext] = []
         self._ends: list[ProcessEnd | None] = []
-        self._printouts = WorkerOutput(num_workers=workers.num_workers)
+        self._output = WorkerOutput(num_workers=workers.num_workers)
         self._session = local_cluster.session()
-        self._placement: Placement | None = Placement(workers, make_room=make_room)
+        self._placement: Placement | None = Placement(workers, free_resources=free_resources)
         self.resources = self._placement.resources
-        """What each worker takes away from others."""
+        """Resources that each worker takes from the cluster."""
         self._leftovers: list[str] = []
         self.is_usable = True
-        """Every worker is alive and as good as new."""
+        """Every worker is alive and holds nothing of an earlier run."""
         self.is_idle = True
-        """Every worker is alive and at the end of its last command."""
+        """Every worker is alive and has finished its last command."""
         self._num_commands = 0
         self._failures: dict[int, Failed] = {}
-        """By rank, of the command that fails."""
-        self._is_braking = False
+        """Failures by rank, of the command that fails."""
+        self._is_stop_armed = False
         try:
             self._spawn()
             self._form()
@@ -110,25 +116,27 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, parcel: SerializedJob, *, environment_before: Mapping[str, str]) -> None:
-        """Make the workers ready for the commands of a run, and their processes like this one. The user's objects
-        travel once, not once per worker.
+    def assign(self, plan: Plan, serialized_job: SerializedJob, *, environment_before: Mapping[str, str]) -> None:
+        """Make the workers ready for the commands of a run, and their processes' settings equal to this one's.
 
-        `is_usable` is False afterwards where a worker still holds code that has changed: take a new group then.
-        `environment_before`: what workers may have of this process's earlier variables.
+        The user's objects are sent once, not once per worker. `is_usable` is False afterwards if a worker still has
+        code that has changed: use a new group then. `environment_before`: variables of this process at earlier runs,
+        which workers may still have.
         """
-        reference = _stored(parcel, f"the module and its data of {parcel.num_bytes / 2**30:.1f} GB")
+        reference = _put_in_store(
+            serialized_job, f"the module and its data of {serialized_job.num_bytes / 2**30:.1f} GB"
+        )
         assignment = self._assignment(plan, environment_before)
-        self._is_braking = False
-        # Unpickling may hold the interpreter for long.
-        self._ask(
+        self._is_stop_armed = False
+        # Unpickling may hold the GIL for long.
+        self._wait_for_calls(
             [actor.assign.remote(assignment, reference) for actor in self._actors],
             limit_s=self.workers.start_ping_timeout_s,
         )
         self.is_usable = self.is_usable and not self._leftovers
 
     def _assignment(self, plan: Plan, environment_before: Mapping[str, str]) -> Assignment:
-        # Another host has its own modules, and the workers where Ray gives them packages or a directory.
+        # Another host has its own modules, and so do workers to which Ray gives packages or a directory.
         has_own_modules = not self._is_on_own_host or bool(local_cluster.runtime_env().keys() - {"env_vars"})
         return Assignment(
             plan=pickle_plan(plan),
@@ -136,7 +144,7 @@ class ActorGroup:
             prefix="" if has_own_modules else sys.prefix,
             files={} if has_own_modules else files_of_user_modules(sys.modules),
             settings=local_cluster.settings_for_workers(),
-            # On several hosts each has its own, but what this program has changed counts everywhere.
+            # On several hosts each has its own variables, but what this program has changed applies everywhere.
             variables=variables_for_live_processes(
                 environment_before, is_whole=self._is_on_own_host, fixed=local_cluster.fixed_variables()
             ),
@@ -144,66 +152,68 @@ class ActorGroup:
 
     @property
     def is_of_this_session(self) -> bool:
-        """This process is still connected to Ray as it was when it made them; else they are gone."""
+        """True if this process is still connected to Ray as it was when the actors started; otherwise they are gone."""
         return self._session is not None and self._session == local_cluster.session()
 
     def check_awake(self) -> None:
-        """Of workers that do nothing, a sign of life is due soon. WorkerDied: one has gone, or fallen silent."""
+        """Check that idle workers answer soon. WorkerDied: one has died or does not answer."""
         pings = [actor.ping.remote() for actor in self._actors]
-        watch = self._watch(limit_s=self.workers.ping_timeout_s or _AWAKE_S)
+        heartbeat = self._start_heartbeat(limit_s=self.workers.ping_timeout_s or _IDLE_ANSWER_S)
         late = pings
         while late:
             _, late = ray.wait(late, num_returns=len(late), timeout=_WAKE_S)
-            if (silent := watch.silent_rank()) is not None:
+            if (silent := heartbeat.silent_rank()) is not None:
                 self.is_usable = self.is_idle = False
-                raise self._silence(*silent)
+                raise self._silence_error(*silent)
         for rank, ping in enumerate(pings):
             try:
                 ray.get(ping)
             except DEATHS as error:
                 self.is_usable = False
-                raise self._death(rank, error) from error
+                raise self._death_error(rank, error) from error
 
     def is_reusable(self) -> bool:
-        """Its resources are those that this process would be given now."""
+        """Return True if the group's resources are those that this process would be given now."""
         return self._placement is not None and self._placement.is_reusable()
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
-        reference = _stored(pack(command), "a checkpoint")
+        reference = _put_in_store(pack(command), "a checkpoint")
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
-        # What a start prepares may hold the interpreter for long: data sets unpickled, kernels compiled.
+        # A start may hold the GIL for long: data sets are unpickled, kernels compiled.
         is_start = isinstance(command, Start)
         limit_s = self.workers.start_ping_timeout_s if is_start else self.workers.ping_timeout_s
-        yield from self._until_done(self._watch(limit_s=limit_s), is_braked=isinstance(command, _LOOPS))
+        yield from self._collect_reports(
+            self._start_heartbeat(limit_s=limit_s), is_stoppable=isinstance(command, _LOOPS)
+        )
 
-    def can_read(self, place: str) -> bool:
-        """Where one does not answer, for its death or its silence, the next command says so."""
+    def can_read(self, path: str) -> bool:
+        """Return True if every worker can read the path; if one does not answer, the next command reports why."""
         try:
-            return all(ray.get([actor.can_read.remote(place) for actor in self._actors], timeout=_SEEING_S))
+            return all(ray.get([actor.can_read.remote(path) for actor in self._actors], timeout=_CAN_READ_TIMEOUT_S))
         except (GetTimeoutError, *DEATHS):
             return False
 
-    def holder(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
+    def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
         limit_s = self.workers.ping_timeout_s
         if is_in_parts:
             return PartTransfer(self._actors, ping_timeout_s=limit_s)
         return CheckpointTransfer(self._actors[0], ping_timeout_s=limit_s)
 
     def arm_stop(self) -> None:
-        self._is_braking = True  # seen as soon as the wait for reports wakes up
+        self._is_stop_armed = True  # read as soon as the wait for reports wakes up
 
     def disarm_stop(self) -> None:
-        self._is_braking = False
+        self._is_stop_armed = False
 
-    def dismiss(self) -> None:
-        """End the run in the workers. `is_usable` tells whether nothing of it is left in any of them."""
-        self._ask([actor.dismiss.remote() for actor in self._actors], limit_s=self.workers.ping_timeout_s)
+    def end_run(self) -> None:
+        """End the run in the workers; `is_usable` is False afterwards if something of it is left in one of them."""
+        self._wait_for_calls([actor.end_run.remote() for actor in self._actors], limit_s=self.workers.ping_timeout_s)
         self.is_usable = self.is_usable and not self._leftovers
 
     def end(self) -> None:
-        """End the processes and free what they hold. May be called more than once."""
+        """End the processes and free their resources. May be called more than once."""
         self.is_usable = False
         actors, self._actors = self._actors, []
         self._streams = []
@@ -211,12 +221,12 @@ class ActorGroup:
             self._calls, self._placement = [], None
             return
         with contextlib.suppress(RayError):
-            # Busy ones may wait in a collective for ever: there is nothing to say goodbye to.
-            farewells = [actor.stop.remote() for actor in actors if self.is_idle]
-            if farewells:
-                ray.wait(farewells, num_returns=len(farewells), timeout=_STOP_S)
+            # Busy ones may wait in a collective for ever: only idle ones can stop by themselves.
+            stop_calls = [actor.stop.remote() for actor in actors if self.is_idle]
+            if stop_calls:
+                ray.wait(stop_calls, num_returns=len(stop_calls), timeout=_STOP_S)
         placement, self._placement = self._placement, None
-        if self.is_of_this_session:  # a thread that ends idle workers may have waited meanwhile
+        if self.is_of_this_session:  # a thread that ends idle workers may have waited above
             self._kill(actors)
             if placement is not None:
                 placement.remove()
@@ -224,72 +234,75 @@ class ActorGroup:
     def _spawn(self) -> None:
         assert self._placement is not None
         actor_class: Any = ray.remote(WorkerActor)
-        # Ray starts processes for these, where others come from those that it has ready.
+        # Ray starts new processes for these, instead of using prestarted ones.
         environment = {"runtime_env": {"env_vars": self.variables}} if self.variables else {}
         actors = [
             actor_class.options(max_concurrency=20, **environment, **self._placement.options(index)).remote()
             for index in range(self.workers.num_workers)
         ]
         self._actors = actors
-        places = self._started([actor.whereabouts.remote() for actor in actors])
-        order = _rank_order(places)
-        self._actors = [actors[index] for index in order]
-        self._contexts = _contexts([places[index] for index in order])
-        ray_core.hide_worker_deaths([place.worker_id for place in places])
+        infos = self._wait_for_start([actor.get_info.remote() for actor in actors])
+        rank_order = _rank_order(infos)
+        self._actors = [actors[index] for index in rank_order]
+        self._contexts = _build_contexts([infos[index] for index in rank_order])
+        ray_core.hide_worker_deaths([info.worker_id for info in infos])
         own = ray.get_runtime_context().get_node_id()
-        self._is_on_own_host = all(place.node_id == own for place in places)
-        self._log_paths = [places[index].log_path if places[index].node_id == own else "" for index in order]
+        self._is_on_own_host = all(info.node_id == own for info in infos)
+        self._log_paths = [infos[index].log_path if infos[index].node_id == own else "" for index in rank_order]
         self._ends = [
-            ProcessEnd(place.pid, log_path=place.log_path) if place.node_id == own else None
-            for place in map(places.__getitem__, order)
+            ProcessEnd(info.pid, log_path=info.log_path) if info.node_id == own else None
+            for info in map(infos.__getitem__, rank_order)
         ]
 
-    def _started(self, calls: list[Any]) -> list[ActorInfo]:
-        """Where they have come to run, once all of them do. ResourcesError: not in time, or not at all."""
-        waiting = CapacityWait(timeout_s=self.workers.start_timeout_s, first_line_s=_STARTING_S)
+    def _wait_for_start(self, calls: list[Any]) -> list[ActorInfo]:
+        """Wait for all actors and return where they run. ResourcesError: they did not start, or not in time."""
+        capacity_wait = CapacityWait(timeout_s=self.workers.start_timeout_s, first_line_s=_FIRST_LINE_S)
         while True:
-            started, late = ray.wait(calls, num_returns=len(calls), timeout=waiting.slice_s)
+            started, late = ray.wait(calls, num_returns=len(calls), timeout=capacity_wait.slice_s)
             try:
-                places: list[ActorInfo] = ray.get(started)
+                infos: list[ActorInfo] = ray.get(started)
             except DEATHS as error:
                 raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
             if not late:
-                return places
+                return infos
             missing = f"{len(late)} of {len(calls)} workers"
-            if waiting.is_over:
+            if capacity_wait.is_over:
                 raise ResourcesError(
                     f"{missing} were placed but did not start within start_timeout_s={self.workers.start_timeout_s:g}: "
                     "ask for fewer, end other work on their hosts, or wait longer"
                 )
-            if waiting.is_line_due:
-                waiting.say(f"the processes of {missing}, which start")
+            if capacity_wait.is_line_due:
+                capacity_wait.say(f"the processes of {missing}, which start")
 
     def _form(self) -> None:
-        """Give every actor its rank and let them form the process group."""
-        meeting = None
+        """Give every actor its rank and form the process group."""
+        rendezvous = None
         if len(self._actors) > 1:
             self._rendezvous = Rendezvous(
                 driver_ip=ray.util.get_node_ip_address(), worker_ips=[context.host_ip for context in self._contexts]
             )
-            meeting = self._rendezvous.next_meeting()
+            rendezvous = self._rendezvous.next_info()
         self._streams = [actor.reports.options(num_returns="streaming").remote() for actor in self._actors]
         backend = self.workers.accelerator.collective_backend
-        self._ask(
+        self._wait_for_calls(
             [
-                actor.join.remote(context, meeting, backend)
+                actor.join.remote(context, rendezvous, backend)
                 for actor, context in zip(self._actors, self._contexts, strict=True)
             ],
             limit_s=self.workers.start_ping_timeout_s,
         )
 
-    def _ask(self, calls: list[Any], *, limit_s: float) -> None:
-        """Wait until every actor's thread has done what these calls have put before it. WorkerDied: one has gone, or
-        been silent for `limit_s`."""
+    def _wait_for_calls(self, calls: list[Any], *, limit_s: float) -> None:
+        """Wait until every actor's thread has finished these calls.
+
+        Raises:
+            WorkerDied: An actor has died or has not answered for `limit_s`.
+        """
         self._calls = calls
-        for _ in self._until_done(self._watch(limit_s=limit_s)):
+        for _ in self._collect_reports(self._start_heartbeat(limit_s=limit_s)):
             raise AssertionError("only a command reports")
 
-    def _watch(self, *, limit_s: float) -> Heartbeat:
+    def _start_heartbeat(self, *, limit_s: float) -> Heartbeat:
         def is_stopped(rank: int) -> bool:
             end = self._ends[rank]
             return end is not None and end.is_stopped
@@ -298,9 +311,9 @@ class ActorGroup:
             self._actors, limit_s=limit_s, stopped_limit_s=self.workers.ping_timeout_s, is_stopped=is_stopped
         )
 
-    def _until_done(self, watch: Heartbeat, *, is_braked: bool = False) -> Iterator[tuple[int, Report]]:
-        """Reports of all workers until each has said that it is through."""
-        waiting = set(range(len(self._actors)))
+    def _collect_reports(self, heartbeat: Heartbeat, *, is_stoppable: bool = False) -> Iterator[tuple[int, Report]]:
+        """Yield the reports of all workers until each has finished."""
+        unfinished = set(range(len(self._actors)))
         for end in self._ends:
             if end is not None:
                 end.note_start()
@@ -308,64 +321,64 @@ class ActorGroup:
         self._failures = {}
         is_usable, self.is_usable = self.is_usable, False
         self.is_idle = False
-        while waiting:
-            if (silent := watch.silent_rank()) is not None:
-                raise self._silence(*silent)
-            if is_braked and self._is_braking:
-                is_braked = False
-                self._brake()
-            for rank, report in self._received(timeout_s=_WAKE_S):
+        while unfinished:
+            if (silent := heartbeat.silent_rank()) is not None:
+                raise self._silence_error(*silent)
+            if is_stoppable and self._is_stop_armed:
+                is_stoppable = False
+                self._stop_loops()
+            for rank, report in self._receive(timeout_s=_WAKE_S):
                 if isinstance(report, Failed):
-                    yield from self._fail(report, was_usable=is_usable)
+                    yield from self._raise_failures(report, was_usable=is_usable)
                 elif isinstance(report, CommandDone):
-                    waiting.discard(rank)
+                    unfinished.discard(rank)
                     self._leftovers += report.leftovers
                 else:
                     yield rank, report
                     if isinstance(report, Weights):
-                        self._calls.append(self._actors[rank].make_room.remote())
-        self._printouts.show_due(is_end=True)
+                        self._calls.append(self._actors[rank].release_chunk_slot.remote())
+        self._output.print_due(is_end=True)
         self.is_usable = is_usable
         self.is_idle = True
 
-    def _brake(self) -> None:
-        """Let the loops of all ranks end at the furthest border that any of them will reach."""
-        holds = [actor.hold.remote(self._num_commands) for actor in self._actors]
+    def _stop_loops(self) -> None:
+        """Let the loops of all ranks end at the furthest batch border that any of them will reach."""
+        pauses = [actor.pause_loop.remote(self._num_commands) for actor in self._actors]
         limit_s = self.workers.ping_timeout_s or None
         try:
-            limit = max(ray.get(holds, timeout=limit_s))
-            calls = [actor.go_on.remote(limit) for actor in self._actors]
-            self._calls += calls  # one that has fallen silent since then is found out by the watch
+            limit = max(ray.get(pauses, timeout=limit_s))
+            calls = [actor.continue_until.remote(limit) for actor in self._actors]
+            self._calls += calls  # the heartbeat finds one that stops answering now
         except GetTimeoutError as error:
-            answered, _ = ray.wait(holds, num_returns=len(holds), timeout=0)
-            rank = next(rank for rank, hold in enumerate(holds) if hold not in answered)
-            raise self._silence(rank, self.workers.ping_timeout_s) from error
+            answered, _ = ray.wait(pauses, num_returns=len(pauses), timeout=0)
+            rank = next(rank for rank, pause in enumerate(pauses) if pause not in answered)
+            raise self._silence_error(rank, self.workers.ping_timeout_s) from error
         except DEATHS:
-            return  # the stream tells of a death
+            return  # the stream reports a death
 
-    def _received(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
-        """What has arrived, waiting for the first of it at most `timeout_s`."""
+    def _receive(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
+        """Yield the messages that have arrived, waiting for the first at most `timeout_s`."""
         ready: list[Any]
         ready, _ = ray.wait([*self._calls, *self._streams], num_returns=1, timeout=timeout_s, fetch_local=False)
         for call in [call for call in self._calls if call in ready]:
             self._calls.remove(call)
             ready.remove(call)
-            with contextlib.suppress(*DEATHS):  # the stream tells of a death
+            with contextlib.suppress(*DEATHS):  # the stream reports a death
                 ray.get(call)
         for stream in ready:
             rank = self._streams.index(stream)
             try:
                 reports: list[ActorMessage] = ray.get(next(stream))
             except (*DEATHS, StopIteration) as error:
-                raise self._death(rank, error) from (error if is_traceback_full() else None)
+                raise self._death_error(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
                 if isinstance(report, Printed):
-                    self._printouts.take_in(rank, report)
+                    self._output.add(rank, report)
                 else:
                     yield rank, unpack(report)
-        self._printouts.show_due()
+        self._output.print_due()
 
-    def _silence(self, rank: int, limit_s: float) -> WorkerDied:
+    def _silence_error(self, rank: int, limit_s: float) -> WorkerDied:
         return WorkerDied(
             rank=rank,
             host=self._contexts[rank].host,
@@ -375,22 +388,22 @@ class ActorGroup:
             ),
         )
 
-    def _death(self, rank: int, error: BaseException) -> WorkerDied:
-        self._printouts.show_due(is_end=True)
+    def _death_error(self, rank: int, error: BaseException) -> WorkerDied:
+        self._output.print_due(is_end=True)
         end = self._ends[rank]
         reason = reason_of_death(error, None if end is None else end.describe())
-        if said := last_words(self._log_paths[rank]):
-            reason += said + self._calls_of_others(rank)
+        if gloo_error := describe_gloo_error(self._log_paths[rank]):
+            reason += gloo_error + self._describe_waiting_ranks(rank)
         return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason)
 
-    def _calls_of_others(self, dead_rank: int) -> str:
-        """Where the ranks stand that waited for one which gloo has ended."""
-        known = {dead_rank, *self._failures}
-        streams = {stream: rank for rank, stream in enumerate(self._streams) if rank not in known}
+    def _describe_waiting_ranks(self, dead_rank: int) -> str:
+        """Describe where the ranks stand that waited for one that gloo has ended."""
+        known_ranks = {dead_rank, *self._failures}
+        streams = {stream: rank for rank, stream in enumerate(self._streams) if rank not in known_ranks}
         failures = list(self._failures.values())
-        deadline = time.monotonic() + _BLAME_S
-        while streams and (left_s := deadline - time.monotonic()) > 0:
-            ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=left_s, fetch_local=False)[0]
+        deadline = time.monotonic() + _CAUSE_S
+        while streams and (remaining_s := deadline - time.monotonic()) > 0:
+            ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=remaining_s, fetch_local=False)[0]
             for stream in ready:
                 try:
                     reports = [unpack(report) for report in ray.get(next(stream)) if not isinstance(report, Printed)]
@@ -401,29 +414,31 @@ class ActorGroup:
                     failures.append(failed)
                     streams.pop(stream, None)
         failures.sort(key=lambda failed: failed.rank)
-        calls = [call_in(failed.traceback, is_last_innermost=True) or _OUTSIDE for failed in failures]
+        calls = [find_user_line(failed.traceback, is_last_innermost=True) or _NO_USER_LINE for failed in failures]
         return "".join(f"; rank {failed.rank} at {call}" for failed, call in zip(failures, calls, strict=True))
 
-    def _fail(self, first: Failed, *, was_usable: bool) -> Iterator[tuple[int, Report]]:
-        """Raise the user's exception, with those of other ranks that fail at the same time; or WorkerDied, where the
-        exceptions only follow from that. Yields what hooks have logged until then."""
+    def _raise_failures(self, first: Failed, *, was_usable: bool) -> Iterator[tuple[int, Report]]:
+        """Raise the user's exception with those of other ranks that fail at the same time.
+
+        Raises WorkerDied instead if the exceptions only follow from a death. Yields what hooks log until then.
+        """
         failures = self._failures = {first.rank: first}
         death: WorkerDied | None = None
         started = time.monotonic()
         try:
             while len(failures) < len(self._actors):
-                grace_s = _BLAME_S if all(it.is_consequence for it in failures.values()) else _TOGETHER_S
-                left_s = started + grace_s - time.monotonic()
-                if left_s <= 0:
+                wait_s = _CAUSE_S if all(it.is_consequence for it in failures.values()) else _SAME_TIME_S
+                remaining_s = started + wait_s - time.monotonic()
+                if remaining_s <= 0:
                     break
-                for rank, report in self._received(timeout_s=min(left_s, _TOGETHER_S)):
+                for rank, report in self._receive(timeout_s=min(remaining_s, _SAME_TIME_S)):
                     if isinstance(report, Failed):
                         failures[rank] = report
                     elif isinstance(report, LogCall):
                         yield rank, report
         except WorkerDied as error:
             death = error
-        self._printouts.show_due(is_end=True)
+        self._output.print_due(is_end=True)
         if death is not None and all(it.is_consequence for it in failures.values()):
             raise death
         if len(failures) == len(self._actors) and is_at_one_line(list(failures.values())) and first.is_harmless:
@@ -438,8 +453,8 @@ class ActorGroup:
                 continue
 
 
-def _stored(value: Any, what: str) -> Any:
-    """In Ray's object store. ResourcesError: there is no room."""
+def _put_in_store(value: Any, what: str) -> Any:
+    """Put a value into Ray's object store. ResourcesError: the store is full."""
     try:
         return ray.put(value)
     except (ObjectStoreFullError, OutOfDiskError) as error:
@@ -450,40 +465,40 @@ def _stored(value: Any, what: str) -> Any:
         ) from error
 
 
-def _rank_order(places: list[ActorInfo]) -> list[int]:
-    """Indices by host, the driver's first, then by GPU: neighbours in rank are neighbours in the machine."""
+def _rank_order(infos: list[ActorInfo]) -> list[int]:
+    """Return the actors' indices by host, the driver's first, then by GPU: neighbouring ranks share hardware."""
     own = ray.get_runtime_context().get_node_id()
     return sorted(
-        range(len(places)),
-        key=lambda i: (places[i].node_id != own, places[i].ip, places[i].node_id, places[i].gpu_ids, i),
+        range(len(infos)),
+        key=lambda i: (infos[i].node_id != own, infos[i].ip, infos[i].node_id, infos[i].gpu_ids, i),
     )
 
 
-def _contexts(places: list[ActorInfo]) -> list[WorkerContext]:
-    nodes = list(dict.fromkeys(place.node_id for place in places))
+def _build_contexts(infos: list[ActorInfo]) -> list[WorkerContext]:
+    nodes = list(dict.fromkeys(info.node_id for info in infos))
     contexts = []
-    for rank, place in enumerate(places):
-        on_node = [other for other, candidate in enumerate(places) if candidate.node_id == place.node_id]
+    for rank, info in enumerate(infos):
+        on_node = [other for other, candidate in enumerate(infos) if candidate.node_id == info.node_id]
         contexts.append(
             WorkerContext(
                 rank=rank,
                 local_rank=on_node.index(rank),
-                node_rank=nodes.index(place.node_id),
-                world_size=len(places),
+                node_rank=nodes.index(info.node_id),
+                world_size=len(infos),
                 local_world_size=len(on_node),
                 num_nodes=len(nodes),
-                host=place.host,
-                num_threads=_num_threads(place, len(on_node)),
-                host_ip=place.ip,
+                host=info.host,
+                num_threads=_choose_num_threads(info, len(on_node)),
+                host_ip=info.ip,
             )
         )
     return contexts
 
 
-def _num_threads(place: ActorInfo, local_world_size: int) -> int:
-    """CPU threads for torch: what the user has set, else the host's cores shared by its workers.
+def _choose_num_threads(info: ActorInfo, local_world_size: int) -> int:
+    """Return the CPU threads for torch: the user's setting, or the host's cores shared by its workers.
 
-    Ray sets OMP_NUM_THREADS in the workers to the CPUs they asked for, so only the driver's counts as the user's word.
+    Ray sets OMP_NUM_THREADS in the workers to the CPUs they asked for, so only the driver's value is the user's.
     """
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() else max(1, place.num_cores // local_world_size)
+    user_setting = os.environ.get("OMP_NUM_THREADS", "")
+    return int(user_setting) if user_setting.isdigit() else max(1, info.num_cores // local_world_size)

@@ -1,4 +1,4 @@
-"""Watch: pings the actors while they work and tells which of them has fallen silent. Driver."""
+"""Heartbeat of the actors: finds one that no longer answers while they work. Driver."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import ray
 
 _PERIOD_S = 1.0
 _MAX_GAP_S = 2.0
-"""Longer between two looks, the driver itself was busy, or asleep with the whole machine: that is nobody's silence."""
+"""If two checks are further apart, the driver itself was busy or the machine asleep: that does not count as silence."""
 
 
 class Heartbeat:
-    """A pending ping of each actor and for how long it has been so."""
+    """Heartbeat that keeps one ping pending on each actor and measures for how long."""
 
     def __init__(
         self,
@@ -22,32 +22,40 @@ class Heartbeat:
         stopped_limit_s: float | None = None,
         is_stopped: Callable[[int], bool] = lambda rank: False,
     ) -> None:
-        """`limit_s`: 0 turns it off. `stopped_limit_s`: for a rank whose process is known to stand still, rather than
-        to be busy."""
+        """Set the limits.
+
+        Args:
+            actors: One actor per rank.
+            limit_s: Time without an answer after which an actor counts as silent; 0 turns the heartbeat off.
+            stopped_limit_s: Limit for a rank whose process is known to be stopped rather than busy; None: `limit_s`.
+            is_stopped: Tells whether a rank's process is stopped.
+        """
         self._actors = actors
         self.limit_s = limit_s
         self._stopped_limit_s = stopped_limit_s or limit_s
         self._is_stopped = is_stopped
         self._pings: dict[Any, int] = {}
         self._silence_s = [0.0] * len(actors)
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
 
     def silent_rank(self) -> tuple[int, float] | None:
-        """The rank that has been silent for longest, once that is too long, and the limit that it has passed. Does
-        nothing if called too soon."""
+        """Return the rank that has been silent for longest with the limit it has passed, or None.
+
+        A call that comes too soon after the last one does nothing.
+        """
         now = time.monotonic()
-        elapsed_s = now - self._looked_at
+        elapsed_s = now - self._checked_at
         if self.limit_s == 0 or elapsed_s < _PERIOD_S:
             return None
-        self._looked_at = now
+        self._checked_at = now
         pings = list(self._pings)
         answered, _ = ray.wait(pings, num_returns=len(pings), timeout=0) if pings else ([], [])
         for ping in answered:
-            # With an error too: a death is told by the stream of reports.
+            # An error counts as an answer: the stream of reports raises it.
             del self._pings[ping]
-        waiting = set(self._pings.values())
+        unanswered = set(self._pings.values())
         for rank, actor in enumerate(self._actors):
-            if rank in waiting:
+            if rank in unanswered:
                 self._silence_s[rank] += min(elapsed_s, _MAX_GAP_S)
             else:
                 self._silence_s[rank] = 0.0

@@ -1,4 +1,4 @@
-"""Rendezvous: the store in the driver where the ranks find each other, a prefix for each generation of the group."""
+"""Rendezvous of the ranks: a TCP store in the driver, with a prefix for each generation of the group."""
 
 import errno
 import os
@@ -12,12 +12,12 @@ import torch.distributed as dist
 _GROUP_TIMEOUT = timedelta(minutes=30)
 _LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
-"""For all ranks that connect at once; the kernel lowers it to its own limit."""
+"""Queue length for all ranks that connect at once; the kernel lowers it to its own limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RendezvousInfo:
-    """Where the ranks of one generation meet."""
+    """Address of the store and generation of the group to form."""
 
     host: str
     port: int
@@ -25,9 +25,9 @@ class RendezvousInfo:
 
     def join(self, *, rank: int, world_size: int, backend: str, own_ip: str) -> None:
         """Form the default process group. Collective; called in the worker."""
-        interface = _interface_of(_LOOPBACK if self.host == _LOOPBACK else own_ip)
+        interface = _find_interface(_LOOPBACK if self.host == _LOOPBACK else own_ip)
         if interface is not None:
-            # gloo takes the interface that the host's name resolves to, which fails where that is a loopback address.
+            # gloo uses the interface that the host's name resolves to, which fails if that is a loopback address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         store = dist.TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=60))
@@ -41,10 +41,10 @@ class RendezvousInfo:
 
 
 class Rendezvous:
-    """The store, on a free port of the driver's host: it does not matter then which worker dies.
+    """TCP store of the rendezvous, on a free port of the driver's host, so that it survives any worker.
 
-    Neither the store nor gloo asks who connects, and what ranks send each other as objects is unpickled. So both listen
-    on the loopback interface alone where all workers are on the driver's host, else at the nodes' addresses.
+    Neither the store nor gloo authenticates connections, and objects that ranks send each other are unpickled. So both
+    listen on the loopback interface alone if all workers are on the driver's host, otherwise on the nodes' addresses.
     """
 
     def __init__(self, *, driver_ip: str, worker_ips: Iterable[str]) -> None:
@@ -56,25 +56,25 @@ class Rendezvous:
             )
         self._generation = 0
 
-    def next_meeting(self) -> RendezvousInfo:
+    def next_info(self) -> RendezvousInfo:
         self._generation += 1
         return RendezvousInfo(host=self._host, port=self._store.port, generation=self._generation)
 
 
 def _listen(host: str) -> socket.socket:
-    """A socket on a free port of this address alone: torch's own would be on all interfaces."""
+    """Return a socket on a free port of this address alone; torch's own would listen on all interfaces."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, 0), family=family, backlog=_BACKLOG)
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
-        # The node is known by an address that is translated on the way to it, as of a container.
+        # The node's address is translated on the way to it, as for a container.
         return socket.create_server(("", 0), family=family, backlog=_BACKLOG)
 
 
-def _interface_of(ip: str) -> str | None:
-    """The network interface that holds an IPv4 address; None where that cannot be told."""
+def _find_interface(ip: str) -> str | None:
+    """Return the network interface that has an IPv4 address, or None if unknown."""
     try:
         import fcntl
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a run asks of the cluster, whether it can ever be had, and the wait for it."""
+"""Resource request of a run, the test whether hosts can meet it, and the wait for capacity. Driver."""
 
 import math
 import sys
@@ -15,10 +15,12 @@ _SLICE_S = 0.5
 
 
 class CapacityWait:
+    """Wait for capacity of the cluster, with a timeout and lines that say what is missing."""
+
     def __init__(self, *, timeout_s: float, first_line_s: float = _FIRST_LINE_S) -> None:
         self._timeout_s = timeout_s
         self._started_s = time.monotonic()
-        self._since = time.strftime("%H:%M:%S")
+        self._started_at = time.strftime("%H:%M:%S")
         self._next_line_s = first_line_s
 
     @property
@@ -27,7 +29,7 @@ class CapacityWait:
 
     @property
     def slice_s(self) -> float:
-        """How long to wait before looking around."""
+        """Time to wait before the next check."""
         return max(0.01, min(_SLICE_S, self._timeout_s - self.waited_s))
 
     @property
@@ -39,22 +41,22 @@ class CapacityWait:
         return self.waited_s >= self._next_line_s
 
     def say(self, missing: str) -> None:
-        """A whole line on stderr, where a progress bar makes room for it."""
+        """Print a whole line on stderr, above a progress bar."""
         self._next_line_s = self.waited_s + _BETWEEN_LINES_S
-        text = f"raylit: waiting since {self._since} ({self.waited_s:.0f} s) for {missing}\n"
+        text = f"raylit: waiting since {self._started_at} ({self.waited_s:.0f} s) for {missing}\n"
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 Resources = dict[str, float]
-"""Amounts by Ray's names."""
+"""Amounts by Ray's resource names."""
 
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """What a host has: all of it, or what is free, as the question demands."""
+    """Resources of a host, total or free, and its labels."""
 
     resources: Resources
     labels: dict[str, str]
@@ -62,17 +64,17 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourceRequest:
-    """`workers` of the same `each`."""
+    """Request for `workers`, with the resources `each` for every one of them."""
 
     workers: Workers
     each: Resources
 
     @property
     def bundles(self) -> list[Resources]:
-        """One for each worker; one for each host where a host has to take a number of them."""
+        """Bundles, one per worker, or one per host if every host takes a fixed number of workers."""
         num_bundles = self.workers.num_nodes or self.workers.num_workers
         share = self.workers.num_workers // num_bundles
-        # Ray counts in steps of 1/10000: 3 * 0.1 must not become a hair more than 0.3.
+        # Ray counts in steps of 1/10000: 3 * 0.1 must not become more than 0.3.
         return [{name: round(amount * share, 4) for name, amount in self.each.items()} for _ in range(num_bundles)]
 
     @property
@@ -88,7 +90,7 @@ class ResourceRequest:
         return self.num_fitting(hosts) >= self.workers.num_workers
 
     def num_fitting(self, hosts: Sequence[Host]) -> int:
-        """How many such workers the hosts can have at the most, placed as these are to be."""
+        """Return how many such workers the hosts can have at most under this placement."""
         slots = sorted(
             (num_slots(host.resources, self.each) for host in hosts if self.is_allowed_on(host)), reverse=True
         )
@@ -102,32 +104,34 @@ class ResourceRequest:
         return sum(slots)
 
     def is_allowed_on(self, host: Host) -> bool:
-        """Its labels are what label_selector asks for."""
-        return all(_is_selected(host.labels.get(key), value) for key, value in self.workers.label_selector.items())
+        """Return True if the host's labels match label_selector."""
+        return all(_meets_condition(host.labels.get(key), value) for key, value in self.workers.label_selector.items())
 
     def __str__(self) -> str:
-        wanted, num_nodes = self.workers.num_workers, self.workers.num_nodes
+        num_workers, num_nodes = self.workers.num_workers, self.workers.num_nodes
         each = format_resources(self.each, is_with_memory=True)
-        text = f"{_counted(wanted, 'worker')} of {each} each"
+        text = f"{_format_count(num_workers, 'worker')} of {each} each"
         if num_nodes:
-            text = f"{_counted(wanted // num_nodes, 'worker')} of {each} each on each of {num_nodes} hosts"
+            text = f"{_format_count(num_workers // num_nodes, 'worker')} of {each} each on each of {num_nodes} hosts"
         elif self.workers.placement == "STRICT_PACK":
             text += " on one host"
         elif self.workers.placement == "STRICT_SPREAD":
-            text += f" on {wanted} different hosts"
+            text += f" on {num_workers} different hosts"
         if self.workers.label_selector:
             text += f" with the labels {self.workers.label_selector}"
         return text
 
 
 def num_slots(resources: Resources, each: Resources) -> int:
-    """How many times `each` fits into `resources`."""
+    """Return how many times `each` fits into `resources`."""
     return min(math.floor((resources.get(name, 0.0) + _TOLERANCE) / amount) for name, amount in each.items())
 
 
 def format_resources(resources: Resources, *, is_with_memory: bool = False) -> str:
-    """Amounts by name, CPU and GPU first, without Ray's internal ones, such as those of placement groups. Ray itself
-    lists them in no order."""
+    """Format amounts by name, CPU and GPU first, without Ray's internal ones.
+
+    Internal ones are those of placement groups and the like. Ray itself lists resources in no fixed order.
+    """
     named = select_plain_resources(resources)
     ordered = sorted(named, key=lambda name: (name != "CPU", name != "GPU", name))
     words = [f"{round(named[name], 4):g} {name}" for name in ordered if named[name] > 0]
@@ -140,8 +144,11 @@ def format_gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.3g} GB"
 
 
-def _is_selected(label: str | None, condition: str) -> bool:
-    """Ray's conditions: `a`, `!a`, `in(a, b)`, `!in(a, b)`. A host without the label passes the negative ones."""
+def _meets_condition(label: str | None, condition: str) -> bool:
+    """Evaluate one of Ray's label conditions: `a`, `!a`, `in(a, b)` or `!in(a, b)`.
+
+    A host without the label meets the negative ones.
+    """
     wanted = condition.removeprefix("!")
     allowed = [wanted]
     if wanted.startswith("in(") and wanted.endswith(")"):
@@ -149,5 +156,5 @@ def _is_selected(label: str | None, condition: str) -> bool:
     return (label in allowed) != condition.startswith("!")
 
 
-def _counted(count: int, noun: str) -> str:
+def _format_count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

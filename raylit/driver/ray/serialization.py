@@ -1,4 +1,4 @@
-"""The job as it is sent to the workers: pickled by value, large tensors through Ray's object store."""
+"""Serialization of jobs and messages: pickled by value, large tensors through Ray's object store. Both sides."""
 
 import dataclasses
 import importlib
@@ -24,25 +24,101 @@ from raylit.worker.data.script_objects import ScriptObjects, add_script_object
 from raylit.worker.data.shared_memory import SharedMemory
 from raylit.worker.job import Job
 
+_MIN_SHARED_BYTES = 64 * 1024
+"""Minimum size of one array, or of a collection of smaller ones in the data, that is shared."""
+_ALIGNMENT = 64
+
+
+def pack(message: Any) -> Any:
+    """Return the message with the plain CPU tensors in its dicts, lists and tuples packed."""
+    return _map_leaves(message, _pack)
+
+
+def unpack(message: Any, *, is_copying: bool = False) -> Any:
+    """Return the message with its tensors restored.
+
+    Without `is_copying` they are views of memory shared with other processes: copy from them, never write to them.
+    """
+    return _map_leaves(message, _unpack_copy if is_copying else _unpack)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SerializedJob:
+    """A pickled Job; the buffers are views of the user's memory until Ray's object store has copied them."""
+
+    pickled: NDArray[np.uint8]
+    buffers: list[NDArray[np.uint8]]
+    slices: NDArray[np.int64]
+    """For each pickled array its buffer and the start and end in it: small arrays share a buffer."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pickled.nbytes + sum(buffer.nbytes for buffer in self.buffers)
+
+
+def pickle_job(job: Job) -> SerializedJob:
+    """Pickle the user's objects as one, so that shared objects stay shared. ModuleError: they cannot be pickled."""
+    writable = {_storage_key(tensor) for tensor in _find_writable_tensors(job.module, is_top=True)}
+    try:
+        while True:
+            file = io.BytesIO()
+            pickler = _Pickler(file, writable, top=job.module)
+            pickler.dump((job.module, job.datamodule, job.loaders))
+            pickler.is_sharing = False
+            # Refers to the objects above; only callbacks are new.
+            pickler.dump(job)
+            pickler.dump(pickler.script_objects)
+            if not pickler.shared & writable:
+                break
+            # A module came after data that are its own weights: pickle again, now that they are known.
+    except Exception as error:
+        raise ModuleError(
+            f"the module, data or callbacks cannot travel to the workers: {error}. Make what cannot be pickled (open "
+            "files, locks, connections) in setup(), which runs in every worker, or use num_workers=0"
+        ) from error
+    pickled = np.frombuffer(file.getbuffer(), dtype=np.uint8)
+    return _build_serialized_job(pickled, pickler)
+
+
+def unpickle_job(serialized_job: SerializedJob) -> tuple[Job, SharedMemory]:
+    """Unpickle the Job, with its data in shared memory."""
+    memory = SharedMemory(serialized_job.buffers)
+    views = (memory.views[index][start:stop] for index, start, stop in serialized_job.slices.tolist())
+    unpickler = pickle.Unpickler(io.BytesIO(serialized_job.pickled.tobytes()), buffers=views)
+    unpickler.load()
+    job: Job = unpickler.load()
+    job.script_objects = unpickler.load()
+    job.shared_memory = memory
+    return job, memory
+
+
+def pickle_plan(plan: Plan) -> bytes:
+    """Pickle a plan with cloudpickle, like the Job, so that both refer to the same user classes.
+
+    Raises:
+        ConfigError: The strategy cannot be pickled.
+    """
+    try:
+        return cloudpickle.dumps(plan)
+    except Exception as error:
+        raise ConfigError(
+            f"{plan.strategy!r} cannot travel to the workers: {error}. Give it functions and classes that can be "
+            "pickled, or use num_workers=0"
+        ) from error
+
+
+def unpickle_plan(pickled: bytes) -> Plan:
+    plan: Plan = cloudpickle.loads(pickled)
+    return plan
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Packed:
-    """A dense CPU tensor's bytes."""
+    """Bytes of a dense CPU tensor."""
 
     data: np.ndarray[Any, np.dtype[np.uint8]]
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-def pack(message: Any) -> Any:
-    """The message with the plain CPU tensors of its dicts, lists and tuples packed."""
-    return _mapped(message, _pack)
-
-
-def unpack(message: Any, *, is_copying: bool = False) -> Any:
-    """The message with its tensors again. Without `is_copying` they are views of memory that other processes share:
-    copy from them, never write to them."""
-    return _mapped(message, _unpack_copy if is_copying else _unpack)
 
 
 def _pack(leaf: Any) -> Any:
@@ -59,7 +135,7 @@ def _unpack(leaf: Any) -> Any:
     if leaf.data.flags.writeable:
         return torch.from_numpy(leaf.data).view(leaf.dtype).reshape(leaf.shape)
     with warnings.catch_warnings():
-        # torch warns once of memory that it cannot mark as read-only; nothing of ours writes to it.
+        # torch warns once of memory that it cannot mark as read-only; no code of raylit writes to it.
         warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
         return torch.from_numpy(leaf.data).view(leaf.dtype).reshape(leaf.shape)
 
@@ -68,129 +144,60 @@ def _unpack_copy(leaf: Any) -> Any:
     return _unpack(leaf).clone() if isinstance(leaf, _Packed) else leaf
 
 
-def _mapped(value: Any, function: Any) -> Any:
+def _map_leaves(value: Any, function: Any) -> Any:
     if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
-        for_copy = value.copy()
+        copy = value.copy()
         for key, item in value.items():
-            for_copy[key] = _mapped(item, function)
-        return for_copy
+            copy[key] = _map_leaves(item, function)
+        return copy
     if type(value) in (list, tuple):
-        return type(value)(_mapped(item, function) for item in value)
+        return type(value)(_map_leaves(item, function) for item in value)
     if dataclasses.is_dataclass(value) and type(value).__module__ == "raylit.protocol.messages":
         names = [field.name for field in dataclasses.fields(value)]
-        changed = {name: _mapped(getattr(value, name), function) for name in names}
+        changed = {name: _map_leaves(getattr(value, name), function) for name in names}
         return dataclasses.replace(value, **changed)  # type: ignore[type-var]
     return function(value)
 
 
-_MIN_SHARED_BYTES = 64 * 1024
-"""Of one array, or of a collection of smaller ones in the data."""
-_ALIGNMENT = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SerializedJob:
-    """A pickled Job. The buffers are views of the user's memory until Ray's store has copied them."""
-
-    pickled: NDArray[np.uint8]
-    buffers: list[NDArray[np.uint8]]
-    places: NDArray[np.int64]
-    """For each pickled array its buffer, and where in it the array starts and ends: small ones share a buffer."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.pickled.nbytes + sum(buffer.nbytes for buffer in self.buffers)
-
-
-def pickle_job(job: Job) -> SerializedJob:
-    """The user's objects as one: what they share stays shared. ModuleError: they cannot travel."""
-    writable = {_key(tensor) for tensor in _written_by_training(job.module, is_top=True)}
-    try:
-        while True:
-            file = io.BytesIO()
-            pickler = _Pickler(file, writable, top=job.module)
-            pickler.dump((job.module, job.datamodule, job.loaders))
-            pickler.is_sharing = False
-            # Refers to the above; only callbacks are new.
-            pickler.dump(job)
-            pickler.dump(pickler.script_objects)
-            if not pickler.shared & writable:
-                break
-            # A module came after data that is its own weights: once more, now that they are known.
-    except Exception as error:
-        raise ModuleError(
-            f"the module, data or callbacks cannot travel to the workers: {error}. Make what cannot be pickled (open "
-            "files, locks, connections) in setup(), which runs in every worker, or use num_workers=0"
-        ) from error
-    pickled = np.frombuffer(file.getbuffer(), dtype=np.uint8)
-    return _parcel(pickled, pickler)
-
-
-def unpickle_job(parcel: SerializedJob) -> tuple[Job, SharedMemory]:
-    """The Job, with its data in the shared memory."""
-    memory = SharedMemory(parcel.buffers)
-    views = (memory.views[index][start:stop] for index, start, stop in parcel.places.tolist())
-    unpickler = pickle.Unpickler(io.BytesIO(parcel.pickled.tobytes()), buffers=views)
-    unpickler.load()
-    job: Job = unpickler.load()
-    job.script_objects = unpickler.load()
-    job.shared_memory = memory
-    return job, memory
-
-
-def pickle_plan(plan: Plan) -> bytes:
-    """By cloudpickle, as the Job: a class of the user's script is one class in both. ConfigError: it cannot travel."""
-    try:
-        return cloudpickle.dumps(plan)
-    except Exception as error:
-        raise ConfigError(
-            f"{plan.strategy!r} cannot travel to the workers: {error}. Give it functions and classes that can be "
-            "pickled, or use num_workers=0"
-        ) from error
-
-
-def unpickle_plan(pickled: bytes) -> Plan:
-    plan: Plan = cloudpickle.loads(pickled)
-    return plan
-
-
 class _Pickler(cloudpickle.Pickler):
-    """Two dumps with one memo: the first shares data, the second copies what it is the first to meet."""
+    """Pickler for two dumps with one memo: the first shares data, the second copies what it meets first."""
 
     def __init__(self, file: io.BytesIO, writable: set[int], *, top: nn.Module) -> None:
-        super().__init__(file, protocol=5, buffer_callback=self._is_in_band)
+        super().__init__(file, protocol=5, buffer_callback=self._keep_in_band)
         self.is_sharing = True
         self.script_objects: ScriptObjects = {}
         self.buffers: list[NDArray[np.uint8]] = []
         self.shared: set[int] = set()
-        """Storages that travel as shared ones."""
+        """Storages that are sent as shared memory."""
         self._top = top
         self._writable = writable
-        """Storages that may not. It grows while modules are met."""
+        """Storages that must be copied; more are added while modules are pickled."""
         self._storages: dict[int, _Storage] = {}
-        self._collected: set[int] = set()
-        """Addresses of small arrays and tensors that stand in large collections of data."""
+        self._collection_addresses: set[int] = set()
+        """Addresses of small arrays and tensors in large collections of data."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         add_script_object(self.script_objects, obj)
         if isinstance(obj, ModuleType) and kind is not ModuleType and sys.modules.get(obj.__name__) is obj:
-            # Such as torch.classes: cloudpickle takes it along where a function says `self.classes`, and then fails.
+            # torch.classes, for example: cloudpickle adds it if a function says `self.classes`, and then fails.
             return importlib.import_module, (obj.__name__,)
-        if kind is Tensor and self.is_sharing and _is_plain(obj) and self._is_worth_it(obj):
-            return _tensor, (self._storage(obj), obj.dtype, obj.storage_offset(), obj.size(), obj.stride())
+        if kind is Tensor and self.is_sharing and _is_fully_described(obj) and self._is_large_enough(obj):
+            return _rebuild_tensor, (self._storage(obj), obj.dtype, obj.storage_offset(), obj.size(), obj.stride())
         if issubclass(kind, (nn.Module, nn.Parameter, torch.optim.Optimizer)) and not isinstance(obj, type):
-            self._writable.update(_key(tensor) for tensor in _written_by_training(obj, is_top=obj is self._top))
+            self._writable.update(
+                _storage_key(tensor) for tensor in _find_writable_tensors(obj, is_top=obj is self._top)
+            )
         elif kind is _Storage:
-            return (_copied if obj.key in self._writable else _shared), (pickle.PickleBuffer(obj.data),)
+            return (_copy_storage if obj.key in self._writable else _view_storage), (pickle.PickleBuffer(obj.data),)
         elif isinstance(obj, (Dataset, DataLoader, DataModule)):
             for value in vars(obj).values():
-                self._collected.update(_addresses_in(value))
+                self._collection_addresses.update(_find_addresses(value))
         return super().reducer_override(obj)
 
     def _storage(self, tensor: Tensor) -> "_Storage":
-        """One for all tensors that share it."""
-        key = _key(tensor)
+        """Return the one _Storage for all tensors that share it."""
+        key = _storage_key(tensor)
         if key not in self._storages:
             data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
             self._storages[key] = _Storage(key, data)
@@ -198,49 +205,51 @@ class _Pickler(cloudpickle.Pickler):
                 self.shared.add(key)
         return self._storages[key]
 
-    def _is_worth_it(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().nbytes() >= _MIN_SHARED_BYTES or tensor.data_ptr() in self._collected
+    def _is_large_enough(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().nbytes() >= _MIN_SHARED_BYTES or tensor.data_ptr() in self._collection_addresses
 
-    def _is_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         data = np.frombuffer(buffer.raw(), dtype=np.uint8)
         storage = self._storages.get(address := data.__array_interface__["data"][0])
         is_weights = storage is None and address in self._writable
-        is_small = data.nbytes < _MIN_SHARED_BYTES and address not in self._collected
+        is_small = data.nbytes < _MIN_SHARED_BYTES and address not in self._collection_addresses
         if not self.is_sharing or is_small or is_weights:
             return True
         self.buffers.append(data)
         return False
 
 
-def _parcel(pickled: NDArray[np.uint8], pickler: _Pickler) -> SerializedJob:
+def _build_serialized_job(pickled: NDArray[np.uint8], pickler: _Pickler) -> SerializedJob:
     buffers: list[NDArray[np.uint8]] = []
-    places: list[tuple[int, int, int]] = []
+    slices: list[tuple[int, int, int]] = []
     small: list[NDArray[np.uint8]] = []
     size = 0
     for data in pickler.buffers:
         if data.nbytes >= _MIN_SHARED_BYTES:
-            places.append((len(buffers), 0, data.nbytes))
+            slices.append((len(buffers), 0, data.nbytes))
             buffers.append(data)
         else:
-            places.append((-1, size, size + data.nbytes))  # the last buffer
+            slices.append((-1, size, size + data.nbytes))  # the last buffer
             small += [data, np.zeros(-data.nbytes % _ALIGNMENT, dtype=np.uint8)]
             size += data.nbytes + small[-1].nbytes
     if small:
         buffers.append(np.concatenate(small))
-    return SerializedJob(pickled=pickled, buffers=buffers, places=np.array(places, dtype=np.int64).reshape(-1, 3))
+    return SerializedJob(pickled=pickled, buffers=buffers, slices=np.array(slices, dtype=np.int64).reshape(-1, 3))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Storage:
-    """A tensor's storage, to be pickled once."""
+    """Storage of a tensor, pickled once."""
 
     key: int
     data: NDArray[np.uint8]
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """A dense tensor whose bytes are all there is to it; not in torch's shared memory, which somebody means to write
-    to."""
+def _is_fully_described(tensor: Tensor) -> bool:
+    """Return True for a dense tensor that its bytes fully describe.
+
+    Tensors in torch's shared memory are excluded, as other processes are meant to write to them.
+    """
     return (
         tensor.device.type == "cpu"
         and tensor.layout is torch.strided
@@ -250,33 +259,36 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _addresses_in(collection: Any) -> list[int]:
-    """Of the arrays and tensors in a list, tuple or dict of them, or of tuples of them, if they are large together."""
+def _find_addresses(collection: Any) -> list[int]:
+    """Return the addresses of the arrays and tensors in a collection, if they are large together.
+
+    The collection is a list, tuple or dict of them, or of tuples of them.
+    """
     if type(collection) not in (list, tuple, dict) or not collection:
         return []
     items = collection.values() if isinstance(collection, dict) else collection
     if not isinstance(next(iter(items)), (Tensor, np.ndarray, list, tuple, dict)):
         return []
-    arrays = list(_arrays_in(items, depth=2))
+    arrays = list(_iterate_arrays(items, depth=2))
     if sum(array.nbytes for array in arrays) < _MIN_SHARED_BYTES:
         return []
     return [array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data for array in arrays]
 
 
-def _arrays_in(items: Iterable[Any], *, depth: int) -> Iterator[Tensor | NDArray[Any]]:
+def _iterate_arrays(items: Iterable[Any], *, depth: int) -> Iterator[Tensor | NDArray[Any]]:
     for item in items:
         if type(item) in (Tensor, np.ndarray):
             yield item
         elif depth > 0 and type(item) in (list, tuple, dict):
-            yield from _arrays_in(item.values() if isinstance(item, dict) else item, depth=depth - 1)
+            yield from _iterate_arrays(item.values() if isinstance(item, dict) else item, depth=depth - 1)
 
 
-def _key(tensor: Tensor) -> int:
+def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _written_by_training(owner: Any, *, is_top: bool) -> Iterator[Tensor]:
-    """Strided CPU tensors that training may write to. The user's own module also has data: `is_top`."""
+def _find_writable_tensors(owner: Any, *, is_top: bool) -> Iterator[Tensor]:
+    """Yield strided CPU tensors that training may write to; the user's own module (`is_top`) also has data."""
     if isinstance(owner, nn.Module):
         candidates: list[Any] = [*owner.parameters(), *owner.buffers()]
         # Metrics keep their state in plain attributes.
@@ -285,32 +297,32 @@ def _written_by_training(owner: Any, *, is_top: bool) -> Iterator[Tensor]:
         candidates = [value for state in owner.state.values() for value in state.values()]
     else:
         candidates = [owner]
-    for tensor in _tensors_of(candidates, depth=4):
+    for tensor in _iterate_tensors(candidates, depth=4):
         is_lazy = nn.parameter.is_lazy(tensor)  # without memory before the first batch
         if not is_lazy and tensor.layout is torch.strided and tensor.device.type == "cpu":
             yield tensor
 
 
-def _tensors_of(value: Any, *, depth: int) -> Iterator[Tensor]:
+def _iterate_tensors(value: Any, *, depth: int) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif depth > 0 and isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_of(item, depth=depth - 1)
+            yield from _iterate_tensors(item, depth=depth - 1)
 
 
-def _tensor(
+def _rebuild_tensor(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: torch.Size, stride: tuple[int, ...]
 ) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
 
 
-def _shared(data: Any) -> torch.UntypedStorage:
+def _view_storage(data: Any) -> torch.UntypedStorage:
     with warnings.catch_warnings():
-        # torch cannot mark it as read-only; a write changes this process's copy alone (see SharedMemory).
+        # torch cannot mark it as read-only; a write changes this process's copy only (see SharedMemory).
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
 
 
-def _copied(data: Any) -> torch.UntypedStorage:
-    return _shared(data).clone()
+def _copy_storage(data: Any) -> torch.UntypedStorage:
+    return _view_storage(data).clone()

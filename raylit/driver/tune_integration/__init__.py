@@ -1,3 +1,4 @@
-"""A fit that runs within a task, an actor or a trial of Ray's.
+"""Fits that run inside a Ray task, actor or trial.
 
-Runs in the driver. Open `nested_fit.py` first."""
+This runs in the driver. Open `nested_fit.py` first.
+"""

@@ -1,5 +1,7 @@
-"""What becomes of a fit inside a function that Ray Tune or Ray Train has called: it reports to them, and where the
-function has been restored it goes on from where that was. Driver."""
+"""Fit inside a function that Ray Tune or Ray Train has called. Driver.
+
+It reports to Tune or Train, and continues from the reported checkpoint if the function has been restored.
+"""
 
 import hashlib
 import json
@@ -22,27 +24,27 @@ from raylit.worker.job import Job
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NestedFit:
-    """A fit, as its surroundings would have it."""
+    """Arguments of a fit after the surrounding Tune or Train session has added its own."""
 
     job: Job
     callbacks: list[DriverCallback]
     checkpoint: dict[str, Any] | None = None
-    """What a restored function goes on from."""
+    """Checkpoint from which the fit of a restored function continues."""
 
 
-class _Fits(threading.local):
-    """Counts the fits of a function that Ray has called: each call has a thread of its own."""
+class _FitCounter(threading.local):
+    """Count of the fits of a function that Ray has called; each call has a thread of its own."""
 
-    num_begun = 0
+    num_started = 0
     last_report: TuneReport | None = None
-    """That of the fit before this one."""
+    """The TuneReport of the previous fit."""
 
 
-_fits = _Fits()
+_fit_counter = _FitCounter()
 
 
 def detect_tune_session(job: Job, callbacks: Sequence[DriverCallback], *, is_continued: bool) -> NestedFit:
-    """Add a TuneReport where the user has given none, and find the checkpoint to continue from. Called once per fit.
+    """Add a TuneReport if the user has given none, and find the checkpoint to continue from. Called once per fit.
 
     `is_continued`: the user has said which checkpoint this fit continues from.
     """
@@ -52,62 +54,65 @@ def detect_tune_session(job: Job, callbacks: Sequence[DriverCallback], *, is_con
         report.attach(None, {})
     if session is None:
         return NestedFit(job=job, callbacks=list(callbacks))
-    number, _fits.num_begun = _fits.num_begun, _fits.num_begun + 1
+    number, _fit_counter.num_started = _fit_counter.num_started, _fit_counter.num_started + 1
     if not reports:
         is_saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-        is_reported = _has_reported_itself(session, _fits.last_report)
-        reports = [TuneReport.automatic(report=not is_reported, save_checkpoints=is_saving)]
-    _fits.last_report = reports[-1]
+        has_reported = _has_reported_itself(session, _fit_counter.last_report)
+        reports = [TuneReport.automatic(report=not has_reported, save_checkpoints=is_saving)]
+    _fit_counter.last_report = reports[-1]
     for report in reports:
-        report.attach(session, {"fit": number, "config": _digest(session.config)})
+        report.attach(session, {"fit": number, "config": _hash_config(session.config)})
     others = [callback for callback in callbacks if not isinstance(callback, TuneReport)]
-    inside = NestedFit(job=job, callbacks=[*others, *reports])  # last, so that it sees what the others have done
+    nested_fit = NestedFit(job=job, callbacks=[*others, *reports])  # last, so that it sees the results of the others
     if number > 0 or is_continued or not any(report.is_reporting for report in reports):
-        return inside
-    return _restored(session, inside)
+        return nested_fit
+    return _restore_fit(session, nested_fit)
 
 
 def _has_reported_itself(session: RaySession, last_report: TuneReport | None) -> bool:
     """Return True if the function has reported a result between its last fit and this one.
 
-    Before its first fit that cannot be known: Tune's count goes on from one trial of an actor to the next.
+    Before its first fit that is unknown: Tune keeps counting from one trial of an actor to the next.
     """
     return last_report is not None and session.num_reports != last_report.num_reports
 
 
-def _restored(session: RaySession, inside: NestedFit) -> NestedFit:
-    """With the checkpoint that the function is restored from, where a fit has reported it."""
+def _restore_fit(session: RaySession, nested_fit: NestedFit) -> NestedFit:
+    """Set the checkpoint that the function is restored from, if a fit has reported it."""
     checkpoint = session.checkpoint
     notes = None if checkpoint is None else checkpoint.get_metadata().get("raylit")
     if notes is None:
-        return inside
+        return nested_fit
     if notes["fit"] > 0:
         warnings.warn(
             f"{session.name} is restored from a checkpoint of its fit number {notes['fit'] + 1} and begins anew: which "
             "fit is to go on from tune.get_checkpoint(), say by ckpt_path, and leave out those before it",
             stacklevel=4,
         )
-        return inside
+        return nested_fit
     with checkpoint.as_directory() as directory:
         restored = files.read(os.path.join(directory, FILE))
-    # Tune moves trials, and hands out those of others: a ModelCheckpoint begins anew where its files are not.
-    savers = [callback for callback in inside.callbacks if isinstance(callback, ModelCheckpoint)]
-    places = [saver.dirpath or join(absolute(inside.job.log_dir), "checkpoints") for saver in savers]
+    # Tune moves trials, and also hands out checkpoints of others: a ModelCheckpoint starts anew if its files are
+    # elsewhere.
+    checkpoint_callbacks = [callback for callback in nested_fit.callbacks if isinstance(callback, ModelCheckpoint)]
+    directories = [
+        callback.dirpath or join(absolute(nested_fit.job.log_dir), "checkpoints") for callback in checkpoint_callbacks
+    ]
     for key, state in list(restored["callbacks"].items()):
-        if key.startswith(ModelCheckpoint.__name__) and state.get("dirpath") not in places:
+        if key.startswith(ModelCheckpoint.__name__) and state.get("dirpath") not in directories:
             del restored["callbacks"][key]
-    if notes["config"] == _digest(session.config):
-        return replace(inside, checkpoint=restored)
-    # A better trial's checkpoint, as population based training hands them out.
-    job = replace(inside.job, callbacks=[*inside.job.callbacks, PerturbedHyperparameters()])
-    return replace(inside, job=job, checkpoint=restored)
+    if notes["config"] == _hash_config(session.config):
+        return replace(nested_fit, checkpoint=restored)
+    # A better trial's checkpoint, as population based training hands out.
+    job = replace(nested_fit.job, callbacks=[*nested_fit.job.callbacks, PerturbedHyperparameters()])
+    return replace(nested_fit, job=job, checkpoint=restored)
 
 
-def _digest(config: Mapping[str, Any]) -> str:
-    """Equal for configs of equal plain values, in any process."""
-    text = json.dumps(config, sort_keys=True, skipkeys=True, default=_plain)
+def _hash_config(config: Mapping[str, Any]) -> str:
+    """Return a hash that is equal for configs of equal plain values, in any process."""
+    text = json.dumps(config, sort_keys=True, skipkeys=True, default=_to_json_value)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else type(value).__qualname__

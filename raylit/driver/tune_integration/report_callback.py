@@ -1,4 +1,4 @@
-"""TuneReport: tells Ray Tune, or Ray Train, how a fit inside one of its functions is doing. Driver."""
+"""Callback that reports a fit's metrics and checkpoints to Ray Tune or Ray Train. Driver."""
 
 import contextlib
 import os
@@ -13,20 +13,22 @@ from raylit.driver.tune_integration.session import RaySession
 from raylit.errors import ConfigError
 
 FILE = "checkpoint.ckpt"
-"""The file in a Checkpoint of Ray's."""
+"""Name of the file in a Ray Checkpoint."""
 
-_OF_TUNE = frozenset({"config", "done", "should_checkpoint", "training_iteration", "trial_id"})
-"""Names in a result by which Tune steers."""
+_RESERVED_NAMES = frozenset({"config", "done", "should_checkpoint", "training_iteration", "trial_id"})
+"""Names in a result that Tune itself uses."""
 
 
 class TuneReport(SavedReport):
-    """A result for each validation, or without a validation loop for each epoch: everything logged, `epoch`, `step`,
-    and a checkpoint of the whole run. Where Ray answers that the trial is to end, it ends there.
+    """Callback that reports a result to Ray Tune or Ray Train after each validation.
+
+    Without a validation loop it reports after each epoch. A result has everything logged, `epoch`, `step`, and a
+    checkpoint of the whole run. If Ray answers that the trial is to end, the fit ends there.
 
     A Trainer in a function that Tune or Train has called adds one by itself. That one stops reporting as soon as the
-    function, a hook or a callback is found to have reported by itself: since the function's last fit, or since this
-    one's last validation. A function that reports only after its fit passes `callbacks=[pl.TuneReport(report=False)]`.
-    Passed as a callback, it reports in any case; outside of Tune and Train it does nothing.
+    function, a hook or a callback has reported a result: since the function's last fit, or since this callback's last
+    validation. A function that reports only after its fit passes `callbacks=[pl.TuneReport(report=False)]`. Passed as a
+    callback, it reports in any case; outside of Tune and Train it does nothing.
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class TuneReport(SavedReport):
         """
         self.is_reporting = report
         self.num_reports = 0
-        """How many results the function had reported, by whomever, after this callback's last one."""
-        self._metrics = _by_name(metrics)
+        """Number of results that the function had reported in total after this callback's last one."""
+        self._metrics = _to_name_map(metrics)
         self._is_saving = save_checkpoints
         self._session: RaySession | None = None
         self._notes: dict[str, Any] = {}
@@ -55,13 +57,13 @@ class TuneReport(SavedReport):
 
     @classmethod
     def automatic(cls, *, report: bool, save_checkpoints: bool) -> "TuneReport":
-        """Make one that stops reporting as soon as somebody else reports."""
+        """Create one that stops reporting as soon as other code reports."""
         callback = cls(report=report, save_checkpoints=save_checkpoints)
         callback.is_automatic = True
         return callback
 
     def attach(self, session: RaySession | None, notes: dict[str, Any]) -> None:
-        """To the function that the next fit runs in; `notes` are kept with its checkpoints."""
+        """Attach to the function that the next fit runs in; `notes` are saved with its checkpoints."""
         self._session, self._notes = session, notes
 
     def on_start(self, run: Run) -> None:
@@ -71,7 +73,7 @@ class TuneReport(SavedReport):
             return
         self.num_reports = session.num_reports
         if session.world_size > 1:
-            # A report of Train's waits for those of all workers, and the fits are not one training.
+            # A report to Train waits for those of all workers, and these fits are not one training.
             self._session = None
             warnings.warn(
                 f"this fit runs in {session.name}, of which there are {session.world_size}: each of them trains the "
@@ -97,39 +99,39 @@ class TuneReport(SavedReport):
         if self.is_automatic and session.num_reports != self.num_reports:
             self.is_reporting = False
             return
-        metrics = self._chosen(run)
-        with self._checkpoint(run, session) as checkpoint:
+        metrics = self._select_metrics(run)
+        with self._save_temporarily(run, session) as checkpoint:
             session.report(metrics, checkpoint)
         self.num_reports = session.num_reports
 
-    def _chosen(self, run: Run) -> dict[str, Any]:
+    def _select_metrics(self, run: Run) -> dict[str, Any]:
         logged = run.state.callback_metrics
-        known = {"epoch": run.state.progress.epoch, "step": run.state.progress.global_step, **logged}
+        values = {"epoch": run.state.progress.epoch, "step": run.state.progress.global_step, **logged}
         if self._metrics is None:
-            return {name: value for name, value in known.items() if name not in _OF_TUNE}
-        missing = [name for name in self._metrics.values() if name not in known]
+            return {name: value for name, value in values.items() if name not in _RESERVED_NAMES}
+        missing = [name for name in self._metrics.values() if name not in values]
         if missing:
             raise ConfigError(
                 f"TuneReport: {', '.join(map(repr, missing))} has not been logged; there are: "
-                f"{', '.join(sorted(known))}. Log it with self.log, or report one of these"
+                f"{', '.join(sorted(values))}. Log it with self.log, or report one of these"
             )
-        return {name: known[source] for name, source in self._metrics.items()}
+        return {name: values[source] for name, source in self._metrics.items()}
 
     @contextlib.contextmanager
-    def _checkpoint(self, run: Run, session: RaySession) -> Iterator[Any]:
-        """None: there is to be none. Ray has copied it by the end."""
+    def _save_temporarily(self, run: Run, session: RaySession) -> Iterator[Any]:
+        """Save a Ray Checkpoint to a temporary directory, which Ray copies; yield None if none is to be saved."""
         if not self._is_saving or run.plan.is_dev_run:
             yield None
             return
         with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
             path = os.path.join(directory, FILE)
             self.save(run, path)
-            checkpoint = session.checkpoint_of(directory)
+            checkpoint = session.make_checkpoint(directory)
             checkpoint.update_metadata({"raylit": self._notes})
             yield checkpoint
 
 
-def _by_name(metrics: str | Sequence[str] | Mapping[str, str] | None) -> dict[str, str] | None:
+def _to_name_map(metrics: str | Sequence[str] | Mapping[str, str] | None) -> dict[str, str] | None:
     if metrics is None or isinstance(metrics, Mapping):
         return None if metrics is None else dict(metrics)
     names = [metrics] if isinstance(metrics, str) else list(metrics)

@@ -1,4 +1,4 @@
-"""RaySession: the run of a user's function by Ray Tune or Ray Train that this code is part of. Driver."""
+"""The Ray Tune or Ray Train session that runs the calling function. Driver."""
 
 import sys
 from collections.abc import Mapping
@@ -8,52 +8,55 @@ from raylit.compat import ray_train
 
 
 class RaySession(Protocol):
-    """What Ray knows of the function under way, and wants to be told."""
+    """Session of Tune or Train, with what raylit reads from it and reports to it."""
 
     name: str
-    """For messages."""
+    """Description for messages."""
 
     @property
     def world_size(self) -> int:
-        """How many processes run the same function together."""
+        """Number of processes that run the same function together."""
         ...
 
     @property
     def num_reports(self) -> int:
-        """By whomever; it only grows."""
+        """Number of reports by any code in this process; it only grows."""
         ...
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What the function was called with."""
+        """The config that the function was called with."""
         ...
 
     @property
     def checkpoint(self) -> Any:
-        """A ray Checkpoint that the function is to continue from, or the last that it has reported; None: neither."""
+        """Ray Checkpoint to continue from, or the last one that the function has reported, or None."""
         ...
 
-    def checkpoint_of(self, directory: str) -> Any:
-        """A ray Checkpoint of a local directory."""
+    def make_checkpoint(self, directory: str) -> Any:
+        """Create a Ray Checkpoint of a local directory."""
         ...
 
     def report(self, metrics: dict[str, Any], checkpoint: Any) -> None:
-        """Hand over a result, and a Checkpoint or None. SystemExit: Ray wants the function to end."""
+        """Report a result with a Checkpoint or None. SystemExit: Ray wants the function to end."""
         ...
 
 
 def current_session() -> RaySession | None:
-    """None: neither Tune nor Train runs this process, or Tune does with a class trainable, whose results are what its
-    `step` returns."""
+    """Return the session of this process, or None.
+
+    None: neither Tune nor Train runs this process, or Tune runs a class trainable, whose results are what its `step`
+    returns.
+    """
     session = ray_train.find_function_session()
     if session is not None:
-        return _Session(session)
+        return _FunctionSession(session)
     functions = ray_train.find_train_functions()
-    return None if functions is None else _Functions(functions)
+    return None if functions is None else _TrainWorkerSession(functions)
 
 
-class _Session:
-    """Of a function trainable of Tune, and of a worker of Train's first version."""
+class _FunctionSession:
+    """Session of a function trainable of Tune, or of a worker of Train's first version."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -76,7 +79,7 @@ class _Session:
     def checkpoint(self) -> Any:
         return self._session.loaded_checkpoint
 
-    def checkpoint_of(self, directory: str) -> Any:
+    def make_checkpoint(self, directory: str) -> Any:
         package = sys.modules["ray.tune" if self._is_tune else "ray.train"]
         return package.Checkpoint.from_directory(directory)
 
@@ -84,8 +87,8 @@ class _Session:
         self._session.report(metrics, checkpoint=checkpoint)
 
 
-class _Functions:
-    """Of a worker of Train's second version."""
+class _TrainWorkerSession:
+    """Session of a worker of Train's second version."""
 
     name = "a worker of Ray Train"
 
@@ -103,13 +106,13 @@ class _Functions:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return {}  # it is the same whenever Train starts the function anew
+        return {}  # it is the same whenever Train restarts the function
 
     @property
     def checkpoint(self) -> Any:
         return self._functions.get_checkpoint()
 
-    def checkpoint_of(self, directory: str) -> Any:
+    def make_checkpoint(self, directory: str) -> Any:
         return sys.modules["ray.train"].Checkpoint.from_directory(directory)
 
     def report(self, metrics: dict[str, Any], checkpoint: Any) -> None:

@@ -235,11 +235,11 @@ def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
 
 def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
     state = {"large": torch.randn(PIECE_BYTES // 3), "small": torch.arange(3), "empty": torch.empty(0)}
-    held = PendingCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
-    pieces = pieces_of(held)
+    pending = PendingCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
+    pieces = pieces_of(pending)
     path = tmp_path / "a"
     path.touch()
-    assert held.fill(str(path))
+    assert pending.fill(str(path))
     assert [len(piece) for piece in pieces] == [PIECE_BYTES, path.stat().st_size - PIECE_BYTES]
     assert path.read_bytes() == b"".join(pieces)
     read = torch.load(path, weights_only=True)
@@ -247,20 +247,20 @@ def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
     assert torch.equal(read["again"], state["large"][5:9])
 
 
-def pieces_of(held: PendingCheckpoint) -> list[bytes]:
-    held.begin_pieces()
-    return list(iter(lambda: held.next_piece().tobytes(), b""))
+def pieces_of(pending: PendingCheckpoint) -> list[bytes]:
+    pending.begin_pieces()
+    return list(iter(lambda: pending.next_piece().tobytes(), b""))
 
 
 def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
     before = threading.active_count()
-    held = PendingCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
-    whole = pieces_of(held)
-    held.begin_pieces()
-    assert held.next_piece().tobytes() == whole[0]
-    assert pieces_of(held) == whole
-    held.begin_pieces()
-    held.release()
+    pending = PendingCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
+    whole = pieces_of(pending)
+    pending.begin_pieces()
+    assert pending.next_piece().tobytes() == whole[0]
+    assert pieces_of(pending) == whole
+    pending.begin_pieces()
+    pending.release()
     deadline = time.monotonic() + 20
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -268,9 +268,9 @@ def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
 
 
 def test_an_error_of_what_is_saved_is_raised_with_the_pieces() -> None:
-    held = PendingCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
+    pending = PendingCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
     with pytest.raises(TypeError, match="cannot pickle"):
-        pieces_of(held)
+        pieces_of(pending)
 
 
 @pytest.mark.parametrize("num_large", [0, 3])

@@ -97,19 +97,19 @@ def test_the_embedded_node_s_directory_is_closed_to_other_users(quiet):
 def test_the_store_of_local_workers_is_reached_by_this_host_alone():
     ip = own_ip()
     rendezvous = Rendezvous(driver_ip=ip, worker_ips=[ip, ip])
-    meeting = rendezvous.next_meeting()
-    assert meeting.host == "127.0.0.1"
-    assert is_reachable("127.0.0.1", meeting.port)
-    assert not is_reachable(ip, meeting.port)
+    info = rendezvous.next_info()
+    assert info.host == "127.0.0.1"
+    assert is_reachable("127.0.0.1", info.port)
+    assert not is_reachable(ip, info.port)
 
 
 def test_the_store_of_workers_on_other_hosts_listens_at_the_node_s_address_alone():
     ip = own_ip()
     rendezvous = Rendezvous(driver_ip=ip, worker_ips=[ip, "192.0.2.7"])
-    meeting = rendezvous.next_meeting()
-    assert meeting.host == ip
-    assert is_reachable(ip, meeting.port)
-    assert not is_reachable("127.0.0.1", meeting.port)
+    info = rendezvous.next_info()
+    assert info.host == ip
+    assert is_reachable(ip, info.port)
+    assert not is_reachable("127.0.0.1", info.port)
 
 
 def test_a_temporary_directory_that_is_too_long_for_sockets_is_refused_by_name(monkeypatch, tmp_path):

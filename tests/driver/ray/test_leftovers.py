@@ -183,20 +183,20 @@ def observer(tmp_path):
 
 @pytest.mark.cluster
 def test_a_killed_driver_leaves_nothing_on_a_cluster_of_the_user_s(observer, start_driver, tmp_path):
-    def held():
+    def resources_in_use():
         observer.stdin.write("\n")
         observer.stdin.flush()
         return observer.stdout.readline().split()
 
     address = observer.stdout.readline().strip()
     assert address, (tmp_path / "observer").read_text()
-    assert held() == ["0", "0", "2.0"]
+    assert resources_in_use() == ["0", "0", "2.0"]
     driver = start_driver(max_steps=-1, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     driver.wait_for_steps(3)
-    assert held() == ["2", "1", "0.0"]
+    assert resources_in_use() == ["2", "1", "0.0"]
     driver.process.kill()
     driver.end(within_s=30)
-    wait_until(lambda: held() == ["0", "0", "2.0"], 10)
+    wait_until(lambda: resources_in_use() == ["0", "0", "2.0"], 10)
     # torch's loader processes look for their parent every 5 s.
     wait_until(lambda: not any("ray::WorkerActor" in line for line in driver.processes()), 15)
 
@@ -207,7 +207,7 @@ FREED = """
     import raylit as pl
     from models import Regression, RegressionData
 
-    def held():
+    def resources_in_use():
         actors = [state for state in ray._private.state.actors().values() if state["State"] != "DEAD"]
         groups = [entry for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
         return len(actors), len(groups), ray.available_resources().get("CPU", 0.0)
@@ -215,12 +215,12 @@ FREED = """
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     pl.fit(Regression(), RegressionData(), num_workers=2, max_steps=2, logger=False, enable_checkpointing=False,
            enable_progress_bar=False)
-    print("warm", held())
+    print("warm", resources_in_use())
     pl.shutdown()
     deadline = time.monotonic() + 10
-    while held() != (0, 0, 2.0) and time.monotonic() < deadline:
+    while resources_in_use() != (0, 0, 2.0) and time.monotonic() < deadline:
         time.sleep(0.05)
-    print("freed", held(), ray.is_initialized())
+    print("freed", resources_in_use(), ray.is_initialized())
     ray.shutdown()
 """
 

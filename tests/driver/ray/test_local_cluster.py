@@ -135,7 +135,7 @@ with FakeAutoscalingCluster(head={"CPU": 1}, workers=small) as cluster, contextl
     while ray_core.read_autoscaling() is None and time.monotonic() < deadline:
         time.sleep(0.2)
 
-    placement._HOPELESS_S = 2.0
+    placement._INFEASIBLE_S = 2.0
     text, took_s = refusal(num_workers=1, resources_per_worker={"CPU": 64}, start_timeout_s=60)
     assert "1 worker of 64 CPU each is asked for" in text, text
     assert "its autoscaler says that no nodes it may start could" in text, text

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from raylit.driver.ray.local_cluster import MARK, NodeReaper
+from raylit.driver.ray.node_reaper import MARK, NodeReaper
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
@@ -45,9 +45,9 @@ def test_the_node_s_processes_end_and_nobody_else_s(tmp_path, start):
         own = [start(directory), start(directory, title), start("", title, stdout=log)]
     spared = [start(other), start(other, title), start("", title), start(directory, start_new_session=True)]
     time.sleep(0.2)  # for bash to become what it starts
-    janitor = NodeReaper(str(directory))
+    reaper = NodeReaper(str(directory))
     assert [process.poll() for process in own] == [None] * 3
-    janitor.finish()
+    reaper.finish()
     assert [process.wait(timeout=10) for process in own] == [-signal.SIGKILL] * 3
     assert [process.poll() for process in spared] == [None] * 4
     assert not directory.exists()
@@ -55,8 +55,8 @@ def test_the_node_s_processes_end_and_nobody_else_s(tmp_path, start):
 
 DRIVER = """
 import os, sys, time
-from raylit.driver.ray.local_cluster import Janitor
-janitor = Janitor(sys.argv[1])
+from raylit.driver.ray.node_reaper import NodeReaper
+reaper = NodeReaper(sys.argv[1])
 if os.fork():
     print("ready", flush=True)
 time.sleep(60)
@@ -78,15 +78,15 @@ def test_a_driver_that_is_killed_needs_not_say_so_even_if_a_fork_of_it_lives_on(
     assert gone
 
 
-def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path):
+def test_directories_whose_reapers_were_killed_are_removed_by_the_next(tmp_path):
     directories = [tmp_path / f"rl-{name}" for name in ("killed", "living", "young", "foreign", "own")]
     for directory in directories:
         directory.mkdir()
     killed, living, young, _, own = directories
-    janitors = [NodeReaper(str(directory)) for directory in (killed, living, young)]
-    for janitor in (janitors[0], janitors[2]):
-        janitor._process.kill()
-        janitor._process.wait(timeout=10)
+    reapers = [NodeReaper(str(directory)) for directory in (killed, living, young)]
+    for reaper in (reapers[0], reapers[2]):
+        reaper._process.kill()
+        reaper._process.wait(timeout=10)
     long_ago = time.time() - 100
     for directory in (killed, living):
         os.utime(directory / "raylit.lock", (long_ago, long_ago))
@@ -94,7 +94,7 @@ def test_directories_whose_janitors_were_killed_are_removed_by_the_next(tmp_path
     assert is_gone(killed)
     last.finish()
     assert [directory.exists() for directory in directories] == [False, True, True, True, False]
-    janitors[1].finish()
+    reapers[1].finish()
     assert not living.exists()
 
 
@@ -162,9 +162,9 @@ def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are
     if os.geteuid() == 0:
         os.chown(stranger, 65534, 65534)
         others.append(stranger)
-    janitor = NodeReaper(str(own))
+    reaper = NodeReaper(str(own))
     assert is_gone(abandoned)
-    janitor.finish()
+    reaper.finish()
     assert [path.exists() for path in others] == [True] * len(others)
     assert (project / "raylit.lock").exists()
 

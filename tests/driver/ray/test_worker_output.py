@@ -118,17 +118,17 @@ def printed(*lines):
 
 
 def test_a_rank_keeps_its_order_and_common_lines_are_shown_once(capsys):
-    printouts = WorkerOutput(num_workers=2)
-    printouts.take_in(0, printed("a", "common", "b"))
-    printouts.take_in(1, printed("common"))
+    worker_output = WorkerOutput(num_workers=2)
+    worker_output.add(0, printed("a", "common", "b"))
+    worker_output.add(1, printed("common"))
     assert capsys.readouterr().out == ""
     time.sleep(0.3)
-    printouts.show_due()
+    worker_output.print_due()
     assert capsys.readouterr().out == "[rank 0] a\n[all ranks] common\n[rank 0] b\n"
 
 
 def test_a_single_worker_needs_no_label(capsys):
-    WorkerOutput(num_workers=1).take_in(0, printed("a"))
+    WorkerOutput(num_workers=1).add(0, printed("a"))
     assert capsys.readouterr().out == "a\n"
 
 

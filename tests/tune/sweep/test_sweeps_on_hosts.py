@@ -86,7 +86,7 @@ def sweep(cpus):
     return pl.sweep(build, {{}}, metric="val_loss", num_workers=1, resources_per_worker={{"CPU": cpus}}, max_epochs=1,
                     default_root_dir="runs", name=f"cpus-{{cpus}}", logger=False)
 
-placement._HOPELESS_S = 2.0
+placement._INFEASIBLE_S = 2.0
 with FakeAutoscalingCluster(head={{"CPU": 1}}, workers={{"cpu2": ({{"CPU": 2}}, 1)}}) as scaled:
     ray.init(address=scaled.address, logging_level="WARNING", log_to_driver=False)
     try:

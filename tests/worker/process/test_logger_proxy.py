@@ -309,7 +309,7 @@ def test_a_slow_logger_does_not_delay_the_steps_and_loses_no_calls(quiet, tmp_pa
 
 
 def test_calls_wait_when_the_queue_is_full_instead_of_being_dropped(monkeypatch):
-    monkeypatch.setattr(log_writer, "_MAX_WAITING_BYTES", 1000)
+    monkeypatch.setattr(log_writer, "_MAX_QUEUED_BYTES", 1000)
     logger, is_let_on = Keeping(), threading.Event()
     logger.wait = lambda: is_let_on.wait(20)
     writer = LogWriter([logger], is_direct=False)
@@ -393,7 +393,7 @@ def test_a_hooks_call_that_fails_on_a_full_disk_does_not_end_the_training(quiet)
 
 
 def test_a_logger_whose_calls_fail_slowly_is_no_longer_called(monkeypatch):
-    monkeypatch.setattr(log_writer, "_FUTILE_S", 0.05)
+    monkeypatch.setattr(log_writer, "_DISABLE_AFTER_S", 0.05)
 
     class Unreachable(Keeping):
         num_calls = 0
