@@ -338,7 +338,7 @@ def _copied(value: Any) -> Any:
 def _fill(tensor: Tensor, value: Tensor) -> None:
     """With the value, or with this rank's part of it."""
     if is_sharded(tensor):
-        from raylit.strategies.fsdp.shards import counterpart
+        from raylit.strategies.fsdp.shards import build_local_value
 
-        value = counterpart(value, tensor, "", {})
+        value = build_local_value(value, tensor, "", {})
     tensor.copy_(value)

@@ -152,15 +152,15 @@ def _counting_for_nothing(module: nn.Module, view: TrainerView) -> Iterator[None
     statistics) take in, is dropped."""
     metrics = view.metrics
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    was_muted = metrics is not None and metrics.is_muted
+    was_suspended = metrics is not None and metrics.is_suspended
     if metrics is not None:
-        metrics.is_muted = True
+        metrics.is_suspended = True
     try:
         with torchmetrics_adapter.preserve_state(module):
             yield
     finally:
         if metrics is not None:
-            metrics.is_muted = was_muted
+            metrics.is_suspended = was_suspended
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -162,12 +162,12 @@ class _SharedLoop:
 
     def _follow(self, step: Callable[..., Any], batch: Any, metrics: MetricBuffer, of_step: tuple[int, ...]) -> None:
         """Run the step as others wait for it; it counts for nothing."""
-        metrics.is_muted = True
+        metrics.is_suspended = True
         try:
             with torchmetrics_adapter.preserve_state(self._session.module), self._session.around_step():
                 step(batch, self._num_done, *of_step)
         finally:
-            metrics.is_muted = False
+            metrics.is_suspended = False
         self._session.arm_stop.num_done += 1
 
     def _batches(self, index: int) -> Iterator[tuple[int, Any]]:
@@ -229,7 +229,7 @@ class _SharedLoop:
         modes: list[tuple[nn.Module, bool]] = [(child, child.training) for child in module.modules()]
         getattr(module, f"on_{prefix}_model_eval")()
         try:
-            with self._session.strategy.evaluating(is_inference_mode=self._session.plan.inference_mode):
+            with self._session.strategy.evaluation_context(is_inference_mode=self._session.plan.inference_mode):
                 yield
         finally:
             if is_overridden(f"on_{prefix}_model_train", module, LightningModule):

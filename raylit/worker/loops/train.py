@@ -42,30 +42,30 @@ def run_forward(session: Session, data: TrainSource, *, metrics: MetricBuffer, e
     step, collectives = session.module.training_step, session.collectives
     with _unlogged(session, metrics), _synced(session) as norms:
         for batch_idx, batch in enumerate(feed):
-            is_silent = False
+            is_excluded = False
             if feed.weight != 1.0:
                 # A rank without a share runs another's: the statistics of all wait for it.
                 offers = collectives.gather_objects(batch)
-                is_silent = batch is None
-                batch = next(offer for offer in offers if offer is not None) if is_silent else batch
+                is_excluded = batch is None
+                batch = next(offer for offer in offers if offer is not None) if is_excluded else batch
             if norms is not None:
-                norms.silence(is_silent=is_silent)
-            session.strategy.silence(is_silent=is_silent)
+                norms.exclude_rank(is_excluded=is_excluded)
+            session.strategy.exclude_rank(is_excluded=is_excluded)
             with session.around_step():
                 step(batch, batch_idx)
-        session.strategy.silence(is_silent=False)
+        session.strategy.exclude_rank(is_excluded=False)
 
 
 @contextmanager
 def _unlogged(session: Session, metrics: MetricBuffer) -> Iterator[None]:
     module = session.module
     before = module.redirect_log(metrics)
-    metrics.is_muted = metrics.is_training_batch = True
+    metrics.is_suspended = metrics.is_training_batch = True
     try:
         yield
     finally:
         module.redirect_log(before)
-        metrics.is_muted = metrics.is_training_batch = False
+        metrics.is_suspended = metrics.is_training_batch = False
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class MetricBuffer:
         self._step_layout: _Layout = []
         self.is_training_batch = False
         """Inside a training batch: `on_step` is the default; else `on_epoch` is."""
-        self.is_muted = False
+        self.is_suspended = False
         """What is logged counts for nothing."""
         self.is_piece = False
         """A piece of the batch is under way, in truncated back-propagation."""
@@ -114,7 +114,7 @@ class MetricBuffer:
         add_dataloader_idx: bool,
     ) -> None:
         """Keep a value. A tensor stays on its device. With `batch_size=0` it counts for nothing in an epoch's mean."""
-        if self.is_muted:
+        if self.is_suspended:
             return
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
@@ -228,7 +228,7 @@ class MetricBuffer:
         """As `log`, for what a step has returned. Where one batch shows a name and another does not, it is shown; a
         name that the module gives to `self.log` too is left to it. `piece_fx` makes one value of those of a batch's
         pieces."""
-        if self.is_muted:
+        if self.is_suspended:
             return
         has_index = self.dataloader_idx is not None and add_dataloader_idx
         full_name = f"{name}/dataloader_idx_{self.dataloader_idx}" if has_index else name

@@ -102,12 +102,12 @@ class FollowingOptimization:
         if batch is not None:
             return self._inner.run_share(batch, batch_idx, is_window_end, weight, *extra)
         others, extra = next(offer for offer in offers if offer is not None)
-        self._metrics.is_muted = True
-        self._strategy.silence(is_silent=True)
+        self._metrics.is_suspended = True
+        self._strategy.exclude_rank(is_excluded=True)
         try:
             with torchmetrics_adapter.preserve_state(self._module):
                 self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
         finally:
-            self._metrics.is_muted = False
-            self._strategy.silence(is_silent=False)
+            self._metrics.is_suspended = False
+            self._strategy.exclude_rank(is_excluded=False)
         return None

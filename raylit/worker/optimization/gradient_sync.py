@@ -62,7 +62,7 @@ class GradientSync:
         self.share_step = self.step if self._strategy.is_sharding else self._training_step
         """For batches of an uneven split: DDP's own reduction runs in a backward pass and needs a batch on every rank.
         """
-        self.check = self._strategy.synced_check(self.step)
+        self.check = self._strategy.build_sync_check(self.step)
         """To be called after a backward pass that has synced, and to `renew` where it is True; None: there is nothing
         to check."""
 

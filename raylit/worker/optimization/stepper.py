@@ -201,7 +201,7 @@ def _inspections(session: Session, metrics: MetricBuffer) -> list[Call]:
         graded = {name: p.grad.detach() for name, p in session.module.named_parameters() if p.grad is not None}
         if not graded:
             return
-        norms = strategy.norms(list(graded.values()), order)
+        norms = strategy.compute_norms(list(graded.values()), order)
         for name, norm in zip(graded, norms, strict=True):
             metrics.log_step(f"grad_{order}_norm/{name}", norm)
         metrics.log_step(f"grad_{order}_norm_total", torch.linalg.vector_norm(torch.stack(norms), order))

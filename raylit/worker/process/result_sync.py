@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import Callback
 from raylit.compat.torch_module import list_registered
-from raylit.strategies.sharded_state import is_fit
+from raylit.strategies.sharded_state import has_memory_of_shape
 from raylit.worker.data.shared_memory import SharedMemory
 
 _NN_INTERNAL = frozenset(nn.Module().__dict__)
@@ -94,7 +94,7 @@ class GatheredWeights:
             self._own = self._module.state_dict(keep_vars=True)
         for name, trained in piece.items():
             own = self._own.get(name)
-            if not is_fit(own, trained.shape) or own.device.type != "cpu":
+            if not has_memory_of_shape(own, trained.shape) or own.device.type != "cpu":
                 self.state_dict[name] = trained.clone()
                 continue
             if own.dtype == trained.dtype:
@@ -122,7 +122,11 @@ def _materialize(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             if parameter.is_meta:
                 if parameter not in made:
                     trained = state_dict.get(f"{prefix}.{name}" if prefix else name)
-                    data = trained if is_fit(trained, parameter.shape) else torch.empty_like(parameter, device="cpu")
+                    data = (
+                        trained
+                        if has_memory_of_shape(trained, parameter.shape)
+                        else torch.empty_like(parameter, device="cpu")
+                    )
                     made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
                 setattr(part, name, made[parameter])
 

@@ -14,7 +14,7 @@ def materialized(build):
         module = build()
     torch.manual_seed(3)
     materializer = MetaInitializer(module, owners=order.owners)
-    for part in order.over(module):
+    for part in order.sort_modules(module):
         materializer.materialize(part)
     return module
 
