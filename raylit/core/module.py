@@ -406,7 +406,7 @@ class LightningModule(HyperparametersMixin, LoopHooks):
 
     def toggled_optimizer(self, optimizer: Any) -> AbstractContextManager[None]:
         """`with`: the two around it."""
-        return self.trainer.handles.toggled(optimizer)
+        return self.trainer.handles.toggle_context(optimizer)
 
     def untoggle_optimizer(self, optimizer: Any) -> None:
         self.trainer.handles.untoggle(optimizer)

@@ -27,8 +27,8 @@ def choose_units(module: nn.Module, policy: WrapPolicy | None) -> list[nn.Module
     units = [part for part in module.modules() if part is not module and fits(part)]
     if not units:
         raise ConfigError(
-            f"FSDPStrategy(auto_wrap_policy={_format_policy(policy)}) fits no part of {type(module).__name__}: give the "
-            "classes of its blocks, or leave it out to have repeated blocks found"
+            f"FSDPStrategy(auto_wrap_policy={_format_policy(policy)}) fits no part of {type(module).__name__}: give "
+            "the classes of its blocks, or leave it out to have repeated blocks found"
         )
     return units
 

@@ -153,11 +153,11 @@ class _SharedLoop:
 
         for hook in on_start:
             start = partial(_with_extra, hook, extra)
-            uneven.run(start, own, follow=start)
-        output = uneven.run(run_step, own, follow=run_step)
+            uneven.run(start, own, run_padding=start)
+        output = uneven.run(run_step, own, run_padding=run_step)
         for hook in on_end:
             end = partial(_with_extra, hook, extra)
-            uneven.run(end, None if own is None else (output, *own), follow=end)
+            uneven.run(end, None if own is None else (output, *own), run_padding=end)
         return output
 
     def _follow(self, step: Callable[..., Any], batch: Any, metrics: MetricBuffer, of_step: tuple[int, ...]) -> None:

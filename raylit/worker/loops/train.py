@@ -26,7 +26,7 @@ from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.metrics.entry import sum_states
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.optimization.gradient_sync import mean_gradients
+from raylit.worker.optimization.gradient_sync import average_saved_gradients
 from raylit.worker.process.profiling import TimedFeed
 from raylit.worker.session import Session
 
@@ -136,8 +136,8 @@ class TrainLoop:
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
         # Of batches that some ranks have no share of; these hooks get None there, and decide what is to be done.
-        on_uneven_start = [session.uneven.watched(hook, is_answer_needed=True) for hook in on_batch_start]
-        on_uneven_end = [session.uneven.watched(hook) for hook in on_batch_end]
+        on_uneven_start = [session.uneven.wrap_hook(hook, is_answer_needed=True) for hook in on_batch_start]
+        on_uneven_end = [session.uneven.wrap_hook(hook) for hook in on_batch_end]
         if self._kept is not None:
             on_batch_end = (self._kept.keep_batch, *on_batch_end)
             on_uneven_end = [self._kept.keep_share, *on_uneven_end]
@@ -300,7 +300,7 @@ class TrainLoop:
         self.metrics.load_state_dict(sum_states([state["metrics"] for state in own]), module)
         if self._kept is not None:
             self._kept.load_state_dict(join_outputs([state.get("outputs", []) for state in own]))
-        self._optimization.load_state_dict(mean_gradients([state.get("optimization", {}) for state in states]))
+        self._optimization.load_state_dict(average_saved_gradients([state.get("optimization", {}) for state in states]))
         self._view.load_metrics_state(states[0].get("reduced", {}))
         # How far the data was dealt out, and what the samplers' own generators stood at, is alike on all ranks.
         self._load_data_state(states[0])
