@@ -18,18 +18,18 @@ def search(
     batch_s=lambda size: 1.0,
 ):
     """The chosen size and those that were tried."""
-    windows = BatchSizeChoices(sizes=sizes, world_size=1, window=1)
-    searched = SizeSearch(search_steps(mode, sizes, first=first), num_trials=num_trials, windows=windows)
+    choices = BatchSizeChoices(sizes=sizes, world_size=1, window=1)
+    searched = SizeSearch(search_steps(mode, sizes, first=first), num_trials=num_trials, choices=choices)
     tried = []
     while (size := searched.propose()) is not None:
         tried.append(size)
         if size > limit:
-            outcome = Outcome(error=MemoryError(f"of {size}"), verdict="too large")
+            outcome = Outcome(error=MemoryError(f"of {size}"), failure="too large")
         else:
             timing = Timing(num_samples=size, batch_s=batch_s(size), step_batch_s=batch_s(size))
             outcome = Outcome(findings=timing, num_batches=-(-num_samples // size))
         searched.receive(size, outcome)
-    return BatchSizes(searched.trials, mode=mode, windows=windows, margin=margin).suggestion(), tried
+    return BatchSizes(searched.trials, mode=mode, choices=choices, margin=margin).suggestion(), tried
 
 
 def test_sizes_are_doubled_until_one_is_too_large():

@@ -9,7 +9,7 @@ import torch
 
 import raylit as pl
 from raylit.errors import RemoteTraceback, WorkerDied
-from raylit.tune.search.out_of_memory import classify_failure, without_tracebacks
+from raylit.tune.search.out_of_memory import classify_failure, drop_tracebacks
 
 
 def died(reason):
@@ -64,9 +64,9 @@ def test_the_cause_of_an_error_counts_and_its_frames_go():
     except KeyError as error:
         outer = error
     assert classify_failure(outer) == "too large"
-    assert without_tracebacks(outer).__traceback__ is outer.__cause__.__traceback__ is None
+    assert drop_tracebacks(outer).__traceback__ is outer.__cause__.__traceback__ is None
     told = caught(lambda: [][1])
-    assert "[][1]" in str(without_tracebacks(told).__cause__)
+    assert "[][1]" in str(drop_tracebacks(told).__cause__)
     told = RuntimeError("bug")
     told.__cause__ = RemoteTraceback("In rank 0: out of memory")  # only a text, of whatever
     assert classify_failure(told) is None

@@ -7,7 +7,7 @@ import pytest
 import raylit as pl
 from raylit.tune.records import TrialRecord
 from raylit.tune.sweep.figures import objective_figure, parallel_figure
-from raylit.tune.sweep.parameters import Quality, constant, varying
+from raylit.tune.sweep.parameters import Quality, find_common_values, list_varying_parameters
 from raylit.tune.sweep.result import summary
 
 
@@ -73,15 +73,15 @@ def test_a_table_is_as_wide_as_the_terminal_and_counts_what_it_leaves_out():
     ],
 )
 def test_a_parameter_gets_the_scale_that_shows_it(values, scale, places):
-    (parameter,) = varying(trials_of("x", *values))
+    (parameter,) = list_varying_parameters(trials_of("x", *values))
     assert parameter.scale == scale
     if places is not None:
-        assert [parameter.place(value) for value in values] == pytest.approx(places)
+        assert [parameter.locate(value) for value in values] == pytest.approx(places)
 
 
 def test_what_is_the_same_in_all_trials_is_told_apart():
-    assert [parameter.name for parameter in varying(TRIALS)] == ["lr", "net/kind"]
-    assert constant(TRIALS) == {"seed": 1}
+    assert [parameter.name for parameter in list_varying_parameters(TRIALS)] == ["lr", "net/kind"]
+    assert find_common_values(TRIALS) == {"seed": 1}
 
 
 def test_trials_that_diverged_do_not_press_the_others_together():
@@ -89,7 +89,7 @@ def test_trials_that_diverged_do_not_press_the_others_together():
     quality = Quality(trials, metric="val_loss", mode="min")
     assert [quality.of(it) for it in trials] == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0, 0.0])
     assert [quality.is_on_scale(it) for it in trials] == [True] * 4 + [False]
-    assert [it.id for it in quality.worst_first(trials)] == ["t4", "t3", "t2", "t1", "t0"]
+    assert [it.id for it in quality.sort_worst_first(trials)] == ["t4", "t3", "t2", "t1", "t0"]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

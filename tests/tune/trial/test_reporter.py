@@ -4,7 +4,7 @@ import torch
 from models import Regression, RegressionData
 
 import raylit as pl
-from raylit.tune.trial.trial_thread import IS_LAST, Ended, Reporter, TrialThread
+from raylit.tune.trial.trial_thread import IS_LAST, Reporter, TrainingEnd, TrialThread
 
 
 class Fitted:
@@ -24,7 +24,7 @@ class Fitted:
 
     def reports(self):
         reports = []
-        while not isinstance(answer := self.handover.next(), Ended):
+        while not isinstance(answer := self.handover.next(), TrainingEnd):
             reports.append(answer.metrics)
         if answer.error is not None:
             raise answer.error

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from raylit.tune.trial.trial_thread import Ended, Reported, TrainingCut, TrialThread
+from raylit.tune.trial.trial_thread import TrainingAborted, TrainingEnd, TrainingReport, TrialThread
 
 
 def counting(events, *, num_reports=3):
@@ -24,16 +24,16 @@ def test_training_stands_still_until_the_next_report_is_asked_for():
     events = []
     handover = TrialThread(counting(events))
     assert events == []
-    assert handover.next() == Reported(metrics={"number": 0})
+    assert handover.next() == TrainingReport(metrics={"number": 0})
     assert events == ["train 0"]
-    assert handover.next() == Reported(metrics={"number": 1})
+    assert handover.next() == TrainingReport(metrics={"number": 1})
     assert events == ["train 0", "train 1"]
 
 
 def test_it_ends_with_what_the_training_returned():
     handover = TrialThread(counting([], num_reports=1))
     handover.next()
-    assert handover.next() == Ended(metrics={"total": 1})
+    assert handover.next() == TrainingEnd(metrics={"total": 1})
     handover.end()
 
 
@@ -64,7 +64,7 @@ def test_a_failed_save_is_the_savers_error_and_training_goes_on():
     handover.next()
     with pytest.raises(OSError, match="disk full"):
         handover.save("a")
-    assert handover.next() == Ended()
+    assert handover.next() == TrainingEnd()
 
 
 def test_a_stop_lets_the_training_end_by_itself():
@@ -83,7 +83,7 @@ def test_a_training_that_does_not_stop_is_cut():
         try:
             while True:
                 handover.report({}, save=print)
-        except TrainingCut:
+        except TrainingAborted:
             events.append("cut")
             raise
 
