@@ -88,8 +88,8 @@ class Tuner:
         Args:
             model: the LightningModule.
             data: loaders or a data module, as `fit` takes them by position.
-            size_arguments: arguments of `scale_batch_size`, before those of the Trainer.
-            rate_arguments: arguments of `lr_find`, before those of the Trainer.
+            size_arguments: arguments of `scale_batch_size`, which override those of the Trainer.
+            rate_arguments: arguments of `lr_find`, which override those of the Trainer.
 
         Returns:
             The results by the names of the two methods.

@@ -161,7 +161,7 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _build_unwritten(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor filled with the mark of values that nobody has written."""
+    """Return a CPU tensor filled with the mark of values that were never written."""
     empty = torch.empty_like(tensor, device="cpu")
     with torch.no_grad():
         return empty.fill_(_unwritten_mark(tensor.dtype))

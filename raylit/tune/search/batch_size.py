@@ -289,7 +289,7 @@ def _is_falling(trials: list[SizeTrial]) -> bool:
 
 
 class BatchSizes:
-    """Result of a batch size search: the sizes that were tried and the suggested one."""
+    """Result of a batch size search: its trials and the suggested size."""
 
     def __init__(
         self, trials: Sequence[SizeTrial], *, mode: SizeMode, choices: BatchSizeChoices, margin: float

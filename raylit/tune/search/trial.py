@@ -161,7 +161,7 @@ def fit_trial(experiment: Experiment, value: Any, *, job: Job, report_loss: Repo
 def copy_job(job: Job) -> Job:
     """Copy a job for a worker in this process, which would otherwise train the user's own objects.
 
-    Data sets are shared, as nobody writes to them. A loader that cannot be copied, such as a generator, is shared
+    Data sets are shared, as trials only read them. A loader that cannot be copied, such as a generator, is shared
     too.
     """
     memo: dict[int, Any] = {}

@@ -197,7 +197,7 @@ def _figure(*, width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # optional, and slow to import
     except ImportError as error:
-        raise ConfigError("pictures of a sweep need matplotlib: pip install matplotlib, or raylit[plot]") from error
+        raise ConfigError("figures of a sweep need matplotlib: pip install matplotlib, or raylit[plot]") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 

@@ -239,7 +239,8 @@ class Trial(tune.Trainable):
             logged = ", ".join(sorted(name for name in metrics if name not in NOT_LOGGED)) or "none at all"
             raise UnknownMetric(
                 f"metric={metric!r}: the first result of trial {self.trial_id} has no such metric; there are: "
-                f"{logged}. Log it with self.log in validation_step (or with on_epoch=True in training_step), or name one of these"
+                f"{logged}. Log it with self.log in validation_step (or with on_epoch=True in training_step), or name one of "
+                "these"
             )
 
     def _save_last(self) -> None:

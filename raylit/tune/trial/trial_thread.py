@@ -63,7 +63,7 @@ class TrialThread:
         """Report a result and wait for the decision; False: the training has to end.
 
         Raises:
-            TrainingCut: it was told to end before.
+            TrainingAborted: it was told to end before.
         """
         if self._is_stopping:
             raise TrainingAborted

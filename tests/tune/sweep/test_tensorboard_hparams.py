@@ -43,7 +43,7 @@ class Fails(Regression):
         raise ValueError("on purpose")
 
 
-def test_each_trial_is_a_session_with_its_config_and_its_best(tmp_path, quiet):
+def test_each_trial_writes_a_session_with_its_config_and_best_value(tmp_path, quiet):
     space = {
         "lr": tune.loguniform(1e-5, 1.0),
         "net": {"width": tune.grid_search([8, 16]), "kind": tune.choice(["mlp", "cnn"])},
