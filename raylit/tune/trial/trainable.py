@@ -238,8 +238,8 @@ class Trial(tune.Trainable):
         if metric is not None and metric not in metrics:
             logged = ", ".join(sorted(name for name in metrics if name not in NOT_LOGGED)) or "none at all"
             raise UnknownMetric(
-                f"metric={metric!r}: the first result of trial {self.trial_id} has no such metric; there are: "
-                f"{logged}. Log it with self.log in validation_step (or with on_epoch=True in training_step), or name one of "
+                f"metric={metric!r}: the first result of trial {self.trial_id} has no such metric; there are: {logged}"
+                ". Log it with self.log in validation_step (or with on_epoch=True in training_step), or name one of "
                 "these"
             )
 
