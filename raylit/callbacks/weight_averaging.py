@@ -379,7 +379,7 @@ def _copy_to_cpu(value: Any) -> Any:
 def _copy_value(tensor: Tensor, value: Tensor) -> None:
     """Copy the value, or this rank's shard of it, into the tensor."""
     if is_sharded(tensor):
-        from raylit.strategies.fsdp.shards import counterpart
+        from raylit.strategies.fsdp.shards import build_local_value
 
-        value = counterpart(value, tensor, "", {})
+        value = build_local_value(value, tensor, "", {})
     tensor.copy_(value)

@@ -114,7 +114,7 @@ def read_whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
     targets = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype)
         for state in STATES
-        for name, tensor in parts.placeholders(checkpoint.get(state), state)
+        for name, tensor in parts.iterate_placeholders(checkpoint.get(state), state)
     }
     read(targets)
     states = {

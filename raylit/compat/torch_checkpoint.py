@@ -1,14 +1,15 @@
-"""Name what the metadata of torch.distributed.checkpoint consists of. Both sides.
+"""Names in the metadata of torch.distributed.checkpoint. Driver and worker.
 
-Written against torch 2.13, tested with torch 2.9.1 too. Imported only where there is sharded state:
-torch takes a while for it.
+Written against torch 2.13, tested with torch 2.9.1 too. Imported only where there is sharded state, as the import of
+torch's modules takes a while.
 """
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        # For BytesStorageMetadata torch's planner would unpickle a part; tensors it reads with weights_only.
+        # BytesStorageMetadata is left out: torch's planner would unpickle such a part; it reads tensors with
+        # weights_only.
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -21,6 +22,6 @@ METADATA_CLASSES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
 }
-"""All that a pickled `Metadata` with tensors only names, by module; besides dtypes."""
+"""Names in a pickled `Metadata` that has only tensors, by module; dtypes are not among them."""
 
 __all__ = ["METADATA_CLASSES", "StorageInfo"]

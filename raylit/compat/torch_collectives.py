@@ -1,8 +1,8 @@
-"""Watch for collectives: every function of torch.distributed ends in an operator of torch's. Worker.
+"""Watch for collectives: every function of torch.distributed ends in an operator of torch. Worker.
 
-Written against torch 2.13, tested with torch 2.9.1 too. The names of those operators, and their arguments, are
-private to torch. One that it has renamed is reported under its new name; a pairwise one, which would be taken for a
-collective then, is found by `tests/compat/test_torch_collectives.py`.
+Written against torch 2.13, tested with torch 2.9.1 too. The names of those operators and their arguments are private
+to torch. A renamed operator is reported under its new name; a new pairwise operator, which would be taken for a
+collective, is found by `tests/compat/test_torch_collectives.py`.
 """
 
 from collections.abc import Callable
@@ -33,24 +33,26 @@ _NAMES = {
     "alltoall_base_": "all_to_all_single",
     "monitored_barrier_": "monitored_barrier",
 }
-"""What torch's operators are called in torch.distributed."""
+"""Names in torch.distributed by the names of torch's operators."""
 
 
 class CollectiveWatch(TorchDispatchMode):
-    """Call a function before each collective of all ranks, in the thread that is about to start it.
+    """Dispatch mode that calls a function before each collective of all ranks, in the thread that starts it.
 
     Operators cost a little more inside.
     """
 
     def __init__(self, on_collective: Callable[[str], None]) -> None:
-        """`on_collective` gets the collective's name in torch.distributed, with the shapes of its tensors where they
-        are alike on all ranks."""
+        """Call `on_collective` with each collective's name in torch.distributed.
+
+        The name is followed by the shapes of the tensors if these are alike on all ranks.
+        """
         super().__init__()
         self._on_collective = on_collective
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What is compiled stays compiled."""
+        """Return True: compiled code stays compiled inside the mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -60,7 +62,7 @@ class CollectiveWatch(TorchDispatchMode):
 
 
 def _is_of_all_ranks(func: Any, args: tuple[Any, ...]) -> bool:
-    name = _name_of(func)
+    name = _get_name(func)
     if name in _PAIRWISE or name in _NO_COLLECTIVES:
         return False
     if func.namespace == "_c10d_functional":
@@ -75,17 +77,17 @@ def _is_group(arg: Any) -> bool:
 
 
 def _describe(func: Any, args: tuple[Any, ...]) -> str:
-    name = _name_of(func)
+    name = _get_name(func)
     tensors = ""
     if name in _OF_ONE_SHAPE:
         sent = args[1] if name in ("allgather_", "_allgather_base_") else args[0]
-        tensors = " of " + ", ".join(_shape_of(one) for one in (sent if isinstance(sent, list) else [sent]))
+        tensors = " of " + ", ".join(_format_shape(one) for one in (sent if isinstance(sent, list) else [sent]))
     return f"{_NAMES.get(name, name)}{tensors}"
 
 
-def _shape_of(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _name_of(func: Any) -> str:
+def _get_name(func: Any) -> str:
     return str(func.overloadpacket.__name__)

@@ -9,7 +9,7 @@ from raylit.errors import RaylitError
 
 
 def drop_iterator(loader: "DataLoader[Any]") -> None:
-    """Have a loader with persistent processes start others for its next iteration; those of a copy are not its own."""
+    """Have a loader with persistent processes start its own for the next iteration, not use those of a copy."""
     vars(loader)["_iterator"] = None
 
 
@@ -17,7 +17,7 @@ _VERSION = "2.13"
 
 
 def find_loader_death() -> RuntimeError | None:
-    """Return torch's error about a DataLoader's process of this process that has died; it says how. None: none has."""
+    """Return torch's error about a DataLoader process of this process that has died; None if none has."""
     try:
         raise_deaths = import_private("torch._C", "_error_if_any_worker_fails", written_for=_VERSION)
     except RaylitError:

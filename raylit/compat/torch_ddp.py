@@ -17,9 +17,9 @@ _STATIC_GRAPH = "DDPStrategy(static_graph=True)"
 
 
 class ReversedDDP(DistributedDataParallel):
-    """DDP that assumes gradients to arrive in the opposite order to that in which torch's own assumes it.
+    """DDP that assumes the opposite of torch's initial order of gradients.
 
-    Its first buckets are then filled backwards from what the module has defined last, in the order of a backward pass.
+    Its first buckets are then filled backwards from the module's last definition, in the order of a backward pass.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -28,14 +28,15 @@ class ReversedDDP(DistributedDataParallel):
             raise describe_missing(DistributedDataParallel, "_build_params_for_reducer", feature=_FEATURE)
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
-        # A tied weight stays where it was defined first: its gradient is whole when the backward pass comes to that.
+        # A tied weight stays where it was defined first: its gradient is complete when the backward pass reaches that
+        # place.
         parameters, is_sparse = super()._build_params_for_reducer()
         self.synced_parameters: list[nn.Parameter] = parameters[::-1]
         return self.synced_parameters, is_sparse[::-1]
 
 
 def ignore_parameters(module: nn.Module, names: Collection[str]) -> None:
-    """Have DDP, which is to be built around the module, leave out parameters by their names there."""
+    """Have DDP, which is built around the module later, leave out parameters by their names in it."""
     ignore = read_private(
         DistributedDataParallel,
         "_set_params_and_buffers_to_ignore_for_model",
@@ -52,7 +53,8 @@ def push_all_parameters(ddp: DistributedDataParallel) -> None:
 def rebuild_buckets(ddp: DistributedDataParallel) -> None:
     """Sort parameters into buckets in the order in which their gradients have arrived, once. Collective.
 
-    Raises: RuntimeError if the last backward pass has left out parameters; its text has their indices.
+    Raises:
+        RuntimeError: the last backward pass has left out parameters; the text has their indices.
     """
     read_private(ddp.reducer, "_rebuild_buckets", feature=_FEATURE)()
 

@@ -1,7 +1,7 @@
-"""Follow and undo what torch's compiler does in a process. Driver and workers.
+"""Observe and undo what torch's compiler does in a process. Driver and worker.
 
-Written against torch 2.13, tested with torch 2.9.1 too. The compiler takes seconds to import, so nothing
-here imports it before a function that is only called where something is compiled.
+Written against torch 2.13, tested with torch 2.9.1 too. The compiler takes seconds to import, so nothing here imports
+it before a function that is only called where something is compiled.
 """
 
 import sys
@@ -19,22 +19,22 @@ _FEATURE = "torch.compile"
 
 
 def reset_compiler() -> None:
-    """Forget what has been compiled in this process; nothing where the compiler was never imported."""
+    """Forget what has been compiled in this process; do nothing if the compiler was never imported."""
     if _COMPILER in sys.modules:
         torch.compiler.reset()
 
 
 def unwrap_optimized(model: Any) -> tuple[nn.Module, Any] | None:
-    """Return the module inside the one that `torch.compile` returns, and the function that compiles it so.
+    """Return the module inside one that `torch.compile` returned, and the function that compiles it the same way.
 
-    None: `model` is not such a module.
+    Returns None if `model` is not such a module.
     """
     original = getattr(model, "_orig_mod", None)
     return None if original is None else (original, read_private(model, "dynamo_ctx", feature=_FEATURE))
 
 
 def read_compiler(module: nn.Module) -> Any:
-    """Return the function that `module.compile()` has compiled a module's call with; None if it is not compiled.
+    """Return the function with which `module.compile()` compiled a module's call; None if it is not compiled.
 
     Pickling a module drops that, and only the closure of the compiled call knows how it was done.
     """
@@ -49,11 +49,11 @@ def read_compiler(module: nn.Module) -> Any:
 
 
 def isolate_script_globals(module: nn.Module) -> None:
-    """Have the compiler read the globals of classes that come from the user's script in their own scope.
+    """Have the compiler read the globals of classes from the user's script in their own scope.
 
-    It looks up the globals of a function that it inlines in the module which they name. For what was defined in the
-    user's script that is `__main__`, which on a worker is another program. A scope with a name that begins as those of
-    named tuples' do the compiler takes for no module's, and reads it itself.
+    The compiler looks up the globals of a function that it inlines in the module which they name. For definitions in
+    the user's script that is `__main__`, which on a worker is another program. If the name of a scope begins as that
+    of named tuples does, the compiler takes it for no module's and reads the scope itself.
     """
     for kind in {kind for part in module.modules() for kind in type(part).__mro__}:
         for function in vars(kind).values():
@@ -63,12 +63,12 @@ def isolate_script_globals(module: nn.Module) -> None:
 
 
 def add_compilation_callback(callback: Callable[[Any], None]) -> None:
-    """Have `callback` called at the start of each compilation, when torch has recorded those before it."""
+    """Register a function that is called at the start of each compilation, when torch has recorded those before it."""
     read_private(_import_callbacks(), "register_start_callback", feature=_FEATURE)(callback)
 
 
 def remove_compilation_callback(callback: Callable[[Any], None]) -> None:
-    """Undo `add_compilation_callback`; nothing where the callback is not there."""
+    """Undo `add_compilation_callback`; do nothing if the callback is not registered."""
     callbacks = _import_callbacks()
     if callback in read_private(callbacks, "start_callbacks", feature=_FEATURE):
         callbacks.remove_start_callback(callback)

@@ -48,7 +48,7 @@ def initialize_root(state: Any) -> None:
 
 
 def copy_out_at_once(unit: Any) -> None:
-    """Have a unit copy out what it has gathered before it goes on, and let go of the gathered buffer."""
+    """Have a unit copy out gathered parameters before it goes on, and free the gathered buffer."""
     read_private(unit, "_set_unshard_async_op", feature=_FEATURE)(True)
 
 
@@ -73,7 +73,7 @@ def run_pre_forward(state: Any, unit: nn.Module, args: Any, kwargs: Any) -> tupl
 
 
 def run_post_forward(state: Any, unit: nn.Module, args: Any, output: Any) -> Any:
-    """Let go of a unit's parameters, as its hook does after a forward pass. Returns the output to go on with."""
+    """Reshard a unit's parameters, as its hook does after a forward pass, and return the output to go on with."""
     return read_private(state, "_post_forward", feature=_FEATURE)(unit, args, output)
 
 
@@ -83,7 +83,7 @@ def run_pre_backward(state: Any, gradient: Tensor) -> None:
 
 
 def finish_backward(state: Any) -> None:
-    """Do for the root unit what torch does at the end of a backward pass: reduce what is left over. Collective."""
+    """Reduce left-over gradients for the root unit, as torch does at the end of a backward pass. Collective."""
     read_private(state, "_root_post_backward_final_callback", feature=_FEATURE)()
 
 
@@ -94,14 +94,14 @@ def get_forward_order(state: Any) -> list[Any]:
 
 
 def clear_forward_order(state: Any) -> None:
-    """Forget which forward passes the root unit has seen, so that none is taken for part of the next backward pass."""
+    """Forget the root unit's forward passes, so that none is taken for part of the next backward pass."""
     get_forward_order(state).clear()
     for group in iterate_all_param_groups(state):
         read_private(group, "_post_forward_indices", feature=_FEATURE).clear()
 
 
 def iterate_all_param_groups(state: Any) -> Iterator[Any]:
-    """Yield the parameter groups of all units below the root unit, itself included, once it is initialized."""
+    """Yield the parameter groups of the initialized root unit and of all units below it."""
     for one in read_private(state, "_state_ctx", feature=_FEATURE).all_states:
         yield from list_param_groups(one)
 
@@ -110,7 +110,7 @@ def iterate_all_param_groups(state: Any) -> Iterator[Any]:
 
 
 def remove_sharding(unit: FSDPModule) -> None:
-    """Give a unit the class that it had before `fully_shard`, and remove the hooks that this has added."""
+    """Restore the class that a unit had before `fully_shard`, and remove the hooks that it added."""
     state = get_state(unit)  # type: ignore[arg-type]
     remove_forward_hooks(state)
     for group in list_param_groups(state):

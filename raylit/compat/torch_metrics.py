@@ -1,6 +1,6 @@
 """Take the states of torchmetrics objects apart and put them together. Worker.
 
-Written against torchmetrics 1.9. It is never imported here: where nobody has imported it there is no object of it.
+Written against torchmetrics 1.9. It is never imported here: without its import there are no objects of it.
 A part is one torchmetrics.Metric; its states are attributes of it, tensors or lists of tensors.
 """
 

@@ -1,4 +1,4 @@
-"""Reach what torch's nn.Module has registered, and its calls. Any process.
+"""Access to what torch's nn.Module has registered, and to its calls. Any process.
 
 Written against torch 2.13, tested with torch 2.9.1 too. What torch has a public way for, such as
 `named_parameters(recurse=False, remove_duplicate=False)` and `setattr`, is done where it is needed, not here.
@@ -19,7 +19,7 @@ _SYNC = "sync_batchnorm=True"
 
 def find_reset(module: nn.Module) -> Callable[[], object] | None:
     """Return the method that initializes a module's own parameters; None if it has none."""
-    # torch's MultiheadAttention and Transformer have theirs under the other name.
+    # torch's MultiheadAttention and Transformer use the second name.
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(reset := getattr(module, name, None)):
             return reset
@@ -27,7 +27,7 @@ def find_reset(module: nn.Module) -> Callable[[], object] | None:
 
 
 def copy_registered(source: nn.Module, target: nn.Module) -> None:
-    """Have `target` use the own parameters and buffers of `source`, None among them."""
+    """Have `target` use the own parameters and buffers of `source`, including those that are None."""
     for name in ("_parameters", "_buffers"):
         read_private(target, name, feature=_SYNC).update(read_private(source, name, feature=_SYNC))
 
@@ -51,23 +51,23 @@ def list_registered(module: nn.Module) -> set[str]:
 
 
 def has_global_hooks() -> bool:
-    """Return whether somebody has registered a hook for the calls of all modules."""
+    """Return whether a hook is registered for the calls of all modules."""
     names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
     return any(getattr(torch_modules, name, None) for name in names)
 
 
 def get_call(module: nn.Module) -> Callable[..., Any]:
-    """Return what calling a module does where it is not compiled: its hooks and its `forward`."""
+    """Return the function that runs when an uncompiled module is called: its hooks and its `forward`."""
     return cast(Callable[..., Any], read_private(module, "_call_impl", feature=_COMPILE))
 
 
 def get_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """Return what calling a module does in the place of `get_call`; None if it is not compiled."""
+    """Return the function that runs when a compiled module is called; None if it is not compiled."""
     return cast(Callable[..., Any] | None, read_private(module, "_compiled_call_impl", feature=_COMPILE))
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Have calls of a module go to `call`, as `module.compile()` does; None: to the module itself again."""
+    """Have calls of a module go to `call`, as `module.compile()` does; None restores the module's own call."""
     read_private(module, "_compiled_call_impl", feature=_COMPILE)  # it raises where torch would ignore what is set
     module._compiled_call_impl = call
 

@@ -1,11 +1,11 @@
-"""Run torch's optimizers and gradient scalers without what they do around their own work. Worker; the hot path.
+"""Torch's optimizers and gradient scalers without what they do around their own work. Worker; the hot path.
 
 Written against torch 2.13, tested with torch 2.9.1 too.
 
-torch enters and leaves a `record_function` in `step` and in `zero_grad`, whether a profiler listens or not: with a
-small network both together are a tenth of a whole training step. Both, and what makes, saves and restores an optimizer,
-also import torch's compiler, to tell it where to break: 0.7 s of a start and 40 MB in each process. Where a private
-name is missing, the ordinary call is made.
+torch enters and leaves a `record_function` in `step` and in `zero_grad`, with or without a profiler: with a small
+network both together are a tenth of a whole training step. Both, and construction, saving and restoring of an
+optimizer, also import torch's compiler, to mark graph breaks: this costs 0.7 s of a start and 40 MB in each process.
+If a private name is missing, the ordinary call is made.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ Call = Callable[[], object]
 _COMPILER = "torch._dynamo"
 _IMPORTING_COMPILER = ("add_param_group", "load_state_dict", "state_dict")
 _CACHE = "__dynamo_disable"
-"""Attribute of a function in which torch keeps what it has made of it for the compiler."""
+"""Attribute of a function in which torch keeps the variant that it has made for the compiler."""
 
 
 def build_step(optimizer: Optimizer) -> Call:
     """Return a function that does what `optimizer.step()` does, without the annotation for a profiler.
 
-    Hooks, a profiler, a scheduler's or the user's own replacement of `step` get the ordinary call; they may come at any
-    time.
+    With hooks, a profiler, or a replacement of `step` by a scheduler or the user it makes the ordinary call; these
+    may come at any time.
     """
     step = type(optimizer).step
     bare = getattr(step, "__wrapped__", None) if getattr(step, "hooked", False) else None
@@ -78,7 +78,7 @@ def build_zero_grad(optimizer: Optimizer) -> Call:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Make, save and restore optimizers in here without the import of torch's compiler, unless it is there already."""
+    """Make, save and restore optimizers without importing torch's compiler, unless it is imported already."""
     if _COMPILER in sys.modules:
         yield
         return
@@ -89,28 +89,28 @@ def without_compiler() -> Iterator[None]:
     try:
         yield
     finally:
-        # What is compiled later on is to find the compiler's own.
+        # What is compiled later has to find the compiler's own variant.
         for function in functions:
             delattr(function, _CACHE)
 
 
 def mark_stepped(optimizer: Optimizer) -> None:
-    """Have torch take the optimizer for one that has stepped: it then does not warn of a scheduler's earlier step."""
+    """Mark the optimizer as stepped, so that torch does not warn of a scheduler that steps before it."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 class LocalGradScaler(torch.amp.GradScaler):
-    """A gradient scaler that unscales a rank's own part of gradients, and asks other ranks whether theirs are finite.
+    """Gradient scaler that unscales a rank's own gradients and asks other ranks whether theirs are finite.
 
     Subclasses override the two public methods.
     """
 
     def select_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Return the plain tensors to unscale in the place of an optimizer's gradients, in the same memory."""
+        """Return the plain tensors to unscale in place of an optimizer's gradients; they share its memory."""
         return gradients
 
     def combine_found_inf(self, found_inf: Tensor) -> None:
-        """Make a float32 scalar, 1 where a number is not finite, that of all ranks, in place."""
+        """Replace a float32 scalar, 1 if a number is not finite, by the maximum over all ranks, in place."""
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -127,7 +127,7 @@ class LocalGradScaler(torch.amp.GradScaler):
 
 
 def _skip_compiler(step: Callable[[Optimizer], object]) -> Callable[[Optimizer], object]:
-    """Return what torch's decorator around `step` does where nothing is compiled; any other `step` as it is."""
+    """Return the function inside torch's decorator of `step`, for uncompiled code; any other `step` unchanged."""
     inner = getattr(step, "__wrapped__", None)
     code = getattr(step, "__code__", None)
     if inner is None or code is None or (code.co_name, code.co_filename) != ("_use_grad", torch_optimizer.__file__):

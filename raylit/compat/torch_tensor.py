@@ -1,4 +1,4 @@
-"""Reach what torch's tensors do not show. Any process.
+"""Access to private attributes of torch's tensors. Any process.
 
 Written against torch 2.13, tested with torch 2.9.1 too.
 """
@@ -12,7 +12,7 @@ from raylit.compat.private_names import read_private
 
 
 def read_version(tensor: Tensor) -> int:
-    """Return the number that grows with each change of a tensor in place."""
+    """Return the number that grows with each in-place change of a tensor."""
     return cast(int, read_private(tensor, "_version", feature="a gradient scaler with several optimizers"))
 
 

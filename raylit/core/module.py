@@ -431,8 +431,8 @@ class LightningModule(HyperparametersMixin, LoopHooks):
         self.trainer.handles.toggle(optimizer)
 
     def toggled_optimizer(self, optimizer: Any) -> AbstractContextManager[None]:
-        """Return a context manager that toggles the optimizer around its block."""
-        return self.trainer.handles.toggled(optimizer)
+        """`with`: the two around it."""
+        return self.trainer.handles.toggle_context(optimizer)
 
     def untoggle_optimizer(self, optimizer: Any) -> None:
         """Restore the parameters that `toggle_optimizer` froze."""

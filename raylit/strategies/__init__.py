@@ -1,4 +1,7 @@
-"""How the ranks of a run share the work on one model. Worker."""
+"""Strategies: how the ranks of a run share the work on one model.
+
+Runs in the worker. Open `base.py` first, which has the interface; `build_strategy` picks the implementation.
+"""
 
 from raylit.config.plan import Plan
 from raylit.config.strategy import DDPStrategy, FSDPStrategy, RegisteredStrategy, SingleDeviceStrategy
@@ -9,11 +12,12 @@ from raylit.strategies.single import Single
 
 
 def build_strategy(plan: Plan) -> Strategy:
+    """Build the strategy that the plan's options name."""
     options = plan.strategy
     if isinstance(options, DDPStrategy):
         return DDP(options, is_syncing_batch_norm=plan.is_syncing_batchnorm)
     if isinstance(options, FSDPStrategy):
-        # A second of imports that only its users pay.
+        # The import of FSDP takes a second, which only its users pay.
         from raylit.strategies.fsdp.strategy import FSDP
 
         return FSDP(options, precision=plan.optimization.precision, is_syncing_batch_norm=plan.is_syncing_batchnorm)

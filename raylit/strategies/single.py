@@ -1,4 +1,4 @@
-"""One worker: nothing to share. Worker."""
+"""Strategy of a run with one worker, where nothing is shared. Worker."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from raylit.compat.torch_tensor import compute_norms
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
-from raylit.strategies.sharded_state import Reader, read_anew, read_in_place
+from raylit.strategies.sharded_state import Reader, read_in_place, read_into_new_tensors
 
 
 class Single:
-    """One worker's share is the whole."""
+    """Strategy of a run with one worker: no operation is collective."""
 
     is_forward_collective = False
     is_evaluation_collective = False
@@ -22,7 +22,7 @@ class Single:
     is_gathering = False
     is_finding_unused = False
 
-    def building(self) -> AbstractContextManager[object]:
+    def build_context(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def place(
@@ -42,14 +42,14 @@ class Single:
 
     def tear_down(self) -> None: ...
 
-    def recall(self, module: nn.Module) -> None:
+    def restore_module(self, module: nn.Module) -> None:
         module.to("cpu")
 
     @property
     def needs_batch_on_every_rank(self) -> bool:
         return False
 
-    def silence(self, *, is_silent: bool) -> None: ...
+    def exclude_rank(self, *, is_excluded: bool) -> None: ...
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         return training_step
@@ -59,7 +59,7 @@ class Single:
 
     def find_unused(self) -> None: ...
 
-    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
+    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
         return None
 
     def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:
@@ -82,19 +82,19 @@ class Single:
         else:
             nn.utils.clip_grad_value_(parameters, limit)
 
-    def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+    def compute_norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
         return compute_norms(list(gradients), order)
 
-    def evaluating(self, *, is_inference_mode: bool) -> AbstractContextManager[object]:
+    def evaluation_context(self, *, is_inference_mode: bool) -> AbstractContextManager[object]:
         return torch.inference_mode() if is_inference_mode else torch.no_grad()
 
-    def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
+    def collect_state(self, state: dict[str, Any]) -> dict[str, Any]:
         return state
 
     def parts(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
         return {}
 
-    def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def iterate_full_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         return iter(())
 
     def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
@@ -105,6 +105,6 @@ class Single:
         self, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], *, read: Reader | None
     ) -> None:
         if read is not None:
-            states = read_anew(list(states), "optimizer_states", read=read)
+            states = read_into_new_tensors(list(states), "optimizer_states", read=read)
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)

@@ -1,4 +1,7 @@
-"""Batch norm over the batches of all ranks: torch's own on GPUs, the same on the CPU, where torch has none. Worker."""
+"""Batch normalization over the batches of all ranks. Worker.
+
+On GPUs it is torch's SyncBatchNorm; on the CPU, where torch has none, an implementation of the same.
+"""
 
 from typing import Any
 
@@ -10,53 +13,57 @@ from raylit.compat.torch_module import BatchNormBase, copy_registered
 
 
 class SyncedBatchNorms:
-    """The batch norms of a module, exchanged for ones that take their statistics over all ranks, until `restore`."""
+    """Batch norms of a module, replaced by ones that compute their statistics over all ranks, until `restore`."""
 
     def __init__(self, module: nn.Module, *, device: torch.device) -> None:
-        self._exchanged: list[tuple[nn.Module, str, nn.Module]] = []
+        self._originals: list[tuple[nn.Module, str, nn.Module]] = []
         synced: dict[nn.Module, nn.Module] = {}
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, BatchNormBase) and not isinstance(child, (nn.SyncBatchNorm, _CPUSyncBatchNorm)):
                     if child not in synced:
-                        synced[child] = _synced(child, device)
-                    self._exchanged.append((parent, name, child))
+                        synced[child] = _build_synced_norm(child, device)
+                    self._originals.append((parent, name, child))
                     setattr(parent, name, synced[child])
 
     @property
-    def exchanged(self) -> dict[nn.Module, nn.Module]:
-        """The module's own, and what each has become."""
-        return {own: getattr(parent, name) for parent, name, own in self._exchanged}
+    def replacements(self) -> dict[nn.Module, nn.Module]:
+        """Return the replacement of each of the module's own batch norms."""
+        return {own: getattr(parent, name) for parent, name, own in self._originals}
 
     @property
     def needs_batch_on_every_rank(self) -> bool:
-        """Some are torch's own, which count the samples of a rank that follows with another's batch."""
-        return any(not isinstance(synced, _CPUSyncBatchNorm) for synced in self.exchanged.values())
+        """Return whether some are torch's own, which count the samples of a rank that runs on another rank's batch."""
+        return any(not isinstance(synced, _CPUSyncBatchNorm) for synced in self.replacements.values())
 
-    def silence(self, *, is_silent: bool) -> None:
-        """This rank's batches count for nothing; on the CPU only, torch's own count every batch that is not empty."""
-        for parent, name, _ in self._exchanged:
+    def exclude_rank(self, *, is_excluded: bool) -> None:
+        """Leave this rank's batches out of the statistics, or include them again.
+
+        It works on the CPU only: torch's own SyncBatchNorm counts every batch that is not empty.
+        """
+        for parent, name, _ in self._originals:
             norm = getattr(parent, name)
             if isinstance(norm, _CPUSyncBatchNorm):
-                norm.is_silent = is_silent
+                norm.is_excluded = is_excluded
 
     def restore(self) -> None:
-        """Put the module's own back, with what the others have counted."""
-        for parent, name, own in self._exchanged:
-            exchanged = getattr(parent, name)
-            copy_registered(exchanged, own)
-            own.training = exchanged.training
+        """Put the module's own batch norms back, with the running statistics of their replacements."""
+        for parent, name, own in self._originals:
+            replacement = getattr(parent, name)
+            copy_registered(replacement, own)
+            own.training = replacement.training
             setattr(parent, name, own)
-        self._exchanged = []
+        self._originals = []
 
 
 class _CPUSyncBatchNorm(BatchNormBase):
-    """torch.nn.SyncBatchNorm in differentiable collectives. Its forward is collective in train mode.
+    """The equivalent of torch.nn.SyncBatchNorm in differentiable collectives. Its forward is collective in train mode.
 
-    Statistics as in Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, over batch and all further dimensions.
+    Statistics are computed as in Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, over batch and all further
+    dimensions.
     """
 
-    is_silent = False
+    is_excluded = False
 
     def _check_input_dim(self, input: Tensor) -> None: ...
 
@@ -65,9 +72,9 @@ class _CPUSyncBatchNorm(BatchNormBase):
             return super().forward(input)
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1, *([1] * (input.ndim - 2))]
-        given, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
+        input_dtype, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
         count = torch.tensor([input.numel() / input.shape[1]], dtype=input.dtype)
-        share = 0.0 if self.is_silent else 1.0
+        share = 0.0 if self.is_excluded else 1.0
         sums: Any = _SumOverRanks.apply(torch.cat([input.sum(dims), count]) * share)
         num_all = sums[-1].detach()
         if num_all <= 1:
@@ -79,7 +86,7 @@ class _CPUSyncBatchNorm(BatchNormBase):
         normal = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal.to(given)
+        return normal.to(input_dtype)
 
     @torch.no_grad()
     def _count(self, mean: Tensor, variance: Tensor, num_all: Tensor) -> None:
@@ -95,7 +102,7 @@ class _CPUSyncBatchNorm(BatchNormBase):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Add a tensor up over all ranks; its gradient is the sum of the gradients that all ranks have. Collective.
+    """Sum of a tensor over all ranks; its gradient is the sum of the gradients of all ranks. Collective.
 
     `torch.distributed.nn.functional.all_reduce` does the same and is deprecated in favour of private functions.
     """
@@ -113,7 +120,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def _synced(norm: Any, device: torch.device) -> nn.Module:
+def _build_synced_norm(norm: Any, device: torch.device) -> nn.Module:
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
     if not dist.is_initialized():

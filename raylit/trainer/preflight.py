@@ -10,7 +10,7 @@ from raylit.config.strategy import DDPStrategy
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError
 from raylit.protocol.state import Stage
-from raylit.strategies.ddp.grad_averaging import dtype_on_the_way
+from raylit.strategies.ddp.grad_averaging import find_sent_dtype
 from raylit.worker.data.sources import HOOKS, has_loader
 from raylit.worker.job import Job
 from raylit.worker.loops.hooks import is_overridden
@@ -34,7 +34,7 @@ def require_automatic(module: LightningModule, plan: Plan) -> None:
     if module.automatic_optimization:
         return
     hook = plan.strategy.ddp_comm_hook if isinstance(plan.strategy, DDPStrategy) else None
-    if callable(hook) and dtype_on_the_way(hook) is None:
+    if callable(hook) and find_sent_dtype(hook) is None:
         raise ConfigError(
             f"ddp_comm_hook={hook!r} with automatic_optimization = False, where gradients are averaged without DDP's "
             "buckets: use 'bf16' or 'fp16', which work there too"

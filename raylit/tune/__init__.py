@@ -1,3 +1,4 @@
-"""Searches and sweeps on Ray Tune.
+"""Searches for a learning rate or a batch size, and sweeps, on Ray Tune.
 
-Runs in the driver. `tuner.py` is the Tuner, `sweep/sweep.py` the sweep."""
+Runs in the driver. Open `tuner.py` for the Tuner's searches, `sweep/sweep.py` for sweeps.
+"""

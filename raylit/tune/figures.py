@@ -1,4 +1,4 @@
-"""Pictures of what searches have found, with matplotlib. Driver."""
+"""Matplotlib figures of search results. Driver."""
 
 import io
 import os
@@ -9,11 +9,16 @@ from raylit.errors import ConfigError
 from raylit.storage import is_url, write_bytes
 
 
-def axes(ax: Any = None, *, is_shown: bool = False) -> tuple[Any, Any]:
-    """A figure and its axes; the figure is None where the user has given the axes. Needs no display unless the picture
-    `is_shown`. ConfigError: matplotlib is missing."""
+def create_axes(ax: Any = None, *, is_shown: bool = False) -> tuple[Any, Any]:
+    """Return a new figure and its axes, or None and `ax` where the user has given axes.
+
+    A figure needs a display only if it `is_shown`.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     try:
-        # Optional, and slow to import.
+        # matplotlib is optional and slow to import.
         from matplotlib.figure import Figure
 
         if ax is not None:
@@ -28,17 +33,17 @@ def axes(ax: Any = None, *, is_shown: bool = False) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def mark(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with these ticks and no others."""
+def set_log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Make an axis logarithmic, with these ticks and no others."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_ticks(values, [f"{value:g}" for value in values])
     axis.set_ticks([], minor=True)
 
 
-def finish(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) -> Any:
-    """Save a figure and show it, where that is asked for."""
+def finish_figure(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) -> Any:
+    """Save the figure if there is a `path`, and show it if `is_shown`."""
     if figure is not None and path is not None:
-        save(figure, path)
+        save_figure(figure, path)
     if is_shown:
         import matplotlib.pyplot as plt
 
@@ -46,12 +51,12 @@ def finish(figure: Any, *, path: str | os.PathLike[str] | None, is_shown: bool) 
     return figure
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Under a path or URL, whose ending says the format."""
-    place = os.fspath(path)
-    if not is_url(place):
-        figure.savefig(place)
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Save a figure at a path or URL, whose suffix gives the format."""
+    location = os.fspath(path)
+    if not is_url(location):
+        figure.savefig(location)
         return
-    picture = io.BytesIO()
-    figure.savefig(picture, format=place.rpartition(".")[2])
-    write_bytes(picture.getvalue(), place)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=location.rpartition(".")[2])
+    write_bytes(buffer.getvalue(), location)

@@ -1,4 +1,4 @@
-"""Records of a sweep's trials, and the files in their directories."""
+"""Records of a sweep's trials, and the files in their directories. Driver; does not depend on Ray."""
 
 import math
 import os
@@ -15,16 +15,20 @@ _CONFIG = "config.pkl"
 
 
 def write_config(config: Mapping[str, Any], directory: str) -> None:
+    """Write a trial's config into the directory of its checkpoint."""
     with open(os.path.join(directory, _CONFIG), "wb") as file:
         cloudpickle.dump(dict(config), file)
 
 
-def config_of(checkpoint: str) -> dict[str, Any]:
-    """Of a trial's checkpoint, by its path or URL. It is unpickled: for one's own sweeps."""
+def read_config(checkpoint: str) -> dict[str, Any]:
+    """Read the config of a trial's checkpoint, by its path or URL.
+
+    It is unpickled, so it must come from one's own sweeps.
+    """
     path = checkpoint.removesuffix(CHECKPOINT) + _CONFIG
     if is_url(path):
-        files, place = file_system(path)
-        return cloudpickle.loads(files.cat_file(place))
+        files, path_there = file_system(path)
+        return cloudpickle.loads(files.cat_file(path_there))
     with open(path, "rb") as file:
         return cloudpickle.load(file)
 
@@ -35,32 +39,32 @@ Mode = Literal["min", "max"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialRecord:
-    """One trial of a sweep or a search, as it ended."""
+    """Record of one trial of a sweep or a search, as it ended."""
 
     id: str
     config: dict[str, Any]
-    """The point of the space; of a perturbed trial the last one."""
+    """Values of the search space; the last ones if population based training has perturbed them."""
     status: TrialStatus
-    """"stopped": by the scheduler, before its training's end; "unfinished": the sweep was interrupted first."""
+    """"stopped": by the scheduler, before the end of its training; "unfinished": the sweep was interrupted."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Of the last report; empty where there was none."""
+    """Metrics of the last report; empty if there was none."""
     history: tuple[dict[str, Any], ...] = ()
-    """The metrics of each report, oldest first, with `epoch`, `step` and `time_s` since the trial's start."""
+    """Metrics of each report, oldest first, with `epoch`, `step` and `time_s` since the trial's start."""
     checkpoint: str | None = None
-    """The best by the sweep's metric among those that are kept, else the newest."""
+    """Best checkpoint by the sweep's metric among those that are kept, otherwise the newest."""
     directory: str = ""
-    """Where the trial's logs are."""
+    """Directory of the trial's logs."""
     error: str | None = None
-    """The traceback of what ended a failed trial, the user's frames alone; the last line is type and message."""
+    """Traceback of the error of a failed trial, with the user's frames only; the last line is type and message."""
 
     def best(self, metric: str, mode: Mode) -> float | None:
-        """The best value of a metric among the reports; None: none has a number for it."""
+        """Return the best value of a metric among the reports; None if none has a number for it."""
         values = [value for report in self.history if is_number(value := report.get(metric))]
         return None if not values else (min(values) if mode == "min" else max(values))
 
 
-def best_of(records: Sequence[TrialRecord], metric: str, mode: Mode) -> TrialRecord | None:
-    """The trial with the best report, of equal ones the first."""
+def find_best_trial(records: Sequence[TrialRecord], metric: str, mode: Mode) -> TrialRecord | None:
+    """Return the trial with the best report, of equal ones the first; None if no report has a number."""
     scored = [(value, record) for record in records if (value := record.best(metric, mode)) is not None]
     if not scored:
         return None
@@ -68,8 +72,10 @@ def best_of(records: Sequence[TrialRecord], metric: str, mode: Mode) -> TrialRec
 
 
 def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a finite number, and not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_better(value: float, than: float, mode: Mode) -> bool:
+    """Return whether a value is better than another in this mode."""
     return value < than if mode == "min" else value > than

@@ -96,7 +96,7 @@ class Session:
         self.collectives.barrier(timeout_s=_PREPARE_TIMEOUT_S)
         self._broadcast_random_state()
         self.hooks.set_up(self.stage, job.datamodule)
-        with self.strategy.building():
+        with self.strategy.build_context():
             self.module.configure_model()
         self.strategy.place(
             self.module,
@@ -192,7 +192,7 @@ class Session:
             if self.view.handles is not None:
                 self.view.handles.close()
             self.strategy.tear_down()
-            self.strategy.recall(self.module)
+            self.strategy.restore_module(self.module)
             if self.plan.optimization.is_channels_last:
                 set_layout(self.module, torch.contiguous_format)
             self.release()

@@ -166,7 +166,7 @@ class StateCapture:
         elif strategy.is_gathering:
             optimizers = self._saved_optimizers(is_weights_only)
             for state in (session.module.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)):
-                strategy.handed_over(state)
+                strategy.collect_state(state)
         return Saved(rank=rank, checkpoint=checkpoint, of_rank={} if is_weights_only else self._capture_rank_state())
 
     def _saved_optimizers(self, is_weights_only: bool) -> list[Any]:
@@ -209,11 +209,11 @@ class StateCapture:
         session = self._session
         module, view, datamodule = session.module, session.view, session.job.datamodule
         strategy = session.strategy
-        weights = strategy.handed_over(module.state_dict())
+        weights = strategy.collect_state(module.state_dict())
         checkpoint = format.checkpoint_from_weights(weights, view.progress, module=module, datamodule=datamodule)
         if not is_weights_only:
             checkpoint["optimizer_states"] = [
-                strategy.handed_over(optimizer.state_dict()) for optimizer in self._optimizers
+                strategy.collect_state(optimizer.state_dict()) for optimizer in self._optimizers
             ]
             checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in self._schedules]
             checkpoint["callbacks"] = {

@@ -251,7 +251,7 @@ class Worker:
         # With an example input it runs the module, which is collective with sharded weights.
         if depth is None or (self._context.rank > 0 and not session.strategy.is_evaluation_collective):
             return None
-        with session.strategy.evaluating(is_inference_mode=False):
+        with session.strategy.evaluation_context(is_inference_mode=False):
             return summarize(session.module, max_depth=depth)
 
     def _reload(self, command: Reload) -> Iterator[Report]:
@@ -324,7 +324,7 @@ class Worker:
         if self._train_loop is not None:
             self._train_loop.metrics.discard_objects()
         if self._has_new_weights:
-            for piece in session.strategy.gathered_weights(session.module):
+            for piece in session.strategy.iterate_full_weights(session.module):
                 if self._context.rank == 0:
                     yield Weights(state_dict=piece)
         session.tear_down()

@@ -29,7 +29,7 @@ from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
 from raylit.storage import entries, file_system, is_url, join, make_directory, read_text, write_bytes
-from raylit.strategies.sharded_state import split
+from raylit.strategies.sharded_state import split_parts
 from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import WorkerContext
 from raylit.worker.state_capture import write_in_parts
@@ -59,7 +59,7 @@ def sharded(mesh: DeviceMesh, *, seed: int) -> dict[str, Any]:
 def write(path: str, state_dict: dict[str, Any], *, step: int = 1) -> None:
     parts: dict[str, Tensor] = {}
     checkpoint = format.checkpoint_from_weights(
-        split(state_dict, "state_dict", parts), Progress(global_step=step), module=None, datamodule=None
+        split_parts(state_dict, "state_dict", parts), Progress(global_step=step), module=None, datamodule=None
     )
     saved = Saved(rank=0, checkpoint={**checkpoint, "optimizer_states": []}, of_rank={})
     pending = PendingCheckpoint(format.merge([saved], {}), on_release=lambda: None)

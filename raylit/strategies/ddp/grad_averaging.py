@@ -1,4 +1,7 @@
-"""Averaging of gradients in a DDP communication hook: in their own precision, or compressed."""
+"""Averaging of gradients over ranks, in their own precision or a reduced one. Worker.
+
+DDP's communication hook and the averages that raylit makes itself share the settings here.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,36 +18,44 @@ from raylit.config.strategy import CommHook, DDPStrategy
 _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
-    # torch's own, which it lets run over NCCL only.
+    # Names of torch's own hooks, which torch lets run over NCCL only.
     "bf16_compress_hook": torch.bfloat16,
     "fp16_compress_hook": torch.float16,
 }
 
 
-def comm_hook(options: DDPStrategy) -> CommHook | None:
-    """For DDP to register; None: gradients travel as they are."""
+def build_comm_hook(options: DDPStrategy) -> CommHook | None:
+    """Build the communication hook that DDP registers; None if gradients are sent in their own precision."""
     hook, wrapper = options.ddp_comm_hook, options.ddp_comm_wrapper
     if hook is None:
         return None
-    dtype = dtype_on_the_way(hook)
+    dtype = find_sent_dtype(hook)
     if dtype is not None:
-        hook = partial(_halved, dtype)
+        hook = partial(_average_in_16_bits, dtype)
     assert callable(hook)
     chosen = hook if wrapper is None else wrapper(hook)
 
-    def named(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        return chosen(state, bucket)  # DDP asks a hook for its name and signature, which not everything callable has
+    def call_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        # DDP reads a hook's name and signature, which not every callable has.
+        return chosen(state, bucket)
 
-    return named
+    return call_hook
 
 
-def dtype_on_the_way(hook: CommHook | str | None) -> torch.dtype | None:
-    """What a hook makes of gradients, which those that are averaged by hand become too; None: others."""
+def find_sent_dtype(hook: CommHook | str | None) -> torch.dtype | None:
+    """Return the type in which a hook sends gradients; None if it is none of the casting hooks.
+
+    Gradients that are averaged without DDP are sent in the same type.
+    """
     return _DTYPES.get(hook if isinstance(hook, str) else getattr(hook, "__name__", ""))
 
 
-def _halved(dtype: torch.dtype, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """`state`: a process group, None for all ranks. Divided first: sums of float16 numbers overflow early."""
+def _average_in_16_bits(dtype: torch.dtype, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket in a 16-bit type.
+
+    `state` is a process group; None stands for all ranks. Gradients are divided before the sum, as sums of float16
+    numbers overflow early.
+    """
     group = dist.group.WORLD if state is None else state
     assert group is not None
     buffer = bucket.buffer()
@@ -55,24 +66,25 @@ def _halved(dtype: torch.dtype, state: Any, bucket: dist.GradBucket) -> torch.fu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReducedPrecision:
-    """How gradients go from rank to rank, here as in DDP."""
+    """Size of the buckets and type in which gradients are sent, for averages that raylit makes itself."""
 
     bucket_bytes: float = 25 * 2**20
-    """They travel together up to this size."""
+    """Size in bytes up to which gradients are sent together."""
     dtype: torch.dtype | None = None
-    """As what they travel; None: as what they are."""
+    """Type in which gradients are sent; None: their own."""
 
     @classmethod
-    def of(cls, options: DDPStrategy) -> "ReducedPrecision":
+    def from_options(cls, options: DDPStrategy) -> "ReducedPrecision":
+        """Return the settings that DDP uses with these options."""
         size = {} if options.bucket_cap_mb is None else {"bucket_bytes": options.bucket_cap_mb * 2**20}
-        return cls(**size, dtype=dtype_on_the_way(options.ddp_comm_hook))
+        return cls(**size, dtype=find_sent_dtype(options.ddp_comm_hook))
 
     def average(self, gradients: list[Tensor]) -> None:
-        """Their mean over the ranks, in place. Collective."""
+        """Replace the gradients by their mean over the ranks, in place. Collective."""
         world_size = dist.get_world_size()
-        for bucket in _buckets(gradients, size_bytes=self.bucket_bytes):
+        for bucket in _iterate_buckets(gradients, size_bytes=self.bucket_bytes):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            # Divided before it is added up, as DDP's hooks do it: sums of half-precision numbers overflow early.
+            # Divide before the sum, as DDP's hooks do: sums of half-precision numbers overflow early.
             sent = flat if self.dtype is None else flat.to(self.dtype).div_(world_size)
             dist.all_reduce(sent)
             mean = sent.div_(world_size) if self.dtype is None else sent.to(flat.dtype)
@@ -81,12 +93,12 @@ class ReducedPrecision:
 
 
 def average_gradients(
-    parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None, *, travel: ReducedPrecision
+    parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None, *, reduction: ReducedPrecision
 ) -> None:
-    """The mean of the gradients over the ranks, in place. Collective; the same parameters on every rank.
+    """Replace the gradients by their mean over the ranks, in place. Collective; same parameters on every rank.
 
-    `is_touched`: whose gradients have changed on this rank; by default all that there are. A parameter that no rank
-    has touched keeps what it has, as it would in one process.
+    `is_touched` states for each parameter whether its gradient has changed on this rank; the default is whether it
+    has one. A parameter that no rank has touched keeps its gradient, as it would in one process.
     """
     if not parameters:
         return
@@ -100,12 +112,12 @@ def average_gradients(
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    travel.average(gradients)
+    reduction.average(gradients)
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's values to all, in place. Collective."""
+    """Broadcast rank 0's values to all ranks, in place. Collective."""
     for tensor in tensors:
         copy = tensor.contiguous()
         dist.broadcast(copy, src=0)
@@ -114,10 +126,10 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 class TouchedGradients:
-    """Knows which parameters' gradients backward passes have changed since they were last averaged."""
+    """Record of the parameters whose gradients backward passes have changed since the last average."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, travel: ReducedPrecision) -> None:
-        self._travel = travel
+    def __init__(self, parameters: Iterable[nn.Parameter], *, reduction: ReducedPrecision) -> None:
+        self._reduction = reduction
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._touched: set[int] = set()
         self._hooks = [
@@ -126,16 +138,17 @@ class TouchedGradients:
         ]
 
     def is_outdated(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Others of the parameters are trained now."""
+        """Return whether other parameters require gradients now than at construction."""
         now = [id(parameter) for parameter in parameters if parameter.requires_grad]
         return now != [id(parameter) for parameter in self._parameters]
 
     def average(self) -> None:
+        """Average the gradients over the ranks. Collective, unless no backward pass has run on this rank."""
         if not self._touched:
             return
         is_touched = [index in self._touched for index in range(len(self._parameters))]
         self._touched.clear()
-        average_gradients(self._parameters, is_touched, travel=self._travel)
+        average_gradients(self._parameters, is_touched, reduction=self._reduction)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -145,18 +158,18 @@ class TouchedGradients:
         self._touched.add(index)
 
 
-def _buckets(gradients: list[Tensor], *, size_bytes: float) -> Iterator[list[Tensor]]:
-    """Of one kind and place each, at most the size of a bucket unless a single one is larger."""
+def _iterate_buckets(gradients: list[Tensor], *, size_bytes: float) -> Iterator[list[Tensor]]:
+    """Yield gradients of one type and device together, up to the size of a bucket; a larger one comes alone."""
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_kind[gradient.dtype, gradient.device].append(gradient)
     for alike in by_kind.values():
         bucket: list[Tensor] = []
-        held_bytes = 0
+        num_bytes = 0
         for gradient in alike:
-            if bucket and held_bytes + gradient.nbytes > size_bytes:
+            if bucket and num_bytes + gradient.nbytes > size_bytes:
                 yield bucket
-                bucket, held_bytes = [], 0
+                bucket, num_bytes = [], 0
             bucket.append(gradient)
-            held_bytes += gradient.nbytes
+            num_bytes += gradient.nbytes
         yield bucket

@@ -1,4 +1,4 @@
-"""From a model on the meta device to numbers: part by part, those that a plain build would have drawn. Worker."""
+"""Initialization of a model built on the meta device, part by part, as a plain build would draw it. Worker."""
 
 import math
 from collections import Counter
@@ -19,20 +19,22 @@ _ADVICE = (
 
 
 def is_meta(module: nn.Module, *, recurse: bool = True) -> bool:
+    """Return whether some parameter or buffer of the module is on the meta device."""
     tensors = [*module.parameters(recurse), *module.buffers(recurse)]
     return any(tensor.is_meta for tensor in tensors)
 
 
 class BuildOrder:
-    """Knows in which order modules are constructed while it is recording."""
+    """Record of the order in which modules are constructed, kept while `recording` is entered."""
 
     def __init__(self) -> None:
         self._times: dict[nn.Module, int] = {}
         self.owners: dict[nn.Parameter, nn.Module] = {}
-        """Which module a parameter was given to first."""
+        """Module to which a parameter was assigned first."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """Record constructions in the context."""
         hooks = (
             torch_module.register_module_parameter_registration_hook(self._note),
             torch_module.register_module_buffer_registration_hook(self._note),
@@ -43,29 +45,31 @@ class BuildOrder:
             for hook in hooks:
                 hook.remove()
 
-    def exchange(self, modules: Mapping[nn.Module, nn.Module]) -> None:
-        """Others have taken the place of some."""
+    def replace(self, modules: Mapping[nn.Module, nn.Module]) -> None:
+        """Give replacements of modules the place of the originals in the order."""
         for own, other in modules.items():
             if own in self._times:
                 self._times[other] = self._times[own]
 
-    def over(self, module: nn.Module) -> list[nn.Module]:
-        """Every module once, after the parts that it is made of; last those of which nothing is known, such as copies
-        of others."""
-        ended: dict[nn.Module, float] = {}
+    def sort_modules(self, module: nn.Module) -> list[nn.Module]:
+        """Return every module once, after the parts that it is made of.
+
+        Modules whose construction was not recorded, such as copies of others, come last.
+        """
+        end_times: dict[nn.Module, float] = {}
 
         def walk(part: nn.Module) -> float:
-            if part not in ended:
-                ended[part] = 0.0  # in its place should it be a part of itself
+            if part not in end_times:
+                end_times[part] = 0.0  # set first, for the case that it is a part of itself
                 times = [walk(child) for child in part.children()]
-                del ended[part]
+                del end_times[part]
                 has_own = bool([*part.parameters(recurse=False), *part.buffers(recurse=False)])
                 own = self._times.get(part, math.inf) if has_own else 0.0
-                ended[part] = max([own, *times])
-            return ended[part]
+                end_times[part] = max([own, *times])
+            return end_times[part]
 
         walk(module)
-        return sorted(ended, key=lambda part: ended[part])
+        return sorted(end_times, key=lambda part: end_times[part])
 
     def _note(self, module: nn.Module, name: str, value: object) -> None:
         self._times.setdefault(module, len(self._times))
@@ -74,24 +78,28 @@ class BuildOrder:
 
 
 class MetaInitializer:
-    """Gives modules their numbers, in the order in which they were built: the generator then draws for each what it
-    would draw in a plain build whose constructors end with `reset_parameters`.
+    """Initializer of modules on the meta device, in the order in which they were built.
 
-    Numbers are drawn on the CPU: the same ones whatever the device.
+    The random generator then draws for each module what it would draw in a plain build whose constructors end with
+    `reset_parameters`. Numbers are drawn on the CPU, so that they are the same whatever the device.
     """
 
     def __init__(self, module: nn.Module, *, owners: dict[nn.Parameter, nn.Module]) -> None:
         uses = Counter(parameter for part in module.modules() for _, parameter in _own_parameters(part))
         self._shared = {parameter for parameter, num_uses in uses.items() if num_uses > 1}
-        self._made: dict[nn.Parameter, nn.Parameter] = {}
-        """What shared parameters on the meta device have become: they stay shared."""
+        self._materialized: dict[nn.Parameter, nn.Parameter] = {}
+        """Real parameter for each shared parameter on the meta device, so that they stay shared."""
         self._owners = owners
-        """Whose constructor has made a parameter, and so initialises it."""
+        """Module whose constructor made a parameter, and which therefore initializes it."""
         self._touched: set[nn.Module] = set()
         self._sharded: set[nn.Module] = set()
 
     def materialize(self, module: nn.Module) -> None:
-        """Its own parameters and buffers. ModuleError: nothing says what their numbers are."""
+        """Initialize the module's own parameters and buffers.
+
+        Raises:
+            ModuleError: the module has no `reset_parameters`, or its parts are sharded already.
+        """
         is_own = is_meta(module, recurse=False)
         parts = set(module.children())
         if not is_own and not parts & self._touched:
@@ -101,7 +109,7 @@ class MetaInitializer:
         if reset is None:
             if is_own:
                 raise ModuleError(
-                    f"{type(module).__name__} has {_tensors_named(module)} but no reset_parameters(). {_ADVICE}: "
+                    f"{type(module).__name__} has {_join_meta_names(module)} but no reset_parameters(). {_ADVICE}: "
                     f"define it in {type(module).__name__}, or build real tensors with FSDPStrategy(empty_init=False)"
                 )
             return
@@ -113,7 +121,7 @@ class MetaInitializer:
         self._reset(module, reset)
 
     def note_sharded(self, module: nn.Module) -> None:
-        """From now on nothing can initialise it."""
+        """Record that the module is sharded, so that nothing can initialize it any more."""
         self._sharded.add(module)
 
     def _reset(self, module: nn.Module, reset: Callable[[], object]) -> None:
@@ -122,49 +130,50 @@ class MetaInitializer:
         for name, parameter in _own_parameters(module):
             if not parameter.is_meta:
                 continue
-            own = nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad)
+            own = nn.Parameter(_build_unwritten(parameter), requires_grad=parameter.requires_grad)
             if parameter in self._shared:
-                made = self._made.setdefault(parameter, own)
+                real = self._materialized.setdefault(parameter, own)
                 if self._owners.setdefault(parameter, module) is module:
-                    own = made
+                    own = real
                 else:
-                    # What is drawn now goes nowhere, as in a plain build, where another's takes its place later.
-                    own = nn.Parameter(_empty(parameter)) if own is made else own
-                    shared[name] = made
+                    # These numbers are drawn and dropped, as in a plain build, where the shared parameter replaces them
+                    # later.
+                    own = nn.Parameter(_build_unwritten(parameter)) if own is real else own
+                    shared[name] = real
             fresh[name] = own
             setattr(module, name, own)
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             if buffer.is_meta:
-                fresh[name] = _empty(buffer)
+                fresh[name] = _build_unwritten(buffer)
                 setattr(module, name, fresh[name])
         reset()
-        if forgotten := [name for name in fresh if _is_untouched(getattr(module, name))]:
+        if forgotten := [name for name in fresh if _is_unwritten(getattr(module, name))]:
             raise ModuleError(
                 f"{type(module).__name__}.reset_parameters leaves {', '.join(forgotten)} without numbers. {_ADVICE}: "
                 "initialise them there, or make them with device='cpu'"
             )
-        for name, made in shared.items():
-            setattr(module, name, made)
+        for name, real in shared.items():
+            setattr(module, name, real)
 
 
 def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
-def _empty(tensor: Tensor) -> Tensor:
-    """Of numbers that say that nobody has written them."""
+def _build_unwritten(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor filled with the mark of values that were never written."""
     empty = torch.empty_like(tensor, device="cpu")
     with torch.no_grad():
-        return empty.fill_(_unwritten(tensor.dtype))
+        return empty.fill_(_unwritten_mark(tensor.dtype))
 
 
-def _unwritten(dtype: torch.dtype) -> float | int:
+def _unwritten_mark(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return 0 if dtype == torch.bool else torch.iinfo(dtype).min
 
 
-def _is_untouched(tensor: Tensor) -> bool:
+def _is_unwritten(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or tensor.dtype in (torch.bool, torch.uint8):
         return False
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
@@ -172,6 +181,6 @@ def _is_untouched(tensor: Tensor) -> bool:
     return bool((tensor == torch.iinfo(tensor.dtype).min).all())
 
 
-def _tensors_named(module: nn.Module) -> str:
+def _join_meta_names(module: nn.Module) -> str:
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return ", ".join(name for name, tensor in own if tensor.is_meta)

@@ -1,4 +1,4 @@
-"""A rank that skips its batch takes its part in what the others wait for, unit by unit. Worker; where FSDP shards."""
+"""Matching FSDP collectives when a rank's training_step returns None, unit by unit. Worker."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,23 +23,27 @@ from raylit.compat.torch_fsdp import (
 from raylit.strategies.base import TrainingStep, ZeroLoss
 
 _END = 2**31 - 1
-"""Announced after the last unit of a forward pass."""
+"""Code announced after the last unit of a forward pass."""
 
 
 @dataclass(slots=True)
-class _Use:
+class _UnitCall:
+    """One call of a unit within a forward pass."""
+
     unit: int
+    """Index of the unit."""
     is_differentiated: bool
-    """Some input of it needs a gradient: torch reduces the unit's gradients in the midst of the backward pass."""
+    """Whether some input needs a gradient: torch then reduces the unit's gradients during the backward pass."""
     is_reached: bool = True
-    """The backward pass comes through it."""
+    """Whether the backward pass reaches the call."""
 
 
 class CollectiveSchedule:
-    """In which order a training step runs the units of a model, and which of them its loss depends on.
+    """Order in which a training step calls the units of a model, and which of them its loss depends on.
 
-    It is learned in the first step: ranks then tell each other before each unit, as one that skips the batch cannot
-    know. From there on a rank that skips runs the collectives of what it has not run, without the computations.
+    The schedule is learned in the first step, in which ranks announce each unit to each other before its call, as a
+    rank that skips the batch cannot know it. From then on a rank that skips its batch runs the collectives of the calls
+    that it has not made, without the computations.
     """
 
     def __init__(self, root: Any, *, replicated: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -47,17 +51,17 @@ class CollectiveSchedule:
         self._replicated = replicated
         self._device = device
         self._units: list[Any] = [
-            part for part in root.modules() if part is not root and isinstance(part, FSDPModule) and _groups_of(part)
+            part for part in root.modules() if part is not root and isinstance(part, FSDPModule) and _list_groups(part)
         ]
         self._contained = [set(unit.modules()) - {unit} for unit in self._units]
         self._sharded = [one for part in (root, *self._units) for one in list_sharded_parameters(get_state(part))]
-        self._uses: list[_Use] = []
+        self._calls: list[_UnitCall] = []
         self._unused: set[int] = set()
-        """Parameters that the loss does not depend on, by `id`: sharded or replicated ones."""
+        """Parameters that the loss does not depend on, sharded and replicated ones, by `id`."""
         self._is_known = False
 
     def run(self, step: TrainingStep, *args: Any) -> Any:
-        """What the step returns; in the place of None a loss whose gradients are zero. Collective."""
+        """Return the step's outputs; in the place of None a loss whose gradients are zero. Collective."""
         if not self._is_known:
             return self._run_learning(step, *args)
         order = get_forward_order(get_state(self._root))
@@ -65,13 +69,14 @@ class CollectiveSchedule:
         outputs = step(*args)
         if outputs is not None:
             return outputs
-        self._follow(num_done=sum(self._root not in group.modules for group in order[start:]))
-        return self._skipped()
+        self._run_rest(num_done=sum(self._root not in group.modules for group in order[start:]))
+        return self._build_zero_loss()
 
     def _run_learning(self, step: TrainingStep, *args: Any) -> Any:
-        self._uses, self._unused = [], set()
+        """Run the step while ranks announce each unit, and learn the schedule from it. Collective."""
+        self._calls, self._unused = [], set()
         ends: list[list[Any]] = []
-        """Of each use, the graph's nodes that it has ended in."""
+        """For each call the graph's nodes in which its outputs end."""
         hooks = []
         for index, unit in enumerate(self._units):
             begin = partial(self._announce_own, index, ends)
@@ -86,110 +91,111 @@ class CollectiveSchedule:
             self._announce(_END)
             self._is_known = True
         else:
-            self._follow_announced()
+            self._run_announced()
         if self._is_known:
-            self._agree(_nodes_below(outputs), ends)
-        return self._skipped() if outputs is None else outputs
+            self._agree(_collect_graph_nodes(outputs), ends)
+        return self._build_zero_loss() if outputs is None else outputs
 
     def _announce_own(self, index: int, ends: list[list[Any]], unit: nn.Module, args: Any, kwargs: Any) -> None:
-        is_differentiated = torch.is_grad_enabled() and any(True for _ in _needing_gradient((args, kwargs)))
-        self._uses.append(_Use(index, is_differentiated))
+        is_differentiated = torch.is_grad_enabled() and any(True for _ in _iterate_differentiable((args, kwargs)))
+        self._calls.append(_UnitCall(index, is_differentiated))
         ends.append([])
         self._announce(2 * index + 1 + is_differentiated)
 
     def _note_ends(self, index: int, ends: list[list[Any]], unit: nn.Module, args: Any, output: Any) -> None:
-        latest = max(place for place, use in enumerate(self._uses) if use.unit == index)
-        ends[latest] = [tensor.grad_fn for tensor in _needing_gradient(output)]
+        latest = max(index_of_call for index_of_call, call in enumerate(self._calls) if call.unit == index)
+        ends[latest] = [tensor.grad_fn for tensor in _iterate_differentiable(output)]
 
     def _agree(self, nodes: set[Any], ends: list[list[Any]]) -> None:
-        """What the backward pass comes to, as the ranks that have a loss see it. Collective."""
+        """Agree with the ranks that have a loss on what the backward pass reaches. Collective."""
         graded = {id(node.variable) for node in nodes if hasattr(node, "variable")}
         reached = [any(node in nodes for node in own) for own in ends]
-        reached += [False] * (len(self._uses) - len(ends))
+        reached += [False] * (len(self._calls) - len(ends))
         used = [id(one.unsharded_param) in graded for one in self._sharded]
         used += [id(parameter) in graded for parameter in self._replicated]
         flags = torch.tensor(reached + used, dtype=torch.int32, device=self._device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         agreed = flags.tolist()
-        for use, is_reached in zip(self._uses, agreed, strict=False):
-            use.is_reached = bool(is_reached)
+        for call, is_reached in zip(self._calls, agreed, strict=False):
+            call.is_reached = bool(is_reached)
         parameters = [*(one.sharded_param for one in self._sharded), *self._replicated]
         self._unused = {
             id(parameter)
-            for parameter, is_used in zip(parameters, agreed[len(self._uses) :], strict=True)
+            for parameter, is_used in zip(parameters, agreed[len(self._calls) :], strict=True)
             if not is_used
         }
 
-    def _follow_announced(self) -> None:
-        running: list[_Use] = []
+    def _run_announced(self) -> None:
+        """Run the collectives of the units that the other ranks announce. Collective."""
+        running: list[_UnitCall] = []
         while (announced := self._announce(0)) not in (0, _END):
-            use = _Use((announced - 1) // 2, is_differentiated=announced % 2 == 0)
-            self._uses.append(use)
-            for ended in self._left_for(use, running):
+            call = _UnitCall((announced - 1) // 2, is_differentiated=announced % 2 == 0)
+            self._calls.append(call)
+            for ended in self._end_calls_before(call, running):
                 self._pass_forward(ended, is_begin=False)
-            self._pass_forward(use, is_begin=True)
-            running.append(use)
+            self._pass_forward(call, is_begin=True)
+            running.append(call)
         for ended in reversed(running):
             self._pass_forward(ended, is_begin=False)
         self._is_known = announced == _END
 
     def _announce(self, code: int) -> int:
-        """What the ranks that run the step are at; 0 is a rank's that does not. Collective."""
+        """Return the largest code that a rank announces; 0 comes from ranks that do not run the step. Collective."""
         furthest = torch.tensor(code, dtype=torch.int64, device=self._device)
         dist.all_reduce(furthest, op=dist.ReduceOp.MAX)
         return int(furthest)
 
-    def _follow(self, *, num_done: int) -> None:
-        """Beginnings and ends of units after the first so many ends."""
-        for use, is_begin in self._passes():
+    def _run_rest(self, *, num_done: int) -> None:
+        """Run begins and ends of units after the first `num_done` ends."""
+        for call, is_begin in self._passes():
             if num_done == 0:
-                self._pass_forward(use, is_begin=is_begin)
+                self._pass_forward(call, is_begin=is_begin)
             elif not is_begin:
                 num_done -= 1
 
-    def _passes(self) -> list[tuple[_Use, bool]]:
-        passes: list[tuple[_Use, bool]] = []
-        running: list[_Use] = []
-        for use in self._uses:
-            passes += [(ended, False) for ended in self._left_for(use, running)]
-            passes.append((use, True))
-            running.append(use)
+    def _passes(self) -> list[tuple[_UnitCall, bool]]:
+        passes: list[tuple[_UnitCall, bool]] = []
+        running: list[_UnitCall] = []
+        for call in self._calls:
+            passes += [(ended, False) for ended in self._end_calls_before(call, running)]
+            passes.append((call, True))
+            running.append(call)
         return passes + [(ended, False) for ended in reversed(running)]
 
-    def _left_for(self, use: _Use, running: list[_Use]) -> Iterator[_Use]:
-        """The units that have ended when this one begins: those that it is not inside of."""
-        while running and self._units[use.unit] not in self._contained[running[-1].unit]:
+    def _end_calls_before(self, call: _UnitCall, running: list[_UnitCall]) -> Iterator[_UnitCall]:
+        """Yield the running calls that have ended when this one begins: those whose unit does not contain its unit."""
+        while running and self._units[call.unit] not in self._contained[running[-1].unit]:
             yield running.pop()
 
-    def _pass_forward(self, use: _Use, *, is_begin: bool) -> None:
-        unit = self._units[use.unit]
+    def _pass_forward(self, call: _UnitCall, *, is_begin: bool) -> None:
+        unit = self._units[call.unit]
         state = get_state(unit)
         if is_begin:
             run_pre_forward(state, unit, (), {})
         else:
             run_post_forward(state, unit, (), None)
 
-    def _skipped(self) -> ZeroLoss:
+    def _build_zero_loss(self) -> ZeroLoss:
         anchor = torch.zeros((), device=self._device, requires_grad=True)
         loss = _NoGradients.apply(anchor, partial(self._pass_backward, self._passes()))
         return ZeroLoss(loss=loss)
 
-    def _pass_backward(self, passes: Sequence[tuple[_Use, bool]], gradient: Tensor) -> None:
+    def _pass_backward(self, passes: Sequence[tuple[_UnitCall, bool]], gradient: Tensor) -> None:
         run_pre_backward(get_state(self._root), gradient)
         reached = [one for one in passes if one[0].is_reached]
-        num_left = Counter(use.unit for use, is_begin in reached if is_begin)
-        for use, is_begin in reversed(reached):
-            unit = self._units[use.unit]
+        num_left = Counter(call.unit for call, is_begin in reached if is_begin)
+        for call, is_begin in reversed(reached):
+            unit = self._units[call.unit]
             if not is_begin:
                 run_pre_backward(get_state(unit), gradient)
                 continue
-            num_left[use.unit] -= 1
-            for group in _groups_of(unit):
-                if num_left[use.unit] == 0:  # autograd adds up the gradients of all uses before anybody sees them
+            num_left[call.unit] -= 1
+            for group in _list_groups(unit):
+                if num_left[call.unit] == 0:  # autograd adds the gradients of all calls before hooks see them
                     self._set_zero(group)
-                if use.is_differentiated:
+                if call.is_differentiated:
                     group.post_backward()
-        for group in _groups_of(self._root):
+        for group in _list_groups(self._root):
             self._set_zero(group)
         for parameter in self._replicated:
             if parameter.requires_grad and parameter.grad is None and id(parameter) not in self._unused:
@@ -204,7 +210,7 @@ class CollectiveSchedule:
 
 
 class _NoGradients(torch.autograd.Function):
-    """A loss of zero whose backward pass is the given function of its gradient."""
+    """Loss of zero whose backward pass calls the given function with the loss's gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
@@ -213,35 +219,35 @@ class _NoGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        run, ctx.run = ctx.run, None  # which refers to the module, and the loss may be around for longer
+        run, ctx.run = ctx.run, None  # it refers to the module, and the loss may be kept for longer
         run(gradient)
         return None, None
 
 
-def _groups_of(unit: Any) -> list[Any]:
+def _list_groups(unit: Any) -> list[Any]:
     return list_param_groups(get_state(unit))
 
 
-def _nodes_below(outputs: Any) -> set[Any]:
-    """Of the graph of a step's loss."""
+def _collect_graph_nodes(outputs: Any) -> set[Any]:
+    """Return the nodes of the graph of a step's loss."""
     if isinstance(outputs, Mapping):
         outputs = outputs.get("loss", getattr(outputs, "minimize", None))
-    waiting = [tensor.grad_fn for tensor in _needing_gradient(outputs)]
+    pending = [tensor.grad_fn for tensor in _iterate_differentiable(outputs)]
     seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
+    while pending:
+        node = pending.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
+            pending += [next_node for next_node, _ in node.next_functions]
     return seen
 
 
-def _needing_gradient(values: Any) -> Iterator[Tensor]:
+def _iterate_differentiable(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         if values.requires_grad:
             yield values
     elif isinstance(values, dict):
-        yield from _needing_gradient(tuple(values.values()))
+        yield from _iterate_differentiable(tuple(values.values()))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _needing_gradient(value)
+            yield from _iterate_differentiable(value)

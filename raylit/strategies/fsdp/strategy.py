@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism by torch's `fully_shard`: every rank holds its share of the state. Worker."""
+"""Fully sharded data parallelism with torch's `fully_shard`: every rank holds its shard of the state. Worker."""
 
 import math
 import warnings
@@ -39,25 +39,36 @@ from raylit.strategies.fsdp.meta_init import BuildOrder, MetaInitializer
 from raylit.strategies.fsdp.shards import (
     ShardedScaler,
     all_gather_shards,
-    counterpart,
-    counterpart_of_state,
+    build_local_state,
+    build_local_value,
     gather_full_tensor,
-    shards,
+    list_shards,
 )
 from raylit.strategies.fsdp.skipped_batches import CollectiveSchedule
-from raylit.strategies.fsdp.unshard import MethodEntryPoints, forget_sharding, free_eagerly, hold_little, leave_on_meta
-from raylit.strategies.fsdp.wrap_policy import ActivationCheckpointing, called_parts, check_not_shared, chosen_units
-from raylit.strategies.sharded_state import Reader, split
+from raylit.strategies.fsdp.unshard import (
+    MethodEntryPoints,
+    forget_sharding,
+    free_eagerly,
+    leave_on_meta,
+    minimize_memory,
+)
+from raylit.strategies.fsdp.wrap_policy import (
+    ActivationCheckpointing,
+    check_not_shared,
+    choose_units,
+    find_callable_parts,
+)
+from raylit.strategies.sharded_state import Reader, split_parts
 from raylit.strategies.single import Single
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 
 _PIECE_BYTES = 16 * 2**20
-"""Of the weights that come back at the end at a time; a single larger one is a piece of its own."""
+"""Size of the pieces in which weights are gathered at the end; a single larger tensor is a piece of its own."""
 _MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class FSDP(Single):
-    """Parameters are gathered unit by unit around their use, and gradients are averaged to the rank that owns them."""
+    """Strategy that gathers parameters unit by unit around their use, and reduces gradients to the owning ranks."""
 
     is_forward_collective = True
     is_evaluation_collective = True
@@ -66,23 +77,23 @@ class FSDP(Single):
     def __init__(self, options: FSDPStrategy, *, precision: PrecisionName, is_syncing_batch_norm: bool = False) -> None:
         self.is_gathering = options.state_dict_type == "full"
         self._options = options
-        self._policy = options.mixed_precision or _policy(precision)
+        self._policy = options.mixed_precision or _build_policy(precision)
         self._order = BuildOrder()
         self._root: Any = None
         """The module, once it is sharded."""
-        self._entries: MethodEntryPoints | None = None
+        self._entry_points: MethodEntryPoints | None = None
         self._replicated: list[nn.Parameter] = []
-        """Parameters that every rank has the whole of."""
+        """Parameters of which every rank has the whole."""
         self._added: list[tuple[nn.Module, set[str]]] = []
-        """Modules and the attributes that sharding has added to each."""
-        self._recomputed: ActivationCheckpointing | None = None
+        """Modules with the attributes that sharding has added to each."""
+        self._checkpointing: ActivationCheckpointing | None = None
         self._is_syncing_batch_norm = is_syncing_batch_norm
         self._batch_norms: SyncedBatchNorms | None = None
 
     # From the user's module to shards and back
 
     @contextmanager
-    def building(self) -> Iterator[None]:
+    def build_context(self) -> Iterator[None]:
         with torch.device("meta") if self._options.empty_init else nullcontext(), self._order.recording():
             yield
 
@@ -102,51 +113,52 @@ class FSDP(Single):
         self._device = device
         if self._is_syncing_batch_norm:
             self._batch_norms = SyncedBatchNorms(module, device=device)
-            self._order.exchange(self._batch_norms.exchanged)
-        units = chosen_units(module, self._options.auto_wrap_policy)
+            self._order.replace(self._batch_norms.replacements)
+        units = choose_units(module, self._options.auto_wrap_policy)
         if is_manual:
-            units = list(dict.fromkeys([*units, *called_parts(module)]))
+            units = list(dict.fromkeys([*units, *find_callable_parts(module)]))
         check_not_shared(module, units)
         if self._options.activation_checkpointing_policy is not None:
-            self._recomputed = ActivationCheckpointing(module, self._options.activation_checkpointing_policy)
-        alone = set(_norms_in_full_precision(module) if self._policy.param_dtype is not None else ())
+            self._checkpointing = ActivationCheckpointing(module, self._options.activation_checkpointing_policy)
+        full_precision = set(_list_affine_batch_norms(module) if self._policy.param_dtype is not None else ())
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         materializer = MetaInitializer(module, owners=self._order.owners)
-        for part in self._order.over(module):
+        for part in self._order.sort_modules(module):
             materializer.materialize(part)
-            if part in alone or part is module or part in units:
-                _to_device(part, device, dtype)
+            if part in full_precision or part is module or part in units:
+                _move_to_device(part, device, dtype)
                 broadcast([*_own_parameters(part), *part.buffers()])
-                policy = MixedPrecisionPolicy() if part in alone else self._policy
+                policy = MixedPrecisionPolicy() if part in full_precision else self._policy
                 whole = {one for one in _own_parameters(part) if one.ndim == 0 or (is_manual and part is module)}
                 self._shard(part, mesh, policy, whole=whole, is_root=part is module)
                 materializer.note_sharded(part)
         if self._is_on_cpu:
-            hold_little(part for part in module.modules() if isinstance(part, FSDPModule))
+            minimize_memory(part for part in module.modules() if isinstance(part, FSDPModule))
         self._order = BuildOrder()  # it refers to the modules
         self._root = module
         self._replicated = _own_parameters(module)
-        # Of the whole model's output. What torch warns of would be made up for by the loss, which a step returns.
+        # torch warns of views in the whole model's output. The loss, which a step returns, covers what the warning is
+        # about.
         sharded = type(module).__name__
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({sharded}\) returned a view tensor")
-        self._entries = MethodEntryPoints(module, steps=steps, is_manual=is_manual)
+        self._entry_points = MethodEntryPoints(module, steps=steps, is_manual=is_manual)
 
-    def recall(self, module: nn.Module) -> None:
-        if self._entries is None:
+    def restore_module(self, module: nn.Module) -> None:
+        if self._entry_points is None:
             return
-        self._entries.restore()
-        if self._recomputed is not None:
-            self._recomputed.restore()
+        self._entry_points.restore()
+        if self._checkpointing is not None:
+            self._checkpointing.restore()
         for part, added in reversed(self._added):
             forget_sharding(part, added)
         leave_on_meta(module)
         if self._batch_norms is not None:
             self._batch_norms.restore()
-        self._root, self._entries, self._added = None, None, []
+        self._root, self._entry_points, self._added = None, None, []
         if self._is_on_cpu:
             free_eagerly(is_eager=False)
 
-    def gathered_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def iterate_full_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         if not self._options.gather_weights:
             return
         piece: dict[str, Tensor] = {}
@@ -165,21 +177,21 @@ class FSDP(Single):
     def needs_batch_on_every_rank(self) -> bool:
         return self._batch_norms is not None and self._batch_norms.needs_batch_on_every_rank
 
-    def silence(self, *, is_silent: bool) -> None:
+    def exclude_rank(self, *, is_excluded: bool) -> None:
         if self._batch_norms is not None:
-            self._batch_norms.silence(is_silent=is_silent)
+            self._batch_norms.exclude_rank(is_excluded=is_excluded)
 
     def wrap(self, module: nn.Module, training_step: TrainingStep, *, trained: Sequence[nn.Parameter]) -> TrainingStep:
         self._initialize()
-        course = CollectiveSchedule(module, replicated=self._replicated, device=self._device)
-        assert self._entries is not None
-        return partial(self._entries.run_on, course, training_step)
+        schedule = CollectiveSchedule(module, replicated=self._replicated, device=self._device)
+        assert self._entry_points is not None
+        return partial(self._entry_points.run_step, schedule, training_step)
 
     def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return ShardedScaler(device.type)
 
-    def synced_check(self, step: TrainingStep) -> SyncedCheck | None:
-        return _WindowEnd(self._finish_window)
+    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
+        return _ReducingCheck(self._reduce_rest)
 
     @contextmanager
     def without_sync(self, step: TrainingStep) -> Iterator[None]:
@@ -190,7 +202,7 @@ class FSDP(Single):
             self._root.set_requires_gradient_sync(True)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._finish_window()
+        self._reduce_rest()
 
     def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
         self._initialize()
@@ -206,15 +218,15 @@ class FSDP(Single):
         if not gradients:
             return
         if algorithm == "value":
-            for shard in shards(gradients):
+            for shard in list_shards(gradients):
                 shard.clamp_(-limit, limit)
             return
-        total = torch.linalg.vector_norm(torch.stack(self.norms(gradients, 2.0)))
-        # As torch's clip_grad_norm_ has it.
-        scale_in_place(shards(gradients), torch.clamp(limit / (total + 1e-6), max=1.0))
+        total = torch.linalg.vector_norm(torch.stack(self.compute_norms(gradients, 2.0)))
+        # The same formula as in torch's clip_grad_norm_.
+        scale_in_place(list_shards(gradients), torch.clamp(limit / (total + 1e-6), max=1.0))
 
-    def norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
-        own = torch.stack(compute_norms(shards(gradients), order))
+    def compute_norms(self, gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+        own = torch.stack(compute_norms(list_shards(gradients), order))
         if self._replicated and dist.get_rank() > 0:
             own *= own.new_tensor([isinstance(gradient, DTensor) for gradient in gradients])
         if math.isinf(order):
@@ -226,14 +238,14 @@ class FSDP(Single):
         return list(own)
 
     @contextmanager
-    def evaluating(self, *, is_inference_mode: bool) -> Iterator[None]:
-        # What is gathered in inference mode could not be used in a later backward pass.
+    def evaluation_context(self, *, is_inference_mode: bool) -> Iterator[None]:
+        # Parameters gathered in inference mode could not be used in a later backward pass.
         with torch.no_grad():
             yield
         state = get_state(self._root)
         for group in iterate_all_param_groups(state):
             group.reshard()
-        # Else the next backward pass would gather ahead of it what has run last here.
+        # Otherwise the next backward pass would prefetch the units that have run last here.
         clear_forward_order(state)
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -243,22 +255,22 @@ class FSDP(Single):
 
     # State
 
-    def handed_over(self, state: dict[str, Any]) -> dict[str, Any]:
-        handed: dict[str, Any] = all_gather_shards(state) if self.is_gathering else split(state, "", {})
-        return handed
+    def collect_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        collected: dict[str, Any] = all_gather_shards(state) if self.is_gathering else split_parts(state, "", {})
+        return collected
 
     def parts(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
         own: dict[str, Tensor] = {}
         if not self.is_gathering:
-            split(module.state_dict(), "state_dict", own)
-            split([optimizer.state_dict() for optimizer in optimizers], "optimizer_states", own)
+            split_parts(module.state_dict(), "state_dict", own)
+            split_parts([optimizer.state_dict() for optimizer in optimizers], "optimizer_states", own)
         return own
 
     def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
         own = module.state_dict()
         targets: dict[str, Tensor] = {}
         loaded = {
-            name: counterpart(value, own[name], f"state_dict.{name}", targets, is_in_place=True)
+            name: build_local_value(value, own[name], f"state_dict.{name}", targets, is_in_place=True)
             for name, value in state_dict.items()
         }
         if read is not None:
@@ -270,7 +282,7 @@ class FSDP(Single):
     ) -> None:
         targets: dict[str, Tensor] = {}
         loaded = [
-            counterpart_of_state(state, optimizer, f"optimizer_states.{index}", targets)
+            build_local_state(state, optimizer, f"optimizer_states.{index}", targets)
             for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
         ]
         if read is not None:
@@ -294,7 +306,7 @@ class FSDP(Single):
         fully_shard(
             part,
             mesh=mesh,
-            # None: the root's parameters stay until the backward pass, which begins at once.
+            # None keeps the root's parameters gathered until the backward pass, which begins at once.
             reshard_after_forward=None if is_root else self._options.reshard_after_forward,
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if is_offloading else OffloadPolicy(),
@@ -303,21 +315,24 @@ class FSDP(Single):
         self._added += [(module, set(vars(module)) - names) for module, names in before.items()]
 
     def _initialize(self) -> None:
-        """What torch would do in the first forward pass, when another optimizer's parameters may be frozen."""
+        """Initialize the root before the first forward pass, when another optimizer may have frozen parameters."""
         initialize_root(get_state(self._root))
 
-    def _finish_window(self) -> None:
+    def _reduce_rest(self) -> None:
         self._finish_backward()
-        average_gradients([one for one in self._replicated if one.requires_grad], travel=ReducedPrecision())
+        average_gradients([one for one in self._replicated if one.requires_grad], reduction=ReducedPrecision())
 
     def _finish_backward(self) -> None:
-        """What the backward pass has left over to reduce: gradients added up without a sync; those of a module in
-        whose outputs torch has found no tensor. Collective; nothing where nothing is left."""
+        """Reduce the gradients that the backward pass has left over. Collective; it does nothing if none are left.
+
+        These are gradients accumulated without a sync, and those of a module in whose outputs torch has found no
+        tensor.
+        """
         finish_backward(get_state(self._root))
 
 
-class _WindowEnd:
-    """Nothing is left out: what a backward pass has not come to is brought in line."""
+class _ReducingCheck:
+    """Sync check that reduces what the backward pass has not reached and never has anything to report."""
 
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
@@ -330,8 +345,8 @@ class _WindowEnd:
         return False
 
 
-def _policy(precision: PrecisionName) -> MixedPrecisionPolicy:
-    """Inputs are left to autocast, which runs around the step."""
+def _build_policy(precision: PrecisionName) -> MixedPrecisionPolicy:
+    """Return torch's policy for a precision. Inputs are left to autocast, which runs around the step."""
     dtype = _MIXED.get(precision)
     if dtype is None:
         return MixedPrecisionPolicy()
@@ -347,34 +362,34 @@ def _check_shapes(module: nn.Module) -> None:
             )
 
 
-def _norms_in_full_precision(module: nn.Module) -> list[nn.Module]:
-    """Batch norms take no parameters of another type than their running statistics."""
+def _list_affine_batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return the batch norms: they take no parameters of another type than their running statistics."""
     return [part for part in module.modules() if isinstance(part, BatchNormBase) and part.affine]
 
 
 def _own_parameters(part: nn.Module) -> list[nn.Parameter]:
-    """Without those that are sharded already."""
+    """Return the parameters that are not sharded yet."""
     return [parameter for parameter in part.parameters() if not isinstance(parameter, DTensor)]
 
 
-def _to_device(part: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    def moved(tensor: Tensor) -> Tensor:
+def _move_to_device(part: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     for parameter in _own_parameters(part):
-        parameter.data = moved(parameter.data)
+        parameter.data = move(parameter.data)
     for owner in part.modules():
         for name, buffer in list(owner.named_buffers(recurse=False, remove_duplicate=False)):
-            setattr(owner, name, moved(buffer))
+            setattr(owner, name, move(buffer))
 
 
 class _PendingShards:
-    """Of backward passes inside a step: what torch has left to reduce, and the gradients of whole parameters."""
+    """Gradients of backward passes inside a step: those that torch has left to reduce and those of whole parameters."""
 
     def __init__(self, replicated: Sequence[nn.Parameter], *, finish_backward: Callable[[], None]) -> None:
         self._replicated = replicated
         self._finish_backward = finish_backward
-        self._touched = TouchedGradients(replicated, travel=ReducedPrecision())
+        self._touched = TouchedGradients(replicated, reduction=ReducedPrecision())
 
     def average(self) -> None:
         self._finish_backward()

@@ -1,4 +1,4 @@
-"""Unsharded parameters outside of forward: methods beside it, and the memory freed afterwards."""
+"""Unsharded parameters outside of forward, removal of the sharding, and memory of FSDP on the CPU. Worker."""
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
@@ -27,48 +27,55 @@ _CALL = "forward"
 
 
 class MethodEntryPoints:
-    """Those of one module, until `restore`."""
+    """Entry points of a sharded module: methods around which its parameters are gathered, until `restore`."""
 
     def __init__(self, module: nn.Module, *, steps: Sequence[str], is_manual: bool) -> None:
-        """`is_manual`: backward passes and steps are in `training_step`, around which nothing can be gathered then."""
+        """Wrap the methods `steps` and `forward` of the module.
+
+        With `is_manual`, backward passes and optimizer steps are in `training_step`, around which nothing can be
+        gathered then.
+        """
         self._module = module
         self._state: Any = get_state(module)
         self._is_running = False
-        self._course: CollectiveSchedule | None = None
-        """Of the training step that runs."""
+        self._schedule: CollectiveSchedule | None = None
+        """Schedule of the training step that runs."""
         remove_forward_hooks(self._state)
         self._names = [*steps, _CALL]
         for name in self._names:
             own = getattr(module, name)
             if name == "training_step":
-                setattr(module, name, _explaining(own) if is_manual else self._entering(self._skippable(own)))
+                setattr(
+                    module, name, _explain_errors(own) if is_manual else self._gather_around(self._make_skippable(own))
+                )
             else:
-                setattr(module, name, self._entering(own))
+                setattr(module, name, self._gather_around(own))
 
     def restore(self) -> None:
+        """Put the module's own methods back."""
         for name in self._names:
             del vars(self._module)[name]
 
-    def run_on(self, course: CollectiveSchedule, training_step: TrainingStep, *args: Any) -> Any:
-        """The step, which may skip its batch where the others run theirs."""
-        self._course = course
+    def run_step(self, schedule: CollectiveSchedule, training_step: TrainingStep, *args: Any) -> Any:
+        """Run the step, which may skip its batch while the other ranks run theirs. Collective."""
+        self._schedule = schedule
         try:
             return training_step(*args)
         finally:
-            self._course = None
+            self._schedule = None
 
-    def _skippable(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _make_skippable(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(own)
         def step(*args: Any, **kwargs: Any) -> Any:
-            course, self._course = self._course, None
-            return own(*args, **kwargs) if course is None else course.run(partial(own, **kwargs), *args)
+            schedule, self._schedule = self._schedule, None
+            return own(*args, **kwargs) if schedule is None else schedule.run(partial(own, **kwargs), *args)
 
         return step
 
-    def _entering(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _gather_around(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(own)
-        @_explaining
-        def entered(*args: Any, **kwargs: Any) -> Any:
+        @_explain_errors
+        def call(*args: Any, **kwargs: Any) -> Any:
             if self._is_running:
                 return own(*args, **kwargs)
             self._is_running = True
@@ -78,11 +85,11 @@ class MethodEntryPoints:
             finally:
                 self._is_running = False
 
-        return entered
+        return call
 
 
-def _explaining(own: Callable[..., Any]) -> Callable[..., Any]:
-    """In the place of torch's word on shards in a computation."""
+def _explain_errors(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a plain error in the place of torch's error for shards in a computation."""
 
     @wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +108,7 @@ def _explaining(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forget_sharding(part: nn.Module, added: set[str]) -> None:
-    """Class, hooks and attributes as they were."""
+    """Remove the class, the hooks and the attributes that sharding has added to a module."""
     if isinstance(part, FSDPModule):
         remove_sharding(part)
     for name in added & set(vars(part)):
@@ -109,7 +116,7 @@ def forget_sharding(part: nn.Module, added: set[str]) -> None:
 
 
 def leave_on_meta(module: nn.Module) -> None:
-    """Parameters of the whole shape without numbers, in the place of shards; buffers on the CPU."""
+    """Replace shards by parameters of the whole shape on the meta device, and move buffers to the CPU."""
     whole: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
@@ -122,15 +129,18 @@ def leave_on_meta(module: nn.Module) -> None:
 
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's mallopt: what is at least that large has pages of its own, which go with it."""
+"""Option of glibc's mallopt: memory of at least that size has pages of its own, which are freed with it."""
 _EAGER_BYTES = 2**20
 _USUAL_BYTES = 32 * 2**20
-"""Up to which glibc raises its threshold by itself as large memory comes and goes."""
+"""Size up to which glibc raises its threshold by itself when large memory is allocated and freed."""
 
 
 def free_eagerly(*, is_eager: bool) -> None:
-    """Freed memory otherwise stays in holes between what is in use. Pages that come anew each time cost the system's
-    clearing them. Nothing where malloc is not glibc's."""
+    """Return freed memory to the system at once, or restore the usual threshold.
+
+    Freed memory otherwise stays in holes between what is in use. The price is that the system clears new pages at
+    each allocation. It does nothing if malloc is not glibc's.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -138,19 +148,22 @@ def free_eagerly(*, is_eager: bool) -> None:
     mallopt(_M_MMAP_THRESHOLD, _EAGER_BYTES if is_eager else _USUAL_BYTES)
 
 
-def hold_little(units: Iterable[Any]) -> None:
-    """Of fully_shard's units on the CPU: no copies that wait for a stream, nothing gathered ahead of its use. There
-    are no streams and nothing overlaps, so that it would only take memory: three units' worth."""
+def minimize_memory(units: Iterable[Any]) -> None:
+    """Keep as few units as possible in memory on the CPU, for units of `fully_shard`.
+
+    Copies do not wait for a stream, and nothing is gathered ahead of its use: on the CPU there are no streams and
+    nothing overlaps, so that prefetching would only take the memory of three units.
+    """
     for unit in units:
-        # By itself: torch takes an empty list for its own choice, which is the unit before.
+        # A unit prefetches itself, as torch replaces an empty list by its own choice, the unit before.
         unit.set_modules_to_backward_prefetch([unit])
         copy_out_at_once(unit)
         for group in list_param_groups(get_state(unit)):
-            unit.set_custom_reduce_scatter(_LettingGo(get_reduce_scatter(group)))
+            unit.set_custom_reduce_scatter(_FreeingReduceScatter(get_reduce_scatter(group)))
 
 
-class _LettingGo:
-    """A reduce-scatter whose input torch would keep until the next unit's turn."""
+class _FreeingReduceScatter:
+    """Reduce-scatter that frees its input at once, which torch would keep until the next unit's turn."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

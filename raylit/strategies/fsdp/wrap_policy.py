@@ -1,4 +1,4 @@
-"""Which modules FSDP wraps, and where activations are recomputed."""
+"""Choice of the modules that FSDP wraps and of those whose activations are recomputed. Worker."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -12,34 +12,42 @@ from raylit.errors import ConfigError
 WrapPolicy = Collection[type[nn.Module]] | Callable[[nn.Module], bool]
 
 _MIN_INFERRED_PARAMETERS = 10_000
-"""A part smaller than that costs more in the latency of its collectives than it saves in memory."""
+"""Size below which a part costs more in the latency of its collectives than it saves in memory."""
 
 
-def chosen_units(module: nn.Module, policy: WrapPolicy | None) -> list[nn.Module]:
-    """ConfigError: the policy fits no part of the module."""
+def choose_units(module: nn.Module, policy: WrapPolicy | None) -> list[nn.Module]:
+    """Return the modules that are gathered as units: those that fit the policy, or repeated blocks by default.
+
+    Raises:
+        ConfigError: the policy fits no part of the module.
+    """
     if policy is None:
-        return list(dict.fromkeys(_repeated(module)))
+        return list(dict.fromkeys(_find_repeated_blocks(module)))
     fits = policy if not isinstance(policy, Collection) else _is_one_of(policy)
     units = [part for part in module.modules() if part is not module and fits(part)]
     if not units:
         raise ConfigError(
-            f"FSDPStrategy(auto_wrap_policy={_named(policy)}) fits no part of {type(module).__name__}: give the "
-            "classes of its blocks, or leave it out to have repeated blocks found"
+            f"FSDPStrategy(auto_wrap_policy={_format_policy(policy)}) fits no part of {type(module).__name__}: give "
+            "the classes of its blocks, or leave it out to have repeated blocks found"
         )
     return units
 
 
-def called_parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts with parameters that can be called."""
+def find_callable_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the largest parts with parameters that can be called."""
     for child in module.children():
         if type(child).forward is nn.Module.forward:
-            yield from called_parts(child)
+            yield from find_callable_parts(child)
         elif any(True for _ in child.parameters()):
             yield child
 
 
 def check_not_shared(module: nn.Module, units: Collection[nn.Module]) -> None:
-    """ConfigError: a unit shares a parameter with what is outside of it, so that neither could be gathered alone."""
+    """Check that no unit shares a parameter with a module outside of it, as neither could be gathered alone then.
+
+    Raises:
+        ConfigError: one does.
+    """
     owners: dict[int, nn.Module] = {}
     for part, name, parameter in _parameters_by_unit(module, set(units), module, ""):
         owner = owners.setdefault(id(parameter), part)
@@ -51,13 +59,13 @@ def check_not_shared(module: nn.Module, units: Collection[nn.Module]) -> None:
             )
 
 
-def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    """Members of one class of a ModuleList, ModuleDict or Sequential that has several; nothing inside of these."""
+def _find_repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield children of a ModuleList, ModuleDict or Sequential that share a class, but no blocks inside of these."""
     for child in module.children():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and _is_block(child, module):
             yield child
         else:
-            yield from _repeated(child)
+            yield from _find_repeated_blocks(child)
 
 
 def _is_block(child: nn.Module, container: nn.Module) -> bool:
@@ -81,28 +89,31 @@ def _parameters_by_unit(
         yield from _parameters_by_unit(child, units, child if child in units else unit, f"{prefix}{name}.")
 
 
-def _named(policy: WrapPolicy) -> str:
+def _format_policy(policy: WrapPolicy) -> str:
     if isinstance(policy, Collection):
         return "{" + ", ".join(one.__name__ for one in policy) + "}"
     return getattr(policy, "__name__", repr(policy))
 
 
 class ActivationCheckpointing:
-    """Modules of some classes, whose forward runs under torch.utils.checkpoint until `restore`."""
+    """Activation checkpointing of all modules of some classes, until `restore`.
+
+    Their forward runs under torch.utils.checkpoint.
+    """
 
     def __init__(self, module: nn.Module, classes: Collection[type[nn.Module]]) -> None:
         self._modules = [part for part in module.modules() if isinstance(part, tuple(classes))]
         for part in self._modules:
-            # An attribute of its own: names of parameters stay, and the hooks that gather them run around it.
-            part.forward = _recomputing(part.forward)
+            # Set on the instance: names of parameters stay, and the hooks that gather parameters run around it.
+            part.forward = _checkpoint_forward(part.forward)
 
     def restore(self) -> None:
         for part in self._modules:
             del part.forward
 
 
-def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+def _checkpoint_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run_checkpointed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return recomputed
+    return run_checkpointed

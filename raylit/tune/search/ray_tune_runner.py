@@ -1,4 +1,4 @@
-"""TuneRunner: the trials of a search as Ray Tune's, which run as many at a time as there is room for. Driver."""
+"""Runner of a search's trials on Ray Tune, as many at a time as the cluster has resources for. Driver."""
 
 import os
 import tempfile
@@ -22,40 +22,41 @@ from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed
 from raylit.tune.search.out_of_memory import classify_failure
 from raylit.tune.search.runner import run_trial
 from raylit.tune.search.trial import Experiment, Outcome, Search
-from raylit.tune.trial.progress import error_of
+from raylit.tune.trial.progress import read_error
 from raylit.tune.trial.resources import TrialResources, find_trial_resources
 from raylit.tune.trial.run_trials import Run, run_trials
 from raylit.tune.trial.trainable import TrialContext
 from raylit.worker.job import Job
 
 _VALUE, _STEP, _LOSS, _OUTCOME = "value", "step", "loss", "outcome"
-"""In the config of a trial, and in its results."""
-_LEAST_CPU = 0.01
+"""Keys in the config of a trial and in its results."""
+_MIN_CPU = 0.01
 _TITLE = "search"
 
 
 class TuneRunner:
-    """Each trial's workers have a placement group; what ends one of them, or its whole process, ends that trial."""
+    """Runner with a placement group for each trial; the death of a worker or trial process ends its trial only."""
 
     def __init__(self, *, is_shown: bool) -> None:
         self._is_shown = is_shown
 
     def run(self, search: Search, experiment: Experiment, job: Job) -> None:
-        workers = _with_room(experiment.plan.workers)
+        """Run the search's trials on Ray Tune. Raises the error that every trial would raise."""
+        workers = _share_cores(experiment.plan.workers)
         experiment = replace(experiment, plan=replace(experiment.plan, workers=workers))
         trials = _Trials(search, experiment.plan.workers.accelerator)
         with tempfile.TemporaryDirectory(prefix="raylit-") as directory:
             run_trials(
-                _Recipe(experiment, pickle_job(job)),
+                _TrialFunction(experiment, pickle_job(job)),
                 {},
-                room=find_trial_resources(workers, title=_TITLE),
+                resources=find_trial_resources(workers, title=_TITLE),
                 run=Run(
                     title=_TITLE,
                     directory=os.path.join(directory, "trials"),
                     metric=None,
                     num_samples=-1,  # until the search proposes no more
-                    searcher=_Proposals(trials),
-                    scheduler=_Cuts(trials),
+                    searcher=_SearcherAdapter(trials),
+                    scheduler=_SchedulerAdapter(trials),
                     max_concurrent=search.num_at_once,
                     num_checkpoints=0,
                     is_shown=self._is_shown,
@@ -65,36 +66,36 @@ class TuneRunner:
             raise trials.error
 
 
-class _Recipe:
-    """A trial, in its own process. The data comes once for all trials of a process."""
+class _TrialFunction:
+    """Training function of a search's trials, in a trial's process; it unpickles the data once per process."""
 
-    def __init__(self, experiment: Experiment, parcel: SerializedJob) -> None:
+    def __init__(self, experiment: Experiment, serialized_job: SerializedJob) -> None:
         self._experiment = replace(experiment, random_state={})
-        self._parcel: SerializedJob | None = parcel
+        self._serialized_job: SerializedJob | None = serialized_job
         self._job: Job | None = None
 
     def __call__(self, context: TrialContext) -> Mapping[str, Any]:
         if self._job is None:
-            assert self._parcel is not None
-            self._job, _ = unpickle_job(self._parcel)
-            self._job.shared_memory = self._parcel = None
+            assert self._serialized_job is not None
+            self._job, _ = unpickle_job(self._serialized_job)
+            self._job.shared_memory = self._serialized_job = None
 
-        def told(step: int, loss: float) -> bool:
-            return not context.handover.report({_STEP: step, _LOSS: loss}, save=_save_nothing)
+        def report_loss(step: int, loss: float) -> bool:
+            return not context.thread.report({_STEP: step, _LOSS: loss}, save=_save_nothing)
 
-        # A trial's process starts with the driver's.
+        # Every trial's process starts with the driver's random state.
         experiment = replace(
             self._experiment, random_state=format.random_state(self._experiment.plan.workers.accelerator)
         )
         try:
-            outcome = run_trial(experiment, context.config[_VALUE], self._job, told=told)
+            outcome = run_trial(experiment, context.config[_VALUE], self._job, report_loss=report_loss)
         except Exception as error:
             outcome = Outcome(error=error)
-        return {_OUTCOME: _pickled(outcome)}
+        return {_OUTCOME: _pickle_outcome(outcome)}
 
 
 class _Trials:
-    """The search, as Tune's parts see it: which trial has which value, and what was wrong with all of them."""
+    """State of the search that Tune's searcher and scheduler share: values by trial, and an error that concerns all."""
 
     def __init__(self, search: Search, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -104,10 +105,11 @@ class _Trials:
         self._errors: dict[str, BaseException] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps what it would go on with after an interruption; a search then starts anew."""
+        """Return nothing to pickle: Tune saves its state for a resume, and a search starts anew instead."""
         return {}
 
     def next_value(self, trial_id: str) -> Any:
+        """Return the search's next value for a trial; None: there is none."""
         if self.error is not None:
             return None
         value = self._search.propose()
@@ -116,32 +118,34 @@ class _Trials:
         return value
 
     def is_losing(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Return whether the trial is to be stopped after a result."""
         if self.error is not None:
             return True
         return _LOSS in result and self._search.is_losing(self._values[trial_id], result[_STEP], result[_LOSS])
 
-    def note_error(self, trial: TuneTrial) -> None:
-        error = error_of(trial)
+    def record_error(self, trial: TuneTrial) -> None:
+        error = read_error(trial)
         self._errors[trial.trial_id] = error or RaylitError("a trial failed, and Tune does not say why")
 
     def receive(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Pass the outcome of a trial to the search."""
         error = self._errors.pop(trial_id, None)
         if error is not None:
-            outcome = Outcome(error=error, verdict=classify_failure(error, self._accelerator))
+            outcome = Outcome(error=error, failure=classify_failure(error, self._accelerator))
         else:
-            # Without one, the trial was cut.
-            outcome = _unpickled(result[_OUTCOME]) if _OUTCOME in result else Outcome()
-        if outcome.error is not None and outcome.verdict is None:
+            # Without an outcome, the trial was stopped by the scheduler.
+            outcome = _unpickle_outcome(result[_OUTCOME]) if _OUTCOME in result else Outcome()
+        if outcome.error is not None and outcome.failure is None:
             self.error = self.error or outcome.error
             return
         try:
             self._search.receive(self._values[trial_id], outcome)
-        except Exception as error:  # for the driver, not for Tune, which would leave its trials alone
+        except Exception as error:  # raised in the driver; Tune would leave its trials running
             self.error = self.error or error
 
 
-class _Proposals(Searcher):
-    """What Tune asks for a config."""
+class _SearcherAdapter(Searcher):
+    """Tune's searcher, which takes its configs from the search."""
 
     def __init__(self, trials: _Trials) -> None:
         super().__init__()
@@ -155,13 +159,13 @@ class _Proposals(Searcher):
         self._trials.receive(trial_id, result or {})
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to go on with."""
+        """Save nothing, as a search is not resumed."""
 
     def restore(self, checkpoint_path: str) -> None: ...
 
 
-class _Cuts(FIFOScheduler):
-    """What Tune asks whether a trial goes on."""
+class _SchedulerAdapter(FIFOScheduler):
+    """Tune's scheduler, which stops the trials that the search gives up."""
 
     def __init__(self, trials: _Trials) -> None:
         super().__init__()
@@ -171,25 +175,24 @@ class _Cuts(FIFOScheduler):
         return self.STOP if self._trials.is_losing(trial.trial_id, result) else self.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self._trials.note_error(trial)
+        self._trials.record_error(trial)
 
 
-def _with_room(workers: Workers) -> Workers:
-    """Where there are not as many cores, and no more will come, the workers share them, as those of an ordinary fit
-    do."""
+def _share_cores(workers: Workers) -> Workers:
+    """Return workers that share cores if there are too few and no more will come, as those of an ordinary fit do."""
     if ray_core.read_autoscaling() is not None:
         return workers
     hosts, cpu = cluster_hosts(), 1.0
-    room = TrialResources(workers=workers)
-    while "CPU" not in workers.resources_per_worker and not room.demand.fits(hosts) and cpu > _LEAST_CPU:
+    resources = TrialResources(workers=workers)
+    while "CPU" not in workers.resources_per_worker and not resources.demand.fits(hosts) and cpu > _MIN_CPU:
         cpu = round(cpu / 2, 3)
-        room = TrialResources(
+        resources = TrialResources(
             workers=replace(workers, resources_per_worker={"CPU": cpu, **workers.resources_per_worker})
         )
-    return room.workers if room.demand.fits(hosts) else workers
+    return resources.workers if resources.demand.fits(hosts) else workers
 
 
-def _pickled(outcome: Outcome) -> bytes:
+def _pickle_outcome(outcome: Outcome) -> bytes:
     text = None if outcome.error is None else format_traceback(outcome.error)
     try:
         pickled = cloudpickle.dumps((outcome, text))
@@ -201,7 +204,7 @@ def _pickled(outcome: Outcome) -> bytes:
     return pickled
 
 
-def _unpickled(pickled: bytes) -> Outcome:
+def _unpickle_outcome(pickled: bytes) -> Outcome:
     outcome: Outcome
     outcome, text = cloudpickle.loads(pickled)
     if outcome.error is not None and not isinstance(outcome.error, RaylitError):
@@ -210,4 +213,4 @@ def _unpickled(pickled: bytes) -> Outcome:
 
 
 def _save_nothing(path: str) -> None:
-    """No scheduler of ours asks for it."""
+    """Write nothing, as the scheduler asks for no checkpoints."""

@@ -1,3 +1,4 @@
-"""A sweep over hyper-parameters: its settings, its result, tables and figures.
+"""Sweep over hyper-parameters: its settings, its result, tables and figures.
 
-Runs in the driver. Open `sweep.py` first."""
+Runs in the driver. Open `sweep.py` first.
+"""

@@ -1,4 +1,4 @@
-"""The parameters of a sweep's trials, and how far each explains the results."""
+"""Parameters of a sweep's trials, and the scale of their results, for tables and figures. Driver."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from raylit.core.hparams import flatten
 from raylit.tune.records import Mode, TrialRecord, is_better, is_number
 
 _MAX_LEVELS = 5
-"""So few numbers, tried again and again, stand side by side like words: 16, 32, 64."""
+"""Maximum number of distinct numbers that are shown at equal distances, like words: 16, 32, 64."""
 _LOG_RATIO = 50.0
 
 _SCALES: tuple[Literal["linear", "log"], ...] = ("linear", "log")
@@ -18,19 +18,21 @@ _SCALES: tuple[Literal["linear", "log"], ...] = ("linear", "log")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
+    """Parameter of a sweep's trials, with the axis that shows it."""
+
     name: str
-    """Of nested configs joined by "/"."""
+    """Name; names of nested configs are joined by "/"."""
     values: tuple[Any, ...]
-    """Of each trial; None: its config has no such entry, or None itself."""
+    """Value of each trial; None: its config has no such entry, or None itself."""
     scale: Literal["linear", "log", "levels"]
     levels: tuple[str, ...] = ()
-    """What stands side by side, from the bottom up."""
+    """Texts of the levels, from the bottom up."""
     low: float = 0.0
     high: float = 0.0
-    """The least and the greatest number."""
+    """The smallest and the largest number."""
 
-    def place(self, value: Any) -> float:
-        """From 0, the bottom, to 1."""
+    def locate(self, value: Any) -> float:
+        """Return the height of a value on the axis, from 0, the bottom, to 1."""
         if self.scale == "levels":
             return (self.levels.index(format_value(value)) + 0.5) / len(self.levels)
         if self.scale == "log":
@@ -38,16 +40,16 @@ class Parameter:
         return (value - self.low) / (self.high - self.low)
 
 
-def varying(trials: Sequence[TrialRecord]) -> list[Parameter]:
-    """In the order of the configs; what is the same in all trials is left out."""
+def list_varying_parameters(trials: Sequence[TrialRecord]) -> list[Parameter]:
+    """Return the parameters that differ between trials, in the order of the configs."""
     configs = [dict(flatten(trial.config)) for trial in trials]
     names = dict.fromkeys(name for config in configs for name in config)
     columns = [(name, tuple(config.get(name) for config in configs)) for name in names]
-    return [_parameter(name, values) for name, values in columns if len(set(map(format_value, values))) > 1]
+    return [_build_parameter(name, values) for name, values in columns if len(set(map(format_value, values))) > 1]
 
 
-def constant(trials: Sequence[TrialRecord]) -> dict[str, Any]:
-    """What all trials have in common."""
+def find_common_values(trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    """Return the values that all trials have in common, by name."""
     configs = [dict(flatten(trial.config)) for trial in trials]
     first = configs[0] if configs else {}
     is_common = {
@@ -58,14 +60,15 @@ def constant(trials: Sequence[TrialRecord]) -> dict[str, Any]:
 
 
 def format_value(value: Any) -> str:
-    """In a few characters."""
+    """Return the value as text, in at most 24 characters."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value.__name__ if isinstance(value, type) else str(value)
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 
-def _parameter(name: str, values: tuple[Any, ...]) -> Parameter:
+def _build_parameter(name: str, values: tuple[Any, ...]) -> Parameter:
+    """Choose the scale for a parameter's values: levels for texts and few numbers, else linear or logarithmic."""
     numbers = sorted(value for value in values if is_number(value))
     distinct = sorted(set(numbers))
     is_few = len(distinct) <= min(_MAX_LEVELS, len(values) // 2)
@@ -74,29 +77,31 @@ def _parameter(name: str, values: tuple[Any, ...]) -> Parameter:
         levels = (*sorted(others, reverse=True), *dict.fromkeys(map(format_value, distinct)))
         return Parameter(name=name, values=values, scale="levels", levels=levels)
     low, high = numbers[0], numbers[-1]
-    straight, bent = (Parameter(name=name, values=values, scale=it, low=low, high=high) for it in _SCALES)
+    linear, logarithmic = (Parameter(name=name, values=values, scale=it, low=low, high=high) for it in _SCALES)
     if low <= 0 or high / low < _LOG_RATIO:
-        return straight
-    # The scale on which they are spread more evenly, as the space has drawn them.
+        return linear
+    # Choose the scale on which the values are spread more evenly, as the space has drawn them.
     middle = numbers[len(numbers) // 2]
-    return min(straight, bent, key=lambda parameter: abs(parameter.place(middle) - 0.5))
+    return min(linear, logarithmic, key=lambda parameter: abs(parameter.locate(middle) - 0.5))
 
 
-_OUTLYING = 4.0
-"""So many times as far from the best as the median: off the scale."""
+_OUTLIER_RATIO = 4.0
+"""Multiple of the median's distance from the best value; values farther away are off the scale."""
 _QUALITY_LOG_RATIO = 100.0
 
 
 class Quality:
-    """A scale from 1, the best trial, to 0, the worst that is no outlier: a few that have diverged would leave all the
-    others at the same place."""
+    """Scale of results from 1, the best trial, to 0, the worst that is no outlier.
+
+    Without the outliers, a few diverged trials would leave all others at the same place.
+    """
 
     def __init__(self, trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> None:
         self._metric = metric
         self._mode: Mode = mode
         values = [value for trial in trials if (value := trial.best(metric, mode)) is not None] or [0.0]
         best = min(values) if mode == "min" else max(values)
-        limit = best + _OUTLYING * (statistics.median(values) - best)
+        limit = best + _OUTLIER_RATIO * (statistics.median(values) - best)
         within = [value for value in values if not is_better(limit, value, mode)]
         worst = max(within) if mode == "min" else min(within)
         self._best, self._worst = best, worst
@@ -104,17 +109,18 @@ class Quality:
         low, high = sorted((best, worst))
         self.is_log = low > 0 and high / low > _QUALITY_LOG_RATIO
 
-    def of(self, trial: TrialRecord) -> float | None:
-        """None: it has reported no number."""
+    def rate(self, trial: TrialRecord) -> float | None:
+        """Return the trial's place on the scale; None if it has reported no number."""
         value = trial.best(self._metric, self._mode)
-        return None if value is None else self._place(value)
+        return None if value is None else self._locate(value)
 
     def is_on_scale(self, trial: TrialRecord) -> bool:
+        """Return whether the trial has a number that is no outlier."""
         value = trial.best(self._metric, self._mode)
         return value is not None and not is_better(self._worst, value, self._mode)
 
-    def worst_first(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """The order to draw in; those without a number come first."""
+    def sort_worst_first(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Return the trials in the order of drawing, the best last; those without a number come first."""
         values = {id(trial): trial.best(self._metric, self._mode) for trial in trials}
         sign = 1 if self._mode == "max" else -1
 
@@ -124,23 +130,23 @@ class Quality:
 
         return sorted(trials, key=key)
 
-    def ticks(self) -> list[tuple[float, str]]:
-        """Places and round numbers; the lowest may stand for all that is worse."""
+    def list_ticks(self) -> list[tuple[float, str]]:
+        """Return heights with round numbers as labels; the lowest may stand for everything that is worse."""
         from matplotlib.ticker import LogLocator, MaxNLocator
 
         low, high = sorted((self._best, self._worst))
-        found = (LogLocator() if self.is_log else MaxNLocator(6)).tick_values(low, high)
-        ticks = [(self._place(value), format_value(value)) for value in map(float, found) if low <= value <= high]
+        candidates = (LogLocator() if self.is_log else MaxNLocator(6)).tick_values(low, high)
+        ticks = [(self._locate(value), format_value(value)) for value in map(float, candidates) if low <= value <= high]
         if self._has_outliers:
             sign = "\N{GREATER-THAN OR EQUAL TO}" if self._mode == "min" else "\N{LESS-THAN OR EQUAL TO}"
             ticks = [tick for tick in ticks if tick[0] > 0.05] + [(0.0, f"{sign} {self._worst:.3g}")]
         return ticks or [(1.0, format_value(self._best))]
 
-    def _place(self, value: float) -> float:
+    def _locate(self, value: float) -> float:
         if self._best == self._worst:
             return 1.0 if value == self._best else 0.0
         if self.is_log:
-            place = math.log(value / self._worst) / math.log(self._best / self._worst)
+            height = math.log(value / self._worst) / math.log(self._best / self._worst)
         else:
-            place = (value - self._worst) / (self._best - self._worst)
-        return min(max(place, 0.0), 1.0)
+            height = (value - self._worst) / (self._best - self._worst)
+        return min(max(height, 0.0), 1.0)

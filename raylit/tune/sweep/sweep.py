@@ -1,4 +1,4 @@
-"""sweep: a search over hyper-parameters, each trial a fit. Driver, and `_Training` in the trials' processes."""
+"""Sweep over hyper-parameters, each trial a fit. Driver; `_Training` in the trials' processes."""
 
 import copy
 import os
@@ -21,34 +21,37 @@ from raylit.storage import absolute, entries, join
 from raylit.trainer.arguments.checks import check_count
 from raylit.trainer.trainer import Trainer
 from raylit.tune.records import Mode
-from raylit.tune.sweep.figures import begin_import, is_pictured
+from raylit.tune.sweep.figures import begin_import, can_draw_figures
 from raylit.tune.sweep.result import SweepResult
 
 if TYPE_CHECKING:
     from raylit.tune.trial.trainable import TrialContext
 
 Build = Callable[[dict[str, Any]], Any]
-"""A config's LightningModule; or a tuple that starts with it: then a DataModule, or the loaders for training and
-validation, and last a dict of Trainer arguments of this trial alone."""
+"""Function of a config that returns a LightningModule, or a tuple that starts with it.
+
+A DataModule, or the loaders for training and validation, may follow, and last a dict of Trainer arguments for this
+trial alone.
+"""
 
 _TITLE = "sweep"
-_PLACE = "sweeps"
-"""Below the root directory."""
+_FOLDER = "sweeps"
+"""Folder of sweeps below the root directory."""
 _PERTURBED = "perturbed_"
 _KEEP_S = 3600.0
-"""A trial's workers stay while its actor does, which may wait for its next trial."""
-_EARLIER = {
+"""Seconds for which idle workers are kept: as long as the trial's actor, which may wait for its next trial."""
+_OLDER_NAMES = {
     "enable_progress_bar": "progress_bar_refresh_rate",
     "enable_model_summary": "weights_summary",
     "enable_checkpointing": "checkpoint_callback",
 }
-_OF_WORKERS = frozenset(
+_WORKER_ARGUMENTS = frozenset(
     {
         "num_workers", "gpus", "tpu_cores", "num_nodes", "num_processes", "accelerator", "devices",
         "resources_per_worker", "placement", "label_selector", "start_timeout_s", "ping_timeout_s", "keep_workers_s",
     }
 )  # fmt: skip
-"""Trainer arguments that all trials have in common, as they decide the placement group."""
+"""Trainer arguments that are the same for all trials, as they decide the placement group."""
 
 
 @shows_user_frames
@@ -71,30 +74,46 @@ def sweep(
 ) -> SweepResult:
     """Fit what `build(config)` returns for configs from `space`, in parallel on the cluster's free resources.
 
-    `space`, `scheduler` (ASHA, population based training, ...) and `searcher` (Optuna, ...) are Ray Tune's; the last
-    two get `metric` and `mode` from here. Each trial reports after every validation, with a checkpoint, and obeys the
-    scheduler before it goes on. It has `num_workers` workers, which the next trial takes over warm; with 0 the trial's
-    own process trains. Everything is kept in `default_root_dir/sweeps/name`, on a disk or at a URL; `resume` continues
-    what is there, else starts. Where only this host sees that directory, the trials' own processes stand on it and
-    their workers, of which there is one at least, anywhere. Other arguments are the Trainer's;
-    `enable_checkpointing=False` keeps no checkpoints.
+    Each trial reports after every validation, with a checkpoint, and waits for the scheduler's decision before it
+    goes on. If only this host can see the directory, the trials' own processes run on this host and their workers, at
+    least one per trial, anywhere.
 
-    ConfigError: a metric that is never logged. ResourcesError: a single trial does not fit into the cluster, nor into
-    what an autoscaler can make of it. Trials that fail end alone, after `max_failures` more attempts from their newest
-    checkpoints: see `SweepResult.errors`.
+    Args:
+        build: function of a config that returns a LightningModule, (module, data module) or (module, train
+            loader, validation loader), optionally with a dict of Trainer arguments of this trial at the end.
+        space: Ray Tune's search space.
+        metric: name of the logged metric by which trials are compared.
+        mode: "min" or "max".
+        num_samples: number of samples from the space.
+        num_workers: workers of a trial, which the next trial takes over warm; with 0 the trial's own process trains.
+        scheduler: Ray Tune's scheduler (ASHA, population based training, ...), without metric and mode.
+        searcher: Ray Tune's searcher (Optuna, ...), without metric and mode.
+        max_concurrent: maximum number of trials at the same time.
+        max_failures: number of retries of a failed trial from its newest checkpoint.
+        name: name of the sweep; the default is the time of its start.
+        resume: whether to continue the sweep of that name, if there is one.
+        default_root_dir: directory or URL; everything is kept in `default_root_dir/sweeps/name`.
+        trainer_arguments: arguments of the Trainer; `enable_checkpointing=False` keeps no checkpoints.
+
+    Returns:
+        The trials and the best of them. Failed trials are in `SweepResult.errors`.
+
+    Raises:
+        ConfigError: an argument is not allowed, or the metric is never logged.
+        ResourcesError: a single trial does not fit into the cluster, nor into what its autoscaler can add.
     """
     _check(build, space, metric=metric, mode=mode, num_samples=num_samples, max_failures=max_failures)
-    for named, given in (("scheduler", scheduler), ("searcher", searcher)):
-        _check_has_no_metric(named, given)
-    # Importing Ray Tune takes seconds, which only a sweep should pay.
+    for argument, given in (("scheduler", scheduler), ("searcher", searcher)):
+        _check_has_no_metric(argument, given)
+    # The import of Ray Tune takes seconds, which only a sweep should pay.
     from raylit.tune.sweep.tensorboard_hparams import write_experiment
     from raylit.tune.trial.resources import find_trial_resources
     from raylit.tune.trial.run_trials import Run, run_trials
 
-    directory, is_resuming = _directory(default_root_dir, name, is_resuming=resume)
-    arguments = _of_trials(trainer_arguments)
+    directory, is_resuming = _choose_directory(default_root_dir, name, is_resuming=resume)
+    arguments = _build_trial_arguments(trainer_arguments)
     workers = Trainer(num_workers=num_workers, default_root_dir=directory, **arguments).plan.workers
-    room = find_trial_resources(workers, title=_TITLE, directory=directory)
+    resources = find_trial_resources(workers, title=_TITLE, directory=directory)
     is_saving = trainer_arguments.get("enable_checkpointing", trainer_arguments.get("checkpoint_callback", True))
     run = Run(
         title=_TITLE,
@@ -110,60 +129,64 @@ def sweep(
         is_resuming=is_resuming,
     )
     training = _Training(
-        build=build, metric=metric, mode=mode, workers=room.workers, arguments=cloudpickle.dumps(arguments)
+        build=build, metric=metric, mode=mode, workers=resources.workers, arguments=cloudpickle.dumps(arguments)
     )
     if arguments.get("logger", True) is True:
         write_experiment(directory, space, metric=metric)
-    if is_pictured():
+    if can_draw_figures():
         begin_import()
-    records = run_trials(training, space, room=room, run=run)
-    result = SweepResult(records, metric=metric, mode=mode, directory=directory, module_of=training.module_of)
+    records = run_trials(training, space, resources=resources, run=run)
+    result = SweepResult(records, metric=metric, mode=mode, directory=directory, build_module=training.build_module)
     result.show()
     return result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Training:
-    """The Recipe of a sweep's trials."""
+    """Training function of a sweep's trials."""
 
     build: Build
     metric: str
     mode: Mode
     workers: Workers
     arguments: bytes
-    """Trainer arguments, pickled: each trial has callbacks of its own."""
+    """Pickled Trainer arguments, as each trial needs its own copies of callbacks."""
 
     def __call__(self, trial: "TrialContext") -> None:
-        built = _Built.of(self.build(dict(trial.config)))
-        arguments = {**cloudpickle.loads(self.arguments), **built.arguments}
-        given = _listed(arguments.pop("callbacks", None))
+        result = _BuildResult.from_returned(self.build(dict(trial.config)))
+        arguments = {**cloudpickle.loads(self.arguments), **result.arguments}
+        user_callbacks = _list_callbacks(arguments.pop("callbacks", None))
         own: list[Callback | DriverCallback] = [trial.reporter]
         if trial.is_perturbed:
             from raylit.callbacks.perturbed import PerturbedHyperparameters
 
             own.append(PerturbedHyperparameters())
         if arguments.get("logger", True) is True:
-            from raylit.tune.sweep.tensorboard_hparams import Session
+            from raylit.tune.sweep.tensorboard_hparams import HParamsSession
 
-            arguments["logger"] = logger = _logger(trial)
+            arguments["logger"] = logger = _build_logger(trial)
             name = "/".join([trial.id, *([str(logger.version)] if logger.version else [])])
-            own.insert(0, Session(trial.config, name=name, logger=logger, metric=self.metric, mode=self.mode))
-        trainer = Trainer(callbacks=[*given, *own], default_root_dir=trial.directory, **self._of_workers(arguments))
-        train, validate = built.loaders
-        trainer.fit(built.module, train, validate, datamodule=built.datamodule, ckpt_path=trial.checkpoint)
+            own.insert(0, HParamsSession(trial.config, name=name, logger=logger, metric=self.metric, mode=self.mode))
+        trainer = Trainer(
+            callbacks=[*user_callbacks, *own],
+            default_root_dir=trial.directory,
+            **self._replace_worker_arguments(arguments),
+        )
+        train, validate = result.loaders
+        trainer.fit(result.module, train, validate, datamodule=result.datamodule, ckpt_path=trial.checkpoint)
 
-    def module_of(self, config: dict[str, Any]) -> LightningModule:
-        """The config's module as it was built, the generators left as they are."""
+    def build_module(self, config: dict[str, Any]) -> LightningModule:
+        """Build the config's module, and leave the random state unchanged."""
         accelerator = self.workers.accelerator
         state = format.random_state(accelerator)
         try:
-            return _Built.of(self.build(copy.deepcopy(config))).module
+            return _BuildResult.from_returned(self.build(copy.deepcopy(config))).module
         finally:
             format.set_random_state(state, accelerator)
 
-    def _of_workers(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What the driver has made of the arguments: here, other devices may be seen."""
-        kept = {name: value for name, value in arguments.items() if name not in _OF_WORKERS}
+    def _replace_worker_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Replace worker arguments by what the driver made of them, as other devices may be visible here."""
+        kept = {name: value for name, value in arguments.items() if name not in _WORKER_ARGUMENTS}
         workers = self.workers
         if workers.num_workers > 0:
             kept.update(
@@ -182,9 +205,12 @@ class _Training:
         }
 
 
-def _logger(trial: "TrialContext") -> TensorBoardLogger:
-    """In the trial's directory; a training with a perturbed config is a run of its own below it, as hyper-parameters
-    are a run's. What the HParams page shows comes from the sweep."""
+def _build_logger(trial: "TrialContext") -> TensorBoardLogger:
+    """Build the logger of a trial, in its directory.
+
+    A training with a perturbed config gets a run of its own below it, as hyper-parameters belong to a run. The sweep
+    writes what the HParams page shows.
+    """
     version = ""
     if trial.is_perturbed:
         num_before = sum(name.startswith(_PERTURBED) for name in entries(trial.directory))
@@ -193,25 +219,31 @@ def _logger(trial: "TrialContext") -> TensorBoardLogger:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Built:
-    """What `build` has returned."""
+class _BuildResult:
+    """Parts of what `build` has returned."""
 
     module: LightningModule
     datamodule: DataModule | None
     loaders: tuple[Any, Any]
-    """For training and validation; None: the module's own."""
+    """Loaders for training and validation; None: the module's own."""
     arguments: dict[str, Any]
 
     @classmethod
-    def of(cls, returned: Any) -> "_Built":
+    def from_returned(cls, returned: Any) -> "_BuildResult":
+        """Split what `build` has returned.
+
+        Raises:
+            ModuleError: it has another form.
+            ConfigError: its Trainer arguments are the same for all trials.
+        """
         parts = list(returned) if isinstance(returned, (tuple, list)) else [returned]
         arguments = parts.pop() if len(parts) > 1 and isinstance(parts[-1], dict) else {}
         if not parts or not isinstance(parts[0], LightningModule) or len(parts) > 3:
             raise ModuleError(
-                f"build returned {_kinds(returned)}: it must be a LightningModule, (module, data module) or (module, "
-                "train loader, validation loader), and may end with a dict of Trainer arguments"
+                f"build returned {_format_types(returned)}: it must be a LightningModule, (module, data module) or "
+                "(module, train loader, validation loader), and may end with a dict of Trainer arguments"
             )
-        if fixed := sorted(_OF_WORKERS & arguments.keys()):
+        if fixed := sorted(_WORKER_ARGUMENTS & arguments.keys()):
             raise ConfigError(
                 f"build returned the Trainer arguments {fixed}: these are the same for all trials, say them to sweep"
             )
@@ -222,27 +254,27 @@ class _Built:
         return cls(module=module, datamodule=None, loaders=(train, validate), arguments=arguments)
 
 
-def _kinds(returned: Any) -> str:
+def _format_types(returned: Any) -> str:
     if isinstance(returned, (tuple, list)):
         return "(" + ", ".join(type(part).__name__ for part in returned) + ")"
     return f"a {type(returned).__name__}"
 
 
-def _of_trials(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The Trainer's arguments in a trial: nobody sees its bars, and the sweep keeps its checkpoints."""
+def _build_trial_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Trainer's arguments in a trial: without output, with the sweep's checkpoints instead of its own."""
     saving = ("enable_checkpointing", "checkpoint_callback")
     arguments = {name: value for name, value in given.items() if name not in saving}
-    for name, earlier in _EARLIER.items():
-        if name not in given and earlier not in given:
+    for name, older in _OLDER_NAMES.items():
+        if name not in given and older not in given:
             arguments[name] = False
     own = given.get("enable_checkpointing", given.get("checkpoint_callback"))
-    has_own = any(isinstance(callback, ModelCheckpoint) for callback in _listed(given.get("callbacks")))
+    has_own = any(isinstance(callback, ModelCheckpoint) for callback in _list_callbacks(given.get("callbacks")))
     arguments["enable_checkpointing"] = own if isinstance(own, ModelCheckpoint) else has_own
     return arguments
 
 
-def _listed(callbacks: Any) -> list[Callback | DriverCallback]:
-    """A Trainer's argument, which may be one or none."""
+def _list_callbacks(callbacks: Any) -> list[Callback | DriverCallback]:
+    """Return the Trainer's argument `callbacks`, which may be one or none, as a list."""
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
@@ -270,18 +302,22 @@ def _check_has_no_metric(name: str, given: Any) -> None:
         raise ConfigError(f"{name}={type(given).__name__}(metric=...): leave metric and mode out, sweep passes its own")
 
 
-def _directory(root: str | os.PathLike[str] | None, name: str | None, *, is_resuming: bool) -> tuple[str, bool]:
-    """Where the sweep's files go, and whether there is something to resume."""
-    # A file: URL is a path as any other, and so that of a place which only some hosts may see.
-    place = join(absolute(os.fspath(root or os.getcwd()).removeprefix("file://")), _PLACE)
+def _choose_directory(root: str | os.PathLike[str] | None, name: str | None, *, is_resuming: bool) -> tuple[str, bool]:
+    """Return the directory of the sweep and whether there is a sweep to resume.
+
+    Raises:
+        ConfigError: there is one and it is not to be resumed, or the name is missing or not allowed.
+    """
+    # A file: URL is treated as a path, also where only some hosts can see it.
+    folder = join(absolute(os.fspath(root or os.getcwd()).removeprefix("file://")), _FOLDER)
     if name is None:
         if is_resuming:
             raise ConfigError("resume=True needs the name of the sweep to continue")
         name = time.strftime("%Y-%m-%d_%H-%M-%S")
     if not name or "/" in name:
         raise ConfigError(f"name={name!r}: must be the name of a directory")
-    directory = join(place, name)
-    is_there = bool(entries(directory))
-    if is_there and not is_resuming:
+    directory = join(folder, name)
+    has_files = bool(entries(directory))
+    if has_files and not is_resuming:
         raise ConfigError(f"{directory} holds a sweep already: say resume=True to continue it, or give another name")
-    return directory, is_there
+    return directory, has_files

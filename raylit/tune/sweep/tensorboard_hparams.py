@@ -1,4 +1,4 @@
-"""A sweep on TensorBoard's HParams page: what varies, and a session for each trial. Driver, and the trials' own."""
+"""Sweep on TensorBoard's HParams page: the columns, and a session for each trial. Driver and trial processes."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,17 @@ Plain = bool | int | float | str
 
 
 def write_experiment(directory: str, space: Mapping[str, Any], *, metric: str) -> None:
-    """For all that is below `directory`: the columns of the page are what varies and the metric, its best and its
-    last."""
-    parameters = [summary_v2.HParam(name, _domain(values)) for name, values in _leaves(space) if _is_varying(values)]
+    """Write the page's columns for everything below `directory`.
+
+    They are the varying parameters, and the best and the last value of the metric.
+    """
+    parameters = [
+        summary_v2.HParam(name, _describe_domain(values))
+        for name, values in _iterate_entries(space)
+        if _is_varying(values)
+    ]
     metrics = [
-        summary_v2.Metric(_best(metric), display_name=f"best {metric}"),
+        summary_v2.Metric(_name_best(metric), display_name=f"best {metric}"),
         summary_v2.Metric(metric, display_name=metric),
     ]
     writer = SummaryWriter(directory)
@@ -30,9 +36,11 @@ def write_experiment(directory: str, space: Mapping[str, Any], *, metric: str) -
     writer.close()
 
 
-class Session(DriverCallback):
-    """A training of a trial, with the config that it has: it starts, has a best value, and ends. In the trial's own
-    run, to `logger`."""
+class HParamsSession(DriverCallback):
+    """Driver callback that writes a training's session: start, config, best value and end. In the trial's own run.
+
+    It writes to `logger`.
+    """
 
     def __init__(
         self, config: Mapping[str, Any], *, name: str, logger: TensorBoardLogger, metric: str, mode: Mode
@@ -50,10 +58,10 @@ class Session(DriverCallback):
         self._write(summary_v2.hparams_pb(hparams, trial_id=self._name))
 
     def on_validation_end(self, run: Run) -> None:
-        self._take(run)
+        self._log_best(run)
 
     def on_train_epoch_end(self, run: Run) -> None:
-        self._take(run)
+        self._log_best(run)
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         self._has_failed = True
@@ -67,46 +75,47 @@ class Session(DriverCallback):
         summary.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
         self._write(summary)
 
-    def _take(self, run: Run) -> None:
+    def _log_best(self, run: Run) -> None:
         value = run.state.callback_metrics.get(self._metric)
         if is_number(value) and (self._best is None or is_better(value, self._best, self._mode)):
             self._best = value
-            self._logger.experiment.add_scalar(_best(self._metric), value, run.state.log_step)
+            self._logger.experiment.add_scalar(_name_best(self._metric), value, run.state.log_step)
 
     def _write(self, summary: Any) -> None:
-        # An event file of its own would hide what the logger's gets later from a running TensorBoard.
+        # A separate event file would hide what the logger's file gets later from a running TensorBoard.
         _write_summary(self._logger.experiment, summary)
 
 
 def _write_summary(writer: SummaryWriter, summary: Any) -> None:
-    # None only in a writer that has been closed.
+    # It is None only in a writer that has been closed.
     file_writer: Any = writer.file_writer
     file_writer.add_summary(summary)
 
 
-def _best(metric: str) -> str:
+def _name_best(metric: str) -> str:
+    """Return the tag of a metric's best value."""
     return f"best/{metric}"
 
 
-def _leaves(space: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
-    """As `flat`, but a grid search is one entry: its values."""
+def _iterate_entries(space: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the entries of nested spaces like `flatten`, but a grid search as one entry, with its values."""
     for key, value in space.items():
         name = f"{parent}/{key}" if parent else str(key)
         if isinstance(value, Mapping) and set(value) == {"grid_search"}:
             yield name, list(value["grid_search"])
         elif isinstance(value, Mapping):
-            yield from _leaves(value, name)
+            yield from _iterate_entries(value, name)
         else:
             yield name, value
 
 
 def _is_varying(values: Any) -> bool:
-    """Something of Tune's that draws, or a grid."""
+    """Return whether the value is one of Tune's that draws, or a grid."""
     return isinstance(values, list) or hasattr(values, "sample")
 
 
-def _domain(values: Any) -> Any:
-    """None: it can be anything."""
+def _describe_domain(values: Any) -> Any:
+    """Return the domain in TensorBoard's form; None if it has none."""
     if isinstance(values, Integer):
         return summary_v2.IntInterval(int(values.lower), int(values.upper))
     if isinstance(values, Float):

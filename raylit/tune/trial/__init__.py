@@ -1,3 +1,5 @@
 """One trial of a sweep, in a Ray Tune trainable.
 
-Runs in the trial's actor, but for `run_trials.py` and `progress.py`. Open `trainable.py` first."""
+Runs in the trial's actor; `run_trials.py`, `resources.py` and `progress.py` run in the driver. Open `trainable.py`
+first.
+"""

@@ -1,4 +1,4 @@
-"""The progress of a sweep's trials: what they have reported, and lines and bars for the terminal."""
+"""Progress of a sweep's trials: their reports on disk, and lines for the terminal. Driver."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from raylit.tune.trial.trainable import TrialFailed
 from raylit.tune.trial.trial_thread import IS_LAST
 
 _FILE = "reports.jsonl"
-_TUNES_OWN = frozenset(
+_TUNE_KEYS = frozenset(
     {
         "checkpoint_dir_name", "config", "date", "done", "episodes_total", "hostname", "iterations_since_restore",
         "node_ip", "pid", "should_checkpoint", "time_since_restore", "time_this_iter_s", "time_total_s", "timestamp",
@@ -36,10 +36,10 @@ _ITERATION = "training_iteration"
 
 
 class ReportHistory(tune.Callback):
-    """What `of` tells holds for resumed runs too."""
+    """Tune callback that writes each trial's reports to a file, which resumed runs continue."""
 
     def __init__(self, directory: str) -> None:
-        """`directory`: of the run, with one for each trial in it."""
+        """Store the run's directory, which has one for each trial in it."""
         self._directory = directory
         self._seen: set[str] = set()
         """Trials that have reported in this process."""
@@ -49,8 +49,8 @@ class ReportHistory(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        own = {name: value for name, value in result.items() if name not in _TUNES_OWN}
-        report = {_ITERATION: result.get(_ITERATION, 0), **own, "time_s": result.get("time_total_s", 0.0)}
+        metrics = {name: value for name, value in result.items() if name not in _TUNE_KEYS}
+        report = {_ITERATION: result.get(_ITERATION, 0), **metrics, "time_s": result.get("time_total_s", 0.0)}
         line = json.dumps(report, default=_plain) + "\n"
         path = self._path(trial)
         if trial.trial_id not in self._seen:
@@ -79,11 +79,11 @@ class ReportHistory(tune.Callback):
         return join(directory, _FILE)
 
     def _drop_repeated(self, path: str, *, first: int) -> None:
-        """A trial that goes on from a checkpoint after a crash makes some reports again."""
-        before = _reports(path)
-        kept = [report for report in before if report[_ITERATION] < first]
-        if len(kept) < len(before):
-            write_text("".join(json.dumps(report) + "\n" for report in kept), path)
+        """Remove reports that a trial makes again when it goes on from a checkpoint after a crash."""
+        reports = _read_reports(path)
+        earlier = [report for report in reports if report[_ITERATION] < first]
+        if len(earlier) < len(reports):
+            write_text("".join(json.dumps(report) + "\n" for report in earlier), path)
 
     def _write(self, path: str) -> None:
         lines = self._unwritten.pop(path, [])
@@ -91,28 +91,28 @@ class ReportHistory(tune.Callback):
             write_text((read_text(path) or "") + "".join(lines), path)
 
 
-def history_of(trial_id: str, directory: str) -> list[dict[str, Any]]:
-    """The reports of a trial, oldest first."""
-    reports = _reports(join(directory, f"trial_{trial_id}", _FILE))
+def read_history(trial_id: str, directory: str) -> list[dict[str, Any]]:
+    """Return the reports of a trial, oldest first."""
+    reports = _read_reports(join(directory, f"trial_{trial_id}", _FILE))
     return [{name: value for name, value in report.items() if name != _ITERATION} for report in reports]
 
 
-def _reports(path: str) -> list[dict[str, Any]]:
-    """A line that a crash has cut off is none."""
+def _read_reports(path: str) -> list[dict[str, Any]]:
+    """Read reports from a file; a line that a crash has cut off is ignored."""
     lines = (read_text(path) or "").splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and the like."""
+    """Convert NumPy's numbers and the like."""
     return value.item() if hasattr(value, "item") else repr(value)
 
 
 _BETWEEN_LINES_S = 10.0
 
 
-class Ending(tune.Stopper):
-    """Ends a run whose trials would all fail in the same way."""
+class FatalErrorStopper(tune.Stopper):
+    """Tune stopper that ends a run whose trials would all fail in the same way."""
 
     def __init__(self) -> None:
         self.is_due = False
@@ -125,7 +125,7 @@ class Ending(tune.Stopper):
 
 
 class ProgressReporter(tune.Callback):
-    """Says how far the trials are, which have failed, and what the first of them wait for."""
+    """Tune callback that prints how far the trials are, which have failed, and what waiting ones wait for."""
 
     def __init__(
         self,
@@ -134,33 +134,33 @@ class ProgressReporter(tune.Callback):
         metric: str | None,
         mode: Mode,
         demand: ResourceRequest,
-        ending: Ending,
+        stopper: FatalErrorStopper,
         is_shown: bool = True,
     ) -> None:
-        """`demand`: what a trial asks the cluster for."""
+        """Store the settings; `demand` is the resource request of a trial."""
         self._title = title
         self._metric = metric
         self._mode = mode
         self._demand = demand
-        self._ending = ending
+        self._stopper = stopper
         self._is_shown = is_shown
         self._best: float | None = None
         self._best_id = ""
         self._shown_errors: set[str] = set()
-        """Last lines: of the same, the traceback is shown once."""
+        """Last lines of errors whose traceback was shown: of equal errors it is shown once."""
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
-        """Called once more when a run is resumed, with an object that comes from the storage."""
-        # A search says "until it proposes no more" by a number as large as there is.
+        """Reset the state of a run; Tune calls it again on an unpickled object when a run is resumed."""
+        # A search without a fixed number of trials has the largest integer as its number.
         self._num_trials: int | None = None if total_num_samples == sys.maxsize else total_num_samples
         self._waiting = CapacityWait(timeout_s=math.inf)
-        self._groups_before = _placed_groups()
+        self._groups_before = _list_placed_groups()
         self._shown_at_s = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if any(trial.status == TuneTrial.RUNNING for trial in trials):
             self._waiting = CapacityWait(timeout_s=math.inf)
-        elif self._is_shown and self._waiting.is_line_due and _placed_groups() <= self._groups_before:
+        elif self._is_shown and self._waiting.is_line_due and _list_placed_groups() <= self._groups_before:
             free = f"{format_resources(ray.available_resources())} of {format_hosts(cluster_hosts())}"
             why = describe_pending_capacity(self._demand, ray_core.read_autoscaling())
             self._waiting.say(f"room for a trial of {self._demand}; free now: {free}; {why}")
@@ -171,39 +171,39 @@ class ProgressReporter(tune.Callback):
         value = result.get(self._metric or "")
         if is_number(value) and (self._best is None or is_better(value, self._best, self._mode)):
             self._best, self._best_id = value, trial.trial_id
-        self._say(trials)
+        self._print_if_due(trials)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        error = error_of(trial)
+        error = read_error(trial)
         if isinstance(error, TrialFailed) and error.is_fatal:
-            self._ending.is_due = True
+            self._stopper.is_due = True
             return
-        summary = last_line(error)
+        summary = read_last_line(error)
         self._write(
             f"trial {trial.trial_id} failed with {trial.config}: "
-            + (summary if summary in self._shown_errors else f"\n{text_of(error)}")
+            + (summary if summary in self._shown_errors else f"\n{format_error(error)}")
         )
         self._shown_errors.add(summary)
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        error = error_of(trial)
+        error = read_error(trial)
         if isinstance(error, TrialFailed) and error.is_fatal:
-            self._ending.is_due = True
+            self._stopper.is_due = True
             return
         self._write(
             f"trial {trial.trial_id} is tried again, from its newest checkpoint ({trial.num_failures} of "
-            f"{trial.max_failures}): {last_line(error)}"
+            f"{trial.max_failures}): {read_last_line(error)}"
         )
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._say(trials)
+        self._print_if_due(trials)
 
-    def _say(self, trials: list[TuneTrial]) -> None:
+    def _print_if_due(self, trials: list[TuneTrial]) -> None:
         if self._is_shown and time.monotonic() - self._shown_at_s >= _BETWEEN_LINES_S:
             self._shown_at_s = time.monotonic()
-            self._write(self._progress(trials))
+            self._write(self._format_progress(trials))
 
-    def _progress(self, trials: list[TuneTrial]) -> str:
+    def _format_progress(self, trials: list[TuneTrial]) -> str:
         counts = Counter(trial.status for trial in trials)
         of_all = "" if self._num_trials is None else f" of {self._num_trials}"
         parts = [f"{counts[TuneTrial.TERMINATED]}{of_all} trials done", f"{counts[TuneTrial.RUNNING]} running"]
@@ -218,16 +218,16 @@ class ProgressReporter(tune.Callback):
         sys.stderr.flush()
 
 
-def _placed_groups() -> set[str]:
-    """Placement groups that have their room, by id in hex: beside others' those of trials whose processes start."""
+def _list_placed_groups() -> set[str]:
+    """Return the ids in hex of placement groups that are created, among them those of trials whose processes start."""
     table = ray.util.placement_group_table()
     return {name for name, entry in table.items() if entry["state"] == "CREATED"}
 
 
-def error_of(trial: TuneTrial) -> BaseException | None:
-    """What ended a failed trial: raylit's own words where it got to say them."""
+def read_error(trial: TuneTrial) -> BaseException | None:
+    """Return the error that ended a failed trial; raylit's own exception if there is one."""
     error: Any = None
-    # Beside the trial's other files only when the run is over, or in another process.
+    # The error file is among the trial's other files only when the run is over, or in another process.
     if os.path.exists(trial.pickled_error_file or ""):
         with open(trial.pickled_error_file, "rb") as file:
             error = cloudpickle.load(file)
@@ -241,12 +241,13 @@ def error_of(trial: TuneTrial) -> BaseException | None:
     return error
 
 
-def text_of(error: BaseException | None) -> str:
-    """The traceback, as far as it says anything, and last the error itself."""
+def format_error(error: BaseException | None) -> str:
+    """Return the traceback, if it has any information, and the error itself."""
     if error is None or isinstance(error, TrialFailed):
         return str(error or "Tune does not say why")
     return "".join(traceback.format_exception_only(error)).strip()
 
 
-def last_line(error: BaseException | None) -> str:
-    return (text_of(error).strip().splitlines() or [""])[-1]
+def read_last_line(error: BaseException | None) -> str:
+    """Return the last line of `format_error`: type and message."""
+    return (format_error(error).strip().splitlines() or [""])[-1]

@@ -1,4 +1,4 @@
-"""run_trials: trainings as the trials of one Ray Tune run, on warm workers. Driver."""
+"""Trainings as the trials of one Ray Tune run, on warm workers. Driver."""
 
 import contextlib
 import logging
@@ -26,29 +26,36 @@ from raylit.errors import ConfigError
 from raylit.protocol.process_settings import TorchSettings, variables_for_live_processes, variables_for_new_processes
 from raylit.storage import entries, is_url, join, remove_directory
 from raylit.tune.records import CHECKPOINT, Mode, TrialRecord, TrialStatus
-from raylit.tune.trial.progress import Ending, ProgressReporter, ReportHistory, error_of, history_of, text_of
+from raylit.tune.trial.progress import (
+    FatalErrorStopper,
+    ProgressReporter,
+    ReportHistory,
+    format_error,
+    read_error,
+    read_history,
+)
 from raylit.tune.trial.resources import TrialResources
 from raylit.tune.trial.trainable import TrainingFunction, Trial, TrialFailed, TrialSettings, UnknownMetric
 from raylit.tune.trial.trial_thread import IS_LAST
 
 _ENVIRONMENT = {
-    # One table of our own at the end, and a line now and then, in place of Tune's.
+    # raylit prints a table at the end and a line now and then, in place of Tune's output.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Histories are read from one kind of file; pictures and TensorBoard are raylit's own.
+    # Histories are read from one kind of file; figures and TensorBoard files are raylit's own.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # A trial checks its first result itself, with the names that there are.
+    # A trial checks its first result itself, and names the metrics that there are.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """How the trials of a run are chosen, compared and kept."""
+    """Settings by which the trials of a run are chosen, compared and kept."""
 
     title: str
-    """For the lines of progress: "sweep"."""
+    """Title of progress lines, such as "sweep"."""
     directory: str
-    """Where everything of the run is kept: absolute, or a URL. The last part is its name."""
+    """Directory of all files of the run: an absolute path or a URL, whose last part is the run's name."""
     metric: str | None
     mode: Mode = "min"
     num_samples: int = 1
@@ -56,21 +63,24 @@ class Run:
     searcher: Any = None
     max_concurrent: int | None = None
     num_checkpoints: int | None = 1
-    """Of each trial: so many of the best, and the newest; None: all, 0: only what a scheduler needs."""
+    """Number of best checkpoints that each trial keeps, with the newest; None: all, 0: only those a scheduler needs."""
     max_failures: int = 0
-    """How often a failed trial is tried again from its newest checkpoint."""
+    """Number of retries of a failed trial from its newest checkpoint."""
     is_resuming: bool = False
     is_shown: bool = True
 
 
 def run_trials(
-    recipe: TrainingFunction, space: Mapping[str, Any], *, room: TrialResources, run: Run
+    training: TrainingFunction, space: Mapping[str, Any], *, resources: TrialResources, run: Run
 ) -> list[TrialRecord]:
-    """Every trial's record. A trial that follows another takes its room and its processes over. KeyboardInterrupt: what
-    is done is kept, for `is_resuming`."""
-    accelerator = room.workers.accelerator
-    setting = TrialSettings(
-        recipe=cloudpickle.dumps(recipe),
+    """Run trials and return their records. A trial takes over the resources and processes of a finished one.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted; finished work is kept for `is_resuming`.
+    """
+    accelerator = resources.workers.accelerator
+    settings = TrialSettings(
+        training=cloudpickle.dumps(training),
         directory=run.directory,
         metric=run.metric,
         is_saving=run.num_checkpoints != 0,
@@ -85,40 +95,45 @@ def run_trials(
             fixed=local_cluster.fixed_variables(),
         ),
     )
-    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), room.placement)
+    trainable = tune.with_resources(tune.with_parameters(Trial, settings=settings), resources.placement)
     with (
         _environment(run),
-        # On raylit's own node trials have the driver's variables. On a cluster they need what Tune hands on.
+        # On raylit's own node trials have the driver's variables. On a cluster they need those that Tune passes on.
         set_trial_variables(
             variables_for_new_processes(local_cluster.environment_of_workers(), fixed=local_cluster.fixed_variables()),
             is_pooled=local_cluster.is_embedded(),
         ),
-        _quiet_tune(),
+        _silence_tune_log(),
         replace_controller(is_reusable_after=_is_reusable_after),
-        _signals_as_before() as was_interrupted,
+        _restore_signals() as was_interrupted,
     ):
-        results = _tuner(trainable, space, room, run).fit()
+        results = _build_tuner(trainable, space, resources, run).fit()
     if was_interrupted():
         sys.stderr.write(f"raylit: {run.title}: interrupted; what there is stays in {run.directory}\n")
         load_exit_imports()
         raise KeyboardInterrupt
-    # A resumed run has them in another order; their tags begin with their numbers.
+    # A resumed run has the trials in another order; their tags begin with their numbers.
     trials: list[TuneTrial] = sorted(list_trials(results), key=lambda trial: int(trial.experiment_tag.split("_")[0]))
     for trial in trials:
-        if isinstance(error := error_of(trial), UnknownMetric):
+        if isinstance(error := read_error(trial), UnknownMetric):
             raise ConfigError(str(error))
     if run.num_checkpoints is not None:
         _prune(trials, run)
-    return [_record(trial, run) for trial in trials]
+    return [_build_record(trial, run) for trial in trials]
 
 
-def _tuner(trainable: Any, space: Mapping[str, Any], room: TrialResources, run: Run) -> tune.Tuner:
+def _build_tuner(trainable: Any, space: Mapping[str, Any], resources: TrialResources, run: Run) -> tune.Tuner:
     if run.is_resuming and tune.Tuner.can_restore(run.directory):
-        return _restored(trainable, space, run)
-    place, _, name = run.directory.rpartition("/")
-    ending = Ending()
-    watcher = ProgressReporter(
-        title=run.title, metric=run.metric, mode=run.mode, demand=room.demand, ending=ending, is_shown=run.is_shown
+        return _restore_tuner(trainable, space, run)
+    storage_path, _, name = run.directory.rpartition("/")
+    stopper = FatalErrorStopper()
+    progress_reporter = ProgressReporter(
+        title=run.title,
+        metric=run.metric,
+        mode=run.mode,
+        demand=resources.demand,
+        stopper=stopper,
+        is_shown=run.is_shown,
     )
     return tune.Tuner(
         trainable,
@@ -131,23 +146,23 @@ def _tuner(trainable: Any, space: Mapping[str, Any], room: TrialResources, run: 
             search_alg=run.searcher,
             max_concurrent_trials=run.max_concurrent,
             reuse_actors=True,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_name_creator=_name_trial,
+            trial_dirname_creator=_name_trial,
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_path=place,
+            storage_path=storage_path,
             verbose=0,
-            callbacks=[ReportHistory(run.directory), watcher],
-            stop=ending,
+            callbacks=[ReportHistory(run.directory), progress_reporter],
+            stop=stopper,
             failure_config=tune.FailureConfig(max_failures=run.max_failures),
-            checkpoint_config=_checkpoints(run),
+            checkpoint_config=_build_checkpoint_config(run),
         ),
     )
 
 
-def _restored(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
-    """Unfinished trials go on from their newest checkpoints, and failed ones get another chance."""
+def _restore_tuner(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
+    """Restore Tune's tuner: unfinished trials go on from their newest checkpoints, and failed ones are retried."""
     try:
         return tune.Tuner.restore(
             run.directory, trainable, param_space=dict(space), resume_unfinished=True, resume_errored=True
@@ -156,8 +171,11 @@ def _restored(trainable: Any, space: Mapping[str, Any], run: Run) -> tune.Tuner:
         raise ConfigError(f"{run.directory} cannot be resumed: the space is another. {error}") from error
 
 
-def _checkpoints(run: Run) -> tune.CheckpointConfig:
-    """With no checkpoints wanted, those of a scheduler that pauses trials are of one use each."""
+def _build_checkpoint_config(run: Run) -> tune.CheckpointConfig:
+    """Build Tune's checkpoint settings.
+
+    If no checkpoints are kept, those of a scheduler that pauses trials are used once each.
+    """
     return tune.CheckpointConfig(
         num_to_keep=None if _is_copying(run) else run.num_checkpoints or (1 if run.num_checkpoints == 0 else None),
         checkpoint_score_attribute=run.metric,
@@ -167,49 +185,54 @@ def _checkpoints(run: Run) -> tune.CheckpointConfig:
 
 
 def _is_copying(run: Run) -> bool:
-    """Trials take over each other's checkpoints, at any later time: Tune may remove none of them before the end."""
+    """Return whether trials may copy each other's checkpoints at any time, so that Tune must keep them to the end."""
     return isinstance(run.scheduler, PopulationBasedTraining) or run.scheduler in ("pbt", "pb2")
 
 
 def _prune(trials: list[TuneTrial], run: Run) -> None:
-    """Leave each trial's best checkpoints and its newest: not every one of trials that copy each other's, and none of
-    which Tune never heard, as a pause overtook the save."""
+    """Remove all checkpoints but each trial's best ones and its newest.
+
+    Removed are those of trials that copy each other's, and those that Tune does not know of, as a pause came before
+    the end of the save.
+    """
     kept = set()
     for trial in trials:
         manager = trial.run_metadata.checkpoint_manager
         if manager is not None:
             best = [manager.best_checkpoint_result] if _is_copying(run) else manager.best_checkpoint_results
             results = [result for result in (*best, manager.latest_checkpoint_result) if result is not None]
-            kept |= {_place(result.checkpoint.path) for result in results if result.checkpoint is not None}
+            kept |= {
+                _identify_checkpoint(result.checkpoint.path) for result in results if result.checkpoint is not None
+            }
     for trial in trials:
-        directory = join(run.directory, _name(trial))
+        directory = join(run.directory, _name_trial(trial))
         for name in entries(directory):
             path = join(directory, name)
-            if name.startswith("checkpoint_") and _place(path) not in kept:
+            if name.startswith("checkpoint_") and _identify_checkpoint(path) not in kept:
                 remove_directory(path)
 
 
-def _place(checkpoint: str) -> tuple[str, ...]:
-    """The trial's directory and the checkpoint's own, of a path or URL."""
+def _identify_checkpoint(checkpoint: str) -> tuple[str, ...]:
+    """Return the names of the trial's directory and of the checkpoint's own, of a path or URL."""
     return tuple(checkpoint.rstrip("/").split("/")[-2:])
 
 
-def _name(trial: TuneTrial) -> str:
+def _name_trial(trial: TuneTrial) -> str:
     return f"trial_{trial.trial_id}"
 
 
 def _is_reusable_after(exception: Exception | None) -> bool:
-    """A trial's process, with its workers, is as good as new after this exception, which the trial has failed with."""
+    """Return whether a trial's process and workers can be reused after the exception with which the trial failed."""
     cause = getattr(exception, "cause", None)
     return isinstance(cause, TrialFailed) and cause.is_harmless
 
 
 @contextlib.contextmanager
 def _environment(run: Run) -> Iterator[None]:
-    """Tune's switches, which it reads while it runs."""
+    """Set Tune's environment variables, which it reads while it runs."""
     variables, locks = dict(_ENVIRONMENT), None
     if run.is_resuming and not is_url(run.directory):
-        # What Tune reads there it locks by files in Ray's temporary directory, which it leaves behind.
+        # Tune locks what it reads there by files in Ray's temporary directory, which it leaves behind.
         locks = tempfile.TemporaryDirectory(prefix="raylit-", ignore_cleanup_errors=True)
         variables["RAY_TMPDIR"] = locks.name
     before = {name: os.environ.get(name) for name in variables}
@@ -227,8 +250,8 @@ def _environment(run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Tune logs every failure, raylit says it in its own words."""
+def _silence_tune_log() -> Iterator[None]:
+    """Suppress Tune's log of failures, which raylit reports itself."""
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -239,8 +262,11 @@ def _quiet_tune() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_as_before() -> Iterator[Any]:
-    """Tune takes Ctrl-C, to end in good order, and does not give it back. Yields whether there was one."""
+def _restore_signals() -> Iterator[Any]:
+    """Restore signal handlers that Tune replaces to end in good order after Ctrl-C.
+
+    Yields a function that returns whether there was an interrupt.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -248,15 +274,15 @@ def _signals_as_before() -> Iterator[Any]:
     is_interrupted = False
     try:
         yield lambda: is_interrupted
-        # Tune's handler puts the former one back when it is called.
+        # Tune's handler restores the former one when it is called.
         is_interrupted = signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _record(trial: TuneTrial, run: Run) -> TrialRecord:
-    history = tuple(history_of(trial.trial_id, run.directory))
+def _build_record(trial: TuneTrial, run: Run) -> TrialRecord:
+    history = tuple(read_history(trial.trial_id, run.directory))
     metrics = history[-1] if history else {}
     statuses: dict[str, TrialStatus] = {"ERROR": "failed", "TERMINATED": "finished"}
     status = statuses.get(trial.status, "unfinished")
@@ -265,15 +291,15 @@ def _record(trial: TuneTrial, run: Run) -> TrialRecord:
         status = "stopped"
     manager = trial.run_metadata.checkpoint_manager
     best = None if manager is None else manager.best_checkpoint_result
-    kept = None if best is None else best.checkpoint
-    directory = join(run.directory, _name(trial))
+    checkpoint = None if best is None else best.checkpoint
+    directory = join(run.directory, _name_trial(trial))
     return TrialRecord(
         id=trial.trial_id,
         config=dict(trial.config),
         status=status,
         metrics=metrics,
         history=history,
-        checkpoint=None if kept is None else join(directory, os.path.basename(kept.path), CHECKPOINT),
+        checkpoint=None if checkpoint is None else join(directory, os.path.basename(checkpoint.path), CHECKPOINT),
         directory=directory,
-        error=None if status != "failed" else text_of(error_of(trial)),
+        error=None if status != "failed" else format_error(read_error(trial)),
     )

@@ -1,4 +1,4 @@
-"""The thread of a trial in which the user's function runs, and its reports to Tune."""
+"""Thread of a trial in which the training function runs, and its reports to Tune. Trial's process."""
 
 import queue
 import threading
@@ -12,133 +12,142 @@ from raylit.callbacks.timing import SavedReport, is_validated_by_epoch_end
 from raylit.driver.loop.schedule import Schedule
 
 Save = Callable[[str], None]
-"""Writes the training's state to a path, in the training's thread."""
+"""Function that writes the training's state to a path, in the training's thread."""
 
 
-class TrainingCut(BaseException):
-    """Ends a training that has been told to stop and does not."""
+class TrainingAborted(BaseException):
+    """Exception that ends a training which reports again after it was told to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reported:
-    """The training has come to a report and stands still."""
+class TrainingReport:
+    """Answer of a training that waits at a report."""
 
     metrics: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
-    """The training is over."""
+class TrainingEnd:
+    """Answer of a training that has ended."""
 
     metrics: dict[str, Any] | None = None
-    """What it returned."""
+    """Mapping that the training function returned."""
     error: BaseException | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Saved:
+class _SaveResult:
+    """Answer of a training that has written its state, or failed to."""
+
     error: BaseException | None = None
 
 
 class TrialThread:
-    """The thread that trains calls `report`; the one that answers Tune calls everything else, one call at a time."""
+    """Thread that runs a training and exchanges reports and commands with the trial.
+
+    The training's thread calls `report`. The trial's thread calls everything else, one call at a time.
+    """
 
     def __init__(self, train: Callable[["TrialThread"], Mapping[str, Any] | None]) -> None:
-        """`train` runs to the training's end, once `next` is called."""
+        """Store the function, which `next` starts in a thread of its own."""
         self._train = train
-        self._wishes: queue.SimpleQueue[Literal["go on", "stop"] | tuple[Literal["save"], str]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Reported | Ended | _Saved] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Literal["go on", "stop"] | tuple[Literal["save"], str]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[TrainingReport | TrainingEnd | _SaveResult] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._ended: Ended | None = None
+        self._end: TrainingEnd | None = None
         self._is_stopping = False
 
-    # For the thread that trains
+    # Methods for the training's thread
 
     def report(self, metrics: Mapping[str, Any], *, save: Save) -> bool:
-        """Hand a result over and wait for what becomes of it; False: the training is to end."""
+        """Report a result and wait for the decision; False: the training has to end.
+
+        Raises:
+            TrainingAborted: it was told to end before.
+        """
         if self._is_stopping:
-            raise TrainingCut
-        self._answers.put(Reported(metrics=dict(metrics)))
+            raise TrainingAborted
+        self._answers.put(TrainingReport(metrics=dict(metrics)))
         while True:
-            match self._wishes.get():
+            match self._commands.get():
                 case "go on":
                     return True
                 case "stop":
                     self._is_stopping = True
                     return False
                 case (_, path):
-                    self._answers.put(_saved(save, path))
+                    self._answers.put(_save_state(save, path))
 
-    # For the trial
+    # Methods for the trial's thread
 
-    def next(self) -> Reported | Ended:
-        """Let the training go on to its next report, or its end."""
-        assert self._ended is None
+    def next(self) -> TrainingReport | TrainingEnd:
+        """Let the training continue to its next report, or its end."""
+        assert self._end is None
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="raylit-trial", daemon=True)
             self._thread.start()
         else:
-            self._wishes.put("go on")
+            self._commands.put("go on")
         answer = self._answers.get()
-        assert not isinstance(answer, _Saved)
-        if isinstance(answer, Ended):
-            self._ended = answer
+        assert not isinstance(answer, _SaveResult)
+        if isinstance(answer, TrainingEnd):
+            self._end = answer
         return answer
 
     def save(self, path: str) -> None:
-        """Have the training, which stands at a report, write its state."""
-        assert self._thread is not None and self._ended is None
-        self._wishes.put(("save", path))
+        """Have the training, which waits at a report, write its state. Raises the error with which that failed."""
+        assert self._thread is not None and self._end is None
+        self._commands.put(("save", path))
         answer = self._answers.get()
-        assert isinstance(answer, _Saved)
+        assert isinstance(answer, _SaveResult)
         if answer.error is not None:
             raise answer.error
 
     def end(self) -> None:
-        """End the training where it stands, its last hooks included, and wait for it. May be called more than once."""
+        """End the training at its report, run its last hooks, and wait for it. May be called more than once."""
         if self._thread is None:
             return
-        if self._ended is None:
-            self._wishes.put("stop")
+        if self._end is None:
+            self._commands.put("stop")
             answer = self._answers.get()
-            assert isinstance(answer, Ended)
-            self._ended = answer
+            assert isinstance(answer, TrainingEnd)
+            self._end = answer
         self._thread.join()
 
     def _run(self) -> None:
         try:
             metrics = self._train(self)
-        except TrainingCut:
-            self._answers.put(Ended())
+        except TrainingAborted:
+            self._answers.put(TrainingEnd())
         except BaseException as error:  # a user's SystemExit must reach the trial too
-            self._answers.put(Ended(error=error))
+            self._answers.put(TrainingEnd(error=error))
         else:
-            self._answers.put(Ended(metrics=None if metrics is None else dict(metrics)))
+            self._answers.put(TrainingEnd(metrics=None if metrics is None else dict(metrics)))
 
 
-def _saved(save: Save, path: str) -> _Saved:
+def _save_state(save: Save, path: str) -> _SaveResult:
     try:
         save(path)
     except Exception as error:
-        return _Saved(error=error)
-    return _Saved()
+        return _SaveResult(error=error)
+    return _SaveResult()
 
 
 IS_LAST = "is_last_report"
-"""In a report: the training is over with it, unless something else ends it."""
+"""Key in a report: the training ends with it, unless something else ends it first."""
 NOT_LOGGED = frozenset({"epoch", "step", IS_LAST})
-"""In a report beside the metrics."""
+"""Keys in a report that are not metrics."""
 
 
 class Reporter(SavedReport):
-    """A report for each validation, and the decision about it obeyed before training goes on.
+    """Driver callback that reports each validation and obeys the decision before training goes on.
 
-    Where validation runs once in every epoch, or never, the report is made at the epoch's end: it has the epoch's
-    training metrics as well.
+    If validation runs once in every epoch, or never, the report is made at the end of the epoch, with its training
+    metrics.
     """
 
-    def __init__(self, handover: TrialThread) -> None:
-        self._handover = handover
+    def __init__(self, thread: TrialThread) -> None:
+        self._thread = thread
         self.reset_state()
 
     def reset_state(self) -> None:
@@ -157,7 +166,7 @@ class Reporter(SavedReport):
             self._report(run)
 
     def on_train_end(self, run: Run) -> None:
-        """A training that ended before its first validation still has something to show, unless it was over before."""
+        """Report a training that ended before its first validation, unless it was finished before it started."""
         is_new = run.state.progress.global_step > self._first_step
         if is_new and not self._has_reported and run.state.callback_metrics:
             self._report(run)
@@ -166,12 +175,12 @@ class Reporter(SavedReport):
         self._has_reported = True
         progress = run.state.progress
         metrics = {"epoch": progress.epoch, "step": progress.global_step, **run.state.callback_metrics}
-        if not self._handover.report({**metrics, IS_LAST: _is_last(run)}, save=partial(self.save, run)):
+        if not self._thread.report({**metrics, IS_LAST: _is_last(run)}, save=partial(self.save, run)):
             run.stop("the scheduler has ended the trial")
 
 
 def _is_last(run: Run) -> bool:
-    """Nothing is left to train after this."""
+    """Return whether there is nothing left to train after this report."""
     state = run.state
     if state.progress.batch >= state.num_training_batches:
         state = replace(state, progress=replace(state.progress, is_epoch_ended=True))

@@ -1,4 +1,4 @@
-"""Collectives of ranks that have run out of batches while others have not."""
+"""Uneven inputs: collectives of ranks that have run out of batches while others have not. Worker."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,166 +17,186 @@ from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.view import TrainerView
 
 PADDING = -1
-"""The place of a batch that belongs to another rank."""
+"""Sample index of a batch that belongs to another rank."""
 
 
 def iterate_uneven_batches(
     batches: Iterator[tuple[int, Any]], *, num_batches: float, collectives: Collectives
 ) -> Iterator[tuple[int, Any]]:
-    """(place, batch) pairs until no rank has any left: a rank that is through gets another's batch, so that it runs
-    as many steps as they do. Collective, at each pair."""
+    """Yield (index, batch) pairs until no rank has batches left. Collective, at each pair.
+
+    A rank without batches left gets another rank's batch with the index `PADDING`, so that all ranks run the same
+    number of steps.
+    """
     num_done = 0
     while True:
-        place, batch = next(batches, (PADDING, None)) if num_done < num_batches else (PADDING, None)
+        index, batch = next(batches, (PADDING, None)) if num_done < num_batches else (PADDING, None)
         num_done += 1
-        num_owners = sum(collectives.gather_counts(int(place != PADDING)))
+        num_owners = sum(collectives.gather_counts(int(index != PADDING)))
         if num_owners == 0:
             return
         if num_owners < collectives.world_size:
-            offers = collectives.gather_objects((place, batch))
-            if place == PADDING:
-                batch = next(offer for owned, offer in offers if owned != PADDING)
-        yield place, batch
+            pairs = collectives.gather_objects((index, batch))
+            if index == PADDING:
+                batch = next(other for owned_index, other in pairs if owned_index != PADDING)
+        yield index, batch
 
 
-_MAX_QUIET = 16
-"""Calls of an epoch that are watched before it is taken for granted that they have no collectives. Usual data has one
-uneven step in an epoch; batches of ever changing sizes make every step uneven, which are not to be watched for ever."""
+_MAX_WATCHED_CALLS = 16
+"""Calls of an epoch that are watched until they are assumed to have no collectives.
+
+Usual data has one uneven step in an epoch. With batches of varying sizes every step is uneven, and watching all of
+them would cost too much.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Message:
-    """What a rank is at."""
+class _RankStatus:
+    """State of a rank in a call, as ranks exchange it."""
 
     is_idle: bool = False
-    """It has no samples of its own, and nobody has asked for it so far."""
+    """Whether the rank has no samples of its own and runs no collective of another rank's call."""
     collective: str | None = None
-    """The one that it is about to take part in; None: it is in none, and waits for the others."""
+    """Collective that the rank is about to start; None: it is in none and waits for the others."""
     answer: Any = None
-    """A number that the call has returned."""
+    """Number that the call returned."""
 
 
 class UnevenSteps:
-    """Runs the user's code where it is not known that all ranks have samples for it."""
+    """Runner of the user's code in steps in which some ranks may have no samples."""
 
     def __init__(self, collectives: Collectives, *, module: nn.Module, view: TrainerView, device: torch.device) -> None:
         self._collectives = collectives
         self._module = module
         self._view = view
         self._device = device
-        self._num_quiet = 0
+        self._num_without_collectives = 0
         self.has_collectives = False
-        """Since `start`, on any rank."""
+        """Whether a call on any rank has used collectives since `start`."""
         self.num_owners = 0
-        """Ranks that had samples of their own in the last call."""
+        """Number of ranks that had samples of their own in the last call."""
 
     def start(self) -> None:
-        """At the start of an epoch or an evaluation."""
-        self._num_quiet, self.has_collectives = 0, False
+        """Reset the counts at the start of an epoch or an evaluation."""
+        self._num_without_collectives, self.has_collectives = 0, False
 
-    def run(self, call: Callable[..., Any], own: tuple[Any, ...] | None, *, follow: Callable[..., Any]) -> Any:
-        """`call(*own)`; None for `own`: this rank has no samples. `follow` is called in its place, with another rank's
-        arguments, if the others' calls come to collectives. Collective.
+    def run(self, call: Callable[..., Any], own: tuple[Any, ...] | None, *, run_padding: Callable[..., Any]) -> Any:
+        """Run `call(*own)`, with the other ranks' collectives matched by ranks without samples. Collective.
 
-        Returns what the call does; for a rank without samples the others' answer, if it is an int.
+        Args:
+            call: the user's function.
+            own: this rank's arguments; None: it has no samples.
+            run_padding: function that a rank without samples calls instead, with another rank's arguments, if
+                the other ranks' calls use collectives.
+
+        Returns:
+            The result of the call. On a rank without samples the result of another rank, if that is an int.
         """
         if self._collectives.world_size == 1:
             return None if own is None else call(*own)
-        message = _Message(is_idle=True)
+        status = _RankStatus(is_idle=True)
         result = None
         if own is not None:
-            with CollectiveWatch(lambda collective: self._meet(collective, own)):
+            with CollectiveWatch(lambda collective: self._announce(collective, own)):
                 result = call(*own)
-            message = _Message(answer=result if type(result) is int else None)
-        messages, offered = self._exchange(message, None)
-        self.num_owners = sum(not one.is_idle for one in messages)
-        while offered is not None:
-            self._follow(follow, offered)
-            messages, offered = self._exchange(message, None)
+            status = _RankStatus(answer=result if type(result) is int else None)
+        statuses, padding = self._exchange(status, None)
+        self.num_owners = sum(not one.is_idle for one in statuses)
+        while padding is not None:
+            self._run_padding(run_padding, padding)
+            statuses, padding = self._exchange(status, None)
         if not self.has_collectives:
-            self._num_quiet += 1
-        return result if own is not None else next((one.answer for one in messages if one.answer is not None), None)
+            self._num_without_collectives += 1
+        return result if own is not None else next((one.answer for one in statuses if one.answer is not None), None)
 
-    def run_unless_quiet(
-        self, call: Callable[..., Any], own: tuple[Any, ...] | None, *, follow: Callable[..., Any]
+    def run_unless_known(
+        self, call: Callable[..., Any], own: tuple[Any, ...] | None, *, run_padding: Callable[..., Any]
     ) -> Any:
-        """`run`, until enough calls have shown that they have no collectives."""
-        if self._num_quiet < _MAX_QUIET:
-            return self.run(call, own, follow=follow)
+        """Call `run`, or `call` directly after enough calls without collectives."""
+        if self._num_without_collectives < _MAX_WATCHED_CALLS:
+            return self.run(call, own, run_padding=run_padding)
         return None if own is None else call(*own)
 
-    def watched(self, hook: Callable[..., Any], *, is_answer_needed: bool = False) -> Callable[..., Any]:
-        """A hook of training batches, whose last arguments are the batch and its number; for a batch of None it is
-        called only if the others wait for it. `is_answer_needed`: this rank is to know what it returned on others."""
-        run = self.run if is_answer_needed else self.run_unless_quiet
+    def wrap_hook(self, hook: Callable[..., Any], *, is_answer_needed: bool = False) -> Callable[..., Any]:
+        """Return a hook of training batches that copes with ranks without a batch.
+
+        The hook's last arguments are the batch and its index. For a batch of None it is called only if the other
+        ranks wait for its collectives. With `is_answer_needed` this rank gets the result of other ranks.
+        """
+        run = self.run if is_answer_needed else self.run_unless_known
 
         def call(*args: Any) -> Any:
-            return run(hook, None if args[-2] is None else args, follow=hook)
+            return run(hook, None if args[-2] is None else args, run_padding=hook)
 
         return call
 
-    def _follow(self, follow: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Another rank's call, which leaves no trace in what is counted here."""
-        is_announced = True
+    def _run_padding(self, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Run another rank's call and restore metrics and buffers afterwards."""
+        is_first = True
 
-        def meet(collective: str) -> None:
-            nonlocal is_announced
-            if not is_announced:
-                self._meet(collective, args)
-            is_announced = False
+        def announce(collective: str) -> None:
+            nonlocal is_first
+            if not is_first:
+                self._announce(collective, args)
+            is_first = False
 
-        with _counting_for_nothing(self._module, self._view), CollectiveWatch(meet):
-            follow(*args)
+        with _preserve_results(self._module, self._view), CollectiveWatch(announce):
+            call(*args)
 
-    def _meet(self, collective: str, args: tuple[Any, ...]) -> None:
-        """Before a collective of the user's."""
-        self._exchange(_Message(collective=collective), args)
+    def _announce(self, collective: str, args: tuple[Any, ...]) -> None:
+        """Tell the other ranks of a collective that the user's code is about to start."""
+        self._exchange(_RankStatus(collective=collective), args)
 
-    def _exchange(self, own: _Message, args: tuple[Any, ...] | None) -> tuple[list[_Message], tuple[Any, ...] | None]:
-        """What every rank is at; for those that are idle, while others come to a collective, their arguments."""
-        messages: list[_Message] = self._collectives.gather_objects(own)
-        callers = [rank for rank, one in enumerate(messages) if one.collective is not None]
+    def _exchange(
+        self, own: _RankStatus, args: tuple[Any, ...] | None
+    ) -> tuple[list[_RankStatus], tuple[Any, ...] | None]:
+        """Return the status of every rank and, on an idle rank while others start a collective, their arguments."""
+        statuses: list[_RankStatus] = self._collectives.gather_objects(own)
+        callers = [rank for rank, one in enumerate(statuses) if one.collective is not None]
         if not callers:
-            return messages, None
+            return statuses, None
         self.has_collectives = True
-        _check_alike(messages)
-        if not any(one.is_idle for one in messages):
-            return messages, None
-        offers = self._collectives.gather_objects(to_cpu(args) if self._collectives.rank == callers[0] else None)
-        return messages, to_device(offers[callers[0]], self._device) if own.is_idle else None
+        _check_same_collective(statuses)
+        if not any(one.is_idle for one in statuses):
+            return statuses, None
+        all_args = self._collectives.gather_objects(to_cpu(args) if self._collectives.rank == callers[0] else None)
+        return statuses, to_device(all_args[callers[0]], self._device) if own.is_idle else None
 
 
 @contextmanager
-def _counting_for_nothing(module: nn.Module, view: TrainerView) -> Iterator[None]:
-    """Around a call with samples of another rank's: what it logs, and what the module's metrics and buffers (running
-    statistics) take in, is dropped."""
+def _preserve_results(module: nn.Module, view: TrainerView) -> Iterator[None]:
+    """Drop what a call with another rank's samples logs and adds to the module's metrics and buffers."""
     metrics = view.metrics
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    was_muted = metrics is not None and metrics.is_muted
+    was_suspended = metrics is not None and metrics.is_suspended
     if metrics is not None:
-        metrics.is_muted = True
+        metrics.is_suspended = True
     try:
         with torchmetrics_adapter.preserve_state(module):
             yield
     finally:
         if metrics is not None:
-            metrics.is_muted = was_muted
+            metrics.is_suspended = was_suspended
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
 
 
-def _check_alike(messages: list[_Message]) -> None:
-    """ModuleError, on all ranks: they would wait for each other in different collectives."""
-    at_work = [replace(one, answer=None) for one in messages if not one.is_idle]
-    if len({one.collective for one in at_work}) == 1:
+def _check_same_collective(statuses: list[_RankStatus]) -> None:
+    """Check that all busy ranks are in the same collective.
+
+    Raises:
+        ModuleError: they are not and would wait for each other; raised on all ranks.
+    """
+    busy = [replace(one, answer=None) for one in statuses if not one.is_idle]
+    if len({one.collective for one in busy}) == 1:
         return
     places = [
         f"rank {rank} is in {one.collective}" if one.collective is not None else f"rank {rank} has come to the end"
-        for rank, one in enumerate(messages)
+        for rank, one in enumerate(statuses)
         if not one.is_idle
     ]
-    names = {(one.collective or "").partition(" ")[0] for one in at_work}
+    names = {(one.collective or "").partition(" ")[0] for one in busy}
     advice = "every rank has to call the same collectives in the same order"
     if len(names) == 1:
         advice = (

@@ -162,23 +162,23 @@ class _ForwardLoop:
 
         for hook in on_start:
             start = partial(_with_extra, hook, extra)
-            uneven.run(start, arguments, follow=start)
-        output = uneven.run(run_step, arguments, follow=run_step)
+            uneven.run(start, arguments, run_padding=start)
+        output = uneven.run(run_step, arguments, run_padding=run_step)
         for hook in on_end:
             end = partial(_with_extra, hook, extra)
-            uneven.run(end, None if arguments is None else (output, *arguments), follow=end)
+            uneven.run(end, None if arguments is None else (output, *arguments), run_padding=end)
         return output
 
     def _run_padding(
         self, step: Callable[..., Any], batch: Any, metrics: MetricBuffer, step_extra: tuple[int, ...]
     ) -> None:
         """Run the step on a padding batch for the collectives of other ranks; its output and metrics are discarded."""
-        metrics.is_muted = True
+        metrics.is_suspended = True
         try:
             with torchmetrics_adapter.preserve_state(self._session.module), self._session.around_step():
                 step(batch, self._num_done, *step_extra)
         finally:
-            metrics.is_muted = False
+            metrics.is_suspended = False
         self._session.stop_barrier.num_done += 1
 
     def _open_batches(self, index: int) -> Iterator[tuple[int, Any]]:
@@ -243,7 +243,7 @@ class _ForwardLoop:
         modes: list[tuple[nn.Module, bool]] = [(child, child.training) for child in module.modules()]
         getattr(module, f"on_{prefix}_model_eval")()
         try:
-            with self._session.strategy.evaluating(is_inference_mode=self._session.plan.inference_mode):
+            with self._session.strategy.evaluation_context(is_inference_mode=self._session.plan.inference_mode):
                 yield
         finally:
             if is_overridden(f"on_{prefix}_model_train", module, LightningModule):

@@ -31,7 +31,7 @@ from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.metrics.entry import sum_states
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.optimization.gradient_sync import mean_gradients
+from raylit.worker.optimization.gradient_sync import average_saved_gradients
 from raylit.worker.process.profiling import TimedFeed
 from raylit.worker.session import Session
 
@@ -106,8 +106,8 @@ class TrainLoop:
         on_batch_start = session.hooks.of("on_train_batch_start")
         on_batch_end = session.hooks.of("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
-        on_uneven_batch_start = [session.uneven.watched(hook, is_answer_needed=True) for hook in on_batch_start]
-        on_uneven_batch_end = [session.uneven.watched(hook) for hook in on_batch_end]
+        on_uneven_batch_start = [session.uneven.wrap_hook(hook, is_answer_needed=True) for hook in on_batch_start]
+        on_uneven_batch_end = [session.uneven.wrap_hook(hook) for hook in on_batch_end]
         if self._epoch_outputs is not None:
             on_batch_end = (self._epoch_outputs.add_batch, *on_batch_end)
             on_uneven_batch_end = [self._epoch_outputs.add_share, *on_uneven_batch_end]
@@ -286,7 +286,7 @@ class TrainLoop:
         self.metrics.load_state_dict(sum_states([state["metrics"] for state in states_of_rank]), module)
         if self._epoch_outputs is not None:
             self._epoch_outputs.load_state_dict(join_outputs([state.get("outputs", []) for state in states_of_rank]))
-        self._optimization.load_state_dict(mean_gradients([state.get("optimization", {}) for state in states]))
+        self._optimization.load_state_dict(average_saved_gradients([state.get("optimization", {}) for state in states]))
         self._view.load_metrics_state(states[0].get("reduced", {}))
         # The number of samples dealt out and the states of the samplers' generators are equal on all ranks.
         self._load_data_state(states[0])
@@ -453,11 +453,11 @@ def run_forward_epoch(session: Session, data: TrainSource, *, metrics: MetricBuf
                 is_excluded = batch is None
                 batch = next(one for one in batches if one is not None) if is_excluded else batch
             if batch_norms is not None:
-                batch_norms.silence(is_silent=is_excluded)
-            session.strategy.silence(is_silent=is_excluded)
+                batch_norms.exclude_rank(is_excluded=is_excluded)
+            session.strategy.exclude_rank(is_excluded=is_excluded)
             with session.around_step():
                 step(batch, batch_idx)
-        session.strategy.silence(is_silent=False)
+        session.strategy.exclude_rank(is_excluded=False)
 
 
 @contextmanager
@@ -465,12 +465,12 @@ def _suspend_logging(session: Session, metrics: MetricBuffer) -> Iterator[None]:
     """Discard what the module logs inside the context."""
     module = session.module
     previous = module.redirect_log(metrics)
-    metrics.is_muted = metrics.is_training_batch = True
+    metrics.is_suspended = metrics.is_training_batch = True
     try:
         yield
     finally:
         module.redirect_log(previous)
-        metrics.is_muted = metrics.is_training_batch = False
+        metrics.is_suspended = metrics.is_training_batch = False
 
 
 @contextmanager

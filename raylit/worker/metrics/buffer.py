@@ -78,7 +78,7 @@ class MetricBuffer:
         self._step_layout: _Layout = []
         self.is_training_batch = False
         """Inside a training batch, where `on_step` is the default; elsewhere `on_epoch` is."""
-        self.is_muted = False
+        self.is_suspended = False
         """Logged values are discarded."""
         self.is_piece = False
         """A piece of the batch is processed, in truncated back-propagation."""
@@ -123,7 +123,7 @@ class MetricBuffer:
         Raises:
             ConfigError: The value or the arguments are not allowed, or differ from an earlier call.
         """
-        if self.is_muted:
+        if self.is_suspended:
             return
         if self.dataloader_idx is not None and add_dataloader_idx:
             name = f"{name}/dataloader_idx_{self.dataloader_idx}"
@@ -254,7 +254,7 @@ class MetricBuffer:
         A value is shown where any batch requests it; a name that the module also passes to `self.log` is left to that.
         `piece_fx` reduces the values of a batch's pieces to one.
         """
-        if self.is_muted:
+        if self.is_suspended:
             return
         has_index = self.dataloader_idx is not None and add_dataloader_idx
         full_name = f"{name}/dataloader_idx_{self.dataloader_idx}" if has_index else name

@@ -1,4 +1,4 @@
-"""What every way of optimizing has: the call of training_step, and steps whose batch a rank lacks."""
+"""Interface of optimizations, the arguments of training_step, and steps of ranks without a batch. Worker."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,61 +12,69 @@ from raylit.worker.session import Session
 
 
 class Optimization(Protocol):
-    """From a batch to gradients and, at the end of a window of batches, to new weights."""
+    """Way from a batch to gradients and, at the end of a window of batches, to new weights."""
 
     num_outputs: int
-    """What `training_step` returns for one batch: 1, or with several optimizers a list of so many."""
+    """Number of outputs of `training_step` for one batch: 1, or a list of that many with several optimizers."""
 
     def start_epoch(self, *, window: int) -> None:
-        """`window`: batches whose gradients are added up before a step."""
+        """Prepare for an epoch; `window` is the number of batches whose gradients are added up before a step."""
         ...
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
-        """A batch that counts as much as those of the other ranks. Returns what `training_step` did; with several
-        optimizers a list of that. `extra`: its last arguments."""
+        """Run a batch that counts as much as those of the other ranks.
+
+        `extra` are the last arguments of `training_step`. Returns its output; with several optimizers a list of
+        outputs.
+        """
         ...
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        """A batch of an uneven split, whose loss counts by `weight`, or None: this rank has no part of it."""
+        """Run a batch of an uneven split, whose loss counts by `weight`; None: this rank has no part of it."""
         ...
 
     def finish_window(self) -> bool:
-        """Step with what has been added up; for a loader whose end came unforeseen. True: there was something."""
+        """Step with the accumulated gradients, for a loader whose end was not known. Returns whether there were any."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradients of a window that has begun, by the names of their parameters; empty between two windows."""
+        """Return the gradients of an unfinished window, by the names of their parameters; empty between two windows."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the gradients of an unfinished window."""
+        ...
 
     def is_active(self, optimizer_idx: int | None) -> bool:
-        """Whether that optimizer has its turn in the batch just run."""
+        """Return whether an optimizer was active in the batch just run."""
         ...
 
-    def hiddens_of(self, outputs: Any) -> Any:
-        """What `outputs` of `run_batch` carry to the next piece of a sequence, detached."""
+    def read_hiddens(self, outputs: Any) -> Any:
+        """Return the detached hiddens that `outputs` of `run_batch` pass on to the next piece of a sequence."""
         ...
 
 
-def step_of(module: LightningModule, *, optimizer_idx: int | None, is_truncated: bool) -> Callable[..., Any]:
-    """(batch, batch_idx[, hiddens]) to what `training_step` returns, for one of several optimizers or the only one.
+def adapt_training_step(
+    module: LightningModule, *, optimizer_idx: int | None, is_truncated: bool
+) -> Callable[..., Any]:
+    """Return a function of (batch, batch_idx[, hiddens]) that calls `training_step` for one optimizer.
 
-    ModuleError: the step lacks an argument that it needs.
+    Raises:
+        ModuleError: the step lacks an argument that it needs.
     """
     step = module.training_step
-    wanted = ["batch", "batch_idx"]
+    names = ["batch", "batch_idx"]
     if optimizer_idx is not None:
-        wanted.append("optimizer_idx")
+        names.append("optimizer_idx")
     if is_truncated:
-        wanted.append("hiddens")
-    if len(wanted) == 2:
+        names.append("hiddens")
+    if len(names) == 2:
         return adapt_to_batch_index(step)
-    if num_positional(step) < len(wanted):
+    if num_positional(step) < len(names):
         reason = "configure_optimizers returns several optimizers" if optimizer_idx is not None else ""
         more = "truncated back-propagation is on" if is_truncated else ""
         raise ModuleError(
-            f"{type(module).__name__}.training_step must take ({', '.join(wanted)}), as "
+            f"{type(module).__name__}.training_step must take ({', '.join(names)}), as "
             f"{' and '.join(filter(None, [reason, more]))}; or set automatic_optimization = False"
         )
     if optimizer_idx is None:
@@ -78,9 +86,11 @@ def step_of(module: LightningModule, *, optimizer_idx: int | None, is_truncated:
     return step_of_optimizer
 
 
-class FollowingOptimization:
-    """For steps in which ranks wait for each other: a rank that has no part of a global batch follows with a batch of
-    theirs, which counts for nothing."""
+class UnevenOptimization:
+    """Wrapper of an optimization whose steps are collective, for uneven splits.
+
+    A rank that has no part of a global batch runs another rank's batch, which is left out of gradients and metrics.
+    """
 
     def __init__(self, inner: Optimization, *, session: Session, metrics: MetricBuffer) -> None:
         self._inner = inner
@@ -95,19 +105,19 @@ class FollowingOptimization:
         self.state_dict = inner.state_dict
         self.load_state_dict = inner.load_state_dict
         self.is_active = inner.is_active
-        self.hiddens_of = inner.hiddens_of
+        self.read_hiddens = inner.read_hiddens
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        offers = self._collectives.gather_objects(None if batch is None else (batch, extra))
+        all_batches = self._collectives.gather_objects(None if batch is None else (batch, extra))
         if batch is not None:
             return self._inner.run_share(batch, batch_idx, is_window_end, weight, *extra)
-        others, extra = next(offer for offer in offers if offer is not None)
-        self._metrics.is_muted = True
-        self._strategy.silence(is_silent=True)
+        other_batch, extra = next(one for one in all_batches if one is not None)
+        self._metrics.is_suspended = True
+        self._strategy.exclude_rank(is_excluded=True)
         try:
             with torchmetrics_adapter.preserve_state(self._module):
-                self._inner.run_share(others, batch_idx, is_window_end, 0.0, *extra)
+                self._inner.run_share(other_batch, batch_idx, is_window_end, 0.0, *extra)
         finally:
-            self._metrics.is_muted = False
-            self._strategy.silence(is_silent=False)
+            self._metrics.is_suspended = False
+            self._strategy.exclude_rank(is_excluded=False)
         return None

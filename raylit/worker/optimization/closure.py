@@ -1,4 +1,7 @@
-"""ClosureOptimization: an optimizer that evaluates the loss itself, or one whose step the module has taken over."""
+"""Optimization by a closure that the optimizer's step calls. Worker.
+
+It serves optimizers that evaluate the loss themselves, and modules that override `optimizer_step`.
+"""
 
 import functools
 from collections.abc import Callable
@@ -15,19 +18,19 @@ from raylit.strategies import ZeroLoss
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.step_outputs import hiddens_of, loss_of
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization.gradient_sync import GradientSync, gradients_of, set_gradients
+from raylit.worker.optimization.gradient_sync import GradientSync, copy_gradients, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandle
-from raylit.worker.optimization.stepper import Stepper, loss_check
+from raylit.worker.optimization.stepper import Stepper, build_loss_checks
 from raylit.worker.session import Session
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether its step evaluates the loss, as far as can be told: torch's own only do in LBFGS."""
+    """Return whether the optimizer's step may evaluate the loss; of torch's own only LBFGS does."""
     return isinstance(optimizer, LBFGS) or not type(optimizer).__module__.startswith(("torch.optim", "raylit."))
 
 
 class ClosureOptimization:
-    """Forward and backward run inside the optimizer's step, as often as it asks for them."""
+    """Optimization in which forward and backward run inside the optimizer's step, as often as it calls its closure."""
 
     num_outputs = 1
 
@@ -52,10 +55,10 @@ class ClosureOptimization:
         self._handle = handle
         self._metrics = metrics
         self._uneven = session.uneven
-        self._is_following = not session.strategy.is_forward_collective
-        """Else all ranks run every step anyway."""
+        self._has_uneven_steps = not session.strategy.is_forward_collective
+        """False where the forward pass is collective: all ranks run every step then."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
-        self._before_backward = (*loss_check(session), *session.hooks.of("on_before_backward"))
+        self._before_backward = (*build_loss_checks(session), *session.hooks.of("on_before_backward"))
         self._after_backward = session.hooks.of("on_after_backward")
         self._own_backward = session.timed("backward", self._module.backward)
         self._is_evaluating = needs_closure(stepper.optimizer)
@@ -70,16 +73,16 @@ class ClosureOptimization:
                 f"accumulate_grad_batches={window} with {type(self._stepper.optimizer).__name__}: it evaluates the "
                 "loss of one batch in its step; use 1, and larger batches"
             )
-        self._sync.follow()
+        self._sync.wrap_if_due()
         self._window = window
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         if self._is_renewal_due:
-            self._sync.renew()
+            self._sync.wrap_step()
             self._is_renewal_due = False
         evaluation = _Evaluation(self._sync.step, (batch, batch_idx, *extra), is_synced=is_window_end)
-        with nullcontext() if is_window_end else self._sync.paused():
-            self._run(functools.partial(self._evaluate, evaluation, 1.0), batch_idx, is_window_end)
+        with nullcontext() if is_window_end else self._sync.without_sync():
+            self._run_closure(functools.partial(self._evaluate, evaluation, 1.0), batch_idx, is_window_end)
         return None if type(evaluation.outputs) is ZeroLoss else evaluation.outputs
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
@@ -89,18 +92,18 @@ class ClosureOptimization:
             is_share=True,
             is_synced_by_hand=is_window_end,
         )
-        self._run(functools.partial(self._evaluate, evaluation, weight), batch_idx, is_window_end)
+        self._run_closure(functools.partial(self._evaluate, evaluation, weight), batch_idx, is_window_end)
         return None if type(evaluation.outputs) is ZeroLoss else evaluation.outputs
 
     def finish_window(self) -> bool:
         if self._is_window_start:
             return False
         evaluation = _Evaluation(self._sync.share_step, None, is_synced_by_hand=True)
-        self._run(functools.partial(self._evaluate, evaluation, 0.0), self._view.num_batches_done, True)
+        self._run_closure(functools.partial(self._evaluate, evaluation, 0.0), self._view.num_batches_done, True)
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._is_window_start else gradients_of(self._stepper.optimizer, self._module)
+        return {} if self._is_window_start else copy_gradients(self._stepper.optimizer, self._module)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
@@ -110,10 +113,10 @@ class ClosureOptimization:
     def is_active(self, optimizer_idx: int | None) -> bool:
         return True
 
-    def hiddens_of(self, outputs: Any) -> Any:
+    def read_hiddens(self, outputs: Any) -> Any:
         return map_tensors(hiddens_of(outputs), torch.Tensor.detach)
 
-    def _run(self, closure: Callable[[], Any], batch_idx: int, is_window_end: bool) -> None:
+    def _run_closure(self, closure: Callable[[], Any], batch_idx: int, is_window_end: bool) -> None:
         if not is_window_end:
             closure()
             return
@@ -121,34 +124,36 @@ class ClosureOptimization:
         self._is_window_start = True
 
     def _evaluate(self, evaluation: "_Evaluation", weight: float) -> Any:
-        """The closure: gradients of the batch, and its loss, which is that of all ranks for an optimizer that decides
-        by it."""
+        """Compute the batch's gradients and return its loss: the closure of the optimizer's step.
+
+        For an optimizer that decides by the loss it is the mean over all ranks; this is collective then.
+        """
         loss = None
         with torch.enable_grad():
             if evaluation.args is None:
                 self._start_window()
-            if evaluation.is_share and self._is_following:
+            if evaluation.is_share and self._has_uneven_steps:
                 own = None if evaluation.args is None else (weight, *evaluation.args)
-                loss = self._uneven.run_unless_quiet(
-                    functools.partial(self._add, evaluation),
+                loss = self._uneven.run_unless_known(
+                    functools.partial(self._add_gradients, evaluation),
                     own,
-                    follow=functools.partial(self._add_nothing, evaluation),
+                    run_padding=functools.partial(self._run_padding_share, evaluation),
                 )
             elif evaluation.args is not None:
-                loss = self._add(evaluation, weight, *evaluation.args)
+                loss = self._add_gradients(evaluation, weight, *evaluation.args)
         if evaluation.is_synced_by_hand:
             self._strategy.reduce_gradients(self._module.parameters())
         elif evaluation.is_synced and self._sync.check is not None and self._sync.check():
-            # With the next batch: this one may be evaluated again, by the step that it has begun with.
+            # The step is wrapped again with the next batch, as this one may be evaluated again by its old step.
             self._is_renewal_due = True
         if not self._is_evaluating:
             return loss
-        # In one type on every rank, those without a batch included.
+        # Use the same type on every rank, those without a batch included.
         share = torch.zeros((), dtype=torch.float64, device=self._device)
         return self._collectives.mean(share if loss is None else share + loss.detach() * weight)
 
-    def _add(self, evaluation: "_Evaluation", weight: float, *args: Any) -> torch.Tensor | None:
-        """The gradients of the batch, to those of its window; returns its loss."""
+    def _add_gradients(self, evaluation: "_Evaluation", weight: float, *args: Any) -> torch.Tensor | None:
+        """Add the batch's gradients to those of its window, and return its loss."""
         with self._precision.around_step():
             evaluation.outputs = evaluation.step(*args)
         loss = loss_of(evaluation.outputs, self._metrics)
@@ -157,8 +162,8 @@ class ClosureOptimization:
             self._backward(loss, weight)
         return loss
 
-    def _add_nothing(self, evaluation: "_Evaluation", weight: float, *args: Any) -> None:
-        """Another rank's share, run for the collectives in it."""
+    def _run_padding_share(self, evaluation: "_Evaluation", weight: float, *args: Any) -> None:
+        """Run another rank's share with weight 0, for the collectives in it."""
         with self._precision.around_step():
             loss = loss_of(evaluation.step(*args), self._metrics)
         if loss is not None:
@@ -182,7 +187,7 @@ class ClosureOptimization:
 
 
 class _Evaluation:
-    """One batch's evaluations: the step to run, on what, and what it returned last."""
+    """Evaluations of one batch: the step, its arguments and the last output."""
 
     def __init__(
         self,
@@ -193,8 +198,11 @@ class _Evaluation:
         is_synced: bool = False,
         is_synced_by_hand: bool = False,
     ) -> None:
-        """`args`: None where this rank has no batch. `is_share`: of an uneven split. `is_synced`: the backward pass
-        averages the gradients over the ranks."""
+        """Store what is to be evaluated.
+
+        `args` is None where this rank has no batch, `is_share` is True for a share of an uneven split, and
+        `is_synced` states that the backward pass averages the gradients over the ranks.
+        """
         self.step = step
         self.args = args
         self.is_share = is_share

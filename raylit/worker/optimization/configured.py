@@ -1,4 +1,4 @@
-"""What `configure_optimizers` returns, brought into one form. Worker."""
+"""Results of `configure_optimizers` in one form. Worker."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "strict", "n
 
 @dataclass(kw_only=True, slots=True)
 class Schedule:
-    """A learning-rate scheduler and when it steps."""
+    """Learning rate scheduler with the times at which it steps."""
 
     scheduler: Any
     interval: Literal["epoch", "step"] = "epoch"
@@ -32,16 +32,16 @@ class Schedule:
     name: str | None = None
     reduce_on_plateau: bool = False
     opt_idx: int | None = None
-    """Index of the optimizer that it belongs to."""
+    """Index of the optimizer whose learning rate it sets."""
     step_hook: Callable[[Any, Any], None] | None = None
-    """The module's own `lr_scheduler_step`."""
+    """The module's own `lr_scheduler_step`, if it overrides that."""
 
     def step(self, metrics: dict[str, float]) -> None:
-        """Step, with the monitored metric where the scheduler follows one."""
+        """Step the scheduler, with the monitored metric if it is a plateau scheduler."""
         metric = None
         if self.reduce_on_plateau:
             if self.monitor not in metrics:
-                self._miss(metrics)
+                self._report_missing(metrics)
                 return
             metric = metrics[self.monitor]
         if self.step_hook is not None:
@@ -51,7 +51,7 @@ class Schedule:
         else:
             self.scheduler.step(metric)
 
-    def _miss(self, metrics: dict[str, float]) -> None:
+    def _report_missing(self, metrics: dict[str, float]) -> None:
         message = f"ReduceLROnPlateau follows {self.monitor!r}, which is not logged; there are: {sorted(metrics)}"
         if self.strict:
             raise ConfigError(f"{message}. Log it, monitor one of these, or set strict=False to skip the step")
@@ -59,17 +59,17 @@ class Schedule:
 
 
 @dataclass(kw_only=True, slots=True)
-class Configured:
-    """The optimizers of a run, in the user's order, and their schedulers."""
+class ConfiguredOptimizers:
+    """Optimizers of a run, in the user's order, with their schedulers."""
 
     optimizers: list[Optimizer]
     schedules: list[Schedule]
     frequencies: tuple[int, ...] | None = None
-    """For how many batches in turn each optimizer is used; None: all of them in every batch."""
+    """Numbers of consecutive batches for which each optimizer is used; None: all of them are used in every batch."""
 
 
 class NoOptimizer(Optimizer):
-    """In place of an optimizer where `configure_optimizers` returns None: the loop runs, no weight moves."""
+    """Optimizer that does nothing, for modules whose `configure_optimizers` returns None."""
 
     def __init__(self) -> None:
         self.param_groups, self.state, self.defaults = [], {}, {}  # type: ignore[assignment]
@@ -88,14 +88,19 @@ class NoOptimizer(Optimizer):
         return {}
 
 
-def read_configured_optimizers(module: LightningModule) -> Configured:
-    """Call `configure_optimizers` and read its answer."""
+def read_configured_optimizers(module: LightningModule) -> ConfiguredOptimizers:
+    """Call `configure_optimizers` and convert what it returns.
+
+    Raises:
+        ModuleError: it returns something else than optimizers.
+        ConfigError: a dict has unknown or missing keys, or a value that is not allowed.
+    """
     answer = module.configure_optimizers()
     if answer is None:
         warnings.warn(
             "configure_optimizers returned None: the loop runs, but nothing optimizes the weights", stacklevel=2
         )
-        return Configured(optimizers=[NoOptimizer()], schedules=[])
+        return ConfiguredOptimizers(optimizers=[NoOptimizer()], schedules=[])
     optimizers, schedules, frequencies = _read(answer)
     if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise ModuleError(f"configure_optimizers returned {type(answer).__name__}: {answer!r}; return {_FORMS}")
@@ -103,19 +108,19 @@ def read_configured_optimizers(module: LightningModule) -> Configured:
     for schedule in schedules:
         schedule.step_hook = step_hook
         if schedule.opt_idx is None:
-            followed = getattr(schedule.scheduler, "optimizer", None)
-            schedule.opt_idx = next((i for i, own in enumerate(optimizers) if own is followed), None)
+            scheduled_optimizer = getattr(schedule.scheduler, "optimizer", None)
+            schedule.opt_idx = next((i for i, own in enumerate(optimizers) if own is scheduled_optimizer), None)
     if frequencies and len(optimizers) > 1:
         if len(frequencies) != len(optimizers):
             raise ConfigError("configure_optimizers gives some optimizers a 'frequency': give one to each, or to none")
         if any(frequency < 1 for frequency in frequencies):
             raise ConfigError(f"configure_optimizers: 'frequency' of {frequencies}: must be counts of at least 1")
-        return Configured(optimizers=optimizers, schedules=schedules, frequencies=tuple(frequencies))
-    return Configured(optimizers=optimizers, schedules=schedules)
+        return ConfiguredOptimizers(optimizers=optimizers, schedules=schedules, frequencies=tuple(frequencies))
+    return ConfiguredOptimizers(optimizers=optimizers, schedules=schedules)
 
 
 def _read(answer: Any) -> tuple[list[Any], list[Schedule], list[int]]:
-    """Optimizers, schedules and those frequencies that are given."""
+    """Return the optimizers, the schedules and the frequencies that the answer has."""
     if isinstance(answer, Optimizer):
         return [answer], [], []
     if isinstance(answer, dict):
@@ -124,7 +129,7 @@ def _read(answer: Any) -> tuple[list[Any], list[Schedule], list[int]]:
         return [], [], []
     if len(answer) == 2 and isinstance(answer[0], (list, tuple)):
         schedulers = answer[1] if isinstance(answer[1], (list, tuple)) else [answer[1]]
-        return list(answer[0]), [_schedule(scheduler) for scheduler in schedulers], []
+        return list(answer[0]), [_read_schedule(scheduler) for scheduler in schedulers], []
     if answer and all(isinstance(entry, dict) for entry in answer):
         return _read_dicts(answer)
     if len(answer) == 1 and isinstance(answer[0], (list, tuple)):
@@ -145,21 +150,21 @@ def _read_dicts(answer: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Sched
         if entry.get("frequency") is not None:
             frequencies.append(entry["frequency"])
         if entry.get("lr_scheduler") is not None:
-            schedule = _schedule(entry["lr_scheduler"], monitor=entry.get("monitor"))
+            schedule = _read_schedule(entry["lr_scheduler"], monitor=entry.get("monitor"))
             schedule.opt_idx = index
             schedules.append(schedule)
     return optimizers, schedules, frequencies
 
 
-def _schedule(given: Any, *, monitor: str | None = None) -> Schedule:
-    if not isinstance(given, dict):
-        given = {"scheduler": given}
-    unknown = set(given) - _SCHEDULER_KEYS
-    if unknown or "scheduler" not in given:
+def _read_schedule(config: Any, *, monitor: str | None = None) -> Schedule:
+    if not isinstance(config, dict):
+        config = {"scheduler": config}
+    unknown = set(config) - _SCHEDULER_KEYS
+    if unknown or "scheduler" not in config:
         raise ConfigError(
-            f"lr_scheduler with the keys {sorted(given)}: must have 'scheduler' and may have {sorted(_SCHEDULER_KEYS)}"
+            f"lr_scheduler with the keys {sorted(config)}: must have 'scheduler' and may have {sorted(_SCHEDULER_KEYS)}"
         )
-    schedule = Schedule(**{"monitor": monitor, **given})
+    schedule = Schedule(**{"monitor": monitor, **config})
     if isinstance(schedule.scheduler, ReduceLROnPlateau):
         schedule.reduce_on_plateau = True
     if schedule.reduce_on_plateau and schedule.monitor is None:

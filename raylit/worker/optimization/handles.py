@@ -1,4 +1,4 @@
-"""Handles: the optimizers as a module sees them inside its hooks. Worker."""
+"""Optimizers as a module sees them inside its hooks. Worker."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylit.errors import ConfigError
-from raylit.worker.optimization.stepper import Stepper, parameters_of
+from raylit.worker.optimization.stepper import Stepper, list_parameters
 from raylit.worker.session import Session
 
 
 class OptimizerHandle:
-    """Stands for an optimizer, which it is an instance of by `isinstance`; its step runs hooks, scaler and count."""
+    """Proxy of an optimizer whose step runs hooks, scaler and step count; `isinstance` takes it for the optimizer."""
 
-    def __init__(self, stepper: Stepper, handles: "Handles") -> None:
+    def __init__(self, stepper: Stepper, handles: "OptimizerHandles") -> None:
         self._stepper = stepper
         self._handles = handles
         self.is_step_pending = False
-        """There has been a backward pass, of this optimizer or another, since its last step."""
+        """Whether a backward pass, for this optimizer or another, has run since its last step."""
 
     @property
     def optimizer(self) -> Optimizer:
-        """The user's own object."""
+        """Return the user's own optimizer."""
         return self._stepper.optimizer
 
     @property  # type: ignore[misc]
@@ -31,7 +31,10 @@ class OptimizerHandle:
         return type(self._stepper.optimizer)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Prepare the gradients and step. `closure` computes them and returns the loss, None: there is none."""
+        """Prepare the gradients and step.
+
+        `closure` computes the gradients and returns the loss, or None if there is none.
+        """
         stepper = self._stepper
         if self._handles.is_manual:
             self._handles.sync()
@@ -42,7 +45,7 @@ class OptimizerHandle:
             stepper.prepare(is_clipping=not self._handles.is_manual)
             result = stepper.optimizer.step(**kwargs)
         else:
-            result = stepper.optimizer.step(closure=self._prepared_by(closure), **kwargs)
+            result = stepper.optimizer.step(closure=self._prepare_in(closure), **kwargs)
         stepper.count_step()
         return result
 
@@ -53,20 +56,23 @@ class OptimizerHandle:
             self._stepper.finish()
         return loss
 
-    def _prepared_by(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def prepared() -> Any:
+    def _prepare_in(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
             loss = closure()
             if self._handles.is_manual:
                 self._handles.sync()
             self._stepper.prepare(is_clipping=not self._handles.is_manual)
             return loss
 
-        return prepared
+        return call
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """The other optimizers' parameters frozen; without `sync_grad` gradients stay this rank's until the next sync,
-        which is that of a later backward pass or of the step."""
+        """Freeze the other optimizers' parameters in the context.
+
+        Without `sync_grad`, gradients stay local to this rank until the next sync, which is that of a later backward
+        pass or of the step.
+        """
         before, self._handles.is_syncing = self._handles.is_syncing, sync_grad
         self._handles.toggle(self)
         try:
@@ -82,15 +88,15 @@ class OptimizerHandle:
         return repr(self._stepper.optimizer)
 
 
-class Handles:
-    """What `self.optimizers()`, `self.manual_backward()`, `self.toggle_optimizer()` and their like reach."""
+class OptimizerHandles:
+    """Targets of `self.optimizers()`, `self.manual_backward()`, `self.toggle_optimizer()` and the like."""
 
     def __init__(self, session: Session, steppers: list[Stepper], *, is_manual: bool) -> None:
         self.is_manual = is_manual
         self.is_syncing = True
-        """Backward passes average their gradients over the ranks."""
+        """Whether backward passes average their gradients over the ranks."""
         self.weight = 1.0
-        """By which the losses of the batch under way count."""
+        """Factor by which losses of the current batch count."""
         self._module = session.module
         self._own_backward = session.timed("backward", session.module.backward)
         self._strategy = session.strategy
@@ -103,6 +109,11 @@ class Handles:
         self.optimizers = [OptimizerHandle(stepper, self) for stepper in steppers]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run a backward pass with its hooks, the loss scale and the sync. Collective while `is_syncing`.
+
+        Raises:
+            ConfigError: the module is optimized automatically.
+        """
         if not self.is_manual:
             raise ConfigError(
                 "manual_backward is for manual optimization: set self.automatic_optimization = False in __init__, or "
@@ -124,16 +135,16 @@ class Handles:
             hook()
 
     def sync(self) -> None:
-        """Average what backward passes have added since the last sync. Collective, where there is something."""
+        """Average what backward passes have added since the last sync. Collective unless this rank has run none."""
         if self._pending is not None:
             self._pending.average()
 
     def end_batch(self) -> None:
-        """No gradients wait for a step any longer."""
+        """Update the shared loss scale at the end of a batch, when no gradients wait for a step."""
         if self._steppers and (shared_scale := self._steppers[0].shared_scale) is not None:
             shared_scale.update()
 
-    def follow_trained(self) -> None:
+    def update_trained(self) -> None:
         """Sync the gradients of the parameters that are trained now: a thaw takes effect with the next epoch."""
         if self._pending is not None and self._pending.is_outdated(self._module.parameters()):
             self._pending.average()
@@ -141,20 +152,20 @@ class Handles:
             self._pending = self._strategy.pending_gradients(self._module)
 
     def clip(self, optimizer: Any, *, limit: float, algorithm: Literal["norm", "value"]) -> None:
-        self._stepper_of(optimizer).unscale()
-        self._strategy.clip_gradients(parameters_of(optimizer), limit=limit, algorithm=algorithm)
+        self._find_stepper(optimizer).unscale()
+        self._strategy.clip_gradients(list_parameters(optimizer), limit=limit, algorithm=algorithm)
 
     def toggle(self, optimizer: Any) -> None:
-        """Freeze the parameters of the other optimizers, until `untoggle`."""
-        stepper = self._stepper_of(optimizer)
-        own = {id(parameter) for parameter in parameters_of(stepper.optimizer)}
-        others = [p for other in self._steppers for p in parameters_of(other.optimizer) if id(p) not in own]
+        """Freeze the parameters of the other optimizers until `untoggle`."""
+        stepper = self._find_stepper(optimizer)
+        own = {id(parameter) for parameter in list_parameters(stepper.optimizer)}
+        others = [p for other in self._steppers for p in list_parameters(other.optimizer) if id(p) not in own]
         frozen = self._frozen[id(stepper)] = [parameter for parameter in others if parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
 
     @contextmanager
-    def toggled(self, optimizer: Any) -> Iterator[None]:
+    def toggle_context(self, optimizer: Any) -> Iterator[None]:
         self.toggle(optimizer)
         try:
             yield
@@ -162,16 +173,16 @@ class Handles:
             self.untoggle(optimizer)
 
     def untoggle(self, optimizer: Any) -> None:
-        for parameter in self._frozen.pop(id(self._stepper_of(optimizer)), []):
+        for parameter in self._frozen.pop(id(self._find_stepper(optimizer)), []):
             parameter.requires_grad_(True)
 
     def close(self) -> None:
         if self._pending is not None:
             self._pending.close()
 
-    def _stepper_of(self, optimizer: Any) -> Stepper:
-        wanted = optimizer.optimizer if type(optimizer) is OptimizerHandle else optimizer
+    def _find_stepper(self, optimizer: Any) -> Stepper:
+        own = optimizer.optimizer if type(optimizer) is OptimizerHandle else optimizer
         for stepper in self._steppers:
-            if stepper.optimizer is wanted:
+            if stepper.optimizer is own:
                 return stepper
-        raise ConfigError(f"{type(wanted).__name__} is none of the optimizers that configure_optimizers returned")
+        raise ConfigError(f"{type(own).__name__} is none of the optimizers that configure_optimizers returned")

@@ -1,22 +1,22 @@
-"""ManualOptimization: the module's own backward passes and steps. Worker."""
+"""Manual optimization: the module's own backward passes and steps. Worker."""
 
 from collections.abc import Callable
 from typing import Any
 
 from raylit.worker.loops.step_outputs import record_metrics
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization.gradient_sync import gradients_of, set_gradients
-from raylit.worker.optimization.handles import Handles
+from raylit.worker.optimization.gradient_sync import copy_gradients, set_gradients
+from raylit.worker.optimization.handles import OptimizerHandles
 from raylit.worker.session import Session
 
 
 class ManualOptimization:
-    """`training_step` of a module with `automatic_optimization = False`; gradients are synced in `manual_backward`."""
+    """Optimization of a module with `automatic_optimization = False`; `manual_backward` syncs the gradients."""
 
     num_outputs = 1
 
     def __init__(
-        self, session: Session, *, handles: Handles, training_step: Callable[..., Any], metrics: MetricBuffer
+        self, session: Session, *, handles: OptimizerHandles, training_step: Callable[..., Any], metrics: MetricBuffer
     ) -> None:
         session.strategy.share_weights(session.module)
         self._module = session.module
@@ -26,7 +26,7 @@ class ManualOptimization:
         self._metrics = metrics
 
     def start_epoch(self, *, window: int) -> None:
-        self._handles.follow_trained()
+        self._handles.update_trained()
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         with self._precision.around_step():
@@ -47,7 +47,7 @@ class ManualOptimization:
 
     def state_dict(self) -> dict[str, Any]:
         pending = {
-            str(index): gradients_of(handle.optimizer, self._module)
+            str(index): copy_gradients(handle.optimizer, self._module)
             for index, handle in enumerate(self._handles.optimizers)
             if handle.is_step_pending
         }
@@ -62,5 +62,5 @@ class ManualOptimization:
     def is_active(self, optimizer_idx: int | None) -> bool:
         return False
 
-    def hiddens_of(self, outputs: Any) -> Any:
+    def read_hiddens(self, outputs: Any) -> Any:
         return None

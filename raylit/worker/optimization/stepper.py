@@ -1,4 +1,4 @@
-"""The optimizer step: unscaling, clipping, the step itself, and the loss scale that ranks share."""
+"""Optimizer step: unscaling, clipping, the step itself, and the loss scale that optimizers share. Worker."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,35 +18,40 @@ Marks = frozenset[tuple[int, int, int]]
 
 
 class SharedScale:
-    """Changes the factor when no gradients wait that were multiplied by it: they would be divided by another one."""
+    """Loss scale of several optimizers, which changes only while no gradients wait that were multiplied by it.
+
+    Such gradients would be divided by another factor than they were multiplied by.
+    """
 
     def __init__(self, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> None:
         self._scaler = scaler
         self._optimizers = optimizers
-        self._known: dict[int, Marks] = {id(optimizer): frozenset() for optimizer in optimizers}
-        """Each optimizer's gradients as they were after its last step."""
+        self._marks_after_step: dict[int, Marks] = {id(optimizer): frozenset() for optimizer in optimizers}
+        """Marks of each optimizer's gradients after its last step."""
         self._stepped: set[int] = set()
-        """Since the factor was last seen to."""
+        """Optimizers that have stepped since the last update of the scale."""
 
     def before_step(self, optimizer: Optimizer) -> None:
+        """Update the scale if the optimizer has stepped with it already."""
         if id(optimizer) in self._stepped:  # a scaler takes one step of each
             self.update()
 
     def after_step(self, optimizer: Optimizer) -> None:
+        """Record a step, and update the scale if no gradients of other optimizers wait."""
         self._stepped.add(id(optimizer))
-        self._known[id(optimizer)] = _marks(optimizer)
-        if all(_marks(other) <= self._known[id(other)] for other in self._optimizers):
+        self._marks_after_step[id(optimizer)] = _collect_marks(optimizer)
+        if all(_collect_marks(other) <= self._marks_after_step[id(other)] for other in self._optimizers):
             self.update()
 
     def update(self) -> None:
-        """At the latest at a batch's end."""
+        """Update the scale if there were steps; called at the end of each batch at the latest."""
         if self._stepped:
             self._stepped.clear()
             self._scaler.update()
 
 
-def _marks(optimizer: Optimizer) -> Marks:
-    """A backward pass changes a gradient's version, or makes a new one."""
+def _collect_marks(optimizer: Optimizer) -> Marks:
+    """Return marks of the gradients that change when a backward pass writes or replaces a gradient."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     graded = ((id(parameter), parameter.grad) for parameter in parameters)
     return frozenset((key, grad.data_ptr(), read_version(grad)) for key, grad in graded if grad is not None)
@@ -56,45 +61,46 @@ Call = Callable[[], object]
 
 
 class Stepper:
-    """Zeroes gradients, prepares them for the step, steps. Counts `global_step`."""
+    """Steps of one optimizer: it clears gradients, prepares them, steps and counts `global_step`."""
 
     def __init__(self, optimizer: Optimizer, *, session: Session, metrics: MetricBuffer) -> None:
         self.optimizer = optimizer
         self.is_unscaled = False
-        """The gradients have been divided by the scaler's factor since the last step."""
+        """Whether the gradients have been divided by the scaler's factor since the last step."""
         self.shared_scale: SharedScale | None = None
-        """With a scaler, where there are other optimizers."""
+        """Scale shared with other optimizers, if there are some and a scaler."""
         self._view = session.view
         self._scaler = session.precision.scaler
         if self._scaler is not None:
-            # The first steps may be skipped, until the scale fits. torch would take the schedulers', which go on as the
-            # count of steps does, for steps in the wrong order.
+            # First steps may be skipped until the scale fits. Schedulers go on with the count of steps, which torch
+            # would take for steps in the wrong order.
             mark_stepped(optimizer)
         self._is_autocasting = session.precision.autocast_dtype is not None
         self._before_zero_grad = session.hooks.of("on_before_zero_grad")
         self._before_step = session.hooks.of("on_before_optimizer_step")
-        zero_grad = self._overridden_zero_grad(session.module) or build_zero_grad(optimizer)
+        zero_grad = self._find_zero_grad_override(session.module) or build_zero_grad(optimizer)
         self._zero_grad = session.timed("optimizer_zero_grad", zero_grad)
-        self._step_of_torch = build_step(optimizer)
-        self._inspect: list[Call] = _inspections(session, metrics)
-        clip = self._clipping(session)
+        self._step_unprofiled = build_step(optimizer)
+        self._inspect: list[Call] = _build_norm_loggers(session, metrics)
+        clip = self._build_clipping(session)
         self._clip: Call | None = None if clip is None else session.timed("configure_gradient_clipping", clip)
-        self._after_step = _weight_check(session)
+        self._after_step = _build_weight_check(session)
         is_plain = self._scaler is None and self._clip is None and not self._inspect and self._after_step is None
         self.step: Call = self._step_plainly if is_plain else self._step_prepared
-        """With gradients that are the whole window's, of all ranks."""
+        """Step function for gradients that are the whole window's, averaged over all ranks."""
 
     @property
     def has_scaler(self) -> bool:
         return self._scaler is not None
 
     def start_window(self) -> None:
+        """Clear the gradients at the start of a window."""
         for hook in self._before_zero_grad:
             hook(self.optimizer)
         self._zero_grad()
 
     def prepare(self, *, is_clipping: bool = True) -> None:
-        """The gradients as the optimizer is to see them."""
+        """Unscale, inspect and clip the gradients, and call the hooks before the step."""
         self.unscale()
         for inspect in self._inspect:
             inspect()
@@ -104,6 +110,7 @@ class Stepper:
             hook(self.optimizer)
 
     def unscale(self) -> None:
+        """Divide the gradients by the scaler's factor, once per step."""
         if self._scaler is not None and not self.is_unscaled:
             if self.shared_scale is not None:
                 self.shared_scale.before_step(self.optimizer)
@@ -111,9 +118,9 @@ class Stepper:
             self.is_unscaled = True
 
     def finish(self) -> None:
-        """The optimizer's own step with prepared gradients; with a scaler only where they are finite."""
+        """Make the optimizer's own step with prepared gradients; with a scaler only if they are finite."""
         if self._scaler is None:
-            self._step_of_torch()
+            self._step_unprofiled()
         else:
             self._scaler.step(self.optimizer)
             self.is_unscaled = False
@@ -124,9 +131,10 @@ class Stepper:
         self.count_step()
 
     def count_step(self) -> None:
+        """Count a step and check the weights after it, if that was asked for."""
         self._view.global_step += 1
         if self._is_autocasting:
-            # Inside a training_step that goes on, autocast would take the weights that it has converted before.
+            # Inside a training_step that goes on, autocast would use the weights that it has converted before.
             torch.clear_autocast_cache()
         if self._after_step is not None:
             self._after_step()
@@ -134,37 +142,38 @@ class Stepper:
     def _step_plainly(self) -> None:
         for hook in self._before_step:
             hook(self.optimizer)
-        self._step_of_torch()
+        self._step_unprofiled()
         self._view.global_step += 1
 
     def _step_prepared(self) -> None:
-        if self._scaler is not None and all(p.grad is None for p in parameters_of(self.optimizer)):
-            return  # every batch of the window was skipped; a scaler refuses to step with nothing
+        if self._scaler is not None and all(p.grad is None for p in list_parameters(self.optimizer)):
+            return  # every batch of the window was skipped; a scaler refuses to step without gradients
         self.prepare()
         self.finish()
 
-    def _overridden_zero_grad(self, module: LightningModule) -> Call | None:
+    def _find_zero_grad_override(self, module: LightningModule) -> Call | None:
         if not is_overridden("optimizer_zero_grad", module, LightningModule):
             return None
         view = self._view
         return lambda: module.optimizer_zero_grad(view.current_epoch, view.num_batches_done, self.optimizer)
 
-    def _clipping(self, session: Session) -> Call | None:
+    def _build_clipping(self, session: Session) -> Call | None:
         module, plan, strategy = session.module, session.plan.optimization, session.strategy
         limit, algorithm = plan.clip_val, plan.clip_algorithm
         if is_overridden("configure_gradient_clipping", module, LightningModule):
             return lambda: module.configure_gradient_clipping(self.optimizer, limit, algorithm)
         if limit is None:
             return None
-        return lambda: strategy.clip_gradients(parameters_of(self.optimizer), limit=limit, algorithm=algorithm)
+        return lambda: strategy.clip_gradients(list_parameters(self.optimizer), limit=limit, algorithm=algorithm)
 
 
-def parameters_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+def list_parameters(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    """Return the parameters of all groups of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def loss_check(session: Session) -> tuple[Callable[[Tensor], None], ...]:
-    """What looks at each loss before its backward pass. Waits for the device: only where it was asked for."""
+def build_loss_checks(session: Session) -> tuple[Callable[[Tensor], None], ...]:
+    """Return the checks of each loss before its backward pass; they wait for the device, so only on request."""
     if not session.plan.optimization.is_ending_on_nan:
         return ()
 
@@ -175,7 +184,7 @@ def loss_check(session: Session) -> tuple[Callable[[Tensor], None], ...]:
     return (check,)
 
 
-def _weight_check(session: Session) -> Call | None:
+def _build_weight_check(session: Session) -> Call | None:
     if not session.plan.optimization.is_ending_on_nan:
         return None
 
@@ -187,8 +196,11 @@ def _weight_check(session: Session) -> Call | None:
     return check
 
 
-def _inspections(session: Session, metrics: MetricBuffer) -> list[Call]:
-    """`track_grad_norm`: each parameter's and the total norm of the gradients, at logging steps."""
+def _build_norm_loggers(session: Session, metrics: MetricBuffer) -> list[Call]:
+    """Return the function that logs each parameter's gradient norm and the total, for `track_grad_norm`.
+
+    It logs at logging steps.
+    """
     order = session.plan.optimization.grad_norm_order
     log_every = session.plan.reporting.log_every_n_steps
     view, strategy = session.view, session.strategy
@@ -201,7 +213,7 @@ def _inspections(session: Session, metrics: MetricBuffer) -> list[Call]:
         graded = {name: p.grad.detach() for name, p in session.module.named_parameters() if p.grad is not None}
         if not graded:
             return
-        norms = strategy.norms(list(graded.values()), order)
+        norms = strategy.compute_norms(list(graded.values()), order)
         for name, norm in zip(graded, norms, strict=True):
             metrics.log_step(f"grad_{order}_norm/{name}", norm)
         metrics.log_step(f"grad_{order}_norm_total", torch.linalg.vector_norm(torch.stack(norms), order))

@@ -1,4 +1,4 @@
-"""TruncatedOptimization: back-propagation through pieces of a sequence, one after the other. Worker."""
+"""Truncated back-propagation through pieces of a sequence, one after the other. Worker."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from raylit.worker.optimization.base import Optimization
 
 
 class TruncatedOptimization:
-    """Splits a batch along time and runs each piece as a batch of its own, which gets the hiddens of the one before."""
+    """Optimization that splits a batch along time and runs each piece as a batch with the hiddens of the one before."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class TruncatedOptimization:
         self._inner.start_epoch(window=window)
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
-        return self._run(batch, batch_idx, is_window_end, 1.0)
+        return self._run_pieces(batch, batch_idx, is_window_end, 1.0)
 
     def run_share(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float, *extra: Any) -> Any:
-        return self._run(batch, batch_idx, is_window_end, weight)
+        return self._run_pieces(batch, batch_idx, is_window_end, weight)
 
     def finish_window(self) -> bool:
         return self._inner.finish_window()
@@ -51,13 +51,13 @@ class TruncatedOptimization:
     def is_active(self, optimizer_idx: int | None) -> bool:
         return self._inner.is_active(optimizer_idx)
 
-    def hiddens_of(self, outputs: Any) -> Any:
+    def read_hiddens(self, outputs: Any) -> Any:
         return None
 
-    def _run(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float) -> list[Any] | None:
-        """What the step returned for each piece; None where this rank has no batch."""
+    def _run_pieces(self, batch: Any, batch_idx: int, is_window_end: bool, weight: float) -> list[Any] | None:
+        """Return the step's output for each piece; None if this rank has no batch."""
         pieces = [] if batch is None else list(self._module.tbptt_split_batch(batch, self._length))
-        weights = self._weights(len(pieces), weight)
+        weights = self._weigh_pieces(len(pieces), weight)
         outputs: list[Any] = []
         hiddens = None
         self._metrics.is_piece = True
@@ -68,21 +68,24 @@ class TruncatedOptimization:
             else:
                 output = self._inner.run_share(piece, batch_idx, is_window_end, piece_weight, hiddens)
             if piece is not None:
-                hiddens = self._inner.hiddens_of(output)
+                hiddens = self._inner.read_hiddens(output)
                 outputs.append(output)
         self._metrics.is_piece = False
         return None if batch is None else outputs
 
-    def _weights(self, num_pieces: int, weight: float) -> list[float]:
-        """This rank's weight in each piece that any rank has: sequences differ in length. Collective, once a batch."""
+    def _weigh_pieces(self, num_pieces: int, weight: float) -> list[float]:
+        """Return this rank's weight in each piece that any rank has, as sequences differ in length.
+
+        Collective, once per batch.
+        """
         if self._collectives.world_size == 1:
             return [weight] * num_pieces
         rows = self._collectives.gather_vector(torch.tensor([num_pieces, weight], dtype=torch.float64))
         weights = []
         for index in range(int(rows[:, 0].max())):
-            has_it = rows[:, 0] > index
-            share = weight * len(rows) / float(rows[has_it, 1].sum())
+            has_piece = rows[:, 0] > index
+            share = weight * len(rows) / float(rows[has_piece, 1].sum())
             own = share if index < num_pieces else 0.0
-            is_even = bool(has_it.all()) and len(set(rows[:, 1].tolist())) == 1
+            is_even = bool(has_piece.all()) and len(set(rows[:, 1].tolist())) == 1
             weights.append(own if is_even else wrap_uneven(own))
         return weights

@@ -1,4 +1,4 @@
-"""Trainer(compile=...): what is compiled of a module, and a report where torch does so again and again. Worker."""
+"""Compilation of a module's parts for Trainer(compile=...), and warnings about repeated recompilation. Worker."""
 
 import os
 import re
@@ -17,37 +17,40 @@ from raylit.compat.torch_metrics import is_metric
 from raylit.compat.torch_module import get_call, get_compiled_call, set_compiled_call
 from raylit.errors import ConfigError
 
-_NUM_ALIKE = 3
-"""So many compilations of one function for one kind of reason are reported."""
+_MIN_REPORTED = 3
+"""Number of compilations of one function for one kind of reason from which they are reported."""
 
 
 def compile_parts(module: nn.Module, options: dict[str, Any], *, host: str) -> list[nn.Module]:
-    """Have the module's `forward` and its layers compiled at their first call, where the user has not; returns them.
+    """Have the module's `forward` and its layers compiled at their first call, where the user has not compiled them.
 
-    A layer within a compiled `forward` becomes part of that. ConfigError: this host cannot compile.
+    Returns the parts. A layer within a compiled `forward` becomes part of that.
+
+    Raises:
+        ConfigError: this host cannot compile.
     """
-    _check(options, host=host)
+    _check_host(options, host=host)
     compiled = []
-    for name, part in _parts(module):
+    for name, part in _iterate_parts(module):
         if get_compiled_call(part) is None:
-            set_compiled_call(part, torch.compile(_traceable(name, part), **options))
+            set_compiled_call(part, torch.compile(_build_traceable(name, part), **options))
             compiled.append(part)
     return compiled
 
 
 class CompilationWatch:
-    """Sees what torch compiles in this process, from now until `close`."""
+    """Observer of what torch compiles in this process, until `close`."""
 
     def __init__(self) -> None:
         self.num_seen = 0
-        """Compilations."""
+        """Number of compilations."""
         self._last = next(reversed(list_compilations()), None)
-        self._alike: Counter[tuple[str, str]] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._reported: set[str] = set()
-        add_compilation_callback(self._see)
+        add_compilation_callback(self._record)
 
     def check_use(self) -> None:
-        """After a run: warns where nothing was compiled at all."""
+        """Warn after a run if nothing was compiled at all."""
         if self.num_seen == 0:
             warnings.warn(
                 "compile=... has compiled nothing: no step calls the module itself (self(...)) or one of its layers as "
@@ -56,10 +59,10 @@ class CompilationWatch:
             )
 
     def close(self) -> None:
-        remove_compilation_callback(self._see)
+        remove_compilation_callback(self._record)
 
-    def _see(self, args: Any) -> None:
-        """At the start of a compilation, when torch has filed those before it."""
+    def _record(self, args: Any) -> None:
+        """Count compilations at the start of the next one, when torch has recorded them."""
         self.num_seen += 1
         new = []
         for metrics in reversed(list_compilations()):
@@ -73,22 +76,25 @@ class CompilationWatch:
                 self._count(place, metrics.recompile_reason)
 
     def _count(self, place: str, reason: str) -> None:
-        """`reason`: the guard that failed, after the number of the compilation that it belongs to."""
+        """Count a recompilation and warn if there are many of a kind.
+
+        `reason` is the guard that failed, after the number of the compilation that it belongs to.
+        """
         guard = re.sub(r"\s+", " ", reason.splitlines()[0].partition(": ")[2].partition(" (HINT")[0]).strip()
         kind = place, re.sub(r"\d+", "N", guard)
-        self._alike[kind] += 1
-        if self._alike[kind] < _NUM_ALIKE or place in self._reported:
+        self._counts[kind] += 1
+        if self._counts[kind] < _MIN_REPORTED or place in self._reported:
             return
         self._reported.add(place)
         warnings.warn(
-            f"torch.compile has compiled {place} again and again, {self._alike[kind]} times because of: {guard}. Each "
+            f"torch.compile has compiled {place} again and again, {self._counts[kind]} times because of: {guard}. Each "
             "time costs seconds, and after some it runs uncompiled. Where a size changes, pad, leave the last batch "
             "out (drop_last=True) or pass compile={'dynamic': True}; where a number changes, keep it in a tensor",
             stacklevel=2,
         )
 
 
-def _check(options: dict[str, Any], *, host: str) -> None:
+def _check_host(options: dict[str, Any], *, host: str) -> None:
     backend = options.get("backend", "inductor")
     if not isinstance(backend, str) or options.get("disable"):
         return
@@ -104,28 +110,31 @@ def _check(options: dict[str, Any], *, host: str) -> None:
         )
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """By name: the module where it has a `forward` of its own, and what is called on its own otherwise, its layers with
-    weights.
+def _iterate_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the parts that are compiled, with their names.
+
+    They are the module, if it has a `forward` of its own, and the layers with parameters, which can be called by
+    themselves.
     """
     if type(module).forward is not nn.Module.forward:
         yield "forward", module
-    yield from _layers(module)
+    yield from _iterate_layers(module)
 
 
-def _layers(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _iterate_layers(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in owner.named_children():
         if isinstance(layer, (nn.ModuleList, nn.ModuleDict)):
-            yield from ((f"{name}_{inner}", part) for inner, part in _layers(layer))
+            yield from ((f"{name}_{inner}", part) for inner, part in _iterate_layers(layer))
         elif not is_metric(layer) and next(layer.parameters(), None) is not None:
             yield name, layer
 
 
-def _traceable(name: str, part: nn.Module) -> Callable[..., Any]:
-    """What torch.compile is to take for a part's call.
+def _build_traceable(name: str, part: nn.Module) -> Callable[..., Any]:
+    """Return the function that torch.compile takes for a part's call.
 
-    It compiles no function of torch's own files, such as nn.Sequential's `forward`, but what another calls. That one
-    has code of its own for each part, as torch counts compilations by code and gives up after eight.
+    torch.compile compiles no function of torch's own files, such as nn.Sequential's `forward`, but does compile their
+    callers. The caller made here has its own code object for each part, as torch counts compilations by code object and
+    gives up after eight.
     """
     if not type(part).forward.__module__.startswith("torch."):
         return get_call(part)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import Callback
 from raylit.compat.torch_module import list_registered
-from raylit.strategies.sharded_state import is_fit
+from raylit.strategies.sharded_state import has_memory_of_shape
 from raylit.worker.data.shared_memory import SharedMemory
 
 _NN_INTERNAL = frozenset(nn.Module().__dict__)
@@ -106,7 +106,7 @@ class GatheredWeights:
             self._module_state = self._module.state_dict(keep_vars=True)
         for name, trained in piece.items():
             tensor = self._module_state.get(name)
-            if not is_fit(tensor, trained.shape) or tensor.device.type != "cpu":
+            if not has_memory_of_shape(tensor, trained.shape) or tensor.device.type != "cpu":
                 self.state_dict[name] = trained.clone()
                 continue
             if tensor.dtype == trained.dtype:
@@ -136,7 +136,11 @@ def _materialize(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             if parameter.is_meta:
                 if parameter not in parameters:
                     trained = state_dict.get(f"{prefix}.{name}" if prefix else name)
-                    data = trained if is_fit(trained, parameter.shape) else torch.empty_like(parameter, device="cpu")
+                    data = (
+                        trained
+                        if has_memory_of_shape(trained, parameter.shape)
+                        else torch.empty_like(parameter, device="cpu")
+                    )
                     parameters[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
                 setattr(part, name, parameters[parameter])
 

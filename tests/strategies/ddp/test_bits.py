@@ -33,7 +33,7 @@ def trained(directory, *, max_epochs, num_workers, strategy, resume=None, **argu
         pytest.param(3, pl.DDPStrategy(static_graph=True), marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_of_several_workers_has_the_bits_of_one_that_went_through(num_workers, strategy, tmp_path):
+def test_a_resumed_run_of_several_workers_has_the_bits_of_an_uninterrupted_one(num_workers, strategy, tmp_path):
     whole = trained(tmp_path / "whole", max_epochs=2, num_workers=num_workers, strategy=strategy)
     trained(tmp_path / "parts", max_epochs=1, num_workers=num_workers, strategy=strategy)
     resumed = trained(tmp_path / "parts", max_epochs=2, num_workers=num_workers, strategy=strategy, resume="auto")

@@ -38,7 +38,7 @@ class Noting(Regression):
         self.num_buckets = len({parameter.bucket for parameter in self.parameters() if hasattr(parameter, "bucket")})
 
 
-def test_gradients_that_are_only_accumulated_are_not_sent():
+def test_accumulated_gradients_are_not_synced_before_the_window_ends():
     model = Noting()
     expected = by_hand(copy.deepcopy(model), accumulate=3)
     fit(model, num_workers=2, accumulate_grad_batches=3, strategy=pl.DDPStrategy(ddp_comm_hook=noting))
@@ -47,7 +47,7 @@ def test_gradients_that_are_only_accumulated_are_not_sent():
 
 
 @pytest.mark.parametrize(("size", "num_buckets"), [(None, 1), (0.0001, 2)])
-def test_gradients_travel_in_buckets_of_the_size_asked_for(size, num_buckets):
+def test_gradients_are_sent_in_buckets_of_the_requested_size(size, num_buckets):
     model = Noting()
     expected = by_hand(copy.deepcopy(model))
     options = {"gradient_as_bucket_view": False, "broadcast_buffers": False}
@@ -80,7 +80,7 @@ class LookingByHand(Looking):
 
 @pytest.mark.parametrize("kind", [Looking, LookingByHand])
 @pytest.mark.parametrize("hook", ["bf16", "fp16", default_hooks.bf16_compress_hook, None])
-def test_compressed_gradients_train_to_about_the_same(kind, hook):
+def test_compressed_gradients_give_nearly_the_same_result(kind, hook):
     model = kind()
     expected = by_hand(copy.deepcopy(model) if kind is Looking else as_looking(model))
     fit(model, num_workers=2, strategy=pl.DDPStrategy(ddp_comm_hook=hook))
@@ -140,17 +140,17 @@ def test_options_that_cannot_work_are_refused_where_they_are_given(options, mess
         pl.DDPStrategy(**options)
 
 
-def test_a_hook_for_buckets_is_refused_where_there_are_none():
+def test_a_communication_hook_without_ddp_buckets_is_refused():
     with pytest.raises(pl.ConfigError, match="use 'bf16' or 'fp16', which work there too"):
         fit(LookingByHand(), num_workers=2, strategy=pl.DDPStrategy(ddp_comm_hook=noting))
 
 
-def test_a_hook_that_cannot_travel_is_named():
+def test_a_communication_hook_that_cannot_be_pickled_is_named_in_the_error():
     with pytest.raises(pl.ConfigError, match=r"DDPStrategy\(.*cannot travel to the workers"):
         fit(Regression(), num_workers=2, strategy=pl.DDPStrategy(ddp_comm_hook=noting, ddp_comm_state=(x for x in "a")))
 
 
-def test_one_worker_has_nothing_to_share():
+def test_ddp_with_one_worker_is_a_plain_fit():
     model = Regression()
     expected = by_hand(copy.deepcopy(model))
     fit(model, num_workers=0, strategy=pl.DDPStrategy(ddp_comm_hook="fp16"))

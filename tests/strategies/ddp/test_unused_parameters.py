@@ -161,12 +161,12 @@ def test_unused_parameters_are_named_once(capfd):
     assert all(f"heads.{index}.weight, heads.{index}.bias" in told for index in (1, 2))
 
 
-def test_unused_parameters_are_an_error_where_the_strategy_was_named():
+def test_unused_parameters_are_an_error_with_strategy_ddp():
     with pytest.raises(pl.ModuleError, match=r"depend on heads\.1\.weight, heads\.1\.bias, heads\.2"):
         fit(Heads(first_only), strategy="ddp")
 
 
-def test_nothing_is_said_where_all_parameters_are_used(capfd):
+def test_no_warning_if_all_parameters_are_used(capfd):
     fit(Heads(lambda number: [0, 1, 2]))
     assert "does not depend" not in capfd.readouterr().err
 

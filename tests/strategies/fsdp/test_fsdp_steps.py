@@ -147,7 +147,7 @@ def test_a_rank_that_skips_its_batch_keeps_step_with_the_others(num_parts):
     ],
 )
 @pytest.mark.parametrize("num_parts", [0, 2])
-def test_skipping_goes_with_what_ddp_does_with_it(num_parts, arguments, atol):
+def test_a_skipped_batch_has_the_same_result_as_under_ddp(num_parts, arguments, atol):
     expected, model = Skipping(num_parts=num_parts), Skipping(num_parts=num_parts)
     fit(expected, strategy="ddp", **arguments)
     strategy = pl.FSDPStrategy(activation_checkpointing_policy={Block})
@@ -182,7 +182,7 @@ class Tied(pl.LightningModule):
         return torch.optim.SGD([one for one in self.parameters() if one.requires_grad], lr=0.1, momentum=0.5)
 
 
-def test_tied_frozen_and_repeated_weights_and_outputs_that_go_nowhere():
+def test_tied_frozen_repeated_and_unused_weights_train_as_in_one_process():
     expected, model = Tied(), Tied()
     fit(expected, strategy="ddp")
     fit(model)
@@ -233,7 +233,7 @@ class InTurn(Adversarial):
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [(ByHand, {}), (InTurn, {"gradient_clip_val": 0.5})])
-def test_several_optimizers_step_by_hand_or_in_turn(kind, arguments):
+def test_several_optimizers_step_manually_or_in_turn(kind, arguments):
     expected, model = Adversarial(), kind()
     optimizers = expected.configure_optimizers()
     for x, y in global_batches(33):
@@ -259,7 +259,7 @@ class Sums(Net):
             optimizer.zero_grad()
 
 
-def test_gradients_wait_for_a_sync_where_the_module_says_so():
+def test_toggle_model_without_sync_grad_delays_the_gradient_sync():
     expected, model = Net(), Sums()
     optimizer = expected.configure_optimizers()
     for number, (x, y) in enumerate(global_batches()):
@@ -276,7 +276,7 @@ class ReachingInside(Sums):
         return functional.linear(batch[0], self.net[0].weight)
 
 
-def test_a_weight_that_is_not_gathered_is_explained():
+def test_use_of_a_weight_that_is_not_gathered_raises_a_plain_error():
     with pytest.raises(pl.ModuleError, match=r"had not gathered it.*call the part"):
         fit(ReachingInside())
 

@@ -125,7 +125,7 @@ def by_hand(model, *, num_workers=2, num_epochs=2, accumulate=1, clip=None):
 
 
 @pytest.mark.parametrize("is_built", [True, False])
-def test_the_numbers_are_those_of_one_process_wherever_the_model_is_built(is_built):
+def test_fsdp_has_the_result_of_one_process_wherever_the_model_is_built(is_built):
     expected, _ = by_hand(built())
     model = built() if is_built else Deep()
     trainer = fit(model)
@@ -152,7 +152,7 @@ class Endless(IterableDataset):
         return iter([(x, y) for x, y in zip(*data(80).tensors, strict=True)])
 
 
-def test_a_window_that_the_data_leaves_unfinished_steps_with_what_it_has():
+def test_an_unfinished_window_at_the_end_of_the_data_makes_a_step():
     expected, model = Deep(), Deep()
     arguments = {"loaders": (DataLoader(Endless(), batch_size=8), loader(20)), "accumulate_grad_batches": 3}
     fit(expected, strategy="ddp", **arguments)
@@ -191,14 +191,14 @@ def test_gradients_are_clipped_by_value_and_their_norms_tracked():
 
 
 @pytest.mark.parametrize(("precision", "atol"), [("bf16-mixed", 0.03), ("bf16-true", 1e-2), ("16-mixed", 0.03)])
-def test_half_precision_is_near_to_ddps(precision, atol):
+def test_half_precision_gives_nearly_the_result_of_ddp(precision, atol):
     expected, model = Deep(num_channels=WIDTH), Deep(num_channels=WIDTH)
     fit(expected, strategy="ddp", precision=precision)
     fit(model, precision=precision)
     assert_same_weights(weights_of(model), weights_of(expected), rtol=0, atol=atol)
 
 
-def test_activations_are_computed_again_where_asked_for():
+def test_activation_checkpointing_recomputes_activations():
     expected, _ = by_hand(built())
     model = Counting()
     fit(model, strategy=pl.FSDPStrategy(activation_checkpointing_policy={CountingBlock}, cpu_offload=True))
@@ -243,7 +243,7 @@ def test_each_worker_holds_its_share_of_weights_and_optimizer_states():
     assert all(states == 2 * own for own, states in model.shares)
 
 
-def test_the_drivers_model_stays_without_numbers_where_that_is_asked_for(tmp_path):
+def test_the_drivers_model_stays_on_the_meta_device_with_gather_weights_false(tmp_path):
     model = Deep()
     callback = pl.ModelCheckpoint(dirpath=tmp_path)
     trainer = fit(model, strategy=pl.FSDPStrategy(gather_weights=False), callbacks=[callback])
@@ -287,7 +287,7 @@ class Large(Deep):
 
 
 @pytest.mark.slow
-def test_rank_0_hands_the_weights_over_a_few_at_a_time():
+def test_rank_0_sends_the_weights_to_the_driver_in_pieces():
     model = Large()
     fit(model, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     assert max(model._most) - model._most[0] < 96, "of 192 MB"
@@ -334,7 +334,7 @@ def test_a_checkpoint_is_a_directory_with_a_part_of_each_worker(interrupted):
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
-def test_a_sharded_run_goes_on_in_shards_or_without(interrupted, strategy):
+def test_a_sharded_checkpoint_is_resumed_by_fsdp_or_another_strategy(interrupted, strategy):
     directory, expected = interrupted
     model = Deep(optimizer="AdamW")
     fit(model, strategy=strategy, ckpt_path=saved_at(directory, 4))
@@ -360,7 +360,7 @@ def rest_by_hand(path, *, num_workers, num_done):
 
 
 @pytest.mark.parametrize("num_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_another_number_of_workers_goes_on_inside_the_epoch(interrupted, num_workers):
+def test_another_number_of_workers_resumes_within_the_epoch(interrupted, num_workers):
     directory, _ = interrupted
     path = saved_at(directory, 2)
     model = Deep(optimizer="AdamW")
@@ -370,7 +370,7 @@ def test_another_number_of_workers_goes_on_inside_the_epoch(interrupted, num_wor
 
 
 @pytest.mark.slow
-def test_fewer_workers_go_on_with_what_more_have_sharded(tmp_path):
+def test_fewer_workers_resume_a_sharded_checkpoint(tmp_path):
     callback = pl.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)
     fit(Deep(optimizer="AdamW"), num_workers=3, max_epochs=1, callbacks=[callback])
     path = saved_at(tmp_path, 1)
@@ -389,7 +389,7 @@ def test_a_sharded_checkpoint_is_read_by_another_number_of_workers(interrupted):
     assert_same_weights(weights_of(model), expected, rtol=0, atol=0)
 
 
-def test_a_run_of_ddp_goes_on_in_shards_from_its_one_file(tmp_path):
+def test_fsdp_resumes_a_checkpoint_file_of_ddp(tmp_path):
     expected, model = Deep(optimizer="AdamW"), Deep(optimizer="AdamW")
     callback = pl.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1)
     fit(expected, strategy="ddp", callbacks=[callback])
@@ -397,7 +397,7 @@ def test_a_run_of_ddp_goes_on_in_shards_from_its_one_file(tmp_path):
     assert_same_weights(weights_of(model), weights_of(expected), **TOLERANCE)
 
 
-def test_one_file_is_written_where_that_is_asked_for(tmp_path):
+def test_state_dict_type_full_writes_a_single_file(tmp_path):
     model = Deep()
     strategy = pl.FSDPStrategy(state_dict_type="full")
     fit(model, strategy=strategy, callbacks=[pl.ModelCheckpoint(dirpath=tmp_path)])
@@ -409,7 +409,7 @@ def test_one_file_is_written_where_that_is_asked_for(tmp_path):
         torch.testing.assert_close(checkpoint["optimizer_states"][0]["state"][index], state, **TOLERANCE)
 
 
-def test_consolidation_makes_a_file_as_any_other(interrupted, tmp_path, capsys):
+def test_consolidation_makes_an_ordinary_checkpoint_file(interrupted, tmp_path, capsys):
     from raylit.cli.main import main
 
     directory, expected = interrupted
@@ -460,7 +460,7 @@ class Looking(Deep):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_hook_sees_the_whole_of_what_workers_without_shards_load(interrupted, num_workers):
+def test_on_load_checkpoint_gets_whole_tensors_without_fsdp(interrupted, num_workers):
     directory, expected = interrupted
     trainer = pl.Trainer(num_workers=num_workers, logger=False, enable_progress_bar=False)
     for model in (Deep(), Looking()):
@@ -505,7 +505,7 @@ class Wide(Large):
 
 
 @pytest.mark.slow
-def test_the_driver_holds_the_model_once_at_the_most(tmp_path):
+def test_the_driver_has_at_most_one_copy_of_the_model_in_memory(tmp_path):
     arguments = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
     fit(Wide(), **arguments)
     model, saving = Wide(optimizer="AdamW"), pl.ModelCheckpoint(tmp_path)
@@ -525,7 +525,7 @@ def test_the_driver_holds_the_model_once_at_the_most(tmp_path):
 
 
 @pytest.mark.parametrize("has_grown", [False, True])
-def test_weights_come_back_into_the_memory_that_is_there(has_grown):
+def test_gathered_weights_are_written_into_existing_memory(has_grown):
     module, trained = nn.Linear(3, 2), {name: value + 1 for name, value in nn.Linear(3, 2).state_dict().items()}
     places = [parameter.data_ptr() for parameter in module.parameters()]
     returned = result_sync.GatheredWeights(module)
@@ -551,7 +551,7 @@ def test_a_hook_saves_the_parts_too(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint directory")
-def test_the_newest_sound_parts_are_continued_unread_by_the_driver(interrupted, tmp_path):
+def test_the_newest_undamaged_checkpoint_is_resumed_without_the_driver_reading_its_parts(interrupted, tmp_path):
     directory, expected = interrupted
     for step in (4, 6):
         shutil.copytree(saved_at(directory, step), tmp_path / f"step={step}.ckpt")
@@ -604,7 +604,7 @@ def test_a_damaged_part_is_named(interrupted, tmp_path, harm):
         (pl.ModelCheckpoint(save_on_exception=True), "save_on_exception"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused_before_anything_starts(callback, message):
+def test_callbacks_that_need_whole_weights_are_refused_before_workers_start(callback, message):
     with pytest.raises(pl.ConfigError, match=rf"strategy='fsdp' does not go together with .*{message}"):
         fit(Deep(), callbacks=[callback])
 

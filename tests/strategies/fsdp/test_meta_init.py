@@ -14,7 +14,7 @@ def materialized(build):
         module = build()
     torch.manual_seed(3)
     materializer = MetaInitializer(module, owners=order.owners)
-    for part in order.over(module):
+    for part in order.sort_modules(module):
         materializer.materialize(part)
     return module
 
@@ -33,7 +33,7 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
 
 
-def test_the_numbers_are_those_of_a_plain_build():
+def test_initialization_from_meta_draws_the_numbers_of_a_plain_build():
     torch.manual_seed(3)
     expected = Tied()
     module = materialized(Tied)
@@ -60,6 +60,6 @@ class Forgetful(Scale):
         (Forgetful, "Forgetful.reset_parameters leaves scale without numbers"),
     ],
 )
-def test_what_nothing_initialises_is_named(build, message):
+def test_parameters_without_initialization_are_named_in_the_error(build, message):
     with pytest.raises(ModuleError, match=message):
         materialized(lambda: nn.Sequential(nn.Linear(2, 2), build()))

@@ -1,4 +1,4 @@
-"""Which batch sizes are tried, and which one is chosen, from outcomes that are told."""
+"""The sizes that a batch size search tries, and the one that it chooses, from given outcomes."""
 
 import pytest
 
@@ -18,32 +18,32 @@ def search(
     batch_s=lambda size: 1.0,
 ):
     """The chosen size and those that were tried."""
-    windows = BatchSizeChoices(sizes=sizes, world_size=1, window=1)
-    searched = SizeSearch(search_steps(mode, sizes, first=first), num_trials=num_trials, windows=windows)
+    choices = BatchSizeChoices(sizes=sizes, world_size=1, window=1)
+    searched = SizeSearch(search_steps(mode, sizes, first=first), num_trials=num_trials, choices=choices)
     tried = []
     while (size := searched.propose()) is not None:
         tried.append(size)
         if size > limit:
-            outcome = Outcome(error=MemoryError(f"of {size}"), verdict="too large")
+            outcome = Outcome(error=MemoryError(f"of {size}"), failure="too large")
         else:
             timing = Timing(num_samples=size, batch_s=batch_s(size), step_batch_s=batch_s(size))
             outcome = Outcome(findings=timing, num_batches=-(-num_samples // size))
         searched.receive(size, outcome)
-    return BatchSizes(searched.trials, mode=mode, windows=windows, margin=margin).suggestion(), tried
+    return BatchSizes(searched.trials, mode=mode, choices=choices, margin=margin).suggestion(), tried
 
 
 def test_sizes_are_doubled_until_one_is_too_large():
     assert search(20) == (16, [2, 4, 8, 16, 32])
 
 
-def test_a_first_size_that_is_too_large_is_halved():
+def test_a_first_size_that_does_not_fit_is_halved():
     assert search(5, first=64) == (4, [64, 32, 16, 8, 4])
     assert search(5, first=64, mode="binsearch")[0] == 5
     assert search(0, first=4) == (None, [4, 2, 1])
 
 
 @pytest.mark.parametrize("limit", [*range(1, 40), 8191, 8192, 9000])
-def test_the_exact_search_finds_the_largest(limit):
+def test_binsearch_finds_the_largest_size_that_fits(limit):
     assert search(limit, mode="binsearch", num_samples=10**6)[0] == min(limit, 8192)
 
 
@@ -52,20 +52,20 @@ def test_a_margin_is_left_where_memory_was_the_limit():
     assert search(10_000, mode="binsearch", margin=0.05, num_samples=10**6)[0] == 8192
 
 
-def test_data_trials_and_the_allowed_sizes_end_the_search():
+def test_the_search_ends_at_one_batch_of_data_max_trials_or_the_largest_size():
     assert search(100, num_samples=8) == (8, [2, 4, 8])
     assert search(100, mode="binsearch", num_samples=8) == (8, [2, 4, 8])
     assert search(100, num_trials=3, mode="binsearch") == (8, [2, 4, 8])
     assert search(100, sizes=range(1, 25)) == (24, [2, 4, 8, 16, 24])
 
 
-def test_only_divisors_of_a_step_are_tried():
+def test_only_sizes_that_divide_the_samples_of_a_step_are_tried():
     divisors = [1, 2, 3, 4, 6, 8, 12, 24]
     assert search(10, sizes=divisors) == (8, [2, 4, 8, 24, 12])
     assert search(13, sizes=divisors, mode="binsearch")[0] == 12
 
 
-def test_the_fastest_size_is_not_the_largest_where_large_ones_are_slow():
+def test_throughput_chooses_a_smaller_size_if_large_ones_are_slow():
     """Time grows by the square beyond 64 samples."""
 
     def batch_s(size):
@@ -77,7 +77,7 @@ def test_the_fastest_size_is_not_the_largest_where_large_ones_are_slow():
     assert max(tried) <= 512  # twice slower: no use in larger ones
 
 
-def test_the_fastest_size_is_the_largest_where_that_is_so():
+def test_throughput_chooses_the_largest_size_if_it_is_the_fastest():
     assert search(100, mode="throughput") == (96, [2, 4, 8, 16, 32, 64, 128, 48, 96])
 
 

@@ -21,17 +21,17 @@ def curve(noise=0.0, seed=0, num_points=100):
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_suggestion_lies_in_the_fall_whatever_the_first_batches_were(noise, seed):
+def test_the_suggestion_lies_in_the_fall_for_any_first_losses(noise, seed):
     assert 1e-4 < curve(noise, seed).suggestion() < 1e-1
 
 
-def test_without_noise_it_is_the_steepest_point():
+def test_the_suggestion_without_noise_is_the_steepest_point():
     found = curve()
     losses = np.array(found.results["loss"][10:-1])
     assert found.suggestion() == found.results["lr"][10 + int(np.argmin(np.gradient(losses)))]
 
 
-def test_too_few_points_are_no_suggestion():
+def test_too_few_points_give_no_suggestion():
     with pytest.warns(UserWarning, match="too few points for a suggestion"):
         assert RangeCurve(lrs=[0.1, 0.2], losses=[1.0, 0.5]).suggestion() is None
     found = RangeCurve(lrs=[0.1, 0.2, 0.3, 0.4], losses=[3.0, 2.0, float("nan"), 0.5])

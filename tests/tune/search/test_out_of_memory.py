@@ -10,7 +10,7 @@ import torch
 import raylit as pl
 from raylit.accelerators import CUDAAccelerator
 from raylit.errors import RemoteTraceback, WorkerDied
-from raylit.tune.search.out_of_memory import classify_failure, without_tracebacks
+from raylit.tune.search.out_of_memory import classify_failure, drop_tracebacks
 
 
 def died(reason):
@@ -18,7 +18,7 @@ def died(reason):
 
 
 @pytest.mark.parametrize(
-    ("error", "verdict"),
+    ("error", "failure"),
     [
         (MemoryError(), "too large"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "too large"),
@@ -45,8 +45,8 @@ def died(reason):
         (ValueError("out of memory"), None),
     ],
 )
-def test_an_error_is_known_by_type_or_words(error, verdict):
-    assert classify_failure(error, CUDAAccelerator()) == verdict
+def test_failures_are_classified_by_type_or_message(error, failure):
+    assert classify_failure(error, CUDAAccelerator()) == failure
 
 
 def caught(function):
@@ -55,7 +55,7 @@ def caught(function):
     return info.value
 
 
-def test_the_cause_of_an_error_counts_and_its_frames_go():
+def test_failures_are_classified_by_their_cause_and_frames_are_dropped():
     outer = None
     try:
         try:
@@ -65,12 +65,12 @@ def test_the_cause_of_an_error_counts_and_its_frames_go():
     except KeyError as error:
         outer = error
     assert classify_failure(outer, CUDAAccelerator()) == "too large"
-    assert without_tracebacks(outer).__traceback__ is outer.__cause__.__traceback__ is None
-    told = caught(lambda: [][1])
-    assert "[][1]" in str(without_tracebacks(told).__cause__)
-    told = RuntimeError("bug")
-    told.__cause__ = RemoteTraceback("In rank 0: out of memory")  # only a text, of whatever
-    assert classify_failure(told, CUDAAccelerator()) is None
+    assert drop_tracebacks(outer).__traceback__ is outer.__cause__.__traceback__ is None
+    error = caught(lambda: [][1])
+    assert "[][1]" in str(drop_tracebacks(error).__cause__)
+    error = RuntimeError("bug")
+    error.__cause__ = RemoteTraceback("In rank 0: out of memory")  # only a text, of whatever
+    assert classify_failure(error, CUDAAccelerator()) is None
 
 
 class Allocates(pl.LightningModule):
@@ -95,7 +95,7 @@ class Allocates(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_limit_makes_large_batches_fail_and_is_lifted_afterwards(quiet):
+def test_a_memory_limit_makes_large_batches_fail_and_is_removed_afterwards(quiet):
     model = Allocates()
     tuner = pl.Trainer(**quiet).tuner
     size = tuner.scale_batch_size(model, memory_limit_bytes=200_000_000, init_val=16)
@@ -106,7 +106,7 @@ def test_a_limit_makes_large_batches_fail_and_is_lifted_afterwards(quiet):
     assert torch.empty(1_000_000_000, dtype=torch.uint8).numel() == 1_000_000_000
 
 
-def test_a_trial_without_memory_and_one_that_is_killed_end_alone(quiet):
+def test_a_trial_that_runs_out_of_memory_or_is_killed_does_not_end_the_others(quiet):
     model = Allocates(killed_at=192)
     tuner = pl.Trainer(num_workers=1, **quiet).tuner
     size = tuner.scale_batch_size(
@@ -178,6 +178,6 @@ def test_a_trial_that_rays_memory_monitor_kills_is_too_large(run_script):
     assert 8 <= int(found[1]) < 512  # of 100 MB each
 
 
-def test_a_limit_is_a_number_of_bytes(quiet):
+def test_a_memory_limit_that_is_no_number_of_bytes_is_refused(quiet):
     with pytest.raises(pl.ConfigError, match="memory_limit_bytes='2 GB': must be a number of bytes"):
         pl.Trainer(**quiet).tuner.scale_batch_size(Allocates(), memory_limit_bytes="2 GB")

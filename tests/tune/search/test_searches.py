@@ -51,7 +51,7 @@ def assert_same_run(left, right):
     assert left[2:4] == right[2:4]
 
 
-def test_a_run_after_searches_is_the_run_without_them(tmp_path):
+def test_a_fit_after_searches_has_the_same_result_as_without_them(tmp_path):
     def search(tuner, model, data):
         tuner.lr_find(model, datamodule=data, num_training=20, update_attr=False)
         tuner.lr_find(model, datamodule=data, num_training=5, method="race", update_attr=False)
@@ -65,7 +65,7 @@ def test_a_run_after_searches_is_the_run_without_them(tmp_path):
     assert torch.equal(searched[4], plain[4])
 
 
-def test_trials_of_tune_race_side_by_side_and_one_that_dies_is_out(tmp_path):
+def test_trials_race_in_parallel_on_tune_and_a_trial_that_dies_drops_out(tmp_path):
     """And the run after them is the one without."""
 
     def search(tuner, model, data):
@@ -99,7 +99,7 @@ def mean_losses(model, loader, lr, *, rungs):
     return [sum(losses[start:stop]) / (stop - start) for start, stop in zip([0, *rungs[:-1]], rungs, strict=True)]
 
 
-def test_a_race_is_one_of_loops_by_hand_and_cuts_the_losers(quiet):
+def test_a_race_matches_hand_written_loops_and_stops_the_losers(quiet):
     torch.manual_seed(0)
     weights = weights_of(model := Regression(lr=7.0))
     loader = DataLoader(make_data(48), batch_size=8)
@@ -123,7 +123,7 @@ class Breaks(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_bug_ends_the_search_as_itself(num_workers, quiet):
+def test_a_bug_in_the_module_is_raised_unchanged_by_the_search(num_workers, quiet):
     with pytest.raises(KeyError, match="bug") as caught:
         pl.scale_batch_size(Breaks(), RegressionData(), num_workers=num_workers, **quiet)
     if num_workers > 0:
@@ -131,7 +131,7 @@ def test_a_bug_ends_the_search_as_itself(num_workers, quiet):
         assert "in training_step" in str(caught.value.__cause__)
 
 
-def test_the_fastest_size_keeps_the_samples_of_a_step(quiet):
+def test_throughput_keeps_the_samples_of_a_step(quiet):
     data = RegressionData(batch_size=32, num_train=256)
     trainer = pl.Trainer(accumulate_grad_batches=2, max_epochs=1, auto_scale_batch_size="throughput", **quiet)
     model = Regression()
@@ -143,7 +143,7 @@ def test_the_fastest_size_keeps_the_samples_of_a_step(quiet):
     assert len(model.losses) == 256 // size
 
 
-def test_a_step_of_a_given_number_of_samples(quiet):
+def test_the_accumulation_follows_from_a_given_effective_batch_size(quiet):
     data = RegressionData(batch_size=1, num_train=240)
     trainer = pl.Trainer(max_epochs=1, **quiet)
     size = pl.Tuner(trainer).scale_batch_size(Regression(), datamodule=data, effective_batch_size=24, max_val=10)
@@ -155,7 +155,7 @@ def test_a_step_of_a_given_number_of_samples(quiet):
         pl.scale_batch_size(Regression(), data, accumulate_grad_batches={0: 1, 2: 4}, mode="throughput", **quiet)
 
 
-def test_the_rate_is_set_where_it_is_read(quiet):
+def test_the_suggested_rate_is_set_on_the_attribute_that_the_module_reads(quiet):
     class Rated(RegressionData):
         learning_rate = 0.0
 
@@ -204,7 +204,7 @@ def test_sizes_that_cannot_work_are_refused_before_anything_runs(quiet):
             pl.scale_batch_size(Regression(), RegressionData(), **arguments, **quiet)
 
 
-def test_a_negative_loss_does_not_look_like_divergence(quiet):
+def test_a_negative_loss_does_not_count_as_divergence(quiet):
     class LogLikelihood(Regression):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) - 100
@@ -213,7 +213,7 @@ def test_a_negative_loss_does_not_look_like_divergence(quiet):
     assert len(found.results["lr"]) == 20
 
 
-def test_every_result_is_a_picture_without_a_display(tmp_path, quiet, monkeypatch):
+def test_every_result_is_plotted_without_a_display(tmp_path, quiet, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     tuner = pl.Trainer(**quiet).tuner
     data = RegressionData()
@@ -246,7 +246,7 @@ def test_callbacks_ask_for_the_searches_at_the_start_of_a_fit(quiet):
     assert len(model.losses) == 2 * trainer.num_training_batches
 
 
-def test_a_search_is_asked_for_once(quiet):
+def test_a_search_that_arguments_and_a_callback_request_is_refused(quiet):
     rate = pl.LearningRateFinder()
     for arguments, message in [
         ({"callbacks": rate, "auto_lr_find": True}, "auto_lr_find and a LearningRateFinder: give one"),

@@ -1,4 +1,4 @@
-"""What a sweep shows at its end: the table, the scales of its parameters, and the pictures."""
+"""The output of a sweep: the table, the scales of its parameters, and the figures."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import raylit as pl
 from raylit.tune.records import TrialRecord
 from raylit.tune.sweep.figures import objective_figure, parallel_figure
-from raylit.tune.sweep.parameters import Quality, constant, varying
+from raylit.tune.sweep.parameters import Quality, find_common_values, list_varying_parameters
 from raylit.tune.sweep.result import summary
 
 
@@ -29,7 +29,7 @@ TRIALS = [
 ]
 
 
-def test_the_best_trial_comes_first_and_what_is_alike_below():
+def test_the_best_trial_comes_first_and_common_values_are_below_the_table():
     lines = summary(TRIALS, metric="val_loss", mode="min", directory="sweeps/a", width=120).splitlines()
     cells = [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
     assert cells[1] == ["trial", "lr", "net/kind", "best val_loss", "epochs", "time", "status"]
@@ -46,11 +46,11 @@ def test_the_best_trial_comes_first_and_what_is_alike_below():
     ]
 
 
-def test_the_greatest_is_the_best_where_it_is_to_be():
+def test_the_greatest_value_is_the_best_with_mode_max():
     assert summary(TRIALS, metric="val_loss", mode="max", width=120).splitlines()[3].startswith("│ t2 *")
 
 
-def test_a_table_is_as_wide_as_the_terminal_and_counts_what_it_leaves_out():
+def test_a_table_fits_the_terminal_and_counts_columns_and_rows_left_out():
     many = [trial(index, {f"parameter_{n}": index for n in range(9)}, float(index)) for index in range(30)]
     lines = summary(many, metric="val_loss", mode="min", width=100).splitlines()
     assert max(map(len, lines)) <= 100
@@ -72,28 +72,28 @@ def test_a_table_is_as_wide_as_the_terminal_and_counts_what_it_leaves_out():
         ((1e-3, math.nan, 1e-2, 1e-1), "levels", None),
     ],
 )
-def test_a_parameter_gets_the_scale_that_shows_it(values, scale, places):
-    (parameter,) = varying(trials_of("x", *values))
+def test_the_scale_of_a_parameter_follows_from_its_values(values, scale, places):
+    (parameter,) = list_varying_parameters(trials_of("x", *values))
     assert parameter.scale == scale
     if places is not None:
-        assert [parameter.place(value) for value in values] == pytest.approx(places)
+        assert [parameter.locate(value) for value in values] == pytest.approx(places)
 
 
-def test_what_is_the_same_in_all_trials_is_told_apart():
-    assert [parameter.name for parameter in varying(TRIALS)] == ["lr", "net/kind"]
-    assert constant(TRIALS) == {"seed": 1}
+def test_common_values_are_separated_from_varying_parameters():
+    assert [parameter.name for parameter in list_varying_parameters(TRIALS)] == ["lr", "net/kind"]
+    assert find_common_values(TRIALS) == {"seed": 1}
 
 
-def test_trials_that_diverged_do_not_press_the_others_together():
+def test_diverged_trials_are_off_the_quality_scale():
     trials = [trial(index, {"x": index}, value) for index, value in enumerate((1.0, 1.1, 1.2, 1.3, 1e9))]
     quality = Quality(trials, metric="val_loss", mode="min")
     assert [quality.of(it) for it in trials] == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0, 0.0])
     assert [quality.is_on_scale(it) for it in trials] == [True] * 4 + [False]
-    assert [it.id for it in quality.worst_first(trials)] == ["t4", "t3", "t2", "t1", "t0"]
+    assert [it.id for it in quality.sort_worst_first(trials)] == ["t4", "t3", "t2", "t1", "t0"]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_pictures_show_every_trial(tmp_path, mode):
+def test_figures_show_every_trial(tmp_path, mode):
     figure = objective_figure(TRIALS, metric="val_loss", mode=mode, path=tmp_path / "objective.png")
     curves, points = figure.axes
     assert [list(line.get_ydata()) for line in curves.get_lines() if len(line.get_ydata()) == 3] == [[3.0, 2.0, 2.5]]
@@ -114,13 +114,13 @@ def test_pictures_show_every_trial(tmp_path, mode):
     [[], TRIALS[:1], TRIALS[3:], [trial(0, {"lr": 0.1}, 1.0, 1.0), trial(1, {"lr": 0.1}, 1.0)]],
     ids=["none", "one", "failed", "alike"],
 )
-def test_pictures_and_tables_of_little(trials, tmp_path):
+def test_figures_and_tables_of_few_or_no_trials(trials, tmp_path):
     objective_figure(trials, metric="val_loss", mode="min", path=tmp_path / "objective.png")
     parallel_figure(trials, metric="val_loss", mode="min", path=tmp_path / "parallel.png")
     assert "best val_loss" in summary(trials, metric="val_loss", mode="min", width=100)
 
 
-def test_without_matplotlib_pictures_say_what_to_install(monkeypatch):
+def test_without_matplotlib_figures_raise_an_error_with_the_package_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(pl.ConfigError, match=r"pip install matplotlib, or raylit\[plot\]"):
         objective_figure(TRIALS, metric="val_loss", mode="min")

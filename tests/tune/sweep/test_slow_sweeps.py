@@ -53,7 +53,7 @@ def wait_until(is_true, limit_s):
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_sweep_leaves_nothing_and_goes_on_where_it_was(tmp_path, end):
+def test_an_interrupted_sweep_leaves_no_processes_and_is_resumed(tmp_path, end):
     log, script = tmp_path / "log", tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=TESTS, log=str(log), place=str(tmp_path)))
     temporary = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
@@ -78,7 +78,7 @@ def test_an_interrupted_sweep_leaves_nothing_and_goes_on_where_it_was(tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_worker_that_dies_ends_its_trial_alone(tmp_path):
+def test_the_death_of_a_worker_ends_only_its_trial(tmp_path):
     from ray import tune
 
     path = TESTS
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_ends_its_trial_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_population_based_training_goes_on_without_a_trial_that_ends_before_the_others(tmp_path):
+def test_population_based_training_continues_after_a_trial_ends_early(tmp_path):
     from ray import tune
     from ray.tune.schedulers import PopulationBasedTraining
 

@@ -76,12 +76,12 @@ def swept(tmp_path_factory):
     return result, left_on_the_node(), build
 
 
-def test_trials_and_their_workers_find_the_driver_s_process_as_it_is(swept):
+def test_trials_and_their_workers_have_the_settings_of_the_drivers_process(swept):
     metrics = swept[0].trials[0].metrics
     assert (metrics["has_file"], metrics["variable"]) == (1.0, 7.0)
 
 
-def test_each_trial_is_the_plain_fit_of_its_config(swept, quiet):
+def test_each_trial_has_the_result_of_a_plain_fit_with_its_config(swept, quiet):
     result, _, build = swept
     for trial in result.trials:
         if trial.error is None:
@@ -95,16 +95,16 @@ def test_each_trial_is_the_plain_fit_of_its_config(swept, quiet):
             assert trial.status == "finished"
 
 
-def test_a_trial_takes_its_predecessors_workers_over_even_where_one_between_has_failed(swept):
+def test_a_trial_reuses_warm_workers_even_after_a_failed_trial(swept):
     assert len({trial.metrics["process"] for trial in swept[0].trials if trial.error is None}) == 1
 
 
-def test_trials_run_in_processes_that_ray_has_ready(swept):
+def test_trials_run_in_processes_that_ray_has_prestarted(swept):
     """Variables for its process alone cost a trial, and each of its workers, two more of Python's starts."""
     assert {trial.metrics["variables"] for trial in swept[0].trials if trial.error is None} == {0}
 
 
-def test_a_failed_trial_ends_alone_and_shows_the_users_frames(swept):
+def test_a_failed_trial_does_not_end_the_others_and_shows_the_users_frames(swept):
     result = swept[0]
     assert [trial.status for trial in result.trials] == ["finished", "failed", "finished", "finished"]
     lines = result.errors[result.trials[1].id].splitlines()
@@ -134,17 +134,17 @@ def test_rows_have_configs_and_metrics(swept):
     assert swept[0].dataframe()["val_loss"].notna().tolist() == [True, False, True, True]
 
 
-def test_nothing_of_a_sweep_is_left_on_the_node(swept):
+def test_a_sweep_leaves_no_processes_or_resources_on_the_node(swept):
     assert swept[1] == ([], [])
 
 
-def test_a_sweep_is_not_mixed_with_one_of_the_same_name(swept):
+def test_a_sweep_with_the_name_of_an_existing_one_is_refused(swept):
     place = os.path.dirname(os.path.dirname(swept[0].directory))
     with pytest.raises(pl.ConfigError, match="holds a sweep already: say resume=True"):
         pl.sweep(swept[2], {}, metric="val_loss", name="rates", default_root_dir=place)
 
 
-def test_a_sweep_is_not_resumed_with_another_space(swept):
+def test_resuming_a_sweep_with_another_space_is_refused(swept):
     place = os.path.dirname(os.path.dirname(swept[0].directory))
     with pytest.raises(pl.ConfigError, match="cannot be resumed: the space is another"):
         pl.sweep(
@@ -174,7 +174,7 @@ def test_a_metric_that_is_never_logged_ends_the_sweep_at_its_first_result(tmp_pa
     assert left_on_the_node() == ([], [])
 
 
-def test_the_scheduler_is_obeyed_before_training_goes_on(tmp_path):
+def test_a_trial_waits_for_the_schedulers_decision(tmp_path):
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -219,7 +219,7 @@ def test_a_trial_larger_than_the_cluster_is_refused_before_the_sweep():
     assert time.monotonic() - started < 60
 
 
-def test_a_trials_own_process_holds_nothing_beside_its_workers():
+def test_a_trials_own_process_takes_no_resources_besides_its_workers():
     assert TrialResources(workers=Workers(num_workers=2)).placement.bundles == [{"CPU": 1}, {"CPU": 1}]
     assert TrialResources(workers=Workers(num_workers=2)).placement.head_cpus == 0
     assert TrialResources(workers=Workers(num_workers=0)).placement.bundles == [{"CPU": 1}]
@@ -227,7 +227,7 @@ def test_a_trials_own_process_holds_nothing_beside_its_workers():
     assert (hosts.bundles, hosts.strategy) == ([{"CPU": 2}] * 2, "STRICT_SPREAD")
 
 
-def test_where_only_one_host_sees_the_directory_the_trials_own_process_stands_there():
+def test_a_trials_own_process_runs_on_the_only_host_that_sees_the_directory():
     selected = Workers(num_workers=1, label_selector={"zone": "a"})
     here = TrialResources(workers=selected, home="node:10.0.0.1").placement
     assert here.bundles == [{"node:10.0.0.1": 0.001}, {"CPU": 1}]
@@ -260,7 +260,7 @@ def test_a_scheduler_with_a_metric_of_its_own_is_refused():
 
 
 @pytest.mark.slow
-def test_a_sweep_without_room_says_what_it_waits_for(tmp_path, capfd):
+def test_a_sweep_without_free_resources_prints_what_it_waits_for(tmp_path, capfd):
     local_cluster.connect()
     group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     assert group.wait(20)

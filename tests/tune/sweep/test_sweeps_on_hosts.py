@@ -58,7 +58,7 @@ print("BEST", type(result.best_model).__name__)
 
 
 @pytest.mark.cluster
-def test_where_only_the_drivers_host_sees_the_directory_workers_are_anywhere_and_may_be_lost(tmp_path):
+def test_workers_run_on_any_host_and_may_die_if_only_the_drivers_host_sees_the_directory(tmp_path):
     source = HOSTS.format(tests=TESTS, netcluster=str(NETCLUSTER), flag=str(tmp_path / "flag"))
     output = run_on_two_hosts(source, tmp_path, detect="fast")
     assert "BEST Placed" in output
@@ -104,7 +104,7 @@ with FakeAutoscalingCluster(head={{"CPU": 1}}, workers={{"cpu2": ({{"CPU": 2}}, 
 
 
 @pytest.mark.cluster
-def test_a_sweep_waits_for_the_autoscaler_unless_that_cannot_help_it(tmp_path, run_script, monkeypatch):
+def test_a_sweep_waits_for_the_autoscaler_unless_its_limits_are_too_small(tmp_path, run_script, monkeypatch):
     if not SCALING.is_dir():
         pytest.skip(f"needs {SCALING}")
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
@@ -131,7 +131,7 @@ def bucket(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore")
-def test_a_sweep_at_a_url_is_resumed_and_keeps_checkpoints_pictures_and_hparams_there(bucket, tmp_path):
+def test_a_sweep_at_a_url_is_resumed_and_writes_checkpoints_figures_and_hparams_there(bucket, tmp_path):
     import s3fs
     from ray import tune
 

@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 
 import raylit as pl
 from raylit.loggers import TensorBoardLogger
-from raylit.tune.sweep.tensorboard_hparams import Session, write_experiment
+from raylit.tune.sweep.tensorboard_hparams import HParamsSession, write_experiment
 
 
 def page_of(directory, metric):
@@ -43,7 +43,7 @@ class Fails(Regression):
         raise ValueError("on purpose")
 
 
-def test_each_trial_is_a_session_with_its_config_and_its_best(tmp_path, quiet):
+def test_each_trial_writes_a_session_with_its_config_and_best_value(tmp_path, quiet):
     space = {
         "lr": tune.loguniform(1e-5, 1.0),
         "net": {"width": tune.grid_search([8, 16]), "kind": tune.choice(["mlp", "cnn"])},
@@ -55,7 +55,7 @@ def test_each_trial_is_a_session_with_its_config_and_its_best(tmp_path, quiet):
     for index, (lr, model) in enumerate([(0.05, Regression), (1e-6, Regression), (0.01, Fails)]):
         config = {"lr": lr, "net": {"width": 8, "kind": "mlp"}, "depth": 2, "data": "digits"}
         logger = TensorBoardLogger(tmp_path / f"trial_{index}", name="", version="", default_hp_metric=False)
-        session = Session(config, name=f"trial_{index}", logger=logger, metric="val_loss", mode="min")
+        session = HParamsSession(config, name=f"trial_{index}", logger=logger, metric="val_loss", mode="min")
         trainer = pl.Trainer(max_epochs=3, num_workers=0, callbacks=[session], **{**quiet, "logger": logger})
         with contextlib.suppress(ValueError):
             trainer.fit(model(lr=lr), RegressionData())

@@ -4,7 +4,7 @@ import torch
 from models import Regression, RegressionData
 
 import raylit as pl
-from raylit.tune.trial.trial_thread import IS_LAST, Ended, Reporter, TrialThread
+from raylit.tune.trial.trial_thread import IS_LAST, Reporter, TrainingEnd, TrialThread
 
 
 class Fitted:
@@ -24,7 +24,7 @@ class Fitted:
 
     def reports(self):
         reports = []
-        while not isinstance(answer := self.handover.next(), Ended):
+        while not isinstance(answer := self.handover.next(), TrainingEnd):
             reports.append(answer.metrics)
         if answer.error is not None:
             raise answer.error
@@ -62,12 +62,12 @@ def test_a_training_that_ends_before_its_first_validation_reports_its_end(quiet)
     assert places(reports) == [(0, 6, True)]
 
 
-def test_a_stop_by_the_trainings_own_is_the_last_report(quiet):
+def test_a_training_that_stops_itself_marks_its_last_report(quiet):
     reports = Fitted(quiet, max_steps=8).reports()
     assert places(reports)[-1] == (1, 8, True)
 
 
-def test_a_stop_ends_the_fit_at_once_and_in_order(quiet):
+def test_a_stop_ends_the_fit_at_once_and_runs_its_last_hooks(quiet):
     ends = []
 
     class Ending(Regression):
@@ -89,7 +89,7 @@ def test_a_stop_is_obeyed_before_min_epochs(quiet):
     assert fitted.trainer.global_step == 12
 
 
-def test_a_saved_training_goes_on_as_if_nothing_had_been(quiet, tmp_path):
+def test_a_resumed_training_has_the_result_of_an_uninterrupted_one(quiet, tmp_path):
     whole = Fitted(quiet)
     expected = whole.reports()
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""A training in a thread that stands still at each report until it is told to go on."""
+"""A training in a thread that waits at each report for a command."""
 
 import threading
 
 import pytest
 
-from raylit.tune.trial.trial_thread import Ended, Reported, TrainingCut, TrialThread
+from raylit.tune.trial.trial_thread import TrainingAborted, TrainingEnd, TrainingReport, TrialThread
 
 
 def counting(events, *, num_reports=3):
@@ -20,24 +20,24 @@ def counting(events, *, num_reports=3):
     return train
 
 
-def test_training_stands_still_until_the_next_report_is_asked_for():
+def test_training_waits_at_each_report_until_next_is_called():
     events = []
     handover = TrialThread(counting(events))
     assert events == []
-    assert handover.next() == Reported(metrics={"number": 0})
+    assert handover.next() == TrainingReport(metrics={"number": 0})
     assert events == ["train 0"]
-    assert handover.next() == Reported(metrics={"number": 1})
+    assert handover.next() == TrainingReport(metrics={"number": 1})
     assert events == ["train 0", "train 1"]
 
 
-def test_it_ends_with_what_the_training_returned():
+def test_the_end_has_the_result_of_the_training_function():
     handover = TrialThread(counting([], num_reports=1))
     handover.next()
-    assert handover.next() == Ended(metrics={"total": 1})
+    assert handover.next() == TrainingEnd(metrics={"total": 1})
     handover.end()
 
 
-def test_a_save_happens_in_the_trainings_thread_while_it_stands():
+def test_a_save_runs_in_the_trainings_thread_while_it_waits():
     events, threads = [], []
 
     def train(handover):
@@ -53,7 +53,7 @@ def test_a_save_happens_in_the_trainings_thread_while_it_stands():
     handover.end()
 
 
-def test_a_failed_save_is_the_savers_error_and_training_goes_on():
+def test_a_failed_save_raises_in_the_caller_and_training_continues():
     def save(path):
         raise OSError("disk full")
 
@@ -64,10 +64,10 @@ def test_a_failed_save_is_the_savers_error_and_training_goes_on():
     handover.next()
     with pytest.raises(OSError, match="disk full"):
         handover.save("a")
-    assert handover.next() == Ended()
+    assert handover.next() == TrainingEnd()
 
 
-def test_a_stop_lets_the_training_end_by_itself():
+def test_a_stop_lets_the_training_function_return():
     events = []
     handover = TrialThread(counting(events))
     handover.next()
@@ -76,14 +76,14 @@ def test_a_stop_lets_the_training_end_by_itself():
     assert events == ["train 0", "told to stop", "end"]
 
 
-def test_a_training_that_does_not_stop_is_cut():
+def test_a_training_that_reports_after_a_stop_is_aborted():
     events = []
 
     def train(handover):
         try:
             while True:
                 handover.report({}, save=print)
-        except TrainingCut:
+        except TrainingAborted:
             events.append("cut")
             raise
 
@@ -93,7 +93,7 @@ def test_a_training_that_does_not_stop_is_cut():
     assert events == ["cut"]
 
 
-def test_an_error_comes_with_the_end():
+def test_an_error_of_the_training_is_part_of_its_end():
     def train(handover):
         raise SystemExit(3)
 
@@ -101,7 +101,7 @@ def test_an_error_comes_with_the_end():
     assert isinstance(ended.error, SystemExit)
 
 
-def test_one_that_has_not_begun_needs_no_end():
+def test_ending_a_thread_that_was_not_started_does_nothing():
     events = []
     TrialThread(counting(events)).end()
     assert events == []
