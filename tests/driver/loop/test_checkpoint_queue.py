@@ -51,7 +51,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_asynchronous_save_is_the_same_file_to_the_byte(num_workers: int, tmp_path: pathlib.Path) -> None:
+def test_an_asynchronous_save_writes_the_same_bytes(num_workers: int, tmp_path: pathlib.Path) -> None:
     directory = tmp_path / "checkpoints"
     content = []
     for is_async in (True, False):
@@ -92,7 +92,7 @@ class Logged(pl.Callback):
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_what_is_due_at_one_moment_is_taken_once(is_async: bool, tmp_path: pathlib.Path) -> None:
+def test_saves_due_at_the_same_step_copy_the_state_once(is_async: bool, tmp_path: pathlib.Path) -> None:
     """Each file is what it would be alone; names that are on their way are taken."""
 
     class Counting(Large):
@@ -149,7 +149,7 @@ class FullDisk(pl.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-def test_a_full_disk_is_told_once_and_the_next_save_is_tried(soon: None, tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_warns_once_and_the_next_save_is_tried(soon: None, tmp_path: pathlib.Path) -> None:
     model, directory = Large(), tmp_path / "checkpoints"
     saving = pl.ModelCheckpoint(directory, "{step}", every_n_train_steps=2)
     with pytest.warns(UserWarning, match=r"cannot write .*step=4\.ckpt: .*too large.*next save is tried") as caught:
@@ -190,7 +190,7 @@ def test_an_error_of_the_last_save_is_raised_when_all_is_done(soon: None, tmp_pa
     assert os.path.basename(found[0]) == "step=2.ckpt" == os.path.basename(saving.best_model_path)
 
 
-def test_a_bucket_out_of_reach_does_not_end_the_training(soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_bucket_does_not_end_the_training(soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -219,7 +219,7 @@ def test_a_bucket_out_of_reach_does_not_end_the_training(soon: None, monkeypatch
     assert trainer.current_epoch == 2
 
 
-def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
+def test_a_value_that_a_checkpoint_cannot_hold_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
     class Odd(Regression):
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint["odd"] = object()
@@ -233,7 +233,7 @@ def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
 # The parts
 
 
-def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
+def test_pieces_add_up_to_the_file(tmp_path: pathlib.Path) -> None:
     state = {"large": torch.randn(PIECE_BYTES // 3), "small": torch.arange(3), "empty": torch.empty(0)}
     pending = PendingCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
     pieces = pieces_of(pending)
@@ -252,7 +252,7 @@ def pieces_of(pending: PendingCheckpoint) -> list[bytes]:
     return list(iter(lambda: pending.next_piece().tobytes(), b""))
 
 
-def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
+def test_pieces_can_be_requested_again_and_released() -> None:
     before = threading.active_count()
     pending = PendingCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
     whole = pieces_of(pending)
@@ -267,14 +267,14 @@ def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
     assert threading.active_count() == before
 
 
-def test_an_error_of_what_is_saved_is_raised_with_the_pieces() -> None:
+def test_a_serialization_error_is_raised_by_the_pieces() -> None:
     pending = PendingCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
     with pytest.raises(TypeError, match="cannot pickle"):
         pieces_of(pending)
 
 
 @pytest.mark.parametrize("num_large", [0, 3])
-def test_a_copy_makes_the_same_file_and_shows_no_later_change(num_large: int) -> None:
+def test_a_host_copy_makes_the_same_file_and_ignores_later_changes(num_large: int) -> None:
     shared = torch.randn(20, 30)
     state: dict[str, Any] = {
         "views": [shared, shared[3:].t(), shared[1]],

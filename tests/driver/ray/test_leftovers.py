@@ -120,7 +120,7 @@ def start_driver(tmp_path):
         ("SIGKILL", -signal.SIGKILL),
     ],
 )
-def test_nothing_is_left(end, exit_code, start_driver, tmp_path):
+def test_a_run_leaves_no_processes_and_files(end, exit_code, start_driver, tmp_path):
     shared_before = set(os.listdir("/dev/shm"))
     driver = start_driver(max_steps=4 if end == "normal" else -1)
     driver.wait_for_steps(3)
@@ -182,7 +182,7 @@ def observer(tmp_path):
 
 
 @pytest.mark.cluster
-def test_a_killed_driver_leaves_nothing_on_a_cluster_of_the_user_s(observer, start_driver, tmp_path):
+def test_a_killed_driver_frees_its_resources_on_the_users_cluster(observer, start_driver, tmp_path):
     def resources_in_use():
         observer.stdin.write("\n")
         observer.stdin.flush()
@@ -226,7 +226,7 @@ FREED = """
 
 
 @pytest.mark.cluster
-def test_raylit_s_shutdown_frees_what_it_held_of_the_user_s_ray(run_script, monkeypatch):
+def test_shutdown_frees_raylits_resources_in_the_users_ray(run_script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     shown = run_script(FREED)
     assert "warm (2, 1, 0.0)" in shown
@@ -234,7 +234,7 @@ def test_raylit_s_shutdown_frees_what_it_held_of_the_user_s_ray(run_script, monk
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint directory .* is not empty")
-def test_the_next_run_removes_what_a_killed_one_was_writing(tmp_path):
+def test_the_next_run_removes_partial_files_of_a_killed_one(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(timeout=60)
     abandoned = tmp_path / f".{socket.gethostname()}.{ended.pid}.0123.tmp"

@@ -109,7 +109,7 @@ cluster.shutdown()
 
 
 @pytest.mark.cluster
-def test_workers_go_where_they_are_wanted_on_several_hosts(own_ray, run_script):
+def test_workers_are_placed_as_requested_on_several_hosts(own_ray, run_script):
     assert "through" in run_script(HOSTS)
 
 
@@ -167,7 +167,7 @@ with FakeAutoscalingCluster(head={"CPU": 1}, workers=small) as cluster, contextl
 
 
 @pytest.mark.cluster
-def test_a_demand_waits_for_the_autoscaler_unless_that_cannot_meet_it(own_ray, run_script):
+def test_a_resource_request_waits_for_the_autoscaler_unless_it_is_infeasible(own_ray, run_script):
     if not (SHARED / "autoscaling" / "fake_cluster.py").is_file():
         pytest.skip("no shared/autoscaling beside the checkout")
     assert "through" in run_script(AUTOSCALED)
@@ -202,7 +202,7 @@ ray.shutdown()
 
 
 @pytest.mark.cluster
-def test_a_trial_of_tune_trains_in_the_room_of_the_trial(own_ray, run_script):
+def test_a_tune_trial_trains_in_the_trials_placement_group(own_ray, run_script):
     assert "through" in run_script(TUNED)
 
 
@@ -238,7 +238,7 @@ cluster.shutdown()
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("own_setting", [None, "500"])
-def test_the_embedded_node_s_head_keeps_no_record_of_calls_unless_the_user_wants_it(own_setting, own_ray, run_script):
+def test_the_embedded_node_records_no_task_events_unless_the_user_wants_it(own_setting, own_ray, run_script):
     if not pathlib.Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
     own_ray.delenv("RAY_AUTH_MODE")

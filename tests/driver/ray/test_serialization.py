@@ -65,7 +65,7 @@ def fit(module, loader, quiet, num_workers=2, **options):
 
 
 @pytest.mark.parametrize("num_loader_workers", [0, 2])
-def test_data_is_one_copy_per_host(quiet, num_loader_workers):
+def test_data_is_stored_once_per_host(quiet, num_loader_workers):
     data = Arrays(num_samples=64, width=800_000)  # 200 MB each
     module = Reader()
     module.table = data.x
@@ -80,7 +80,7 @@ def test_data_is_one_copy_per_host(quiet, num_loader_workers):
     )  # the order follows the threads
 
 
-def test_numbers_are_those_of_a_run_without_sharing(quiet):
+def test_results_equal_a_run_without_sharing(quiet):
     weights = []
     for num_workers in (0, 1):
         torch.manual_seed(0)
@@ -105,7 +105,7 @@ class Writing(Regression):
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_a_write_stays_in_its_worker_and_in_its_run(quiet):
+def test_a_write_to_shared_data_stays_in_its_worker_and_run(quiet):
     data, module = Arrays(num_samples=4096), Writing()
     module.given, module.given_y = data.x[:2].clone(), data.y[0].copy()
     before = data.x.clone(), data.y.copy()
@@ -122,7 +122,7 @@ def scale_all(data):
 
 
 @pytest.mark.parametrize("num_loader_workers", [0, 1])
-def test_writes_of_a_data_set_to_itself_give_the_numbers_of_a_run_without_sharing(quiet, num_loader_workers):
+def test_a_data_set_that_writes_to_itself_gives_the_results_of_a_run_without_sharing(quiet, num_loader_workers):
     weights = []
     for num_workers in (0, 1):
         torch.manual_seed(0)
@@ -149,7 +149,7 @@ class Counting(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_what_a_module_writes_to_its_own_large_tensor_comes_back(quiet, num_workers):
+def test_writes_of_a_module_to_its_own_large_tensor_are_returned(quiet, num_workers):
     module = Counting()
     left_alone = module.left_alone
     fit(module, DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 3)), batch_size=8), quiet, num_workers)
@@ -159,7 +159,7 @@ def test_what_a_module_writes_to_its_own_large_tensor_comes_back(quiet, num_work
     assert module.left_alone is left_alone
 
 
-def test_a_write_to_an_array_is_refused_at_once(quiet):
+def test_a_write_to_a_shared_array_is_an_error(quiet):
     def write(data):
         data.y[0] = 1
 
@@ -246,7 +246,7 @@ class Tied(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_data_that_is_also_the_module_s_own_stays_so_and_may_be_written_to(quiet, num_workers):
+def test_data_shared_with_the_module_stays_shared_with_it_and_writable(quiet, num_workers):
     module = Tied()
     data = TensorDataset(module.memory[:4_000], module.memory[5:4_005])
     fit(module, DataLoader(data, batch_size=2_000), quiet, num_workers=num_workers)
@@ -317,7 +317,7 @@ SMALL_STORE = """
 
 
 @pytest.mark.cluster
-def test_data_larger_than_the_store_is_shared_from_the_disk_or_refused_in_words(run_script, monkeypatch):
+def test_data_larger_than_the_store_is_shared_from_disk_or_is_an_error(run_script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     shown = run_script(SMALL_STORE)

@@ -132,7 +132,7 @@ def test_a_killed_trial_takes_its_workers_with_it(node, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_worker_of_train_reports_and_goes_on_where_it_failed(node, tmp_path):
+def test_a_train_worker_reports_and_continues_after_a_failure(node, tmp_path):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
