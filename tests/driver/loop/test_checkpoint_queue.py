@@ -1,4 +1,4 @@
-"""Saves beside the training: what they hold, and what becomes of a run whose saves fail."""
+"""Saves during training: contents of the files, and the end of runs whose saves fail."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from raylit.driver.loop import checkpoint_queue
 
 
 class Large(pl.LightningModule):
-    """8 MB of weights that change in every step, and as much momentum; remembers what they were after each."""
+    """Module with 8 MB of weights that change in every step, and as much momentum; it records them after each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def loader(num_batches: int) -> Any:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed write is tried again at once."""
+    """Shorten the pauses before a failed write is tried again."""
     monkeypatch.setattr(checkpoint_queue, "_RETRY_AFTER_S", (0.01, 0.01))
 
 
@@ -74,7 +74,7 @@ def test_an_asynchronous_save_writes_the_same_bytes(num_workers: int, tmp_path: 
 
 
 def test_each_file_has_the_state_of_its_own_step(tmp_path: pathlib.Path) -> None:
-    """The next steps overwrite the weights while a file is being written."""
+    """Check each file: later steps overwrite the weights while it is being written."""
     model = Large()
     saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     pl.fit(model, loader(8), num_workers=0, max_epochs=1, callbacks=saving, logger=False, enable_progress_bar=False)
@@ -93,7 +93,7 @@ class Logged(pl.Callback):
 
 @pytest.mark.parametrize("is_async", [True, False])
 def test_saves_due_at_the_same_step_copy_the_state_once(is_async: bool, tmp_path: pathlib.Path) -> None:
-    """Each file is what it would be alone; names that are on their way are taken."""
+    """Check that each file equals one saved alone, and that names of files under way count as used."""
 
     class Counting(Large):
         num_taken = 0
@@ -134,7 +134,7 @@ def test_saves_due_at_the_same_step_copy_the_state_once(is_async: bool, tmp_path
 
 
 class FullDisk(pl.Callback):
-    """No file may grow beyond 1 MB from one step to another."""
+    """Callback that limits the size of files to 1 MB between two steps."""
 
     def __init__(self, first: int, last: int) -> None:
         self.steps = range(first, last + 1)
@@ -230,7 +230,7 @@ def test_a_value_that_a_checkpoint_cannot_hold_is_an_error_at_once(tmp_path: pat
     assert trainer.global_step == 6
 
 
-# The parts
+# Pieces of a file
 
 
 def test_pieces_add_up_to_the_file(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
-"""Ctrl-C and SIGTERM during a run, and workers that fall silent. The signals are real ones, to this very process or to
-the process group of a script."""
+"""Ctrl-C and SIGTERM during a run, and workers that no longer answer.
+
+The signals are real ones, sent to this process or to the process group of a script.
+"""
 
 import multiprocessing
 import os
@@ -23,7 +25,7 @@ LIMIT_S = 60
 
 
 class Watched(Regression):
-    """Slow in one place, and leaves a file there, by which the test knows where the workers are."""
+    """Module that is slow at one place and writes a file there, so that the test knows where the workers are."""
 
     def __init__(self, directory, *, place, delay_s=0.05):
         super().__init__()
@@ -51,7 +53,7 @@ class Watched(Regression):
 
 
 class Witness(pl.Callback):
-    """Writes down on every rank which hooks are called."""
+    """Callback that records on every rank which hooks are called."""
 
     def __init__(self, directory):
         self.directory = str(directory)
@@ -97,7 +99,7 @@ def send_when(directory, place, num_workers, *signals, gap_s=1.0):
 
 
 def run_until(error, directory, *, place, signals, num_workers, delay_s=0.05, data=None, **arguments):
-    """A fit that ends with this error; returns the Trainer, the model and the exception."""
+    """Run a fit that ends with this error; return the Trainer, the model and the exception."""
     driver = DriverWitness()
     trainer = pl.Trainer(
         num_workers=num_workers,
@@ -224,7 +226,7 @@ def test_a_sigterm_handled_by_ray_ends_with_exit_code_143():
 
 
 class StopsAChild(Regression):
-    """Forks processes in a step, as a pool of the user's would, and ends each by a signal before it has begun."""
+    """Module that forks processes in a step, as a user's pool would, and ends each by a signal before it starts."""
 
     def training_step(self, batch, batch_idx):
         self.exit_codes = []

@@ -1,4 +1,4 @@
-"""What a run leaves open to other users of the host, and to other hosts: the node's directory and its ports."""
+"""Access of other users and hosts to a run: the node's directory and its ports."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ def is_reachable(ip, port):
 
 
 def own_ip():
-    """Of an interface other than the loopback."""
+    """Return the address of an interface other than the loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing
@@ -56,7 +56,7 @@ def descendants(pid):
 
 
 def listening(pids):
-    """The addresses, as the kernel writes them, at which these processes wait for connections, by process name."""
+    """Return the addresses on which these processes listen, in the kernel's notation, by process name."""
     addresses = {}
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:

@@ -1,4 +1,4 @@
-"""What a user sees of an exception in a worker, and of a worker's death."""
+"""Errors that a user sees for an exception in a worker, and for a worker's death."""
 
 import ctypes
 import os
@@ -160,7 +160,7 @@ def test_an_out_of_memory_kill_by_ray_is_named_as_the_cause(run_script):
 
 
 class Confined(Regression):
-    """Rank 1 goes into a control group with little memory, and takes more."""
+    """Module whose rank 1 joins a control group with little memory and exceeds it."""
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 1 and self.global_rank == 1:
@@ -172,7 +172,7 @@ class Confined(Regression):
 
 @pytest.fixture
 def small_group():
-    """A control group, of version 1 or 2, with 200 MB."""
+    """Create a control group, of version 1 or 2, with 200 MB."""
     for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")):
         group = Path("/sys/fs/cgroup", parent, f"raylit-test-{os.getpid()}")
         try:
@@ -279,7 +279,7 @@ def test_ranks_that_fail_at_different_places_are_not_at_one_line():
 
 
 def died(text):
-    """As Ray 2.60 words it."""
+    """Build the error with the text of Ray 2.60."""
     error = ActorDiedError()
     error.error_msg = "The actor died unexpectedly before finishing this task.\n\tclass_name: WorkerActor\n" + text
     error.args = (error.error_msg,)

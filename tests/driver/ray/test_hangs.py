@@ -1,4 +1,4 @@
-"""A worker that ends where others wait for it: the driver says who and why within seconds, wherever that is."""
+"""Deaths of a worker for which others wait: the driver names the rank and the cause within seconds."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ LIMIT_S = 60
 
 
 class Perishes(Regression):
-    """One rank's process ends at a place, where the others go on to wait for it in a collective."""
+    """Module in which one rank's process ends at a place after which the others wait for it in a collective."""
 
     def __init__(self, directory, *, place, rank):
         super().__init__()
@@ -85,7 +85,7 @@ def test_the_death_of_a_loader_process_is_an_error_of_its_rank(quiet):
 
 
 class KillsItsLoader(Regression):
-    """Leaves what a loader's process has in the temporary directory while it sends tensors."""
+    """Create what a loader's process has in the temporary directory while it sends tensors."""
 
     def __init__(self, directory):
         super().__init__()

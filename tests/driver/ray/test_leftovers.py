@@ -1,5 +1,7 @@
-"""Whatever ends a run, nothing of it is left: no process, no temporary file, no shared memory, no half-written
-checkpoint, and on a cluster of the user's no actor and no placement group."""
+"""Leftovers of runs: however a run ends, no process, temporary file, shared memory or partial checkpoint is left.
+
+On a user's cluster no actor and no placement group is left either.
+"""
 
 import os
 import shutil
@@ -41,7 +43,7 @@ finally:
 
 
 class Driver:
-    """A script of the user's with a Ray node of its own, in a process group of its own, as in a terminal."""
+    """A user's script with a Ray node of its own, in a process group of its own, as in a terminal."""
 
     def __init__(self, place, *, max_steps, **variables):
         # Ray keeps sockets there, whose paths may not exceed 107 characters.
@@ -67,12 +69,15 @@ class Driver:
         wait_until(lambda: all(file.exists() and file.read_text().count("\n") >= count for file in files), 90)
 
     def end(self, *, within_s):
-        """The exit code, as subprocess has it."""
+        """Return the exit code as subprocess has it."""
         return self.process.wait(timeout=within_s)
 
     def processes(self):
-        """Command lines of everything that descends from the driver, adopted by others or not, and of whatever has a
-        file below its temporary directory open: Ray's agents write their titles over their environment."""
+        """Return the command lines of the driver's remaining processes.
+
+        These are its descendants and processes with open files below its temporary directory. Descendants may have been
+        adopted by others; Ray's agents overwrite their environment with their titles.
+        """
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -162,7 +167,7 @@ cluster.shutdown()
 
 @pytest.fixture
 def observer(tmp_path):
-    """A cluster of the user's; what it answers to a line is how many actors, placement groups and free CPUs it has."""
+    """Start a user's cluster; it answers a line with its numbers of actors, placement groups and free CPUs."""
     directory = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
     environment = {**os.environ, "RAY_TMPDIR": directory, "RAY_AUTH_MODE": "disabled"}
     with open(tmp_path / "observer", "w") as errors:

@@ -1,4 +1,4 @@
-"""On clusters that the user brings: several hosts, an autoscaler, Tune. Each in a process of its own."""
+"""Runs on clusters that the user provides: several hosts, an autoscaler, Tune. Each runs in a process of its own."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def waiting_groups():
 
 @pytest.fixture
 def own_ray(monkeypatch):
-    """Scripts get a Ray of their own, which finds the tests' modules."""
+    """Run scripts with a Ray of their own that finds the tests' modules."""
     directory = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
     monkeypatch.setenv("RAY_TMPDIR", directory)
     # The checkout first: another one may be installed.
@@ -188,7 +188,7 @@ def trial(config):
     tune.report({"steps": trainer.global_step})
 
 ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
-# All that there is: a group beside that of the trial would never find room.
+# The whole cluster: a placement group in addition to the trial's would never fit.
 room = tune.PlacementGroupFactory([{"CPU": 1}] + [{"CPU": 0.5}] * 2)
 results = tune.Tuner(
     tune.with_resources(trial, room),

@@ -1,4 +1,4 @@
-"""What the embedded node leaves is cleared away, and nothing else."""
+"""The node reaper removes the embedded node's processes and directory, and nothing else."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
 @pytest.fixture
 def start():
-    """A process with the mark of a directory's node."""
+    """Start a process with the mark of a directory's node."""
     started = []
 
     def start_marked(directory, command=SLEEP, **options):

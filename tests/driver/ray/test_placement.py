@@ -1,4 +1,4 @@
-"""Where workers go: what a demand means, how it waits, and how it uses the room of the task or trial it runs in."""
+"""Placement of workers: meaning of a resource request, its wait, and existing placement groups of tasks and trials."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ def hosts(*cpus, **labels):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "offered", "fits"),
+    ("unavailable", "offered", "fits"),
     [
         (demand(4), hosts(2, 2), True),
         (demand(4), hosts(2, 1), False),
@@ -50,12 +50,12 @@ def hosts(*cpus, **labels):
         (demand(2, label_selector={"zone": "!in(a, b)"}), hosts(2, zone="b"), False),
     ],
 )
-def test_a_resource_request_fits_only_hosts_that_can_meet_it(wanted, offered, fits):
-    assert wanted.fits(offered) is fits
+def test_a_resource_request_fits_only_hosts_that_can_meet_it(unavailable, offered, fits):
+    assert unavailable.fits(offered) is fits
 
 
 @pytest.mark.parametrize(
-    ("wanted", "offered", "count"),
+    ("unavailable", "offered", "count"),
     [
         (demand(9), hosts(2, 3), 5),
         (demand(9, placement="STRICT_PACK"), hosts(2, 3), 3),
@@ -64,8 +64,8 @@ def test_a_resource_request_fits_only_hosts_that_can_meet_it(wanted, offered, fi
         (demand(8, num_nodes=2), hosts(7), 0),
     ],
 )
-def test_a_resource_request_counts_the_workers_that_fit(wanted, offered, count):
-    assert wanted.num_fitting(offered) == count
+def test_a_resource_request_counts_the_workers_that_fit(unavailable, offered, count):
+    assert unavailable.num_fitting(offered) == count
 
 
 def test_more_workers_than_fit_into_memory_are_an_error_with_the_number_that_fits():
@@ -153,27 +153,27 @@ def unfinished_groups():
 
 @pytest.fixture
 def busy_node():
-    """The session's node with a CPU taken; yields what nobody can have now, but could later, and what gives it back."""
+    """Occupy a CPU of the session's node; yield resources that nothing can have now, and a function that frees them."""
     local_cluster.connect()
     group = ray.util.placement_group([{"CPU": 1}])
     assert group.wait(20)
-    wanted = Workers(
+    unavailable = Workers(
         num_workers=1, resources_per_worker={"CPU": ray.cluster_resources()["CPU"] - 0.5}, start_timeout_s=30
     )
-    yield wanted, lambda: ray.util.remove_placement_group(group)
+    yield unavailable, lambda: ray.util.remove_placement_group(group)
     ray.util.remove_placement_group(group)
 
 
 def test_a_request_for_resources_in_use_waits_and_prints_a_line(busy_node, capsys):
-    wanted, give_back = busy_node
+    unavailable, give_back = busy_node
     assert ray_core.read_autoscaling() is None
     threading.Timer(3.0, give_back).start()
-    placement = Placement(wanted)
+    placement = Placement(unavailable)
     placement.remove()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("raylit: waiting since ")
-    assert f"for 1 worker of {wanted.resources_per_worker['CPU']:g} CPU each; free now: " in lines[0]
+    assert f"for 1 worker of {unavailable.resources_per_worker['CPU']:g} CPU each; free now: " in lines[0]
     assert lines[0].endswith("others hold the rest")
 
 
@@ -197,7 +197,7 @@ def test_ctrl_c_withdraws_the_resource_request(busy_node):
 
 
 def fit_in_a_task(num_workers, **resources):
-    """A function for Ray to run: it may not refer to this module, which the workers cannot import."""
+    """Return a function for Ray to run that does not refer to this module, which the workers cannot import."""
     path = str(TESTS)
 
     def fit():

@@ -1,4 +1,4 @@
-"""An in-memory data set is one copy per host, and a write to it stays in the process that writes."""
+"""In-memory data sets are stored once per host, and a write to one stays in the process that writes."""
 
 import gc
 import re
@@ -25,7 +25,7 @@ def own_memory_mb():
 
 
 class Arrays(Dataset):
-    """Samples from a tensor and an array, after an optional write of `write`'s."""
+    """Data set of a tensor and an array, which `write` may change first."""
 
     def __init__(self, num_samples=64, width=8, write=None):
         generator = torch.Generator().manual_seed(1)
@@ -43,7 +43,7 @@ class Arrays(Dataset):
 
 
 class Reader(Regression):
-    """Reads all of its data, and notes what that costs each worker."""
+    """Module that reads all of its data and records the memory this takes in each worker."""
 
     def on_fit_start(self):
         data = self.trainer.train_dataloader.dataset
@@ -91,11 +91,11 @@ def test_results_equal_a_run_without_sharing(quiet):
 
 
 class Writing(Regression):
-    """Each rank writes its own number to the data, and looks at what the others' writes have changed."""
+    """Module whose ranks write their own number to the data and check what the others' writes have changed."""
 
     def on_fit_start(self):
         data = self.trainer.train_dataloader.dataset
-        self.is_shared = places_of([data.x, data.y])
+        self.is_shared = is_in_store([data.x, data.y])
         is_new = torch.equal(data.x[:2], self.given) and bool((data.y[0] == self.given_y).all())
         data.x[0] = self.global_rank + 1
         torch.from_numpy(data.y)[0] = self.global_rank + 1
@@ -134,7 +134,7 @@ def test_a_data_set_that_writes_to_itself_gives_the_results_of_a_run_without_sha
 
 
 class Counting(Regression):
-    """Counts in a plain tensor of its own, beside one that it leaves alone."""
+    """Module that counts in a plain tensor of its own, next to one that it does not change."""
 
     def __init__(self):
         super().__init__()
@@ -167,8 +167,8 @@ def test_a_write_to_a_shared_array_is_an_error(quiet):
         fit(Regression(), DataLoader(Arrays(num_samples=8192, write=write), batch_size=512), quiet)
 
 
-def places_of(arrays):
-    """What each array's memory is a mapping of: a file of Ray's store, or nothing of the kind."""
+def is_in_store(arrays):
+    """Return for each array whether its memory maps a file of Ray's store."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         mappings = [(*(int(part, 16) for part in line.split()[0].split("-")), "plasma" in line) for line in maps]
     addresses = [array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data for array in arrays]
@@ -199,7 +199,7 @@ class Listed(Dataset):
 
 
 class ManyKinds(Arrays):
-    """Samples as Arrays, and all kinds of data beside them."""
+    """Data set of Arrays and all other kinds of data."""
 
     def __init__(self):
         super().__init__()
@@ -209,7 +209,7 @@ class ManyKinds(Arrays):
 class Inspector(Regression):
     def on_fit_start(self):
         kinds = self.trainer.train_dataloader.dataset.kinds
-        self.is_shared = {name: places_of(arrays_of(kinds[name])) for name, (_, arrays_of) in make_kinds().items()}
+        self.is_shared = {name: is_in_store(arrays_of(kinds[name])) for name, (_, arrays_of) in make_kinds().items()}
         rows = kinds["list of arrays"].items
         self.is_one = rows[0] is kinds["list of pairs"].items[0][0] is kinds["dict of arrays"].items[0]
         self.total = float(sum(row.sum() for row in rows))
@@ -226,7 +226,7 @@ def test_data_sets_of_all_kinds_are_shared(quiet):
 
 
 class Tied(Regression):
-    """Trains on its own buffer, which it writes to, beside an embedding whose weights its output uses as well."""
+    """Module that trains on a buffer to which it writes, and on an embedding whose weights its output layer shares."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +263,7 @@ def stored_bytes():
 
 @pytest.fixture
 def uncollected():
-    """Python does not look for garbage during the test: what is in reference cycles stays."""
+    """Disable garbage collection during the test, so that reference cycles stay."""
     gc.collect()
     gc.disable()
     yield

@@ -1,4 +1,4 @@
-"""What workers print arrives in the driver once, in order, with its ranks."""
+"""Output of workers arrives in the driver once, in order, with its ranks."""
 
 import io
 import os
@@ -134,7 +134,7 @@ def test_a_single_worker_needs_no_label(capsys):
 
 @pytest.fixture
 def make_output(monkeypatch):
-    """To be called in the test itself: pytest has other streams in a fixture."""
+    """Capture the streams; call it in the test itself, as pytest has other streams in a fixture."""
 
     def make():
         monkeypatch.setattr(sys, "stdout", io.StringIO())

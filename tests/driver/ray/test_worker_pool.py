@@ -1,4 +1,4 @@
-"""Warm workers: a second run starts at once, in processes as good as new."""
+"""Pooled workers: a second run starts at once, in processes without leftovers."""
 
 import gc
 import locale
@@ -23,7 +23,7 @@ from raylit.protocol.process_settings import TorchSettings
 
 
 class Process(Regression):
-    """Notes the worker's process; `mess` is what a run may leave in a process."""
+    """Module that records the worker's process; `mess` is what a run leaves in a process."""
 
     def __init__(self, mess=None):
         super().__init__()
@@ -54,7 +54,7 @@ def test_a_second_fit_runs_in_the_same_processes(quiet):
 
 
 def surroundings():
-    """What a process is set to, outside of torch."""
+    """Return a process's settings outside of torch."""
     mask = os.umask(0)
     os.umask(mask)
     return {
@@ -137,7 +137,7 @@ def test_a_variable_read_at_process_start_needs_new_processes(quiet, monkeypatch
             self.seen["value"] = os.environ.get("KMP_BLOCKTIME")
             self.seen["at_start"] = "KMP_BLOCKTIME=17" in Path("/proc/self/environ").read_text().split("\0")
 
-    worker_pool.clear()  # two groups of one worker have room beside each other
+    worker_pool.clear()  # two groups of one worker fit next to each other
     first = fit(Variable(), quiet, num_workers=1)
     monkeypatch.setenv("KMP_BLOCKTIME", "17")
     second = fit(Variable(), quiet, num_workers=1)
@@ -218,7 +218,7 @@ def test_an_idle_worker_that_does_not_answer_is_replaced(quiet):
 
 
 class Stops(Process):
-    """One rank's process stands still in a hook, or when the run is let go of."""
+    """Module in which one rank's process stops in a hook, or at the end of the run."""
 
     def __init__(self, place):
         super().__init__()

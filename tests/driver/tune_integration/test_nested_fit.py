@@ -1,4 +1,4 @@
-"""A Trainer inside a function that Ray Tune has called: what it reports, where it ends, and what it goes on from.
+"""Trainer inside a function that Ray Tune has called: its reports, its end, and its start from a checkpoint.
 
 Tune's own trainable runs the function, without the actor and the controller around it.
 """
@@ -22,7 +22,7 @@ from raylit.driver.tune_integration.session import current_session
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a trial of a function, in place of the one before it, whose checkpoints it may take up."""
+    """Start a trial of a function, after ending the one before it, whose checkpoints it may continue from."""
     local_cluster.connect()  # Tune asks the node for its directories
     trials = []
 
@@ -43,7 +43,7 @@ def start(tmp_path):
 
 
 def results_of(trial):
-    """What it reports from here to its end."""
+    """Return the results that it reports from here to its end."""
     results = []
     while RESULT_DUPLICATE not in (result := trial.train()):
         results.append(result)
@@ -63,7 +63,7 @@ def fit(quiet):
 
 @pytest.fixture
 def fitting(fit):
-    """A function that fits."""
+    """Return a function that runs a fit."""
 
     def fitting(*given, **arguments):
         def trial(config):
@@ -258,11 +258,11 @@ def test_tune_report_does_nothing_outside_of_ray(fit):
     assert current_session() is None
 
 
-# Going on from a checkpoint
+# Continuing from a checkpoint
 
 
 class Watches(Regression):
-    """Notes where each training begins, and the learning rate that it begins with."""
+    """Callback that records where each training starts, and its learning rate."""
 
     def __init__(self, begun, decay=False, **hparams):
         super().__init__(**hparams)
@@ -309,7 +309,7 @@ def test_a_restored_trial_continues_from_its_checkpoint(start, fit):
 
 @pytest.mark.parametrize(("decay", "rate"), [(False, 0.02), (True, 0.005)])
 def test_a_perturbed_trial_continues_with_the_new_learning_rate(start, fit, decay, rate):
-    """Population based training: another trial's checkpoint under a config of one's own."""
+    """Continue another trial's checkpoint under a config of its own, as in population based training."""
     begun = []
     first = start(watching(fit, begun), {"lr": 0.05, "decay": decay})
     first.train()
@@ -355,7 +355,7 @@ def test_only_the_first_fit_of_a_trial_continues_from_its_checkpoint(start, fit)
 
 
 def test_train_session_is_detected_in_its_function():
-    """Train's local mode, in whose place a worker of Train has an actor's context: tests/driver/test_trials.py."""
+    """Use Train's local mode, which stands for a worker of Train; real workers are in `test_trials.py`."""
     from ray.train.v2._internal.execution import context, train_fn_utils
 
     assert context._train_context is None
