@@ -1,4 +1,4 @@
-"""The strategies that third parties have registered for `Trainer(strategy=...)`. Driver."""
+"""Registry of third-party strategies for `Trainer(strategy=...)`. Driver."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,10 @@ _REGISTERED: dict[str, RegisteredStrategy] = {}
 
 
 def register_strategy(name: str, factory: Callable[[Plan], Strategy]) -> None:
-    """Have `Trainer(strategy=name)` share the work by the Strategy that `factory(plan)` returns in each worker.
+    """Register a strategy: `Trainer(strategy=name)` then uses what `factory(plan)` returns in each worker.
 
-    Workers need no registration: the factory travels to them with the run. As with raylit's own strategies, one worker
-    has nothing to share and none of it matters. Checkpoints are whole files. A later registration of the same name
-    takes its place.
+    Workers need no registration: the pickled factory is sent to them with the run. As with raylit's own strategies, it
+    has no effect with one worker. Checkpoints are single files. A later registration of the same name replaces it.
 
     Args:
         name: Any but those of raylit's own strategies.
@@ -36,5 +35,5 @@ def register_strategy(name: str, factory: Callable[[Plan], Strategy]) -> None:
 
 
 def registered_strategies() -> dict[str, RegisteredStrategy]:
-    """What has been registered, by name."""
+    """Return the registered strategies by name."""
     return dict(_REGISTERED)

@@ -87,7 +87,7 @@ def test_common_values_are_separated_from_varying_parameters():
 def test_diverged_trials_are_off_the_quality_scale():
     trials = [trial(index, {"x": index}, value) for index, value in enumerate((1.0, 1.1, 1.2, 1.3, 1e9))]
     quality = Quality(trials, metric="val_loss", mode="min")
-    assert [quality.of(it) for it in trials] == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0, 0.0])
+    assert [quality.rate(it) for it in trials] == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0, 0.0])
     assert [quality.is_on_scale(it) for it in trials] == [True] * 4 + [False]
     assert [it.id for it in quality.sort_worst_first(trials)] == ["t4", "t3", "t2", "t1", "t0"]
 
