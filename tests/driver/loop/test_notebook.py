@@ -73,7 +73,7 @@ class Notebook:
         self.kernel, self.client = start_new_kernel(kernel_name="python3", env=environment)
 
     def run(self, name, *, interrupt_at=None):
-        """Run a cell and return its output, or the name and text of its error; interrupt the kernel at `interrupt_at`."""
+        """Run a cell; return its output or its error's name and text. Interrupt the kernel at `interrupt_at`."""
         shown = []
         is_sent = False
 
