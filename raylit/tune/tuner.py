@@ -14,8 +14,7 @@ from raylit.config.plan import Limits, Plan, Reporting
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.loggers.base import DummyLogger
-from raylit.trainer.arguments.checks import check_count
-from raylit.trainer.arguments.training import Searches, SizeMode
+from raylit.trainer.arguments.training import Searches, SizeMode, check_count
 from raylit.tune.search import trial
 from raylit.tune.search.batch_size import BatchSizeChoices, BatchSizes, SizeSearch, Stopwatch, search_steps
 from raylit.tune.search.lr_race import LearningRateRace, LossProbe, RaceResult

@@ -20,8 +20,8 @@ from raylit.profilers.base import time_items
 from raylit.protocol.state import Stage
 from raylit.seed import diverge_random_state
 from raylit.strategies import build_strategy
+from raylit.worker.data.batches import Mover, build_mover
 from raylit.worker.data.sampling import RandomState
-from raylit.worker.data.transfer import Mover, build_mover
 from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.distributed.uneven_inputs import UnevenSteps
 from raylit.worker.job import Job, WorkerContext

@@ -12,9 +12,8 @@ from torch import Tensor
 from raylit.callbacks.base import Callback
 from raylit.checkpoint import files, format
 from raylit.checkpoint import sharded as directories
-from raylit.checkpoint.host_copy import HostCopy
 from raylit.checkpoint.layout import METADATA, name_of_part
-from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
+from raylit.checkpoint.pending import HostCopy, PendingCheckpoint, PendingPart
 from raylit.core.hparams import check_weights
 from raylit.core.module import LightningModule
 from raylit.errors import CheckpointError

@@ -21,10 +21,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from raylit.accelerators import CPUAccelerator
 from raylit.checkpoint import files, format, remote
 from raylit.checkpoint import sharded as directory
-from raylit.checkpoint.host_copy import HostCopy
 from raylit.checkpoint.index import newest_first, newest_usable
 from raylit.checkpoint.layout import INDEX, METADATA
-from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
+from raylit.checkpoint.pending import HostCopy, PendingCheckpoint, PendingPart
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress

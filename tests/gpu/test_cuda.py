@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylit as pl
 from raylit.accelerators.transfer import BatchForm
-from raylit.worker.data.transfer import Mover, StreamCopy
+from raylit.worker.data.batches import Mover, StreamCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

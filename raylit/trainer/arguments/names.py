@@ -11,7 +11,7 @@ from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.errors import ConfigError, UnknownArgumentError
-from raylit.trainer.arguments.checks import check_count
+from raylit.trainer.arguments.training import check_count
 
 _Parameters = ParamSpec("_Parameters")
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from raylit.accelerators import Accelerator, choose_accelerator, get_accelerator, is_registered
 from raylit.config.plan import PlacementName, Workers
 from raylit.errors import ConfigError
-from raylit.trainer.arguments.checks import check_count
+from raylit.trainer.arguments.training import check_count
 
 
 def is_on_cluster() -> bool:

@@ -18,7 +18,7 @@ from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError, shows_user_frames
 from raylit.loggers import TensorBoardLogger
 from raylit.storage import absolute, entries, join
-from raylit.trainer.arguments.checks import check_count
+from raylit.trainer.arguments.training import check_count
 from raylit.trainer.trainer import Trainer
 from raylit.tune.records import Mode
 from raylit.tune.sweep.figures import begin_import, can_draw_figures

@@ -18,9 +18,9 @@ from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.protocol.state import Stage
 from raylit.worker.data.agreement import Description, check_epoch, check_first_batches
+from raylit.worker.data.batches import to_cpu
 from raylit.worker.data.combined import build_eval_data, combine_loaders
 from raylit.worker.data.sources import build_eval_loaders
-from raylit.worker.data.transfer import to_cpu
 from raylit.worker.distributed.uneven_inputs import PADDING, iterate_uneven_batches
 from raylit.worker.loops.hooks import adapt_to_batch_index, is_overridden, num_positional
 from raylit.worker.loops.step_outputs import EpochOutputs, record_evaluation

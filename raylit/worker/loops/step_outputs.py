@@ -10,7 +10,7 @@ from raylit.accelerators.transfer import map_tensors, to_device
 from raylit.core.module import LightningModule
 from raylit.core.step_results import EvalResult, Result, TrainResult, is_plain
 from raylit.errors import ModuleError
-from raylit.worker.data.transfer import to_cpu
+from raylit.worker.data.batches import to_cpu
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.session import Session

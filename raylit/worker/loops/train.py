@@ -23,8 +23,7 @@ from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 from raylit.worker.data.agreement import check_epoch
-from raylit.worker.data.batches import Feed, PeekableFeed, TrainSource
-from raylit.worker.data.transfer import MovedFeed
+from raylit.worker.data.batches import Feed, MovedFeed, PeekableFeed, TimedFeed, TrainSource
 from raylit.worker.loops.step_outputs import EpochOutputs, detach_outputs, join_outputs
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
@@ -32,7 +31,6 @@ from raylit.worker.metrics.entry import sum_states
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.configured import Schedule
 from raylit.worker.optimization.gradient_sync import average_saved_gradients
-from raylit.worker.process.profiling import TimedFeed
 from raylit.worker.session import Session
 
 _END = object()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raylit.worker.data.transfer import to_cpu
+from raylit.worker.data.batches import to_cpu
 from raylit.worker.optimization.stepper import list_parameters
 from raylit.worker.session import Session
 

@@ -23,7 +23,6 @@ from raylit.protocol.messages import (
     Start,
     Train,
 )
-from raylit.worker.data.batches import Feed
 from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import WorkerContext
 
@@ -102,31 +101,6 @@ class RankProfiler:
 
     def close(self) -> None:
         self._profiler.teardown(self._stage)
-
-
-class TimedFeed:
-    """Feed that measures the time of fetching each batch."""
-
-    __slots__ = ("_feed", "_name", "_profiler", "can_prefetch", "weight")
-
-    def __init__(self, feed: Feed, profiler: Profiler, name: str) -> None:
-        self._feed = feed
-        self._profiler = profiler
-        self._name = name
-        self.weight = 1.0
-        self.can_prefetch = feed.can_prefetch
-
-    def __iter__(self) -> "TimedFeed":
-        return self
-
-    def __next__(self) -> Any:
-        self._profiler.start(self._name)
-        try:
-            batch = next(self._feed)
-        finally:
-            self._profiler.stop(self._name)
-        self.weight = self._feed.weight
-        return batch
 
 
 def timed_items(items: Iterator[Any], profiler: Profiler, name: str) -> Iterator[Any]:

@@ -17,8 +17,7 @@ from torch import Tensor
 import raylit as pl
 from raylit.accelerators import CPUAccelerator
 from raylit.checkpoint import files, index
-from raylit.checkpoint.host_copy import HostCopy
-from raylit.checkpoint.pending import PIECE_BYTES, PendingCheckpoint
+from raylit.checkpoint.pending import PIECE_BYTES, HostCopy, PendingCheckpoint
 from raylit.driver.loop import checkpoint_queue
 
 

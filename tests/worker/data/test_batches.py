@@ -13,9 +13,9 @@ import raylit as pl
 from raylit.accelerators import CPUAccelerator
 from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
 from raylit.worker import session as session_module
+from raylit.worker.data.batches import MovedFeed, Mover, build_mover
 from raylit.worker.data.combined import build_eval_data
 from raylit.worker.data.train_data import TrainData
-from raylit.worker.data.transfer import MovedFeed, Mover, build_mover
 
 CPU = torch.device("cpu")
 
