@@ -28,8 +28,10 @@ def test_a_missing_name_is_an_error_that_says_which_version_has_it():
 
 
 def test_settings_are_read_anew(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    ray_core.reload_settings()
+    with monkeypatch.context() as context:
+        context.setenv("RAY_AUTH_MODE", "disabled")
+        ray_core.reload_settings()
+    ray_core.reload_settings()  # a node of an earlier test may need its token
 
 
 def test_the_address_of_a_node_is_the_loopback_s_within_the_context_only():

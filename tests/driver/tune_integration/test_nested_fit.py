@@ -4,6 +4,7 @@ Tune's own trainable runs the function, without the actor and the controller aro
 """
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -385,7 +386,7 @@ from models import Regression, RegressionData
 pl.Trainer(num_workers=0, max_epochs=1, logger=False, enable_checkpointing=False).fit(Regression(), RegressionData())
 print([name for name in sys.modules if name.split(".")[0] == "ray"])
 """
-    tests = os.path.dirname(os.path.dirname(__file__))
+    tests = str(pathlib.Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", source, tests], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=True
     )
