@@ -1,6 +1,6 @@
-"""The devices that workers train on: one file for each kind, behind the interface in base.py (open it first).
+"""Devices that workers train on: one file for each kind, behind the interface in base.py (open it first).
 
-The driver makes one accelerator for each Trainer (registry.py); it travels in the Plan, and each worker uses its own.
+The driver creates an accelerator for each Trainer (registry.py); it is pickled with the Plan to the workers.
 """
 
 from raylit.accelerators.base import Accelerator

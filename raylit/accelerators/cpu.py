@@ -1,4 +1,4 @@
-"""CPUAccelerator: a process on the host's processor and memory. Driver and worker."""
+"""CPUAccelerator: training on the host's processor and memory. Driver and worker."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from raylit.errors import ConfigError
 
 
 class CPUAccelerator(Accelerator):
-    """The host itself, which every machine has."""
+    """Accelerator that is the host itself."""
 
     name = "cpu"
     collective_backend = "gloo"
@@ -28,18 +28,18 @@ class CPUAccelerator(Accelerator):
         return torch.device("cpu")
 
     def check_memory_limit(self) -> None:
-        if not _data_bytes():
+        if not _read_data_bytes():
             raise ConfigError("memory_limit_bytes on a CPU needs Linux, whose /proc tells what a process has")
 
     def limit_memory(self, num_bytes: int) -> Callable[[], None]:
         before = resource.getrlimit(resource.RLIMIT_DATA)
-        limit, hard = _data_bytes() + num_bytes, before[1]
+        limit, hard = _read_data_bytes() + num_bytes, before[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
         return lambda: resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _data_bytes() -> int:
-    """Read what the kernel holds RLIMIT_DATA against: heap and private mappings. 0 where it does not tell."""
+def _read_data_bytes() -> int:
+    """Return the memory that RLIMIT_DATA counts, heap and private mappings, in bytes; 0 if /proc does not say."""
     with contextlib.suppress(OSError), open("/proc/self/status") as lines:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), 0)
     return 0

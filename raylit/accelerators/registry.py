@@ -1,4 +1,4 @@
-"""The accelerators that `Trainer(accelerator=...)` knows by name. Driver."""
+"""Registry of accelerators for `Trainer(accelerator=...)`. Driver."""
 
 from collections.abc import Callable
 
@@ -16,10 +16,10 @@ _REGISTERED: dict[str, Callable[[], Accelerator]] = {}
 
 
 def register_accelerator(name: str, factory: Callable[[], Accelerator]) -> None:
-    """Have `Trainer(accelerator=name)` train on the Accelerator that `factory()` returns, from now on in this process.
+    """Register an accelerator in this process: `Trainer(accelerator=name)` then uses what `factory()` returns.
 
-    Workers need no registration: the Accelerator travels to them with the run. A later registration of the same name
-    takes its place.
+    Workers need no registration: the accelerator is pickled to them with the run. A later registration of the same name
+    replaces it.
 
     Args:
         name: Any but "auto" and those of raylit's own accelerators.
@@ -40,23 +40,23 @@ def register_accelerator(name: str, factory: Callable[[], Accelerator]) -> None:
 
 
 def is_registered(name: str) -> bool:
-    """Whether somebody has registered an accelerator of this name."""
+    """Return True if an accelerator has been registered under this name."""
     return name in _REGISTERED
 
 
 def get_accelerator(name: str) -> Accelerator:
-    """Make the accelerator of this name. ConfigError: there is none; it lists what there is."""
+    """Create the accelerator of this name. ConfigError: there is none; the error lists the known names."""
     factories = {**_BUILT_IN, **_REGISTERED}
     if name not in factories:
         *names, last = map(repr, ("auto", *factories))
         raise ConfigError(f"accelerator={name!r}: must be {', '.join(names)} or {last}")
-    made = factories[name]()
-    if not isinstance(made, Accelerator):
-        raise ConfigError(f"accelerator={name!r}: its factory returned {made!r}, which is no raylit.Accelerator")
-    return made
+    accelerator = factories[name]()
+    if not isinstance(accelerator, Accelerator):
+        raise ConfigError(f"accelerator={name!r}: its factory returned {accelerator!r}, which is no raylit.Accelerator")
+    return accelerator
 
 
 def choose_accelerator() -> Accelerator:
-    """Make the first automatic accelerator that is available here, or else the CPU's."""
+    """Create the first automatic accelerator that is available here, or else the CPU's."""
     candidates = map(get_accelerator, ("cuda", *_REGISTERED))
     return next((each for each in candidates if each.is_automatic and each.is_available()), CPUAccelerator())

@@ -79,7 +79,7 @@ class TrainerProperties(PlanProperties):
 
     @property
     def plan(self) -> Plan:
-        """What a run was asked for, as every worker gets it; raylit's own, and frozen."""
+        """The frozen settings of the run, as every worker gets them. Internal."""
         return self._plan
 
     @property
