@@ -6,17 +6,13 @@ The worker implements them (`raylit/worker/view.py`, `raylit/worker/optimization
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from raylit.config.plan import PlanProperties
 from raylit.protocol.state import TrainerState
-
-if TYPE_CHECKING:
-    from raylit.core.datamodule import DataModule
-    from raylit.core.module import LightningModule
 
 
 class MetricLog(Protocol):
@@ -100,11 +96,11 @@ class TrainerView(PlanProperties, Protocol):
     @property
     def state(self) -> TrainerState: ...
     @property
-    def lightning_module(self) -> "LightningModule": ...
+    def lightning_module(self) -> Any: ...
     @property
-    def model(self) -> "LightningModule": ...
+    def model(self) -> Any: ...
     @property
-    def datamodule(self) -> "DataModule | None": ...
+    def datamodule(self) -> Any: ...
     @property
     def callbacks(self) -> list[Any]: ...
     @property

@@ -1,4 +1,4 @@
-"""Private names of Ray's core, each on the real Ray, without a node where it needs none."""
+"""Private names of Ray's core, tested with the real Ray, without a node where possible."""
 
 import pickle
 import time

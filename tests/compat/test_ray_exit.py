@@ -1,4 +1,4 @@
-"""How a program ends that Ctrl-C interrupts while Ray is imported, on the real Ray."""
+"""Exit code of a program that Ctrl-C ends while Ray is imported, with the real Ray."""
 
 import signal
 import subprocess

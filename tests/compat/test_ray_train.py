@@ -1,4 +1,4 @@
-"""What raylit finds of Ray Train's and Tune's sessions, on the real Ray; the runs are in tests/driver."""
+"""Lookup of the sessions of Ray Train and Tune, with the real Ray; whole runs are in tests/driver."""
 
 import threading
 import types

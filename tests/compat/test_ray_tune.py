@@ -1,4 +1,4 @@
-"""Private names of Ray Tune, each on the real Ray."""
+"""Private names of Ray Tune, tested with the real Ray."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Where Tune's controller would end more than it has to."""
+"""Cases in which Tune's own controller would end more than needed."""
 
 import pickle
 

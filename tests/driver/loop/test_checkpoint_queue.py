@@ -1,4 +1,4 @@
-"""Saves beside the training: what they hold, and what becomes of a run whose saves fail."""
+"""Saves during training: contents of the files, and the end of runs whose saves fail."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from raylit.driver.loop import checkpoint_queue
 
 
 class Large(pl.LightningModule):
-    """8 MB of weights that change in every step, and as much momentum; remembers what they were after each."""
+    """Module with 8 MB of weights that change in every step, and as much momentum; it records them after each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ def loader(num_batches: int) -> Any:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed write is tried again at once."""
+    """Shorten the pauses before a failed write is tried again."""
     monkeypatch.setattr(checkpoint_queue, "_RETRY_AFTER_S", (0.01, 0.01))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_asynchronous_save_is_the_same_file_to_the_byte(num_workers: int, tmp_path: pathlib.Path) -> None:
+def test_an_asynchronous_save_writes_the_same_bytes(num_workers: int, tmp_path: pathlib.Path) -> None:
     directory = tmp_path / "checkpoints"
     content = []
     for is_async in (True, False):
@@ -74,7 +74,7 @@ def test_an_asynchronous_save_is_the_same_file_to_the_byte(num_workers: int, tmp
 
 
 def test_each_file_has_the_state_of_its_own_step(tmp_path: pathlib.Path) -> None:
-    """The next steps overwrite the weights while a file is being written."""
+    """Check each file: later steps overwrite the weights while it is being written."""
     model = Large()
     saving = pl.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     pl.fit(model, loader(8), num_workers=0, max_epochs=1, callbacks=saving, logger=False, enable_progress_bar=False)
@@ -92,8 +92,8 @@ class Logged(pl.Callback):
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_what_is_due_at_one_moment_is_taken_once(is_async: bool, tmp_path: pathlib.Path) -> None:
-    """Each file is what it would be alone; names that are on their way are taken."""
+def test_saves_due_at_the_same_step_copy_the_state_once(is_async: bool, tmp_path: pathlib.Path) -> None:
+    """Check that each file equals one saved alone, and that names of files under way count as used."""
 
     class Counting(Large):
         num_taken = 0
@@ -134,7 +134,7 @@ def test_what_is_due_at_one_moment_is_taken_once(is_async: bool, tmp_path: pathl
 
 
 class FullDisk(pl.Callback):
-    """No file may grow beyond 1 MB from one step to another."""
+    """Callback that limits the size of files to 1 MB between two steps."""
 
     def __init__(self, first: int, last: int) -> None:
         self.steps = range(first, last + 1)
@@ -149,7 +149,7 @@ class FullDisk(pl.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-def test_a_full_disk_is_told_once_and_the_next_save_is_tried(soon: None, tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_warns_once_and_the_next_save_is_tried(soon: None, tmp_path: pathlib.Path) -> None:
     model, directory = Large(), tmp_path / "checkpoints"
     saving = pl.ModelCheckpoint(directory, "{step}", every_n_train_steps=2)
     with pytest.warns(UserWarning, match=r"cannot write .*step=4\.ckpt: .*too large.*next save is tried") as caught:
@@ -190,7 +190,7 @@ def test_an_error_of_the_last_save_is_raised_when_all_is_done(soon: None, tmp_pa
     assert os.path.basename(found[0]) == "step=2.ckpt" == os.path.basename(saving.best_model_path)
 
 
-def test_a_bucket_out_of_reach_does_not_end_the_training(soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_bucket_does_not_end_the_training(soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -219,7 +219,7 @@ def test_a_bucket_out_of_reach_does_not_end_the_training(soon: None, monkeypatch
     assert trainer.current_epoch == 2
 
 
-def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
+def test_a_value_that_a_checkpoint_cannot_hold_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
     class Odd(Regression):
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint["odd"] = object()
@@ -230,10 +230,10 @@ def test_what_is_not_plain_is_an_error_at_once(tmp_path: pathlib.Path) -> None:
     assert trainer.global_step == 6
 
 
-# The parts
+# Pieces of a file
 
 
-def test_pieces_make_the_file(tmp_path: pathlib.Path) -> None:
+def test_pieces_add_up_to_the_file(tmp_path: pathlib.Path) -> None:
     state = {"large": torch.randn(PIECE_BYTES // 3), "small": torch.arange(3), "empty": torch.empty(0)}
     pending = PendingCheckpoint({**state, "again": state["large"][5:9]}, on_release=lambda: None)
     pieces = pieces_of(pending)
@@ -252,7 +252,7 @@ def pieces_of(pending: PendingCheckpoint) -> list[bytes]:
     return list(iter(lambda: pending.next_piece().tobytes(), b""))
 
 
-def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
+def test_pieces_can_be_requested_again_and_released() -> None:
     before = threading.active_count()
     pending = PendingCheckpoint({"large": torch.randn(PIECE_BYTES)}, on_release=lambda: None)
     whole = pieces_of(pending)
@@ -267,14 +267,14 @@ def test_pieces_can_be_asked_for_again_and_be_let_go_of() -> None:
     assert threading.active_count() == before
 
 
-def test_an_error_of_what_is_saved_is_raised_with_the_pieces() -> None:
+def test_a_serialization_error_is_raised_by_the_pieces() -> None:
     pending = PendingCheckpoint({"large": torch.randn(PIECE_BYTES), "odd": threading.Lock()}, on_release=lambda: None)
     with pytest.raises(TypeError, match="cannot pickle"):
         pieces_of(pending)
 
 
 @pytest.mark.parametrize("num_large", [0, 3])
-def test_a_copy_makes_the_same_file_and_shows_no_later_change(num_large: int) -> None:
+def test_a_host_copy_makes_the_same_file_and_ignores_later_changes(num_large: int) -> None:
     shared = torch.randn(20, 30)
     state: dict[str, Any] = {
         "views": [shared, shared[3:].t(), shared[1]],

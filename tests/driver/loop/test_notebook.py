@@ -1,5 +1,7 @@
-"""In a notebook: classes of its cells travel to the workers, and the kernel stays usable whatever ends a run. A real
-kernel, driven as a front end does it."""
+"""Runs in a notebook: classes of its cells are sent to the workers, and the kernel stays usable however a run ends.
+
+A real kernel is driven as a front end does it.
+"""
 
 import os
 import re
@@ -71,7 +73,7 @@ class Notebook:
         self.kernel, self.client = start_new_kernel(kernel_name="python3", env=environment)
 
     def run(self, name, *, interrupt_at=None):
-        """What a cell shows; an error is its name and text. Interrupts the kernel once the cell has shown that text."""
+        """Run a cell; return its output or its error's name and text. Interrupt the kernel at `interrupt_at`."""
         shown = []
         is_sent = False
 

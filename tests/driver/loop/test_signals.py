@@ -1,5 +1,7 @@
-"""Ctrl-C and SIGTERM during a run, and workers that fall silent. The signals are real ones, to this very process or to
-the process group of a script."""
+"""Ctrl-C and SIGTERM during a run, and workers that no longer answer.
+
+The signals are real ones, sent to this process or to the process group of a script.
+"""
 
 import multiprocessing
 import os
@@ -23,7 +25,7 @@ LIMIT_S = 60
 
 
 class Watched(Regression):
-    """Slow in one place, and leaves a file there, by which the test knows where the workers are."""
+    """Module that is slow at one place and writes a file there, so that the test knows where the workers are."""
 
     def __init__(self, directory, *, place, delay_s=0.05):
         super().__init__()
@@ -51,7 +53,7 @@ class Watched(Regression):
 
 
 class Witness(pl.Callback):
-    """Writes down on every rank which hooks are called."""
+    """Callback that records on every rank which hooks are called."""
 
     def __init__(self, directory):
         self.directory = str(directory)
@@ -97,7 +99,7 @@ def send_when(directory, place, num_workers, *signals, gap_s=1.0):
 
 
 def run_until(error, directory, *, place, signals, num_workers, delay_s=0.05, data=None, **arguments):
-    """A fit that ends with this error; returns the Trainer, the model and the exception."""
+    """Run a fit that ends with this error; return the Trainer, the model and the exception."""
     driver = DriverWitness()
     trainer = pl.Trainer(
         num_workers=num_workers,
@@ -130,7 +132,7 @@ def hooks_of(directory, rank):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_ctrl_c_ends_the_step_on_all_ranks_saves_and_hands_the_weights_back(num_workers, tmp_path):
+def test_ctrl_c_ends_all_ranks_at_one_step_saves_and_returns_the_weights(num_workers, tmp_path):
     trainer, model, _ = run_until(
         KeyboardInterrupt, tmp_path, place="training", signals=[signal.SIGINT], num_workers=num_workers
     )
@@ -149,7 +151,7 @@ def test_ctrl_c_ends_the_step_on_all_ranks_saves_and_hands_the_weights_back(num_
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_sigterm_in_a_validation_breaks_it_off(num_workers, tmp_path):
+def test_sigterm_ends_a_validation(num_workers, tmp_path):
     _, _, error = run_until(
         SystemExit,
         tmp_path,
@@ -167,7 +169,7 @@ def test_sigterm_in_a_validation_breaks_it_off(num_workers, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_second_ctrl_c_ends_at_once(num_workers, tmp_path):
+def test_a_second_ctrl_c_ends_the_run_at_once(num_workers, tmp_path):
     run_until(
         KeyboardInterrupt,
         tmp_path,
@@ -179,11 +181,11 @@ def test_a_second_ctrl_c_ends_at_once(num_workers, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_ctrl_c_while_the_workers_set_up_ends_at_once(tmp_path):
+def test_ctrl_c_during_setup_ends_the_run_at_once(tmp_path):
     run_until(KeyboardInterrupt, tmp_path, place="setup", signals=[signal.SIGINT], num_workers=1, delay_s=600)
 
 
-def test_ctrl_c_in_a_save_lets_it_finish(tmp_path):
+def test_ctrl_c_during_a_save_lets_it_finish(tmp_path):
     trainer, _, _ = run_until(
         KeyboardInterrupt,
         tmp_path,
@@ -199,7 +201,7 @@ def test_ctrl_c_in_a_save_lets_it_finish(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_while_ray_starts_is_heeded_once_it_has(number, error):
+def test_a_signal_during_the_start_of_ray_is_handled_after_it(number, error):
     interrupts = SignalHandler(on_first=lambda: None)
     interrupts.is_connecting = True
     interrupts.install()
@@ -212,7 +214,7 @@ def test_a_signal_while_ray_starts_is_heeded_once_it_has(number, error):
         interrupts.restore()
 
 
-def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
+def test_a_sigterm_handled_by_ray_ends_with_exit_code_143():
     interrupts = SignalHandler(on_first=lambda: None)
     interrupts.is_connecting = True
     error = SystemExit(signal.SIGTERM)
@@ -224,7 +226,7 @@ def test_a_sigterm_that_ray_has_turned_into_an_exit_of_its_own_ends_with_143():
 
 
 class StopsAChild(Regression):
-    """Forks processes in a step, as a pool of the user's would, and ends each by a signal before it has begun."""
+    """Module that forks processes in a step, as a user's pool would, and ends each by a signal before it starts."""
 
     def training_step(self, batch, batch_idx):
         self.exit_codes = []
@@ -238,7 +240,7 @@ class StopsAChild(Regression):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_process_that_a_hook_has_forked_heeds_a_sigterm_itself(quiet):
+def test_a_process_forked_by_a_hook_handles_sigterm_itself(quiet):
     model = StopsAChild()
     trainer = pl.Trainer(num_workers=0, max_steps=1, **quiet)
     trainer.fit(model, RegressionData())
@@ -279,7 +281,7 @@ if __name__ == "__main__":
     ("number", "num_workers", "num_processes"),
     [(signal.SIGTERM, 2, 1), (signal.SIGHUP, 2, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 0, 2)],
 )
-def test_a_signal_to_the_whole_process_group_ends_the_run_in_good_order(number, num_workers, num_processes, tmp_path):
+def test_a_signal_to_the_process_group_ends_the_run_orderly(number, num_workers, num_processes, tmp_path):
     (tmp_path / "script.py").write_text(IN_A_GROUP)
     with open(tmp_path / "printed", "w") as printed:
         script = subprocess.Popen(
@@ -322,7 +324,7 @@ class Freezes(Regression):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_stopped_worker_is_found_out_by_its_silence_and_killed(quiet, tmp_path):
+def test_a_stopped_worker_is_detected_by_its_heartbeat_and_killed(quiet, tmp_path):
     trainer = pl.Trainer(num_workers=2, max_epochs=1, ping_timeout_s=3.0, **quiet)
     with pytest.raises(pl.WorkerDied, match="has not answered for 3 s") as caught:
         trainer.fit(Freezes(str(tmp_path)), RegressionData(batch_size=4))

@@ -1,4 +1,4 @@
-"""What a run leaves open to other users of the host, and to other hosts: the node's directory and its ports."""
+"""Access of other users and hosts to a run: the node's directory and its ports."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ def is_reachable(ip, port):
 
 
 def own_ip():
-    """Of an interface other than the loopback."""
+    """Return the address of an interface other than the loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing
@@ -56,7 +56,7 @@ def descendants(pid):
 
 
 def listening(pids):
-    """The addresses, as the kernel writes them, at which these processes wait for connections, by process name."""
+    """Return the addresses on which these processes listen, in the kernel's notation, by process name."""
     addresses = {}
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
@@ -75,7 +75,7 @@ def listening(pids):
 
 
 @needs_proc
-def test_nothing_of_the_embedded_node_listens_beyond_the_loopback(quiet):
+def test_the_embedded_node_listens_on_loopback_only(quiet):
     pl.Trainer(num_workers=2, max_epochs=1, **quiet).fit(Regression(), RegressionData())
     found = listening(descendants(os.getpid()))
     assert {"gcs_server", "raylet"} <= found.keys()
@@ -84,7 +84,7 @@ def test_nothing_of_the_embedded_node_listens_beyond_the_loopback(quiet):
 
 
 @needs_proc
-def test_the_embedded_node_s_directory_is_closed_to_other_users(quiet):
+def test_other_users_cannot_open_the_embedded_nodes_directory(quiet):
     pl.Trainer(num_workers=2, max_epochs=1, **quiet).fit(Regression(), RegressionData())
     assert local_cluster.is_embedded()
     directories = list(Path(os.environ["RAY_TMPDIR"]).glob("rl-*"))
@@ -94,7 +94,7 @@ def test_the_embedded_node_s_directory_is_closed_to_other_users(quiet):
         assert directory.stat().st_uid == os.geteuid()
 
 
-def test_the_store_of_local_workers_is_reached_by_this_host_alone():
+def test_the_store_of_local_workers_is_reachable_from_this_host_only():
     ip = own_ip()
     rendezvous = Rendezvous(driver_ip=ip, worker_ips=[ip, ip])
     info = rendezvous.next_info()
@@ -103,7 +103,7 @@ def test_the_store_of_local_workers_is_reached_by_this_host_alone():
     assert not is_reachable(ip, info.port)
 
 
-def test_the_store_of_workers_on_other_hosts_listens_at_the_node_s_address_alone():
+def test_the_store_of_remote_workers_listens_on_the_nodes_address_only():
     ip = own_ip()
     rendezvous = Rendezvous(driver_ip=ip, worker_ips=[ip, "192.0.2.7"])
     info = rendezvous.next_info()
@@ -112,7 +112,7 @@ def test_the_store_of_workers_on_other_hosts_listens_at_the_node_s_address_alone
     assert not is_reachable("127.0.0.1", info.port)
 
 
-def test_a_temporary_directory_that_is_too_long_for_sockets_is_refused_by_name(monkeypatch, tmp_path):
+def test_a_temporary_directory_too_long_for_sockets_is_a_named_error(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 90)))
     with pytest.raises(pl.ConfigError, match="are possible, as Ray"):
         local_cluster._parent_directory()

@@ -1,4 +1,4 @@
-"""What a user sees of an exception in a worker, and of a worker's death."""
+"""Errors that a user sees for an exception in a worker, and for a worker's death."""
 
 import ctypes
 import os
@@ -60,7 +60,7 @@ class Does(Regression):
         ("crash", r"segmentation fault|without a word"),
     ],
 )
-def test_a_death_is_told_in_words(deed, words, quiet):
+def test_a_death_is_described_in_the_error(deed, words, quiet):
     with pytest.raises(pl.WorkerDied, match=words) as caught:
         pl.fit(Does(deed), RegressionData(batch_size=4), num_workers=2, max_epochs=1, **quiet)
     assert caught.value.rank == 1
@@ -139,7 +139,7 @@ def test_a_death_says_how_far_the_run_had_come_and_how_to_continue(saving, words
     assert str(pickle.loads(pickle.dumps(caught.value))) == told
 
 
-def test_a_sys_exit_of_one_rank_is_said(quiet, capfd):
+def test_a_sys_exit_of_one_rank_is_printed(quiet, capfd):
     with pytest.raises(SystemExit) as caught:
         pl.fit(EndsAtStep3(lambda: sys.exit(0)), RegressionData(batch_size=4), num_workers=2, max_epochs=1, **quiet)
     assert caught.value.code == 0
@@ -147,7 +147,7 @@ def test_a_sys_exit_of_one_rank_is_said(quiet, capfd):
 
 
 @pytest.mark.cluster
-def test_a_worker_that_ray_kills_for_memory_is_said_to_be_that(run_script):
+def test_an_out_of_memory_kill_by_ray_is_named_as_the_cause(run_script):
     with open("/proc/meminfo") as lines:
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     if available < 7_000_000:
@@ -160,7 +160,7 @@ def test_a_worker_that_ray_kills_for_memory_is_said_to_be_that(run_script):
 
 
 class Confined(Regression):
-    """Rank 1 goes into a control group with little memory, and takes more."""
+    """Module whose rank 1 joins a control group with little memory and exceeds it."""
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 1 and self.global_rank == 1:
@@ -172,7 +172,7 @@ class Confined(Regression):
 
 @pytest.fixture
 def small_group():
-    """A control group, of version 1 or 2, with 200 MB."""
+    """Create a control group, of version 1 or 2, with 200 MB."""
     for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")):
         group = Path("/sys/fs/cgroup", parent, f"raylit-test-{os.getpid()}")
         try:
@@ -193,7 +193,7 @@ def small_group():
     pytest.skip("control groups cannot be written to here")
 
 
-def test_a_worker_that_the_kernel_kills_for_memory_is_said_to_be_that(small_group, quiet):
+def test_an_out_of_memory_kill_by_the_kernel_is_named_as_the_cause(small_group, quiet):
     module = Confined()
     module.group = str(small_group)
     with pytest.raises(pl.WorkerDied, match=r"killed by the kernel, probably out of memory|without a word") as caught:
@@ -206,7 +206,7 @@ class Wrong(Regression):
         raise ValueError("wrong on purpose")
 
 
-def test_in_this_process_the_users_frame_is_the_last_and_raylit_s_are_not_there(quiet, monkeypatch):
+def test_in_process_tracebacks_end_at_the_users_frame_without_raylit_frames(quiet, monkeypatch):
     def files():
         with pytest.raises(ValueError, match="on purpose") as caught:
             pl.fit(Wrong(), RegressionData(), num_workers=0, **quiet)
@@ -224,7 +224,7 @@ def failed(error, rank):
         return explain_failure(caught, WorkerContext(rank=rank, world_size=4, host="here"))
 
 
-def test_the_users_error_goes_before_the_collective_errors_that_follow_from_it():
+def test_the_users_error_is_preferred_to_collective_errors_that_follow():
     closed = RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.1]:4711")
     reports = [failed(closed, 0), failed(KeyError("x"), 2), failed(ValueError("odd"), 3)]
     with pytest.raises(KeyError) as caught:
@@ -235,7 +235,7 @@ def test_the_users_error_goes_before_the_collective_errors_that_follow_from_it()
     assert "Meanwhile in rank 0: RuntimeError: [../gloo" in text
 
 
-def test_the_end_of_a_process_is_told_from_its_log_and_the_kernel_s_kills():
+def test_the_end_of_a_process_is_read_from_its_log_and_the_kernels_counter():
     log = "[2026-11-30 16:09:47,596 E 7 9] logging.cc:474: *** SIGSEGV received at time=1796054987 on cpu 0 ***\n"
     assert "segmentation fault" in describe_end(log, pid=7, num_oom_kills=1)
     assert describe_end(log, pid=8, num_oom_kills=0) is None  # that of a child, which writes to the same log
@@ -243,7 +243,7 @@ def test_the_end_of_a_process_is_told_from_its_log_and_the_kernel_s_kills():
     assert describe_end("", pid=7, num_oom_kills=1).startswith("killed by the kernel, probably out of memory")
 
 
-def test_memory_in_use_is_that_of_the_container_where_it_is_less_than_the_host_s(tmp_path, monkeypatch):
+def test_memory_in_use_is_the_containers_if_its_limit_is_below_the_hosts(tmp_path, monkeypatch):
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     limit.write_text(f"{2**30}\n")
     used.write_text(f"{2**29}\n")
@@ -266,7 +266,7 @@ def test_memory_in_use_is_that_of_the_container_where_it_is_less_than_the_host_s
         (pl.WorkerDied(rank=0, host="a", reason="killed"), False),
     ],
 )
-def test_a_users_mistake_does_no_harm_to_the_process(error, expected):
+def test_a_users_mistake_leaves_the_process_usable(error, expected):
     assert is_harmless(error) is expected
     outer = KeyError("outer")
     outer.__cause__ = error
@@ -279,7 +279,7 @@ def test_ranks_that_fail_at_different_places_are_not_at_one_line():
 
 
 def died(text):
-    """As Ray 2.60 words it."""
+    """Build the error with the text of Ray 2.60."""
     error = ActorDiedError()
     error.error_msg = "The actor died unexpectedly before finishing this task.\n\tclass_name: WorkerActor\n" + text
     error.args = (error.error_msg,)
@@ -301,12 +301,12 @@ def died(text):
         ("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed", "Ray's memory monitor"),
     ],
 )
-def test_a_death_that_only_ray_knows_of_is_told_in_words(text, words):
+def test_a_death_reported_by_ray_is_described_in_the_error(text, words):
     assert words in reason_of_death(died(text), None)
     assert "class_name" not in reason_of_death(died(text), None)
 
 
-def test_a_worker_of_a_drained_host_is_said_to_be_preempted():
+def test_a_worker_of_a_drained_host_is_described_as_preempted():
     drained = NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED, reason_message="spot")
     error = ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16), error_message="died", node_death_info=drained))
     assert reason_of_death(error, None) == "its host was preempted: the cluster has drained it"

@@ -1,4 +1,4 @@
-"""A worker that ends where others wait for it: the driver says who and why within seconds, wherever that is."""
+"""Deaths of a worker for which others wait: the driver names the rank and the cause within seconds."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ LIMIT_S = 60
 
 
 class Perishes(Regression):
-    """One rank's process ends at a place, where the others go on to wait for it in a collective."""
+    """Module in which one rank's process ends at a place after which the others wait for it in a collective."""
 
     def __init__(self, directory, *, place, rank):
         super().__init__()
@@ -56,7 +56,7 @@ class Perishes(Regression):
         ("teardown", 1),
     ],
 )
-def test_the_rank_that_ends_is_named_soon(place, rank, tmp_path):
+def test_the_rank_that_ends_is_named_within_seconds(place, rank, tmp_path):
     module = Perishes(str(tmp_path), place=place, rank=rank)
     with pytest.raises(pl.WorkerDied, match=r"exit code 3|without a word") as caught:
         pl.fit(module, RegressionData(), num_workers=2, max_epochs=1, logger=False, enable_progress_bar=False)
@@ -72,7 +72,7 @@ class Fragile(TensorDataset):
 
 
 @pytest.mark.filterwarnings("ignore:.*validation is skipped")
-def test_the_death_of_a_loader_s_process_is_an_error_of_its_rank(quiet):
+def test_the_death_of_a_loader_process_is_an_error_of_its_rank(quiet):
     loader = DataLoader(Fragile(torch.randn(48, 8), torch.randn(48, 3)), batch_size=4, num_workers=1)
     started = time.monotonic()
     # The batch before may still be on its way from the process: see the next test.
@@ -85,7 +85,7 @@ def test_the_death_of_a_loader_s_process_is_an_error_of_its_rank(quiet):
 
 
 class KillsItsLoader(Regression):
-    """Leaves what a loader's process has in the temporary directory while it sends tensors."""
+    """Create what a loader's process has in the temporary directory while it sends tensors."""
 
     def __init__(self, directory):
         super().__init__()
@@ -101,7 +101,7 @@ class KillsItsLoader(Regression):
 
 
 @pytest.mark.filterwarnings("ignore:.*validation is skipped")
-def test_what_a_killed_loader_s_process_leaves_in_the_temporary_directory_is_removed(quiet, tmp_path, monkeypatch):
+def test_temporary_files_of_a_killed_loader_process_are_removed(quiet, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     loader = DataLoader(TensorDataset(torch.randn(480, 8), torch.randn(480, 3)), batch_size=4, num_workers=1)
     # torch notices the death, or that the batch under way does not come.

@@ -1,4 +1,4 @@
-"""A run over two hosts: network namespaces of this machine, each with its own Ray node, joined by RAY_ADDRESS."""
+"""Runs over two hosts: network namespaces of this machine, each with its own Ray node, joined by RAY_ADDRESS."""
 
 import re
 
@@ -137,8 +137,8 @@ def test_a_cluster_that_ray_address_names_is_used_and_the_driver_writes_the_chec
 
 
 @pytest.mark.cluster
-def test_a_checkpoint_comes_in_pieces_from_a_host_that_does_not_see_the_drivers_disk(tmp_path):
-    """400 MB of state; the driver holds a few pieces of it at a time."""
+def test_a_checkpoint_is_sent_in_pieces_from_a_host_without_the_drivers_disk(tmp_path):
+    """Send 400 MB of state, of which the driver holds a few pieces at a time."""
     output = run_on_two_hosts(SAVING, tmp_path)
     assert "HOSTS h1 h0" in output
     assert "SAME True ['" in output
@@ -146,8 +146,8 @@ def test_a_checkpoint_comes_in_pieces_from_a_host_that_does_not_see_the_drivers_
 
 
 @pytest.mark.cluster
-def test_parts_come_in_pieces_from_hosts_that_do_not_see_the_drivers_disk_and_go_back_to_them(tmp_path):
-    """192 MB of state, half of it on each host."""
+def test_parts_are_sent_in_pieces_from_hosts_without_the_drivers_disk_and_back(tmp_path):
+    """Send 192 MB of state, half of it on each host."""
     output = run_on_two_hosts(SHARDED, tmp_path)
     assert "HOSTS ['h0', 'h1']" in output
     assert "NAMES ['.metadata', '__0_0.distcp', '__1_0.distcp', 'index.ckpt']" in output

@@ -1,5 +1,7 @@
-"""Whatever ends a run, nothing of it is left: no process, no temporary file, no shared memory, no half-written
-checkpoint, and on a cluster of the user's no actor and no placement group."""
+"""Leftovers of runs: however a run ends, no process, temporary file, shared memory or partial checkpoint is left.
+
+On a user's cluster no actor and no placement group is left either.
+"""
 
 import os
 import shutil
@@ -41,7 +43,7 @@ finally:
 
 
 class Driver:
-    """A script of the user's with a Ray node of its own, in a process group of its own, as in a terminal."""
+    """A user's script with a Ray node of its own, in a process group of its own, as in a terminal."""
 
     def __init__(self, place, *, max_steps, **variables):
         # Ray keeps sockets there, whose paths may not exceed 107 characters.
@@ -67,12 +69,15 @@ class Driver:
         wait_until(lambda: all(file.exists() and file.read_text().count("\n") >= count for file in files), 90)
 
     def end(self, *, within_s):
-        """The exit code, as subprocess has it."""
+        """Return the exit code as subprocess has it."""
         return self.process.wait(timeout=within_s)
 
     def processes(self):
-        """Command lines of everything that descends from the driver, adopted by others or not, and of whatever has a
-        file below its temporary directory open: Ray's agents write their titles over their environment."""
+        """Return the command lines of the driver's remaining processes.
+
+        These are its descendants and processes with open files below its temporary directory. Descendants may have been
+        adopted by others; Ray's agents overwrite their environment with their titles.
+        """
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -120,7 +125,7 @@ def start_driver(tmp_path):
         ("SIGKILL", -signal.SIGKILL),
     ],
 )
-def test_nothing_is_left(end, exit_code, start_driver, tmp_path):
+def test_a_run_leaves_no_processes_and_files(end, exit_code, start_driver, tmp_path):
     shared_before = set(os.listdir("/dev/shm"))
     driver = start_driver(max_steps=4 if end == "normal" else -1)
     driver.wait_for_steps(3)
@@ -162,7 +167,7 @@ cluster.shutdown()
 
 @pytest.fixture
 def observer(tmp_path):
-    """A cluster of the user's; what it answers to a line is how many actors, placement groups and free CPUs it has."""
+    """Start a user's cluster; it answers a line with its numbers of actors, placement groups and free CPUs."""
     directory = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
     environment = {**os.environ, "RAY_TMPDIR": directory, "RAY_AUTH_MODE": "disabled"}
     with open(tmp_path / "observer", "w") as errors:
@@ -182,7 +187,7 @@ def observer(tmp_path):
 
 
 @pytest.mark.cluster
-def test_a_killed_driver_leaves_nothing_on_a_cluster_of_the_user_s(observer, start_driver, tmp_path):
+def test_a_killed_driver_frees_its_resources_on_the_users_cluster(observer, start_driver, tmp_path):
     def resources_in_use():
         observer.stdin.write("\n")
         observer.stdin.flush()
@@ -226,7 +231,7 @@ FREED = """
 
 
 @pytest.mark.cluster
-def test_raylit_s_shutdown_frees_what_it_held_of_the_user_s_ray(run_script, monkeypatch):
+def test_shutdown_frees_raylits_resources_in_the_users_ray(run_script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     shown = run_script(FREED)
     assert "warm (2, 1, 0.0)" in shown
@@ -234,7 +239,7 @@ def test_raylit_s_shutdown_frees_what_it_held_of_the_user_s_ray(run_script, monk
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint directory .* is not empty")
-def test_the_next_run_removes_what_a_killed_one_was_writing(tmp_path):
+def test_the_next_run_removes_partial_files_of_a_killed_one(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(timeout=60)
     abandoned = tmp_path / f".{socket.gethostname()}.{ended.pid}.0123.tmp"

@@ -1,4 +1,4 @@
-"""On clusters that the user brings: several hosts, an autoscaler, Tune. Each in a process of its own."""
+"""Runs on clusters that the user provides: several hosts, an autoscaler, Tune. Each runs in a process of its own."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def waiting_groups():
 
 @pytest.fixture
 def own_ray(monkeypatch):
-    """Scripts get a Ray of their own, which finds the tests' modules."""
+    """Run scripts with a Ray of their own that finds the tests' modules."""
     directory = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
     monkeypatch.setenv("RAY_TMPDIR", directory)
     # The checkout first: another one may be installed.
@@ -109,7 +109,7 @@ cluster.shutdown()
 
 
 @pytest.mark.cluster
-def test_workers_go_where_they_are_wanted_on_several_hosts(own_ray, run_script):
+def test_workers_are_placed_as_requested_on_several_hosts(own_ray, run_script):
     assert "through" in run_script(HOSTS)
 
 
@@ -167,7 +167,7 @@ with FakeAutoscalingCluster(head={"CPU": 1}, workers=small) as cluster, contextl
 
 
 @pytest.mark.cluster
-def test_a_demand_waits_for_the_autoscaler_unless_that_cannot_meet_it(own_ray, run_script):
+def test_a_resource_request_waits_for_the_autoscaler_unless_it_is_infeasible(own_ray, run_script):
     if not (SHARED / "autoscaling" / "fake_cluster.py").is_file():
         pytest.skip("no shared/autoscaling beside the checkout")
     assert "through" in run_script(AUTOSCALED)
@@ -188,7 +188,7 @@ def trial(config):
     tune.report({"steps": trainer.global_step})
 
 ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
-# All that there is: a group beside that of the trial would never find room.
+# The whole cluster: a placement group in addition to the trial's would never fit.
 room = tune.PlacementGroupFactory([{"CPU": 1}] + [{"CPU": 0.5}] * 2)
 results = tune.Tuner(
     tune.with_resources(trial, room),
@@ -202,7 +202,7 @@ ray.shutdown()
 
 
 @pytest.mark.cluster
-def test_a_trial_of_tune_trains_in_the_room_of_the_trial(own_ray, run_script):
+def test_a_tune_trial_trains_in_the_trials_placement_group(own_ray, run_script):
     assert "through" in run_script(TUNED)
 
 
@@ -238,7 +238,7 @@ cluster.shutdown()
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("own_setting", [None, "500"])
-def test_the_embedded_node_s_head_keeps_no_record_of_calls_unless_the_user_wants_it(own_setting, own_ray, run_script):
+def test_the_embedded_node_records_no_task_events_unless_the_user_wants_it(own_setting, own_ray, run_script):
     if not pathlib.Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
     own_ray.delenv("RAY_AUTH_MODE")

@@ -1,4 +1,4 @@
-"""What the embedded node leaves is cleared away, and nothing else."""
+"""The node reaper removes the embedded node's processes and directory, and nothing else."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
 @pytest.fixture
 def start():
-    """A process with the mark of a directory's node."""
+    """Start a process with the mark of a directory's node."""
     started = []
 
     def start_marked(directory, command=SLEEP, **options):
@@ -36,7 +36,7 @@ def is_gone(path, limit_s=15.0):
     return not path.exists()
 
 
-def test_the_node_s_processes_end_and_nobody_else_s(tmp_path, start):
+def test_only_the_nodes_processes_are_ended(tmp_path, start):
     directory, other = tmp_path / "own", tmp_path / "other"
     directory.mkdir()
     title = ["bash", "-c", f"exec -a ray::Something {sys.executable} -S -c 'import time; time.sleep(60)'"]
@@ -63,7 +63,7 @@ time.sleep(60)
 """
 
 
-def test_a_driver_that_is_killed_needs_not_say_so_even_if_a_fork_of_it_lives_on(tmp_path):
+def test_a_killed_driver_is_noticed_even_if_its_fork_is_alive(tmp_path):
     directory = tmp_path / "own"
     directory.mkdir()
     driver = subprocess.Popen(
@@ -78,7 +78,7 @@ def test_a_driver_that_is_killed_needs_not_say_so_even_if_a_fork_of_it_lives_on(
     assert gone
 
 
-def test_directories_whose_reapers_were_killed_are_removed_by_the_next(tmp_path):
+def test_directories_of_killed_reapers_are_removed_by_the_next_one(tmp_path):
     directories = [tmp_path / f"rl-{name}" for name in ("killed", "living", "young", "foreign", "own")]
     for directory in directories:
         directory.mkdir()
@@ -101,7 +101,7 @@ def test_directories_whose_reapers_were_killed_are_removed_by_the_next(tmp_path)
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("num_stopped", [1, 2])
-def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped, run_script, tmp_path_factory):
+def test_a_node_that_fails_to_start_is_ended_and_started_again(num_stopped, run_script, tmp_path_factory):
     output = run_script(
         f"""
         import glob, os, signal, tempfile, threading, time
@@ -148,7 +148,7 @@ def test_a_node_that_does_not_come_up_is_ended_and_started_once_more(num_stopped
     assert rest == ["True left: set()", "[]"]
 
 
-def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are_removed(tmp_path):
+def test_only_node_directories_of_this_user_are_removed(tmp_path):
     names = ("project", "rl-link", "rl-stranger", "rl-linked-lock", "rl-abandoned", "rl-own")
     project, link, stranger, linked, abandoned, own = (tmp_path / name for name in names)
     for directory in (project, stranger, linked, abandoned, own):
@@ -169,7 +169,7 @@ def test_only_directories_that_are_named_as_a_node_s_and_belong_to_this_user_are
     assert (project / "raylit.lock").exists()
 
 
-def test_what_lives_on_in_a_session_of_the_node_s_ends_with_it(tmp_path, start):
+def test_processes_in_a_session_of_the_node_end_with_it(tmp_path, start):
     directory = tmp_path / "own"
     directory.mkdir()
     # As a node's process that has gone, and what it has started: marked, but not Ray's.

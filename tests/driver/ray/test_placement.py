@@ -1,4 +1,4 @@
-"""Where workers go: what a demand means, how it waits, and how it uses the room of the task or trial it runs in."""
+"""Placement of workers: meaning of a resource request, its wait, and existing placement groups of tasks and trials."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ def hosts(*cpus, **labels):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "offered", "fits"),
+    ("unavailable", "offered", "fits"),
     [
         (demand(4), hosts(2, 2), True),
         (demand(4), hosts(2, 1), False),
@@ -50,12 +50,12 @@ def hosts(*cpus, **labels):
         (demand(2, label_selector={"zone": "!in(a, b)"}), hosts(2, zone="b"), False),
     ],
 )
-def test_a_demand_knows_what_can_meet_it(wanted, offered, fits):
-    assert wanted.fits(offered) is fits
+def test_a_resource_request_fits_only_hosts_that_can_meet_it(unavailable, offered, fits):
+    assert unavailable.fits(offered) is fits
 
 
 @pytest.mark.parametrize(
-    ("wanted", "offered", "count"),
+    ("unavailable", "offered", "count"),
     [
         (demand(9), hosts(2, 3), 5),
         (demand(9, placement="STRICT_PACK"), hosts(2, 3), 3),
@@ -64,11 +64,11 @@ def test_a_demand_knows_what_can_meet_it(wanted, offered, fits):
         (demand(8, num_nodes=2), hosts(7), 0),
     ],
 )
-def test_a_demand_knows_how_many_of_its_workers_fit(wanted, offered, count):
-    assert wanted.num_fitting(offered) == count
+def test_a_resource_request_counts_the_workers_that_fit(unavailable, offered, count):
+    assert unavailable.num_fitting(offered) == count
 
 
-def test_more_workers_than_there_is_memory_for_are_refused_at_once_with_the_number_that_fits():
+def test_more_workers_than_fit_into_memory_are_an_error_with_the_number_that_fits():
     local_cluster.connect()
     memory = ray.cluster_resources()["memory"]
     expected = rf"num_workers=1000: there is memory for {int(memory // 200_000_000)} such workers"
@@ -80,7 +80,7 @@ def test_more_workers_than_there_is_memory_for_are_refused_at_once_with_the_numb
     assert unfinished_groups() == []
 
 
-def test_workers_of_a_host_share_a_bundle_where_their_number_is_said():
+def test_workers_of_a_host_share_a_bundle_with_num_nodes():
     shared = demand(6, {"CPU": 0.1, "GPU": 1}, num_nodes=2)
     assert shared.bundles == [{"CPU": 0.3, "GPU": 3}] * 2
     assert shared.bundle_of_worker == [0, 0, 0, 1, 1, 1]
@@ -111,13 +111,13 @@ def test_slots_are_counted_by_the_scarcest_resource():
         ({"num_workers": 2, "label_selector": {"zone": 1}}, "must be strings"),
     ],
 )
-def test_arguments_that_cannot_work_are_refused(arguments, message):
+def test_invalid_arguments_are_errors(arguments, message):
     with pytest.raises(pl.ConfigError, match=message):
         pl.Trainer(**arguments)
 
 
 @pytest.mark.parametrize("condition", ["a", "!a", "in(a, b)", "!in(a,b)", "a b", "in(a", "!!a", "-a", "a" * 64])
-def test_labels_are_refused_where_ray_refuses_them(condition):
+def test_labels_that_ray_rejects_are_errors(condition):
     from ray._private.label_utils import validate_label_selector
 
     arguments = {"num_workers": 1, "label_selector": {"my.org/zone": condition}}
@@ -128,16 +128,16 @@ def test_labels_are_refused_where_ray_refuses_them(condition):
             pl.Trainer(**arguments)
 
 
-def test_so_many_on_each_of_so_many_nodes(monkeypatch):
+def test_num_nodes_multiplies_the_workers(monkeypatch):
     monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     processes = pl.Trainer(num_processes=8, num_nodes=2)._plan.workers
-    assert (processes.num_workers, processes.num_nodes, processes.accelerator) == (16, 2, "cpu")
+    assert (processes.num_workers, processes.num_nodes, processes.accelerator.name) == (16, 2, "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     gpus = pl.Trainer(gpus=2, num_nodes=2)._plan.workers
     assert (gpus.num_workers, gpus.num_nodes, gpus.accelerator.name) == (4, 2, "cuda")
 
 
-def test_an_autoscaler_of_version_1_is_told_from_its_stand_in():
+def test_an_autoscaler_of_version_1_is_distinguished_from_its_placeholder():
     report = {"active_nodes": {"ray.head.default": 1}, "pending_launches": {"gpu": 2}}
     assert ray_core.parse_old_autoscaling({"autoscaler_report": report}).starting == {"gpu": 2}
     mirror = {"active_nodes": {"node_3fa1": 1}, "pending_launches": {}}
@@ -153,31 +153,31 @@ def unfinished_groups():
 
 @pytest.fixture
 def busy_node():
-    """The session's node with a CPU taken; yields what nobody can have now, but could later, and what gives it back."""
+    """Occupy a CPU of the session's node; yield resources that nothing can have now, and a function that frees them."""
     local_cluster.connect()
     group = ray.util.placement_group([{"CPU": 1}])
     assert group.wait(20)
-    wanted = Workers(
+    unavailable = Workers(
         num_workers=1, resources_per_worker={"CPU": ray.cluster_resources()["CPU"] - 0.5}, start_timeout_s=30
     )
-    yield wanted, lambda: ray.util.remove_placement_group(group)
+    yield unavailable, lambda: ray.util.remove_placement_group(group)
     ray.util.remove_placement_group(group)
 
 
-def test_a_demand_that_others_hold_waits_with_a_line(busy_node, capsys):
-    wanted, give_back = busy_node
+def test_a_request_for_resources_in_use_waits_and_prints_a_line(busy_node, capsys):
+    unavailable, give_back = busy_node
     assert ray_core.read_autoscaling() is None
     threading.Timer(3.0, give_back).start()
-    placement = Placement(wanted)
+    placement = Placement(unavailable)
     placement.remove()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("raylit: waiting since ")
-    assert f"for 1 worker of {wanted.resources_per_worker['CPU']:g} CPU each; free now: " in lines[0]
+    assert f"for 1 worker of {unavailable.resources_per_worker['CPU']:g} CPU each; free now: " in lines[0]
     assert lines[0].endswith("others hold the rest")
 
 
-def test_a_timeout_leaves_no_demand_behind(busy_node):
+def test_a_timeout_withdraws_the_resource_request(busy_node):
     from dataclasses import replace
 
     started = time.monotonic()
@@ -187,7 +187,7 @@ def test_a_timeout_leaves_no_demand_behind(busy_node):
     assert unfinished_groups() == []
 
 
-def test_ctrl_c_leaves_no_demand_behind(busy_node):
+def test_ctrl_c_withdraws_the_resource_request(busy_node):
     threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_ctrl_c_leaves_no_demand_behind(busy_node):
 
 
 def fit_in_a_task(num_workers, **resources):
-    """A function for Ray to run: it may not refer to this module, which the workers cannot import."""
+    """Return a function for Ray to run that does not refer to this module, which the workers cannot import."""
     path = str(TESTS)
 
     def fit():
@@ -224,13 +224,13 @@ def fit_in_a_task(num_workers, **resources):
     return fit
 
 
-def test_a_trainer_in_a_task_of_the_embedded_node_finds_room_beside_it():
+def test_a_trainer_in_a_task_of_the_embedded_node_gets_resources():
     local_cluster.connect()
     task = ray.remote(num_cpus=1)(fit_in_a_task(2))
     assert ray.get(task.remote(), timeout=90) == (True, 3)
 
 
-def test_a_trainer_uses_the_bundles_of_the_group_that_its_task_runs_in():
+def test_a_trainer_uses_the_placement_group_of_its_task():
     local_cluster.connect()
     group = ray.util.placement_group([{"CPU": 0.1}] * 3)
     assert group.wait(20)

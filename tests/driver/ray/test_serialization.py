@@ -1,4 +1,4 @@
-"""An in-memory data set is one copy per host, and a write to it stays in the process that writes."""
+"""In-memory data sets are stored once per host, and a write to one stays in the process that writes."""
 
 import gc
 import re
@@ -25,7 +25,7 @@ def own_memory_mb():
 
 
 class Arrays(Dataset):
-    """Samples from a tensor and an array, after an optional write of `write`'s."""
+    """Data set of a tensor and an array, which `write` may change first."""
 
     def __init__(self, num_samples=64, width=8, write=None):
         generator = torch.Generator().manual_seed(1)
@@ -43,7 +43,7 @@ class Arrays(Dataset):
 
 
 class Reader(Regression):
-    """Reads all of its data, and notes what that costs each worker."""
+    """Module that reads all of its data and records the memory this takes in each worker."""
 
     def on_fit_start(self):
         data = self.trainer.train_dataloader.dataset
@@ -65,7 +65,7 @@ def fit(module, loader, quiet, num_workers=2, **options):
 
 
 @pytest.mark.parametrize("num_loader_workers", [0, 2])
-def test_data_is_one_copy_per_host(quiet, num_loader_workers):
+def test_data_is_stored_once_per_host(quiet, num_loader_workers):
     data = Arrays(num_samples=64, width=800_000)  # 200 MB each
     module = Reader()
     module.table = data.x
@@ -80,7 +80,7 @@ def test_data_is_one_copy_per_host(quiet, num_loader_workers):
     )  # the order follows the threads
 
 
-def test_numbers_are_those_of_a_run_without_sharing(quiet):
+def test_results_equal_a_run_without_sharing(quiet):
     weights = []
     for num_workers in (0, 1):
         torch.manual_seed(0)
@@ -91,11 +91,11 @@ def test_numbers_are_those_of_a_run_without_sharing(quiet):
 
 
 class Writing(Regression):
-    """Each rank writes its own number to the data, and looks at what the others' writes have changed."""
+    """Module whose ranks write their own number to the data and check what the others' writes have changed."""
 
     def on_fit_start(self):
         data = self.trainer.train_dataloader.dataset
-        self.is_shared = places_of([data.x, data.y])
+        self.is_shared = is_in_store([data.x, data.y])
         is_new = torch.equal(data.x[:2], self.given) and bool((data.y[0] == self.given_y).all())
         data.x[0] = self.global_rank + 1
         torch.from_numpy(data.y)[0] = self.global_rank + 1
@@ -105,7 +105,7 @@ class Writing(Regression):
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_a_write_stays_in_its_worker_and_in_its_run(quiet):
+def test_a_write_to_shared_data_stays_in_its_worker_and_run(quiet):
     data, module = Arrays(num_samples=4096), Writing()
     module.given, module.given_y = data.x[:2].clone(), data.y[0].copy()
     before = data.x.clone(), data.y.copy()
@@ -122,7 +122,7 @@ def scale_all(data):
 
 
 @pytest.mark.parametrize("num_loader_workers", [0, 1])
-def test_writes_of_a_data_set_to_itself_give_the_numbers_of_a_run_without_sharing(quiet, num_loader_workers):
+def test_a_data_set_that_writes_to_itself_gives_the_results_of_a_run_without_sharing(quiet, num_loader_workers):
     weights = []
     for num_workers in (0, 1):
         torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_writes_of_a_data_set_to_itself_give_the_numbers_of_a_run_without_sharin
 
 
 class Counting(Regression):
-    """Counts in a plain tensor of its own, beside one that it leaves alone."""
+    """Module that counts in a plain tensor of its own, next to one that it does not change."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ class Counting(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_what_a_module_writes_to_its_own_large_tensor_comes_back(quiet, num_workers):
+def test_writes_of_a_module_to_its_own_large_tensor_are_returned(quiet, num_workers):
     module = Counting()
     left_alone = module.left_alone
     fit(module, DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 3)), batch_size=8), quiet, num_workers)
@@ -159,7 +159,7 @@ def test_what_a_module_writes_to_its_own_large_tensor_comes_back(quiet, num_work
     assert module.left_alone is left_alone
 
 
-def test_a_write_to_an_array_is_refused_at_once(quiet):
+def test_a_write_to_a_shared_array_is_an_error(quiet):
     def write(data):
         data.y[0] = 1
 
@@ -167,8 +167,8 @@ def test_a_write_to_an_array_is_refused_at_once(quiet):
         fit(Regression(), DataLoader(Arrays(num_samples=8192, write=write), batch_size=512), quiet)
 
 
-def places_of(arrays):
-    """What each array's memory is a mapping of: a file of Ray's store, or nothing of the kind."""
+def is_in_store(arrays):
+    """Return for each array whether its memory maps a file of Ray's store."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         mappings = [(*(int(part, 16) for part in line.split()[0].split("-")), "plasma" in line) for line in maps]
     addresses = [array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data for array in arrays]
@@ -199,7 +199,7 @@ class Listed(Dataset):
 
 
 class ManyKinds(Arrays):
-    """Samples as Arrays, and all kinds of data beside them."""
+    """Data set of Arrays and all other kinds of data."""
 
     def __init__(self):
         super().__init__()
@@ -209,7 +209,7 @@ class ManyKinds(Arrays):
 class Inspector(Regression):
     def on_fit_start(self):
         kinds = self.trainer.train_dataloader.dataset.kinds
-        self.is_shared = {name: places_of(arrays_of(kinds[name])) for name, (_, arrays_of) in make_kinds().items()}
+        self.is_shared = {name: is_in_store(arrays_of(kinds[name])) for name, (_, arrays_of) in make_kinds().items()}
         rows = kinds["list of arrays"].items
         self.is_one = rows[0] is kinds["list of pairs"].items[0][0] is kinds["dict of arrays"].items[0]
         self.total = float(sum(row.sum() for row in rows))
@@ -226,7 +226,7 @@ def test_data_sets_of_all_kinds_are_shared(quiet):
 
 
 class Tied(Regression):
-    """Trains on its own buffer, which it writes to, beside an embedding whose weights its output uses as well."""
+    """Module that trains on a buffer to which it writes, and on an embedding whose weights its output layer shares."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ class Tied(Regression):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_data_that_is_also_the_module_s_own_stays_so_and_may_be_written_to(quiet, num_workers):
+def test_data_shared_with_the_module_stays_shared_with_it_and_writable(quiet, num_workers):
     module = Tied()
     data = TensorDataset(module.memory[:4_000], module.memory[5:4_005])
     fit(module, DataLoader(data, batch_size=2_000), quiet, num_workers=num_workers)
@@ -263,7 +263,7 @@ def stored_bytes():
 
 @pytest.fixture
 def uncollected():
-    """Python does not look for garbage during the test: what is in reference cycles stays."""
+    """Disable garbage collection during the test, so that reference cycles stay."""
     gc.collect()
     gc.disable()
     yield
@@ -317,7 +317,7 @@ SMALL_STORE = """
 
 
 @pytest.mark.cluster
-def test_data_larger_than_the_store_is_shared_from_the_disk_or_refused_in_words(run_script, monkeypatch):
+def test_data_larger_than_the_store_is_shared_from_disk_or_is_an_error(run_script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     shown = run_script(SMALL_STORE)

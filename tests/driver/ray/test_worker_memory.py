@@ -1,4 +1,4 @@
-"""What a worker process holds beyond a process that trains by hand."""
+"""Memory of a worker process beyond that of a process with a hand-written training loop."""
 
 import subprocess
 import sys
@@ -29,16 +29,16 @@ class Measured(Regression):
 
 
 def _megabytes(report):
-    """Of this process alone, and with what it shares."""
+    """Return the memory of this process alone, and with what it shares."""
     sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in report.splitlines()[1:] if line}
     return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"]
 
 
 def test_a_worker_needs_little_more_memory_than_the_hand_written_loop(quiet):
     model = Measured()
-    # A timeout that nobody else asks for: workers in which no other test has imported anything.
+    # A timeout that no other test uses, to get workers in which no other test has imported anything.
     pl.fit(model, RegressionData(), num_workers=1, max_epochs=1, start_timeout_s=601.0, keep_workers_s=0, **quiet)
-    # With this process beside it, as a worker has, for both share torch's libraries with it.
+    # Next to this process, as a worker is, since both share torch's libraries with it.
     done = subprocess.run([sys.executable, "-c", BY_HAND], capture_output=True, text=True, timeout=60, check=True)
     own, own_by_hand = _megabytes(model.report), _megabytes(done.stdout)
     assert 0 < own[1] - own_by_hand[1] <= MAX_EXTRA_MEGABYTES

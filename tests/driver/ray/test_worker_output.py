@@ -1,4 +1,4 @@
-"""What workers print arrives in the driver once, in order, with its ranks."""
+"""Output of workers arrives in the driver once, in order, with its ranks."""
 
 import io
 import os
@@ -106,7 +106,7 @@ KILLED = """
 
 
 @pytest.mark.cluster
-def test_a_death_is_told_once_and_those_of_others_as_before(run_script, monkeypatch):
+def test_a_workers_death_is_printed_once_and_others_are_unchanged(run_script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     shown = run_script(KILLED)
     assert shown.count("worker of rank 1") == 1, shown
@@ -134,7 +134,7 @@ def test_a_single_worker_needs_no_label(capsys):
 
 @pytest.fixture
 def make_output(monkeypatch):
-    """To be called in the test itself: pytest has other streams in a fixture."""
+    """Capture the streams; call it in the test itself, as pytest has other streams in a fixture."""
 
     def make():
         monkeypatch.setattr(sys, "stdout", io.StringIO())
@@ -149,7 +149,7 @@ def taken(output):
     return [] if report is None else [text for _, text in report.lines]
 
 
-def test_lines_are_whole_and_a_redrawn_one_is_as_it_was_left(make_output):
+def test_lines_are_complete_and_redrawn_ones_have_their_final_text(make_output):
     output = make_output()
     print("a", end="")
     print("b\nc", end="")
@@ -160,7 +160,7 @@ def test_lines_are_whole_and_a_redrawn_one_is_as_it_was_left(make_output):
     assert taken(output) == []
 
 
-def test_a_flood_is_cut_and_counted(make_output):
+def test_excess_output_is_cut_and_counted(make_output):
     output = make_output()
     print("x\n" * 5000)
     assert len(taken(output)) == 2001
@@ -168,7 +168,7 @@ def test_a_flood_is_cut_and_counted(make_output):
     assert taken(output) == ["again"]
 
 
-def test_a_fork_s_lines_arrive(make_output):
+def test_output_of_a_forked_process_arrives(make_output):
     output = make_output()
     pid = os.fork()
     if pid == 0:

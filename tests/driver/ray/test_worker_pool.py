@@ -1,4 +1,4 @@
-"""Warm workers: a second run starts at once, in processes as good as new."""
+"""Pooled workers: a second run starts at once, in processes without leftovers."""
 
 import gc
 import locale
@@ -23,7 +23,7 @@ from raylit.protocol.process_settings import TorchSettings
 
 
 class Process(Regression):
-    """Notes the worker's process; `mess` is what a run may leave in a process."""
+    """Module that records the worker's process; `mess` is what a run leaves in a process."""
 
     def __init__(self, mess=None):
         super().__init__()
@@ -54,7 +54,7 @@ def test_a_second_fit_runs_in_the_same_processes(quiet):
 
 
 def surroundings():
-    """What a process is set to, outside of torch."""
+    """Return a process's settings outside of torch."""
     mask = os.umask(0)
     os.umask(mask)
     return {
@@ -99,7 +99,7 @@ def restored_process():
     time.tzset()
 
 
-def test_each_run_finds_the_driver_s_process_as_it_is_then(tmp_path, quiet, monkeypatch, restored_process):
+def test_each_run_gets_the_drivers_current_process_settings(tmp_path, quiet, monkeypatch, restored_process):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "value.txt").write_text(name)
@@ -131,13 +131,13 @@ def test_each_run_finds_the_driver_s_process_as_it_is_then(tmp_path, quiet, monk
     assert [expected_first[name] == expected_second[name] for name in expected_first] == [False] * len(expected_first)
 
 
-def test_a_variable_that_is_read_when_a_process_starts_makes_new_processes(quiet, monkeypatch):
+def test_a_variable_read_at_process_start_needs_new_processes(quiet, monkeypatch):
     class Variable(Process):
         def on_train_end(self):
             self.seen["value"] = os.environ.get("KMP_BLOCKTIME")
             self.seen["at_start"] = "KMP_BLOCKTIME=17" in Path("/proc/self/environ").read_text().split("\0")
 
-    worker_pool.clear()  # two groups of one worker have room beside each other
+    worker_pool.clear()  # two groups of one worker fit next to each other
     first = fit(Variable(), quiet, num_workers=1)
     monkeypatch.setenv("KMP_BLOCKTIME", "17")
     second = fit(Variable(), quiet, num_workers=1)
@@ -158,7 +158,7 @@ def _change_settings():
     os.environ["RAYLIT_TEST_LEFT"] = "1"
 
 
-def test_settings_of_one_run_are_gone_in_the_next(quiet):
+def test_settings_of_one_run_do_not_reach_the_next(quiet):
     before = fit(Process(_change_settings), quiet)
     after = fit(Process(), quiet)
     assert after["pid"] == before["pid"]
@@ -169,7 +169,7 @@ def _make_a_mistake():
     raise ValueError("on purpose")
 
 
-def test_workers_that_have_all_failed_at_one_line_go_on_with_the_next_run(quiet):
+def test_workers_that_all_failed_at_one_line_run_the_next_fit(quiet):
     before = fit(Process(), quiet)
     with pytest.raises(ValueError, match="on purpose"):
         fit(Process(_make_a_mistake), quiet)
@@ -187,13 +187,13 @@ def _leave_a_reference():
 
 
 @pytest.mark.parametrize("mess", [_leave_a_thread, _leave_a_reference])
-def test_a_worker_in_which_something_is_left_is_replaced(mess, quiet):
+def test_a_worker_with_leftovers_of_a_run_is_replaced(mess, quiet):
     before = fit(Process(mess), quiet, num_workers=1)
     after = fit(Process(), quiet, num_workers=1)
     assert after["pid"] != before["pid"]
 
 
-def test_a_worker_that_has_died_while_it_was_idle_is_replaced(quiet):
+def test_a_worker_that_died_while_idle_is_replaced(quiet):
     first = fit(Process(), quiet)
     os.kill(first["pid"], signal.SIGKILL)
     second = fit(Process(), quiet)
@@ -209,7 +209,7 @@ def _has_ended(pid):
     return True
 
 
-def test_an_idle_worker_that_has_fallen_silent_is_replaced(quiet):
+def test_an_idle_worker_that_does_not_answer_is_replaced(quiet):
     first = fit(Process(), quiet, num_workers=1, ping_timeout_s=5.0)
     os.kill(first["pid"], signal.SIGSTOP)
     second = fit(Process(), quiet, num_workers=1, ping_timeout_s=5.0)
@@ -218,7 +218,7 @@ def test_an_idle_worker_that_has_fallen_silent_is_replaced(quiet):
 
 
 class Stops(Process):
-    """One rank's process stands still in a hook, or when the run is let go of."""
+    """Module in which one rank's process stops in a hook, or at the end of the run."""
 
     def __init__(self, place):
         super().__init__()
@@ -235,26 +235,26 @@ class Stops(Process):
             os.kill(self.pid, signal.SIGSTOP)
 
 
-def test_a_smaller_limit_on_silence_counts_in_setup_too(quiet):
+def test_a_smaller_ping_timeout_applies_in_setup_too(quiet):
     with pytest.raises(pl.WorkerDied, match="has not answered for 5 s") as caught:
         fit(Stops("setup"), quiet, ping_timeout_s=5.0)
     assert caught.value.rank == 1
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_in_setup_is_not_taken_for_a_busy_one(quiet):
+def test_a_process_stopped_in_setup_is_distinguished_from_a_busy_one(quiet):
     with pytest.raises(pl.WorkerDied, match="has not answered for 10 s"):
         fit(Stops("setup"), quiet)
 
 
-def test_a_worker_that_falls_silent_when_a_run_is_let_go_of_costs_only_itself(quiet):
+def test_a_worker_that_stops_answering_at_the_end_of_a_run_is_replaced(quiet):
     model = Stops("end")
     with pytest.warns(UserWarning, match=r"the workers are replaced.* has not answered for 5 s"):
         fit(model, quiet, ping_timeout_s=5.0)
     assert model.seen["pid"] != os.getpid()  # what has trained has come back
 
 
-def test_idle_workers_make_room_for_whoever_wants_it(quiet):
+def test_idle_workers_free_their_resources_for_other_requests(quiet):
     local_cluster.connect()
     whole = ray.cluster_resources()["CPU"]
     arguments = {"num_workers": 1, "resources_per_worker": {"CPU": whole}, "start_timeout_s": 60}
@@ -266,7 +266,7 @@ def test_idle_workers_make_room_for_whoever_wants_it(quiet):
 
 
 @pytest.mark.cluster
-def test_a_fit_after_another_connection_to_ray_has_workers_of_that_one(run_script):
+def test_a_fit_after_reconnecting_to_ray_gets_new_workers(run_script):
     output = run_script("""
         import os, ray, torch, raylit as pl
         from torch.utils.data import DataLoader
@@ -300,7 +300,7 @@ def test_a_fit_after_another_connection_to_ray_has_workers_of_that_one(run_scrip
     assert "3 True True" in output
 
 
-def test_a_changed_file_of_the_users_is_seen_by_the_next_run(tmp_path, run_script):
+def test_the_next_run_uses_a_changed_user_file(tmp_path, run_script):
     (tmp_path / "mine.py").write_text("VALUE = 1\n")
     output = run_script("""
         import os, time, torch, raylit as pl
@@ -329,7 +329,7 @@ def test_a_changed_file_of_the_users_is_seen_by_the_next_run(tmp_path, run_scrip
     assert "[1, 1, 2] True False" in output
 
 
-def test_without_keeping_every_run_has_new_processes(quiet):
+def test_every_run_has_new_processes_without_the_pool(quiet):
     first = fit(Process(), quiet, num_workers=1, keep_workers_s=0)
     second = fit(Process(), quiet, num_workers=1, keep_workers_s=0)
     assert first["pid"] != second["pid"]

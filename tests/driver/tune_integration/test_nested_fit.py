@@ -1,4 +1,4 @@
-"""A Trainer inside a function that Ray Tune has called: what it reports, where it ends, and what it goes on from.
+"""Trainer inside a function that Ray Tune has called: its reports, its end, and its start from a checkpoint.
 
 Tune's own trainable runs the function, without the actor and the controller around it.
 """
@@ -22,7 +22,7 @@ from raylit.driver.tune_integration.session import current_session
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a trial of a function, in place of the one before it, whose checkpoints it may take up."""
+    """Start a trial of a function, after ending the one before it, whose checkpoints it may continue from."""
     local_cluster.connect()  # Tune asks the node for its directories
     trials = []
 
@@ -43,7 +43,7 @@ def start(tmp_path):
 
 
 def results_of(trial):
-    """What it reports from here to its end."""
+    """Return the results that it reports from here to its end."""
     results = []
     while RESULT_DUPLICATE not in (result := trial.train()):
         results.append(result)
@@ -63,7 +63,7 @@ def fit(quiet):
 
 @pytest.fixture
 def fitting(fit):
-    """A function that fits."""
+    """Return a function that runs a fit."""
 
     def fitting(*given, **arguments):
         def trial(config):
@@ -92,7 +92,7 @@ def test_validations_inside_an_epoch_are_results_and_sanity_checks_are_not(start
     assert [result["step"] for result in results] == [2, 4, 6]
 
 
-def test_epochs_without_a_validation_are_no_results_where_there_are_validations(start, fitting):
+def test_epochs_without_a_validation_report_no_result_if_others_validate(start, fitting):
     results = results_of(start(fitting(max_epochs=4, check_val_every_n_epoch=2)))
     assert [result["epoch"] for result in results] == [1, 3]
 
@@ -109,12 +109,12 @@ class Logs(Regression):
         self.log("training_iteration", 77.0)
 
 
-def test_a_logged_name_by_which_tune_steers_does_not_steer_it(start, fitting):
+def test_logged_names_that_tune_reserves_are_not_reported(start, fitting):
     results = results_of(start(fitting(Logs())))
     assert [(result["done"], result["training_iteration"]) for result in results] == [(False, 1), (False, 2)]
 
 
-def test_a_checkpoint_comes_with_each_result_where_the_trainer_keeps_some(start, fit):
+def test_each_result_has_a_checkpoint_if_the_trainer_saves_checkpoints(start, fit):
     models = []
 
     def trial(config):
@@ -152,7 +152,7 @@ class Statuses(pl.Logger):
         self.statuses.append(status)
 
 
-def test_a_trial_that_tune_ends_ends_there_in_good_order(start, fit):
+def test_a_trial_that_tune_stops_ends_orderly_at_that_result(start, fit):
     ends, statuses, after = Ends(), Statuses(), []
 
     def trial(config):
@@ -237,7 +237,7 @@ def test_report_false_leaves_reporting_to_the_function(start):
     assert [(result["loss"], "val_loss" in result) for result in results_of(start(trial))] == [(1.0, False)]
 
 
-def test_a_report_of_ones_own_choice_is_made_in_any_case(start, fit):
+def test_an_explicit_tune_report_always_reports(start, fit):
     def trial(config):
         fit(max_epochs=1, callbacks=[pl.TuneReport({"loss": "val_loss"}, save_checkpoints=False)])
         tune.report({"loss": -1.0})
@@ -247,22 +247,22 @@ def test_a_report_of_ones_own_choice_is_made_in_any_case(start, fit):
     assert first["loss"] > 0
 
 
-def test_a_chosen_metric_that_is_not_logged_is_named_with_those_that_are(start, fitting):
+def test_a_missing_metric_is_an_error_that_lists_the_logged_ones(start, fitting):
     trial = start(fitting(callbacks=[pl.TuneReport(["val_loss", "acc"])]))
     with pytest.raises(pl.ConfigError, match=r"'acc' has not been logged; there are: epoch, step, train_loss, val_los"):
         trial.train()
 
 
-def test_outside_of_ray_a_report_does_nothing(fit):
+def test_tune_report_does_nothing_outside_of_ray(fit):
     assert fit(callbacks=[pl.TuneReport()]).global_step == 12
     assert current_session() is None
 
 
-# Going on from a checkpoint
+# Continuing from a checkpoint
 
 
 class Watches(Regression):
-    """Notes where each training begins, and the learning rate that it begins with."""
+    """Callback that records where each training starts, and its learning rate."""
 
     def __init__(self, begun, decay=False, **hparams):
         super().__init__(**hparams)
@@ -289,7 +289,7 @@ def watching(fit, begun, **arguments):
     return trial
 
 
-def test_a_restored_trial_goes_on_where_it_was(start, fit):
+def test_a_restored_trial_continues_from_its_checkpoint(start, fit):
     torch.manual_seed(3)
     undisturbed = results_of(start(watching(fit, []), {"lr": 0.05}))
     torch.manual_seed(3)
@@ -308,8 +308,8 @@ def test_a_restored_trial_goes_on_where_it_was(start, fit):
 
 
 @pytest.mark.parametrize(("decay", "rate"), [(False, 0.02), (True, 0.005)])
-def test_a_perturbed_trial_goes_on_with_the_new_learning_rate(start, fit, decay, rate):
-    """Population based training: another trial's checkpoint under a config of one's own."""
+def test_a_perturbed_trial_continues_with_the_new_learning_rate(start, fit, decay, rate):
+    """Continue another trial's checkpoint under a config of its own, as in population based training."""
     begun = []
     first = start(watching(fit, begun), {"lr": 0.05, "decay": decay})
     first.train()
@@ -337,7 +337,7 @@ def test_report_false_leaves_the_checkpoint_of_a_restored_trial_to_the_function(
     assert begun == [(0, 0.05), (0, 0.05)]
 
 
-def test_only_the_first_fit_of_a_trial_is_gone_on_with(start, fit):
+def test_only_the_first_fit_of_a_trial_continues_from_its_checkpoint(start, fit):
     begun = []
 
     def folds(config):
@@ -354,8 +354,8 @@ def test_only_the_first_fit_of_a_trial_is_gone_on_with(start, fit):
     assert [step for step, _ in begun] == [0, 0, 0, 0]
 
 
-def test_trains_session_is_seen_where_its_function_runs():
-    """Train's local mode, in whose place a worker of Train has an actor's context: tests/driver/test_trials.py."""
+def test_train_session_is_detected_in_its_function():
+    """Use Train's local mode, which stands for a worker of Train; real workers are in `test_trials.py`."""
     from ray.train.v2._internal.execution import context, train_fn_utils
 
     assert context._train_context is None
@@ -377,7 +377,7 @@ def test_trains_session_is_seen_where_its_function_runs():
     assert current_session() is None
 
 
-def test_nothing_of_tune_is_imported_for_a_fit_that_is_not_in_a_trial(tmp_path):
+def test_a_fit_outside_of_a_trial_does_not_import_tune(tmp_path):
     source = """
 import sys, torch, raylit as pl
 sys.path.insert(0, sys.argv[1])

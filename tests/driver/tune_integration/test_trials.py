@@ -1,4 +1,4 @@
-"""Trainers in real trials of Ray Tune and workers of Ray Train, on the session's node: room, ends, leftovers."""
+"""Trainers in real trials of Ray Tune and workers of Ray Train, on the session's node: resources, ends, leftovers."""
 
 import os
 import pathlib
@@ -18,10 +18,10 @@ TESTS = str(pathlib.Path(__file__).parents[1])
 
 @pytest.fixture
 def node(tmp_path):
-    """Runs trials; trials that need all CPUs find them."""
+    """Run trials; trials that need all CPUs get them."""
     local_cluster.connect()
     worker_pool.clear()
-    # Tune takes them and does not give them back.
+    # Tune installs them and does not restore the old ones.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
 
     def run(function, configs, *, room=None, **settings):
@@ -39,7 +39,7 @@ def node(tmp_path):
 
 
 def training(**arguments):
-    """A function for Tune and Train to run: it may not refer to this module, which their processes cannot import."""
+    """Return a function for Tune and Train to run that does not refer to this module, which they cannot import."""
     tests = TESTS
 
     def train(config):
@@ -75,7 +75,7 @@ def living():
 
 
 def left_over():
-    """Actors and placement groups, once the ends that are under way are over."""
+    """Return the numbers of actors and placement groups, once those that are ending are gone."""
     deadline = time.monotonic() + 20
     while True:
         actors = living()
@@ -99,7 +99,7 @@ def test_trials_share_their_cpus_with_their_workers_and_leave_nothing_behind(nod
     assert [result.error for result in results] == [None] * 3
     assert results[0].metrics["training_iteration"] == 3
     assert results[1].metrics["training_iteration"] < 3  # as the scheduler said
-    assert results[2].metrics["process"] == results[0].metrics["process"]  # the same worker, warm
+    assert results[2].metrics["process"] == results[0].metrics["process"]  # the same, pooled worker
     assert left_over() == ([], [])
 
 
@@ -132,7 +132,7 @@ def test_a_killed_trial_takes_its_workers_with_it(node, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_worker_of_train_reports_and_goes_on_where_it_failed(node, tmp_path):
+def test_a_train_worker_reports_and_continues_after_a_failure(node, tmp_path):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -154,7 +154,7 @@ def test_a_worker_of_train_reports_and_goes_on_where_it_failed(node, tmp_path):
     result = TorchTrainer(
         loop,
         train_loop_config={},
-        # The worker's own CPU, which it lends to raylit's.
+        # The worker's own CPU, which raylit's worker uses.
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(tmp_path / "results"), failure_config=FailureConfig(max_failures=1)),
     ).fit()
