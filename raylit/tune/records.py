@@ -14,25 +14,6 @@ CHECKPOINT = "trial.ckpt"
 _CONFIG = "config.pkl"
 
 
-def write_config(config: Mapping[str, Any], directory: str) -> None:
-    """Write a trial's config into the directory of its checkpoint."""
-    with open(os.path.join(directory, _CONFIG), "wb") as file:
-        cloudpickle.dump(dict(config), file)
-
-
-def read_config(checkpoint: str) -> dict[str, Any]:
-    """Read the config of a trial's checkpoint, by its path or URL.
-
-    It is unpickled, so it must come from one's own sweeps.
-    """
-    path = checkpoint.removesuffix(CHECKPOINT) + _CONFIG
-    if is_url(path):
-        files, path_there = file_system(path)
-        return cloudpickle.loads(files.cat_file(path_there))
-    with open(path, "rb") as file:
-        return cloudpickle.load(file)
-
-
 TrialStatus = Literal["finished", "stopped", "failed", "unfinished"]
 Mode = Literal["min", "max"]
 
@@ -79,3 +60,22 @@ def is_number(value: Any) -> TypeGuard[float]:
 def is_better(value: float, than: float, mode: Mode) -> bool:
     """Return whether a value is better than another in this mode."""
     return value < than if mode == "min" else value > than
+
+
+def write_config(config: Mapping[str, Any], directory: str) -> None:
+    """Write a trial's config into the directory of its checkpoint."""
+    with open(os.path.join(directory, _CONFIG), "wb") as file:
+        cloudpickle.dump(dict(config), file)
+
+
+def read_config(checkpoint: str) -> dict[str, Any]:
+    """Read the config of a trial's checkpoint, by its path or URL.
+
+    It is unpickled, so it must come from one's own sweeps.
+    """
+    path = checkpoint.removesuffix(CHECKPOINT) + _CONFIG
+    if is_url(path):
+        files, path_there = file_system(path)
+        return cloudpickle.loads(files.cat_file(path_there))
+    with open(path, "rb") as file:
+        return cloudpickle.load(file)

@@ -50,20 +50,6 @@ def find_sent_dtype(hook: CommHook | str | None) -> torch.dtype | None:
     return _DTYPES.get(hook if isinstance(hook, str) else getattr(hook, "__name__", ""))
 
 
-def _average_in_16_bits(dtype: torch.dtype, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket in a 16-bit type.
-
-    `state` is a process group; None stands for all ranks. Gradients are divided before the sum, as sums of float16
-    numbers overflow early.
-    """
-    group = dist.group.WORLD if state is None else state
-    assert group is not None
-    buffer = bucket.buffer()
-    sent = buffer.to(dtype).div_(group.size())
-    future = dist.all_reduce(sent, group=group, async_op=True).get_future()
-    return future.then(lambda arrived: buffer.copy_(arrived.value()[0]))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReducedPrecision:
     """Size of the buckets and type in which gradients are sent, for averages that raylit makes itself."""
@@ -156,6 +142,20 @@ class TouchedGradients:
 
     def _touch(self, index: int, parameter: Tensor) -> None:
         self._touched.add(index)
+
+
+def _average_in_16_bits(dtype: torch.dtype, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket in a 16-bit type.
+
+    `state` is a process group; None stands for all ranks. Gradients are divided before the sum, as sums of float16
+    numbers overflow early.
+    """
+    group = dist.group.WORLD if state is None else state
+    assert group is not None
+    buffer = bucket.buffer()
+    sent = buffer.to(dtype).div_(group.size())
+    future = dist.all_reduce(sent, group=group, async_op=True).get_future()
+    return future.then(lambda arrived: buffer.copy_(arrived.value()[0]))
 
 
 def _iterate_buckets(gradients: list[Tensor], *, size_bytes: float) -> Iterator[list[Tensor]]:

@@ -88,25 +88,6 @@ class MethodEntryPoints:
         return call
 
 
-def _explain_errors(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with a plain error in the place of torch's error for shards in a computation."""
-
-    @wraps(own)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return own(*args, **kwargs)
-        except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" not in str(error):
-                raise
-            raise ModuleError(
-                "a parameter was used while strategy='fsdp' had not gathered it. A part's parameters are there while "
-                "it is called, self.part(x), and not where other code takes them: call the part, give an "
-                "auto_wrap_policy whose classes keep together what is used together, or use strategy='ddp'"
-            ) from error
-
-    return step
-
-
 def forget_sharding(part: nn.Module, added: set[str]) -> None:
     """Remove the class, the hooks and the attributes that sharding has added to a module."""
     if isinstance(part, FSDPModule):
@@ -160,6 +141,25 @@ def minimize_memory(units: Iterable[Any]) -> None:
         copy_out_at_once(unit)
         for group in list_param_groups(get_state(unit)):
             unit.set_custom_reduce_scatter(_FreeingReduceScatter(get_reduce_scatter(group)))
+
+
+def _explain_errors(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a plain error in the place of torch's error for shards in a computation."""
+
+    @wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise ModuleError(
+                "a parameter was used while strategy='fsdp' had not gathered it. A part's parameters are there while "
+                "it is called, self.part(x), and not where other code takes them: call the part, give an "
+                "auto_wrap_policy whose classes keep together what is used together, or use strategy='ddp'"
+            ) from error
+
+    return step
 
 
 class _FreeingReduceScatter:

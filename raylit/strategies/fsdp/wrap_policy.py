@@ -59,6 +59,23 @@ def check_not_shared(module: nn.Module, units: Collection[nn.Module]) -> None:
             )
 
 
+class ActivationCheckpointing:
+    """Activation checkpointing of all modules of some classes, until `restore`.
+
+    Their forward runs under torch.utils.checkpoint.
+    """
+
+    def __init__(self, module: nn.Module, classes: Collection[type[nn.Module]]) -> None:
+        self._modules = [part for part in module.modules() if isinstance(part, tuple(classes))]
+        for part in self._modules:
+            # Set on the instance: names of parameters stay, and the hooks that gather parameters run around it.
+            part.forward = _checkpoint_forward(part.forward)
+
+    def restore(self) -> None:
+        for part in self._modules:
+            del part.forward
+
+
 def _find_repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yield children of a ModuleList, ModuleDict or Sequential that share a class, but no blocks inside of these."""
     for child in module.children():
@@ -80,6 +97,12 @@ def _is_one_of(classes: Collection[type[nn.Module]]) -> Callable[[nn.Module], bo
     return lambda part: isinstance(part, tuple(classes))
 
 
+def _format_policy(policy: WrapPolicy) -> str:
+    if isinstance(policy, Collection):
+        return "{" + ", ".join(one.__name__ for one in policy) + "}"
+    return getattr(policy, "__name__", repr(policy))
+
+
 def _parameters_by_unit(
     module: nn.Module, units: set[nn.Module], unit: nn.Module, prefix: str
 ) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -87,29 +110,6 @@ def _parameters_by_unit(
         yield unit, f"{prefix}{name}", parameter
     for name, child in module.named_children():
         yield from _parameters_by_unit(child, units, child if child in units else unit, f"{prefix}{name}.")
-
-
-def _format_policy(policy: WrapPolicy) -> str:
-    if isinstance(policy, Collection):
-        return "{" + ", ".join(one.__name__ for one in policy) + "}"
-    return getattr(policy, "__name__", repr(policy))
-
-
-class ActivationCheckpointing:
-    """Activation checkpointing of all modules of some classes, until `restore`.
-
-    Their forward runs under torch.utils.checkpoint.
-    """
-
-    def __init__(self, module: nn.Module, classes: Collection[type[nn.Module]]) -> None:
-        self._modules = [part for part in module.modules() if isinstance(part, tuple(classes))]
-        for part in self._modules:
-            # Set on the instance: names of parameters stay, and the hooks that gather parameters run around it.
-            part.forward = _checkpoint_forward(part.forward)
-
-    def restore(self) -> None:
-        for part in self._modules:
-            del part.forward
 
 
 def _checkpoint_forward(forward: Callable[..., Any]) -> Callable[..., Any]:

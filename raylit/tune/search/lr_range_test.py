@@ -13,8 +13,9 @@ from raylit.callbacks.base import Callback
 from raylit.tune import figures
 
 RangeMode = Literal["exponential", "linear"]
-
 _SMOOTHING = 0.98
+_FALL_START = 0.9
+"""Fraction of the way from the minimum up to the usual level at which the fall starts."""
 
 
 class RangeTest(Callback):
@@ -65,31 +66,6 @@ class RangeTest(Callback):
         # The threshold is a multiple of the minimum for a positive loss; a loss that may be negative has no multiples.
         has_diverged = not math.isfinite(newest) or newest - lowest > (self._threshold - 1) * abs(lowest)
         return has_diverged or len(self.losses) >= len(self.lrs)
-
-
-def find_loss(outputs: Any) -> Tensor | None:
-    """Return the loss among the outputs of `training_step`, the first one's of several; None if there is none."""
-    if isinstance(outputs, list):
-        return next((loss for loss in map(find_loss, outputs) if loss is not None), None)
-    if isinstance(outputs, dict):
-        outputs = outputs.get("loss")
-    elif not isinstance(outputs, torch.Tensor):
-        outputs = getattr(outputs, "minimize", None)
-    return outputs if isinstance(outputs, torch.Tensor) else None
-
-
-def _mean_over_ranks(losses: list[Tensor], trainer: Any, module: Any) -> float:
-    """Return the mean of all ranks' losses; nan if no rank has any. Collective."""
-    share = torch.zeros(2, device=module.device)
-    if losses:
-        own = torch.stack([loss.detach().float() for loss in losses])
-        share = torch.stack([own.sum(), torch.full_like(own[0], len(losses))])
-    total, count = trainer.all_gather(share).reshape(-1, 2).sum(dim=0).tolist()
-    return total / count if count else math.nan
-
-
-_FALL_START = 0.9
-"""Fraction of the way from the minimum up to the usual level at which the fall starts."""
 
 
 class RangeCurve:
@@ -155,3 +131,24 @@ class RangeCurve:
             ax.plot(rate, self.results["loss"][self.results["lr"].index(rate)], "o", color="red", label=f"{rate:.3g}")
             ax.legend(title="suggestion")
         return figures.finish_figure(figure, path=path, is_shown=show)
+
+
+def find_loss(outputs: Any) -> Tensor | None:
+    """Return the loss among the outputs of `training_step`, the first one's of several; None if there is none."""
+    if isinstance(outputs, list):
+        return next((loss for loss in map(find_loss, outputs) if loss is not None), None)
+    if isinstance(outputs, dict):
+        outputs = outputs.get("loss")
+    elif not isinstance(outputs, torch.Tensor):
+        outputs = getattr(outputs, "minimize", None)
+    return outputs if isinstance(outputs, torch.Tensor) else None
+
+
+def _mean_over_ranks(losses: list[Tensor], trainer: Any, module: Any) -> float:
+    """Return the mean of all ranks' losses; nan if no rank has any. Collective."""
+    share = torch.zeros(2, device=module.device)
+    if losses:
+        own = torch.stack([loss.detach().float() for loss in losses])
+        share = torch.stack([own.sum(), torch.full_like(own[0], len(losses))])
+    total, count = trainer.all_gather(share).reshape(-1, 2).sum(dim=0).tolist()
+    return total / count if count else math.nan

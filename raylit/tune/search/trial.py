@@ -19,60 +19,6 @@ from raylit.worker.process import result_sync
 
 RATE_NAMES = ("lr", "learning_rate")
 SIZE_NAMES = ("batch_size",)
-
-
-def list_owners(job: Job) -> list[Any]:
-    """Return the objects that may have the attribute: the module and the data module, if there is one."""
-    return [owner for owner in (job.module, job.datamodule) if owner is not None]
-
-
-def find_attribute(names: Sequence[str], job: Job, *, argument: str) -> str:
-    """Return the first name that module or data module has, as an attribute or in its `hparams`.
-
-    "hparams.lr" is read as "lr".
-
-    Raises:
-        ConfigError: there is none; the message lists the numbers that there are.
-    """
-    owners = list_owners(job)
-    for name in (name.removeprefix("hparams.") for name in names):
-        if any(_list_dictionaries(name, owner) for owner in owners):
-            return name
-    expected = " or ".join(map(repr, names))
-    there = sorted({f"{type(owner).__name__}.{name}" for owner in owners for name in _list_numbers(owner)})
-    raise ConfigError(
-        f"{argument}: there is no attribute or hyper-parameter {expected} to set; numbers that there are: "
-        f"{', '.join(there) or 'none'}. Add self.{names[0]} = ... and use it, or give another name"
-    )
-
-
-def get_attribute(name: str, job: Job) -> Any:
-    """Return the value of an attribute that `find_attribute` has found."""
-    return next(values[name] for owner in list_owners(job) for values in _list_dictionaries(name, owner))
-
-
-def set_attribute(name: str, value: Any, job: Job) -> None:
-    """Set an attribute in every dictionary that has it, so that all readers see the value."""
-    for owner in list_owners(job):
-        for values in _list_dictionaries(name, owner):
-            values[name] = value
-
-
-def _list_dictionaries(name: str, owner: Any) -> list[Any]:
-    """Return the owner's dictionaries that have the name, `hparams` among them."""
-    own, hparams = vars(owner), owner.find_hparams()
-    return [values for values in (own, hparams) if values is not None and name in values]
-
-
-def _list_numbers(owner: Any) -> list[str]:
-    attributes = {**vars(owner), **(owner.find_hparams() or {})}
-    return [
-        name
-        for name, value in attributes.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("_")
-    ]
-
-
 LOSS = "raylit/trial_loss"
 """Metric that a probe logs for the rungs."""
 
@@ -177,6 +123,43 @@ def copy_job(job: Job) -> Job:
     return result
 
 
+def find_attribute(names: Sequence[str], job: Job, *, argument: str) -> str:
+    """Return the first name that module or data module has, as an attribute or in its `hparams`.
+
+    "hparams.lr" is read as "lr".
+
+    Raises:
+        ConfigError: there is none; the message lists the numbers that there are.
+    """
+    owners = list_owners(job)
+    for name in (name.removeprefix("hparams.") for name in names):
+        if any(_list_dictionaries(name, owner) for owner in owners):
+            return name
+    expected = " or ".join(map(repr, names))
+    there = sorted({f"{type(owner).__name__}.{name}" for owner in owners for name in _list_numbers(owner)})
+    raise ConfigError(
+        f"{argument}: there is no attribute or hyper-parameter {expected} to set; numbers that there are: "
+        f"{', '.join(there) or 'none'}. Add self.{names[0]} = ... and use it, or give another name"
+    )
+
+
+def get_attribute(name: str, job: Job) -> Any:
+    """Return the value of an attribute that `find_attribute` has found."""
+    return next(values[name] for owner in list_owners(job) for values in _list_dictionaries(name, owner))
+
+
+def set_attribute(name: str, value: Any, job: Job) -> None:
+    """Set an attribute in every dictionary that has it, so that all readers see the value."""
+    for owner in list_owners(job):
+        for values in _list_dictionaries(name, owner):
+            values[name] = value
+
+
+def list_owners(job: Job) -> list[Any]:
+    """Return the objects that may have the attribute: the module and the data module, if there is one."""
+    return [owner for owner in (job.module, job.datamodule) if owner is not None]
+
+
 class _RungReporter(DriverCallback):
     """Driver callback that reports the trial's loss at each rung, and stops the fit if the trial is to end."""
 
@@ -206,3 +189,18 @@ def _copy_if_possible(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except TypeError:  # raised by Python for objects that cannot be copied
         return value
+
+
+def _list_dictionaries(name: str, owner: Any) -> list[Any]:
+    """Return the owner's dictionaries that have the name, `hparams` among them."""
+    own, hparams = vars(owner), owner.find_hparams()
+    return [values for values in (own, hparams) if values is not None and name in values]
+
+
+def _list_numbers(owner: Any) -> list[str]:
+    attributes = {**vars(owner), **(owner.find_hparams() or {})}
+    return [
+        name
+        for name, value in attributes.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("_")
+    ]

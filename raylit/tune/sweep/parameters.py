@@ -12,8 +12,10 @@ from raylit.tune.records import Mode, TrialRecord, is_better, is_number
 _MAX_LEVELS = 5
 """Maximum number of distinct numbers that are shown at equal distances, like words: 16, 32, 64."""
 _LOG_RATIO = 50.0
-
 _SCALES: tuple[Literal["linear", "log"], ...] = ("linear", "log")
+_OUTLIER_RATIO = 4.0
+"""Multiple of the median's distance from the best value; values farther away are off the scale."""
+_QUALITY_LOG_RATIO = 100.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,37 +59,6 @@ def find_common_values(trials: Sequence[TrialRecord]) -> dict[str, Any]:
         for name, value in first.items()
     }
     return {name: value for name, value in first.items() if is_common[name]}
-
-
-def format_value(value: Any) -> str:
-    """Return the value as text, in at most 24 characters."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = value.__name__ if isinstance(value, type) else str(value)
-    return text if len(text) <= 24 else f"{text[:23]}…"
-
-
-def _build_parameter(name: str, values: tuple[Any, ...]) -> Parameter:
-    """Choose the scale for a parameter's values: levels for texts and few numbers, else linear or logarithmic."""
-    numbers = sorted(value for value in values if is_number(value))
-    distinct = sorted(set(numbers))
-    is_few = len(distinct) <= min(_MAX_LEVELS, len(values) // 2)
-    if len(numbers) < len(values) or is_few:
-        others = dict.fromkeys(format_value(value) for value in values if not is_number(value))
-        levels = (*sorted(others, reverse=True), *dict.fromkeys(map(format_value, distinct)))
-        return Parameter(name=name, values=values, scale="levels", levels=levels)
-    low, high = numbers[0], numbers[-1]
-    linear, logarithmic = (Parameter(name=name, values=values, scale=it, low=low, high=high) for it in _SCALES)
-    if low <= 0 or high / low < _LOG_RATIO:
-        return linear
-    # Choose the scale on which the values are spread more evenly, as the space has drawn them.
-    middle = numbers[len(numbers) // 2]
-    return min(linear, logarithmic, key=lambda parameter: abs(parameter.locate(middle) - 0.5))
-
-
-_OUTLIER_RATIO = 4.0
-"""Multiple of the median's distance from the best value; values farther away are off the scale."""
-_QUALITY_LOG_RATIO = 100.0
 
 
 class Quality:
@@ -150,3 +121,29 @@ class Quality:
         else:
             height = (value - self._worst) / (self._best - self._worst)
         return min(max(height, 0.0), 1.0)
+
+
+def format_value(value: Any) -> str:
+    """Return the value as text, in at most 24 characters."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value.__name__ if isinstance(value, type) else str(value)
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def _build_parameter(name: str, values: tuple[Any, ...]) -> Parameter:
+    """Choose the scale for a parameter's values: levels for texts and few numbers, else linear or logarithmic."""
+    numbers = sorted(value for value in values if is_number(value))
+    distinct = sorted(set(numbers))
+    is_few = len(distinct) <= min(_MAX_LEVELS, len(values) // 2)
+    if len(numbers) < len(values) or is_few:
+        others = dict.fromkeys(format_value(value) for value in values if not is_number(value))
+        levels = (*sorted(others, reverse=True), *dict.fromkeys(map(format_value, distinct)))
+        return Parameter(name=name, values=values, scale="levels", levels=levels)
+    low, high = numbers[0], numbers[-1]
+    linear, logarithmic = (Parameter(name=name, values=values, scale=it, low=low, high=high) for it in _SCALES)
+    if low <= 0 or high / low < _LOG_RATIO:
+        return linear
+    # Choose the scale on which the values are spread more evenly, as the space has drawn them.
+    middle = numbers[len(numbers) // 2]
+    return min(linear, logarithmic, key=lambda parameter: abs(parameter.locate(middle) - 0.5))

@@ -19,83 +19,6 @@ from raylit.tune.sweep.parameters import find_common_values, format_value, list_
 _MAX_ROWS = 20
 
 
-def summary(trials: Sequence[TrialRecord], *, metric: str, mode: Mode, directory: str = "", width: int = 0) -> str:
-    """Return a table with a row for each trial, the best first, and notes below it.
-
-    The columns are the parameters that differ between trials; the notes name those that do not. `width` is in
-    characters; 0 stands for the terminal's.
-    """
-    ranked = sorted(trials, key=lambda trial: _rank(trial, metric, mode))
-    parameters = list_varying_parameters(ranked)
-    has_epochs = any("epoch" in trial.metrics for trial in trials)
-    header = ["trial", *(parameter.name for parameter in parameters), f"best {metric}"]
-    header += [*(["epochs"] if has_epochs else []), "time", "status"]
-    rows = []
-    for index, trial in enumerate(ranked[:_MAX_ROWS]):
-        best = trial.best(metric, mode)
-        epochs = [str(int(trial.metrics["epoch"]) + 1) if "epoch" in trial.metrics else "-"] if has_epochs else []
-        mark = " *" if index == 0 and best is not None else ""
-        rows.append(
-            [
-                f"{trial.id}{mark}",
-                *(format_value(parameter.values[index]) for parameter in parameters),
-                "-" if best is None else f"{best:.5g}",
-                *epochs,
-                _format_duration(trial.history[-1].get("time_s") if trial.history else None),
-                trial.status,
-            ]
-        )
-    align = "l" + "r" * (len(header) - 2) + "l"
-    header, rows, align, num_hidden = _drop_columns(header, rows, align, width or shutil.get_terminal_size().columns)
-    lines = draw_table(header, rows, fitting_widths(header, rows), align=align)
-    return "\n".join([*lines, *_list_notes(ranked, num_hidden=num_hidden, directory=directory)])
-
-
-def _rank(trial: TrialRecord, metric: str, mode: Mode) -> float:
-    best = trial.best(metric, mode)
-    return math.inf if best is None else best if mode == "min" else -best
-
-
-def _format_duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _drop_columns(
-    header: list[str], rows: list[list[str]], align: str, width: int
-) -> tuple[list[str], list[list[str]], str, int]:
-    """Drop the last parameters as long as the table is too wide, and return how many were dropped."""
-    num_hidden = 0
-    num_after = len(header) - next(index for index, name in enumerate(header) if name.startswith("best "))
-    while sum(fitting_widths(header, rows)) + len(header) + 1 > width and len(header) > num_after + 2:
-        index = len(header) - num_after - 1
-        header, rows = [*header[:index], *header[index + 1 :]], [[*row[:index], *row[index + 1 :]] for row in rows]
-        align = align[:index] + align[index + 1 :]
-        num_hidden += 1
-    return header, rows, align, num_hidden
-
-
-def _list_notes(ranked: Sequence[TrialRecord], *, num_hidden: int, directory: str) -> list[str]:
-    notes = []
-    if len(ranked) > _MAX_ROWS:
-        notes.append(f"and {len(ranked) - _MAX_ROWS} more trials")
-    if num_hidden:
-        notes.append(f"and {num_hidden} more parameter{'s' if num_hidden > 1 else ''}")
-    if same := find_common_values(ranked):
-        notes.append("in all trials: " + ", ".join(f"{name}={format_value(value)}" for name, value in same.items()))
-    for trial in ranked:
-        if trial.error is not None:
-            notes.append(f"trial {trial.id} failed: {trial.error.strip().splitlines()[-1]}")
-    if directory:
-        notes.append(f"tensorboard --logdir {directory}")
-    return notes
-
-
 class SweepResult:
     """Result of a sweep: its trials, and the best of them by `metric`.
 
@@ -241,3 +164,80 @@ class SweepResult:
             "" if best is None else f", best {self.metric}={best.best(self.metric, self.mode):g} with {best.config}"
         )
         return f"SweepResult({len(self.trials)} trials, {len(self.errors)} failed{best_text})"
+
+
+def summary(trials: Sequence[TrialRecord], *, metric: str, mode: Mode, directory: str = "", width: int = 0) -> str:
+    """Return a table with a row for each trial, the best first, and notes below it.
+
+    The columns are the parameters that differ between trials; the notes name those that do not. `width` is in
+    characters; 0 stands for the terminal's.
+    """
+    ranked = sorted(trials, key=lambda trial: _rank(trial, metric, mode))
+    parameters = list_varying_parameters(ranked)
+    has_epochs = any("epoch" in trial.metrics for trial in trials)
+    header = ["trial", *(parameter.name for parameter in parameters), f"best {metric}"]
+    header += [*(["epochs"] if has_epochs else []), "time", "status"]
+    rows = []
+    for index, trial in enumerate(ranked[:_MAX_ROWS]):
+        best = trial.best(metric, mode)
+        epochs = [str(int(trial.metrics["epoch"]) + 1) if "epoch" in trial.metrics else "-"] if has_epochs else []
+        mark = " *" if index == 0 and best is not None else ""
+        rows.append(
+            [
+                f"{trial.id}{mark}",
+                *(format_value(parameter.values[index]) for parameter in parameters),
+                "-" if best is None else f"{best:.5g}",
+                *epochs,
+                _format_duration(trial.history[-1].get("time_s") if trial.history else None),
+                trial.status,
+            ]
+        )
+    align = "l" + "r" * (len(header) - 2) + "l"
+    header, rows, align, num_hidden = _drop_columns(header, rows, align, width or shutil.get_terminal_size().columns)
+    lines = draw_table(header, rows, fitting_widths(header, rows), align=align)
+    return "\n".join([*lines, *_list_notes(ranked, num_hidden=num_hidden, directory=directory)])
+
+
+def _rank(trial: TrialRecord, metric: str, mode: Mode) -> float:
+    best = trial.best(metric, mode)
+    return math.inf if best is None else best if mode == "min" else -best
+
+
+def _format_duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _drop_columns(
+    header: list[str], rows: list[list[str]], align: str, width: int
+) -> tuple[list[str], list[list[str]], str, int]:
+    """Drop the last parameters as long as the table is too wide, and return how many were dropped."""
+    num_hidden = 0
+    num_after = len(header) - next(index for index, name in enumerate(header) if name.startswith("best "))
+    while sum(fitting_widths(header, rows)) + len(header) + 1 > width and len(header) > num_after + 2:
+        index = len(header) - num_after - 1
+        header, rows = [*header[:index], *header[index + 1 :]], [[*row[:index], *row[index + 1 :]] for row in rows]
+        align = align[:index] + align[index + 1 :]
+        num_hidden += 1
+    return header, rows, align, num_hidden
+
+
+def _list_notes(ranked: Sequence[TrialRecord], *, num_hidden: int, directory: str) -> list[str]:
+    notes = []
+    if len(ranked) > _MAX_ROWS:
+        notes.append(f"and {len(ranked) - _MAX_ROWS} more trials")
+    if num_hidden:
+        notes.append(f"and {num_hidden} more parameter{'s' if num_hidden > 1 else ''}")
+    if same := find_common_values(ranked):
+        notes.append("in all trials: " + ", ".join(f"{name}={format_value(value)}" for name, value in same.items()))
+    for trial in ranked:
+        if trial.error is not None:
+            notes.append(f"trial {trial.id} failed: {trial.error.strip().splitlines()[-1]}")
+    if directory:
+        notes.append(f"tensorboard --logdir {directory}")
+    return notes

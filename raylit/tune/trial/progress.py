@@ -91,26 +91,6 @@ class ReportHistory(tune.Callback):
             write_text((read_text(path) or "") + "".join(lines), path)
 
 
-def read_history(trial_id: str, directory: str) -> list[dict[str, Any]]:
-    """Return the reports of a trial, oldest first."""
-    reports = _read_reports(join(directory, f"trial_{trial_id}", _FILE))
-    return [{name: value for name, value in report.items() if name != _ITERATION} for report in reports]
-
-
-def _read_reports(path: str) -> list[dict[str, Any]]:
-    """Read reports from a file; a line that a crash has cut off is ignored."""
-    lines = (read_text(path) or "").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _plain(value: Any) -> Any:
-    """Convert NumPy's numbers and the like."""
-    return value.item() if hasattr(value, "item") else repr(value)
-
-
-_BETWEEN_LINES_S = 10.0
-
-
 class FatalErrorStopper(tune.Stopper):
     """Tune stopper that ends a run whose trials would all fail in the same way."""
 
@@ -122,6 +102,9 @@ class FatalErrorStopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self.is_due
+
+
+_BETWEEN_LINES_S = 10.0
 
 
 class ProgressReporter(tune.Callback):
@@ -218,10 +201,10 @@ class ProgressReporter(tune.Callback):
         sys.stderr.flush()
 
 
-def _list_placed_groups() -> set[str]:
-    """Return the ids in hex of placement groups that are created, among them those of trials whose processes start."""
-    table = ray.util.placement_group_table()
-    return {name for name, entry in table.items() if entry["state"] == "CREATED"}
+def read_history(trial_id: str, directory: str) -> list[dict[str, Any]]:
+    """Return the reports of a trial, oldest first."""
+    reports = _read_reports(join(directory, f"trial_{trial_id}", _FILE))
+    return [{name: value for name, value in report.items() if name != _ITERATION} for report in reports]
 
 
 def read_error(trial: TuneTrial) -> BaseException | None:
@@ -251,3 +234,20 @@ def format_error(error: BaseException | None) -> str:
 def read_last_line(error: BaseException | None) -> str:
     """Return the last line of `format_error`: type and message."""
     return (format_error(error).strip().splitlines() or [""])[-1]
+
+
+def _read_reports(path: str) -> list[dict[str, Any]]:
+    """Read reports from a file; a line that a crash has cut off is ignored."""
+    lines = (read_text(path) or "").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _plain(value: Any) -> Any:
+    """Convert NumPy's numbers and the like."""
+    return value.item() if hasattr(value, "item") else repr(value)
+
+
+def _list_placed_groups() -> set[str]:
+    """Return the ids in hex of placement groups that are created, among them those of trials whose processes start."""
+    table = ray.util.placement_group_table()
+    return {name for name, entry in table.items() if entry["state"] == "CREATED"}

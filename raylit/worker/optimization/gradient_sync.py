@@ -12,42 +12,6 @@ from raylit.worker.optimization.stepper import list_parameters
 from raylit.worker.session import Session
 
 
-def copy_gradients(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Return CPU copies of the gradients, by the names of their parameters."""
-    return {
-        name: to_cpu(parameter.grad).clone()
-        for name, parameter in _name_parameters(optimizer, module).items()
-        if parameter.grad is not None
-    }
-
-
-def set_gradients(optimizer: Optimizer, module: nn.Module, gradients: dict[str, Tensor]) -> None:
-    """Set gradients that `copy_gradients` returned, except for parameters that the optimizer no longer has."""
-    for name, parameter in _name_parameters(optimizer, module).items():
-        if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
-
-
-def average_saved_gradients(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean over the saved ranks' gradients, for each rank of the resumed run.
-
-    Averaged over any number of ranks it gives the same gradient as the saved ones gave.
-    """
-    merged: dict[str, Any] = {}
-    for name in dict.fromkeys(name for state in states for name in state):
-        values = [state[name] for state in states if name in state]
-        if isinstance(values[0], dict):
-            merged[name] = average_saved_gradients(values)
-        else:
-            merged[name] = sum(values[1:], values[0]) / len(states)
-    return merged
-
-
-def _name_parameters(optimizer: Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
-    own = {id(parameter) for parameter in list_parameters(optimizer)}
-    return {name: parameter for name, parameter in module.named_parameters() if id(parameter) in own}
-
-
 class GradientSync:
     """Training step wrapped for gradient sync, for the parameters that the optimizer trains.
 
@@ -93,3 +57,39 @@ class GradientSync:
 
     def _list_trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in list_parameters(self._optimizer) if parameter.requires_grad]
+
+
+def copy_gradients(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Return CPU copies of the gradients, by the names of their parameters."""
+    return {
+        name: to_cpu(parameter.grad).clone()
+        for name, parameter in _name_parameters(optimizer, module).items()
+        if parameter.grad is not None
+    }
+
+
+def set_gradients(optimizer: Optimizer, module: nn.Module, gradients: dict[str, Tensor]) -> None:
+    """Set gradients that `copy_gradients` returned, except for parameters that the optimizer no longer has."""
+    for name, parameter in _name_parameters(optimizer, module).items():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
+
+
+def average_saved_gradients(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean over the saved ranks' gradients, for each rank of the resumed run.
+
+    Averaged over any number of ranks it gives the same gradient as the saved ones gave.
+    """
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        values = [state[name] for state in states if name in state]
+        if isinstance(values[0], dict):
+            merged[name] = average_saved_gradients(values)
+        else:
+            merged[name] = sum(values[1:], values[0]) / len(states)
+    return merged
+
+
+def _name_parameters(optimizer: Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
+    own = {id(parameter) for parameter in list_parameters(optimizer)}
+    return {name: parameter for name, parameter in module.named_parameters() if id(parameter) in own}

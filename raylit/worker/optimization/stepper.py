@@ -14,50 +14,8 @@ from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.session import Session
 
-Marks = frozenset[tuple[int, int, int]]
-
-
-class SharedScale:
-    """Loss scale of several optimizers, which changes only while no gradients wait that were multiplied by it.
-
-    Such gradients would be divided by another factor than they were multiplied by.
-    """
-
-    def __init__(self, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> None:
-        self._scaler = scaler
-        self._optimizers = optimizers
-        self._marks_after_step: dict[int, Marks] = {id(optimizer): frozenset() for optimizer in optimizers}
-        """Marks of each optimizer's gradients after its last step."""
-        self._stepped: set[int] = set()
-        """Optimizers that have stepped since the last update of the scale."""
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Update the scale if the optimizer has stepped with it already."""
-        if id(optimizer) in self._stepped:  # a scaler takes one step of each
-            self.update()
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Record a step, and update the scale if no gradients of other optimizers wait."""
-        self._stepped.add(id(optimizer))
-        self._marks_after_step[id(optimizer)] = _collect_marks(optimizer)
-        if all(_collect_marks(other) <= self._marks_after_step[id(other)] for other in self._optimizers):
-            self.update()
-
-    def update(self) -> None:
-        """Update the scale if there were steps; called at the end of each batch at the latest."""
-        if self._stepped:
-            self._stepped.clear()
-            self._scaler.update()
-
-
-def _collect_marks(optimizer: Optimizer) -> Marks:
-    """Return marks of the gradients that change when a backward pass writes or replaces a gradient."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    graded = ((id(parameter), parameter.grad) for parameter in parameters)
-    return frozenset((key, grad.data_ptr(), read_version(grad)) for key, grad in graded if grad is not None)
-
-
 Call = Callable[[], object]
+Marks = frozenset[tuple[int, int, int]]
 
 
 class Stepper:
@@ -167,6 +125,39 @@ class Stepper:
         return lambda: strategy.clip_gradients(list_parameters(self.optimizer), limit=limit, algorithm=algorithm)
 
 
+class SharedScale:
+    """Loss scale of several optimizers, which changes only while no gradients wait that were multiplied by it.
+
+    Such gradients would be divided by another factor than they were multiplied by.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer]) -> None:
+        self._scaler = scaler
+        self._optimizers = optimizers
+        self._marks_after_step: dict[int, Marks] = {id(optimizer): frozenset() for optimizer in optimizers}
+        """Marks of each optimizer's gradients after its last step."""
+        self._stepped: set[int] = set()
+        """Optimizers that have stepped since the last update of the scale."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Update the scale if the optimizer has stepped with it already."""
+        if id(optimizer) in self._stepped:  # a scaler takes one step of each
+            self.update()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Record a step, and update the scale if no gradients of other optimizers wait."""
+        self._stepped.add(id(optimizer))
+        self._marks_after_step[id(optimizer)] = _collect_marks(optimizer)
+        if all(_collect_marks(other) <= self._marks_after_step[id(other)] for other in self._optimizers):
+            self.update()
+
+    def update(self) -> None:
+        """Update the scale if there were steps; called at the end of each batch at the latest."""
+        if self._stepped:
+            self._stepped.clear()
+            self._scaler.update()
+
+
 def list_parameters(optimizer: Optimizer) -> list[torch.nn.Parameter]:
     """Return the parameters of all groups of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -182,18 +173,6 @@ def build_loss_checks(session: Session) -> tuple[Callable[[Tensor], None], ...]:
             raise NotFiniteError(f"the loss is {loss.item()} in batch {session.view.num_batches_done} of this epoch")
 
     return (check,)
-
-
-def _build_weight_check(session: Session) -> Call | None:
-    if not session.plan.optimization.is_ending_on_nan:
-        return None
-
-    def check() -> None:
-        for name, parameter in session.module.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NotFiniteError(f"the weight {name} is not finite after step {session.view.global_step}")
-
-    return check
 
 
 def _build_norm_loggers(session: Session, metrics: MetricBuffer) -> list[Call]:
@@ -219,3 +198,22 @@ def _build_norm_loggers(session: Session, metrics: MetricBuffer) -> list[Call]:
         metrics.log_step(f"grad_{order}_norm_total", torch.linalg.vector_norm(torch.stack(norms), order))
 
     return [log_norms]
+
+
+def _build_weight_check(session: Session) -> Call | None:
+    if not session.plan.optimization.is_ending_on_nan:
+        return None
+
+    def check() -> None:
+        for name, parameter in session.module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NotFiniteError(f"the weight {name} is not finite after step {session.view.global_step}")
+
+    return check
+
+
+def _collect_marks(optimizer: Optimizer) -> Marks:
+    """Return marks of the gradients that change when a backward pass writes or replaces a gradient."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    graded = ((id(parameter), parameter.grad) for parameter in parameters)
+    return frozenset((key, grad.data_ptr(), read_version(grad)) for key, grad in graded if grad is not None)
