@@ -30,7 +30,11 @@ def reload_settings() -> None:
     Ray itself reads them once, on import.
     """
     _import("ray._raylet", "Config").initialize("")
-    _import("ray._raylet", "AuthenticationTokenLoader").instance().reset_cache()
+    try:
+        tokens = _import("ray._raylet", "AuthenticationTokenLoader")
+    except RaylitError:  # a version of Ray without tokens
+        return
+    tokens.instance().reset_cache()
 
 
 @contextmanager
