@@ -143,7 +143,7 @@ class Coordinator:
     def fit(self, *, checkpoint: dict[str, Any] | None = None) -> None:
         """Train to the end; continue from the checkpoint's position if one is given."""
         self._callback_states.reset()
-        with self._running(checkpoint, is_resuming=True):
+        with self._run_with_group(checkpoint, is_resuming=True):
             if checkpoint is None and self._schedule.has_sanity_check(self.state):
                 self._check_sanity()
             self._schedule.begin(self.state, is_continued=checkpoint is not None)
@@ -151,27 +151,27 @@ class Coordinator:
             while not self._schedule.is_finished(self.state):
                 self._train_epoch()
             self._notify("on_train_end")
-            self._finish()
+            self._finish_run()
         self._checkpoint_queue.raise_last()
         self._log_writer.raise_failures()
 
     def evaluate(self, *, checkpoint: dict[str, Any] | None = None) -> list[dict[str, float]]:
         """Validate or test; return the metrics by name for each loader."""
-        with self._running(checkpoint, is_resuming=False):
+        with self._run_with_group(checkpoint, is_resuming=False):
             evaluated = self._evaluate(self.state.stage)
-            self._finish()
+            self._finish_run()
             return [dict(metrics) for metrics in evaluated.per_loader]
 
     def predict(self, *, checkpoint: dict[str, Any] | None = None, is_returning: bool = True) -> list[list[Any]]:
         """Return for each loader the outputs of its batches, in data-set order."""
-        with self._running(checkpoint, is_resuming=False):
+        with self._run_with_group(checkpoint, is_resuming=False):
             self._notify("on_evaluation_start", "predict")
             parts = [
                 report for report in self._run(Predict(is_returning=is_returning)) if isinstance(report, Predicted)
             ]
             self._signals.check()
             self._notify("on_evaluation_end", "predict")
-            self._finish()
+            self._finish_run()
             return predictions.restore_sample_order(parts)
 
     # What a driver callback may call
@@ -280,7 +280,7 @@ class Coordinator:
     def _note_stop(self, reason: str) -> None:
         self.state.stop_reason = self.state.stop_reason or reason
 
-    def _finish(self) -> None:
+    def _finish_run(self) -> None:
         finished = self._run_for_report(Finish(interruption=self._signals.pending))
         assert isinstance(finished, Finished)
         self.finished = replace(finished, state_dict=self._gathered_weights.state_dict or finished.state_dict)
@@ -298,7 +298,7 @@ class Coordinator:
         """Save and return the results of an interrupted run whose workers are idle and can still run commands."""
         if self.state.stage == "fit":
             self._notify("on_interrupt")
-        self._finish()
+        self._finish_run()
 
     def _measure(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._profiler is None else self._profiler.measure(name)
@@ -312,7 +312,7 @@ class Coordinator:
     # The workers
 
     @contextmanager
-    def _running(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
+    def _run_with_group(self, checkpoint: dict[str, Any] | None, *, is_resuming: bool) -> Iterator[None]:
         """Start the group, the callbacks and the loggers, and end them after success, failure or interruption."""
         started: list[DriverCallback] = []
         self._signals.install()
@@ -343,7 +343,7 @@ class Coordinator:
                 for callback in started:
                     callback.on_exception(self, error)
             if isinstance(error, WorkerDied) and self.state.stage == "fit":
-                error.advise(self._how_to_continue())
+                error.advise(self._describe_how_to_continue())
             raise
         finally:
             try:
@@ -357,7 +357,7 @@ class Coordinator:
                 self._signals.restore()
                 self._describe_profiles()
 
-    def _how_to_continue(self) -> str:
+    def _describe_how_to_continue(self) -> str:
         """Describe how far the failed run got and which checkpoint the next run can start from."""
         progress = self.state.progress
         text = f"The last step that it reported is {progress.global_step}, in epoch {progress.epoch}. "
@@ -446,7 +446,7 @@ class Coordinator:
             case Evaluated() if not report.is_broken_off:
                 state.progress = self._schedule.progress_after_evaluation(state)
                 for step, metrics in report.steps:
-                    self._log(metrics, step=step)
+                    self._log_metrics(metrics, step=step)
                 self._record_metrics(report.metrics, is_flushed=True)
             case EpochEnded():
                 state.progress = report.progress
@@ -477,10 +477,10 @@ class Coordinator:
         state.callback_metrics.update({name: metric.value for name, metric in metrics.items()})
         state.metric_steps.update(dict.fromkeys(metrics, state.progress.global_step))
         state.progress_bar_metrics.update({name: metric.value for name, metric in metrics.items() if metric.prog_bar})
-        if is_logged and self._log(metrics, step=state.log_step) and is_flushed:
+        if is_logged and self._log_metrics(metrics, step=state.log_step) and is_flushed:
             self._log_writer.save()
 
-    def _log(self, metrics: Metrics, *, step: int) -> bool:
+    def _log_metrics(self, metrics: Metrics, *, step: int) -> bool:
         """Send the metrics to the loggers; return True if there were any."""
         logged = {name: metric.value for name, metric in metrics.items() if metric.logger}
         if logged:

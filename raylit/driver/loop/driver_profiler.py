@@ -29,9 +29,9 @@ class DriverProfiler:
 
     def append_own_profile(self, workers: Iterable[Profile]) -> list[Profile]:
         """Return the workers' profiles, the slowest first, followed by the driver's own."""
-        return [*sorted(workers, key=lambda profile: profile.title, reverse=True), self.profile()]
+        return [*sorted(workers, key=lambda profile: profile.title, reverse=True), self.build_profile()]
 
-    def profile(self) -> Profile:
+    def build_profile(self) -> Profile:
         elapsed_s = self._stopwatch.elapsed_s
         actions = self._stopwatch.actions()
         rest = Action(

@@ -26,10 +26,10 @@ def write(reports: Sequence[Written]) -> None:
     for filename in dict.fromkeys(filename for report in reports for filename in report.files):
         batches = [batch for report in reports for batch in report.files.get(filename, ())]
         batches.sort(key=lambda batch: batch[:2])
-        _save([row for _, _, columns in batches for row in _rows(columns)], filename)
+        _save_rows([row for _, _, columns in batches for row in _iterate_rows(columns)], filename)
 
 
-def _rows(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _iterate_rows(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     names = list(columns)
     for values in zip(*columns.values(), strict=True):
         # A view would be serialized with the whole batch.
@@ -39,7 +39,7 @@ def _rows(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _save(rows: list[dict[str, Any]], filename: str) -> None:
+def _save_rows(rows: list[dict[str, Any]], filename: str) -> None:
     if "://" in filename:
         with _open_remote(filename) as file:
             torch.save(rows, file)

@@ -49,7 +49,7 @@ class Schedule:
         state.has_validation = state.stage == "fit" and any(num > 0 for num in started.num_eval_batches)
         self._check_limits(state)
         if state.has_validation:
-            self._validation_batches = self._interval_in_batches(started.num_training_batches)
+            self._validation_batches = self._convert_interval_to_batches(started.num_training_batches)
         self._irregular_epoch = None
         if isinstance(started, Started) and started.num_batches_in_epoch != started.num_training_batches:
             self._irregular_epoch = self._loaded_epoch
@@ -97,7 +97,7 @@ class Schedule:
             self._clock.start(state.progress.global_step)
         if not is_continued or not self.is_finished(state):
             return
-        limits, epochs, step = self._plan.limits, _epochs_done(state.progress), state.progress.global_step
+        limits, epochs, step = self._plan.limits, _count_epochs_done(state.progress), state.progress.global_step
         limits_by_name = {"max_epochs": limits.max_epochs, "max_steps": limits.max_steps}
         limit = " and ".join(f"{name}={value}" for name, value in limits_by_name.items() if value is not None)
         warnings.warn(
@@ -110,7 +110,7 @@ class Schedule:
         limits = self._plan.limits
         return (
             state.stop_reason is not None
-            and _epochs_done(state.progress) >= limits.min_epochs
+            and _count_epochs_done(state.progress) >= limits.min_epochs
             and state.progress.global_step >= limits.min_steps
         )
 
@@ -124,9 +124,9 @@ class Schedule:
             return math.inf
         if self.is_validation_owed(state):
             return state.progress.batch
-        before = self._batches_before(state.progress)
+        before = self._count_batches_before(state.progress)
         done = before + state.progress.batch
-        interval = self._interval_in(state)
+        interval = self._get_interval(state)
         return (done // interval + 1) * interval - before
 
     def is_validation_owed(self, state: RunState) -> bool:
@@ -135,7 +135,7 @@ class Schedule:
         is_validated = progress.validated_batch == progress.batch or not self._is_validation_epoch(state)
         if is_validated or not progress.is_inside_epoch or math.isinf(self._validation_batches):
             return False
-        return (self._batches_before(progress) + progress.batch) % self._interval_in(state) == 0
+        return (self._count_batches_before(progress) + progress.batch) % self._get_interval(state) == 0
 
     def is_validation_due(self, state: RunState, *, is_epoch_finished: bool) -> bool:
         progress = state.progress
@@ -145,7 +145,7 @@ class Schedule:
             return self._clock.is_due() or self.may_stop(state)
         if math.isinf(self._validation_batches):
             return is_epoch_finished
-        done = self._batches_before(progress) + progress.batch
+        done = self._count_batches_before(progress) + progress.batch
         validation = self._plan.validation
         # The length of an iterable data set is an estimate: the epoch may end before it. A fraction of an epoch that
         # another number of workers has begun need not fall on its end.
@@ -153,7 +153,7 @@ class Schedule:
             isinstance(validation.interval, float) and self._is_irregular_epoch(state)
         )
         is_at_end = is_epoch_finished and is_by_epoch and validation.every_n_epochs is not None
-        return is_at_end or done % self._interval_in(state) == 0 or self.may_stop(state)
+        return is_at_end or done % self._get_interval(state) == 0 or self.may_stop(state)
 
     def progress_after_evaluation(self, state: RunState) -> Progress:
         """Return the progress after an evaluation."""
@@ -167,18 +167,18 @@ class Schedule:
         every_n_epochs = self._plan.validation.every_n_epochs
         return state.has_validation and (every_n_epochs is None or (state.progress.epoch + 1) % every_n_epochs == 0)
 
-    def _batches_before(self, progress: Progress) -> int:
+    def _count_batches_before(self, progress: Progress) -> int:
         """Return the number of batches before this epoch, if the interval counts across epochs, else 0."""
         return progress.batches_before if self._plan.validation.every_n_epochs is None else 0
 
     def _is_irregular_epoch(self, state: RunState) -> bool:
         return state.progress.epoch == self._irregular_epoch
 
-    def _interval_in(self, state: RunState) -> float:
+    def _get_interval(self, state: RunState) -> float:
         is_whole = isinstance(self._plan.validation.interval, float) and self._plan.validation.interval == 1.0
         return state.num_training_batches if is_whole and self._is_irregular_epoch(state) else self._validation_batches
 
-    def _interval_in_batches(self, num_batches: float) -> float:
+    def _convert_interval_to_batches(self, num_batches: float) -> float:
         validation = self._plan.validation
         interval = validation.interval
         if validation.interval_s is not None:
@@ -223,9 +223,9 @@ class Schedule:
     def _is_nothing_left(self, state: RunState) -> bool:
         """Return True if nothing is left to train."""
         limits = self._plan.limits
-        has_epochs = limits.max_epochs is None or _epochs_done(state.progress) < limits.max_epochs
+        has_epochs = limits.max_epochs is None or _count_epochs_done(state.progress) < limits.max_epochs
         return not has_epochs or state.progress.global_step >= self.last_step or state.num_training_batches == 0
 
 
-def _epochs_done(progress: Progress) -> int:
+def _count_epochs_done(progress: Progress) -> int:
     return progress.epoch + progress.is_epoch_ended

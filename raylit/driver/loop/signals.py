@@ -66,7 +66,7 @@ class SignalHandler:
         _register_fork_hooks()
         for number in map(signal.Signals, _NAMES):
             current = signal.getsignal(number)
-            if current != self._receive and _is_default(current):
+            if current != self._receive and _is_default_handler(current):
                 self._before.setdefault(number, current)
                 signal.signal(number, self._receive)
 
@@ -81,13 +81,13 @@ class SignalHandler:
 
         It also sets the exit code of a SystemExit that a signal has caused.
         """
-        self._correct(error)
+        self._restore_exit_code(error)
         if self._first is not None or isinstance(error, KeyboardInterrupt):
             return "interrupted"
         # Ray ends a user's function normally with a SystemExit of code 0.
         return "success" if isinstance(error, SystemExit) and not error.code else "failed"
 
-    def _correct(self, error: BaseException) -> None:
+    def _restore_exit_code(self, error: BaseException) -> None:
         """Restore the exit code of a SystemExit that a signal has caused.
 
         Ray's calls lose the code of one that is raised in them, and Ray's own handler, installed while it connects,
@@ -168,7 +168,7 @@ def _write_notice(notice: bytes) -> None:
         os.close(nowhere)
 
 
-def _is_default(handler: Any) -> bool:
+def _is_default_handler(handler: Any) -> bool:
     """Return True if Python or Ray has set this handler; Ray's own ends the process with exit code 15."""
     if handler in (signal.SIG_DFL, signal.default_int_handler):
         return True

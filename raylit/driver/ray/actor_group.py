@@ -110,8 +110,8 @@ class ActorGroup:
         """Failures by rank, of the command that fails."""
         self._is_stop_armed = False
         try:
-            self._spawn()
-            self._form()
+            self._start_actors()
+            self._form_process_group()
         except BaseException:
             self.end()
             raise
@@ -126,7 +126,7 @@ class ActorGroup:
         reference = _put_in_store(
             serialized_job, f"the module and its data of {serialized_job.num_bytes / 2**30:.1f} GB"
         )
-        assignment = self._assignment(plan, environment_before)
+        assignment = self._build_assignment(plan, environment_before)
         self._is_stop_armed = False
         # Unpickling may hold the GIL for long.
         self._wait_for_calls(
@@ -135,7 +135,7 @@ class ActorGroup:
         )
         self.is_usable = self.is_usable and not self._leftovers
 
-    def _assignment(self, plan: Plan, environment_before: Mapping[str, str]) -> Assignment:
+    def _build_assignment(self, plan: Plan, environment_before: Mapping[str, str]) -> Assignment:
         # Another host has its own modules, and so do workers to which Ray gives packages or a directory.
         has_own_modules = not self._is_on_own_host or bool(local_cluster.runtime_env().keys() - {"env_vars"})
         return Assignment(
@@ -162,15 +162,15 @@ class ActorGroup:
         late = pings
         while late:
             _, late = ray.wait(late, num_returns=len(late), timeout=_WAKE_S)
-            if (silent := heartbeat.silent_rank()) is not None:
+            if (silent := heartbeat.find_silent_rank()) is not None:
                 self.is_usable = self.is_idle = False
-                raise self._silence_error(*silent)
+                raise self._build_silence_error(*silent)
         for rank, ping in enumerate(pings):
             try:
                 ray.get(ping)
             except DEATHS as error:
                 self.is_usable = False
-                raise self._death_error(rank, error) from error
+                raise self._build_death_error(rank, error) from error
 
     def is_reusable(self) -> bool:
         """Return True if the group's resources are those that this process would be given now."""
@@ -227,11 +227,11 @@ class ActorGroup:
                 ray.wait(stop_calls, num_returns=len(stop_calls), timeout=_STOP_S)
         placement, self._placement = self._placement, None
         if self.is_of_this_session:  # a thread that ends idle workers may have waited above
-            self._kill(actors)
+            self._kill_actors(actors)
             if placement is not None:
                 placement.remove()
 
-    def _spawn(self) -> None:
+    def _start_actors(self) -> None:
         assert self._placement is not None
         actor_class: Any = ray.remote(WorkerActor)
         # Ray starts new processes for these, instead of using prestarted ones.
@@ -242,7 +242,7 @@ class ActorGroup:
         ]
         self._actors = actors
         infos = self._wait_for_start([actor.get_info.remote() for actor in actors])
-        rank_order = _rank_order(infos)
+        rank_order = _order_by_host_and_gpu(infos)
         self._actors = [actors[index] for index in rank_order]
         self._contexts = _build_contexts([infos[index] for index in rank_order])
         ray_core.hide_worker_deaths([info.worker_id for info in infos])
@@ -274,7 +274,7 @@ class ActorGroup:
             if capacity_wait.is_line_due:
                 capacity_wait.say(f"the processes of {missing}, which start")
 
-    def _form(self) -> None:
+    def _form_process_group(self) -> None:
         """Give every actor its rank and form the process group."""
         rendezvous = None
         if len(self._actors) > 1:
@@ -322,8 +322,8 @@ class ActorGroup:
         is_usable, self.is_usable = self.is_usable, False
         self.is_idle = False
         while unfinished:
-            if (silent := heartbeat.silent_rank()) is not None:
-                raise self._silence_error(*silent)
+            if (silent := heartbeat.find_silent_rank()) is not None:
+                raise self._build_silence_error(*silent)
             if is_stoppable and self._is_stop_armed:
                 is_stoppable = False
                 self._stop_loops()
@@ -352,7 +352,7 @@ class ActorGroup:
         except GetTimeoutError as error:
             answered, _ = ray.wait(pauses, num_returns=len(pauses), timeout=0)
             rank = next(rank for rank, pause in enumerate(pauses) if pause not in answered)
-            raise self._silence_error(rank, self.workers.ping_timeout_s) from error
+            raise self._build_silence_error(rank, self.workers.ping_timeout_s) from error
         except DEATHS:
             return  # the stream reports a death
 
@@ -370,7 +370,7 @@ class ActorGroup:
             try:
                 reports: list[ActorMessage] = ray.get(next(stream))
             except (*DEATHS, StopIteration) as error:
-                raise self._death_error(rank, error) from (error if is_traceback_full() else None)
+                raise self._build_death_error(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
                 if isinstance(report, Printed):
                     self._output.add(rank, report)
@@ -378,7 +378,7 @@ class ActorGroup:
                     yield rank, unpack(report)
         self._output.print_due()
 
-    def _silence_error(self, rank: int, limit_s: float) -> WorkerDied:
+    def _build_silence_error(self, rank: int, limit_s: float) -> WorkerDied:
         return WorkerDied(
             rank=rank,
             host=self._contexts[rank].host,
@@ -388,7 +388,7 @@ class ActorGroup:
             ),
         )
 
-    def _death_error(self, rank: int, error: BaseException) -> WorkerDied:
+    def _build_death_error(self, rank: int, error: BaseException) -> WorkerDied:
         self._output.print_due(is_end=True)
         end = self._ends[rank]
         reason = reason_of_death(error, None if end is None else end.describe())
@@ -445,7 +445,7 @@ class ActorGroup:
             self.is_usable, self.is_idle = was_usable, True
         raise_failures(list(failures.values()), num_workers=len(self._contexts))
 
-    def _kill(self, actors: list[Any]) -> None:
+    def _kill_actors(self, actors: list[Any]) -> None:
         for actor in actors:
             try:
                 ray.kill(actor)
@@ -465,7 +465,7 @@ def _put_in_store(value: Any, what: str) -> Any:
         ) from error
 
 
-def _rank_order(infos: list[ActorInfo]) -> list[int]:
+def _order_by_host_and_gpu(infos: list[ActorInfo]) -> list[int]:
     """Return the actors' indices by host, the driver's first, then by GPU: neighbouring ranks share hardware."""
     own = ray.get_runtime_context().get_node_id()
     return sorted(

@@ -78,7 +78,7 @@ class CheckpointTransfer:
                 # The worker's host may lack a package or write permission there.
                 is_written = pending_call is not None and self._wait_for(pending_call)
             if not is_written:
-                self._pull(path)
+                self._pull_pieces(path)
 
     def release(self) -> None:
         _wait_briefly([self.begin_release()])
@@ -86,7 +86,7 @@ class CheckpointTransfer:
     def begin_release(self) -> Any:
         return self._actor.release_pending.remote(self._kind)
 
-    def _pull(self, path: str) -> None:
+    def _pull_pieces(self, path: str) -> None:
         with remote.draft_upload(path) if is_url(path) else contextlib.nullcontext(Path(path)) as draft:
             self._wait_for(self._actor.begin_pieces.remote(self._kind))
             files.fill(self._write_pieces, draft)
@@ -113,7 +113,7 @@ class CheckpointTransfer:
         """Wait for a call's result. CheckpointWriterLost: the actor no longer answers its heartbeat."""
         heartbeat = Heartbeat([self._actor], limit_s=self._ping_timeout_s)
         while not ray.wait([call], timeout=_WAKE_S)[0]:
-            if heartbeat.silent_rank() is not None:
+            if heartbeat.find_silent_rank() is not None:
                 raise CheckpointWriterLost(
                     f"the worker of rank {self._rank} has fallen silent while it wrote a checkpoint"
                 )

@@ -100,7 +100,7 @@ def describe_end(log_end: str, *, pid: int, num_oom_kills: int) -> str | None:
     if (name := parse_crash_signal(log_end, pid=pid)) is not None:
         return _CRASHES.get(name, f"crashed ({name})")
     if num_oom_kills > 0:
-        return f"killed by the kernel, probably out of memory ({memory_in_use()})"
+        return f"killed by the kernel, probably out of memory ({describe_memory_use()})"
     return None
 
 
@@ -198,7 +198,7 @@ def reason_of_death(error: BaseException, process_end: str | None) -> str:
     is_actor_dead = isinstance(error, ActorDiedError)
     if isinstance(error, OutOfMemoryError) or (is_actor_dead and ray_core.is_memory_monitor_kill(text)):
         used = ray_core.parse_memory_use(text)
-        in_use = f"{used[0]} of {used[1]} GB were in use" if used is not None else memory_in_use()
+        in_use = f"{used[0]} of {used[1]} GB were in use" if used is not None else describe_memory_use()
         return f"killed by Ray's memory monitor, as its host ran out of memory ({in_use})"
     if not isinstance(error, ActorDiedError):
         return process_end or f"its stream of reports ended ({error or type(error).__name__})"
@@ -248,7 +248,7 @@ def find_user_line(traceback_text: str, *, is_last_innermost: bool = False) -> s
     return own[0] if own else ""
 
 
-def memory_in_use() -> str:
+def describe_memory_use() -> str:
     """Describe the memory in use on this host or container, now that the dead process has freed its own."""
     total, available = _read_kilobytes("/proc/meminfo", "MemTotal:"), _read_kilobytes("/proc/meminfo", "MemAvailable:")
     where, used = "host", total - available

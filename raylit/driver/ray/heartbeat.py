@@ -38,7 +38,7 @@ class Heartbeat:
         self._silence_s = [0.0] * len(actors)
         self._checked_at = time.monotonic()
 
-    def silent_rank(self) -> tuple[int, float] | None:
+    def find_silent_rank(self) -> tuple[int, float] | None:
         """Return the rank that has been silent for longest with the limit it has passed, or None.
 
         A call that comes too soon after the last one does nothing.

@@ -139,7 +139,7 @@ class _EmbeddedNode:
 
     def start(self) -> None:
         self.stop()  # of an earlier node, ended by a ray.shutdown of the user's, some parts may be left
-        parent = _parent_directory()
+        parent = _choose_parent_directory()
         # Ray's ports are open to the network. Its own start would write a token file, which makes a later `ray start`
         # require tokens; a token in the environment protects this node as well and leaves nothing behind. A user's
         # choice is kept.
@@ -219,7 +219,7 @@ class _EmbeddedNode:
         os.environ[name] = value
 
 
-def _parent_directory() -> str:
+def _choose_parent_directory() -> str:
     """Return the directory below which the node gets its own: RAY_TMPDIR, otherwise that for temporary files.
 
     The paths of the node's sockets may have 107 characters in total.

@@ -65,7 +65,7 @@ class NodeReaper:
             self._process.wait(timeout=_SELF_EXIT_S + _MAX_EXIT_S)
 
 
-def _main(driver: int, directory: str) -> None:
+def _run_reaper(driver: int, directory: str) -> None:
     session = os.getsid(driver) if os.getppid() == driver else 0
     _remove_abandoned(os.path.dirname(directory))
     _wait_for_driver_end(driver)
@@ -98,7 +98,7 @@ def _remove_abandoned(parent: str) -> None:
     """
     for path in glob.glob(os.path.join(glob.escape(parent), f"{PREFIX}*", _LOCK)):
         with contextlib.suppress(OSError):
-            if not _is_own(os.path.dirname(path), stat.S_IFDIR) or not _is_own(path, stat.S_IFREG):
+            if not _is_owned(os.path.dirname(path), stat.S_IFDIR) or not _is_owned(path, stat.S_IFREG):
                 continue
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +106,7 @@ def _remove_abandoned(parent: str) -> None:
                     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
-def _is_own(path: str, kind: int) -> bool:
+def _is_owned(path: str, kind: int) -> bool:
     """Return True if the path is this user's, and of this kind itself, not a link."""
     status = os.lstat(path)
     return stat.S_IFMT(status.st_mode) == kind and status.st_uid == os.geteuid()
@@ -152,4 +152,4 @@ def _has_open_file(process: str, directory: str) -> bool:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2])
+    _run_reaper(int(sys.argv[1]), sys.argv[2])

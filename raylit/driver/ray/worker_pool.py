@@ -51,7 +51,7 @@ class PooledGroup:
             try:
                 if not is_new:
                     self._group.check_awake()
-                self._group.assign(plan, serialized_job, environment_before=_pool.environment_before())
+                self._group.assign(plan, serialized_job, environment_before=_pool.read_earlier_environment())
             except WorkerDied:
                 if is_new:
                     raise
@@ -117,7 +117,7 @@ class _Pool:
         self._variable_names: set[str] = set()
         """Environment variables of this process at all its runs: workers may still have removed ones."""
 
-    def environment_before(self) -> dict[str, str]:
+    def read_earlier_environment(self) -> dict[str, str]:
         """Return the variables that workers started with or had in an earlier run, as far as this process knows."""
         before = {**dict.fromkeys(self._variable_names, ""), **local_cluster.environment_of_workers()}
         self._variable_names |= os.environ.keys()
@@ -163,11 +163,13 @@ class _Pool:
         with self._lock:
             self._idle.append(_IdleGroup(group=group, ends_at_s=time.monotonic() + keep_s))
             surplus = []
-            while len(self._idle) > 1 and self._num_workers() > _MAX_IDLE_WORKERS:
+            while len(self._idle) > 1 and self._count_workers() > _MAX_IDLE_WORKERS:
                 surplus.append(self._idle.pop(0))
             if self._watcher is None or not self._watcher.is_alive():
                 self._is_ending = False
-                self._watcher = threading.Thread(target=self._watch, name="raylit-idle-workers", daemon=True)
+                self._watcher = threading.Thread(
+                    target=self._watch_idle_groups, name="raylit-idle-workers", daemon=True
+                )
                 self._watcher.start()
                 # Registered later than what ends Ray at exit, so that it runs first.
                 atexit.unregister(self.stop_watching)
@@ -186,7 +188,7 @@ class _Pool:
         if watcher is not None and watcher is not threading.current_thread():
             watcher.join(timeout=_STOP_TIMEOUT_S)
 
-    def _watch(self) -> None:
+    def _watch_idle_groups(self) -> None:
         """End expired groups, and others whose resources are requested, until no group is left."""
         was_requested = False
         while True:
@@ -214,7 +216,7 @@ class _Pool:
             held_names = {name for idle in self._idle for name in idle.group.resources}
         return bool(held_names) and any(held_names & request.keys() for request in list_pending_requests())
 
-    def _num_workers(self) -> int:
+    def _count_workers(self) -> int:
         return sum(idle.group.workers.num_workers for idle in self._idle)
 
     def _end_oldest(self) -> bool:

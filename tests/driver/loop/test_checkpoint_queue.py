@@ -286,7 +286,7 @@ def test_a_host_copy_makes_the_same_file_and_ignores_later_changes(num_large: in
     memory = HostCopy(CPUAccelerator())
     before = file_of(state)
     for _ in range(2):
-        copy = memory.taken(state)
+        copy = memory.copy_state(state)
         shared.add_(1)
         state["plain"]["b"][0] += 1
         assert file_of(copy) == before

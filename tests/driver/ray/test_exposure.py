@@ -115,7 +115,7 @@ def test_the_store_of_remote_workers_listens_on_the_nodes_address_only():
 def test_a_temporary_directory_too_long_for_sockets_is_a_named_error(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 90)))
     with pytest.raises(pl.ConfigError, match="are possible, as Ray"):
-        local_cluster._parent_directory()
+        local_cluster._choose_parent_directory()
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/below")
     with pytest.raises(pl.ConfigError, match="RAY_TMPDIR=/dev/null/below"):
-        local_cluster._parent_directory()
+        local_cluster._choose_parent_directory()

@@ -248,9 +248,9 @@ def test_memory_in_use_is_the_containers_if_its_limit_is_below_the_hosts(tmp_pat
     limit.write_text(f"{2**30}\n")
     used.write_text(f"{2**29}\n")
     monkeypatch.setattr(failures, "_CONTAINER_FILES", [(str(limit), str(used))])
-    assert failures.memory_in_use() == "the container has 1.0 GB, of which 0.5 GB are still in use"
+    assert failures.describe_memory_use() == "the container has 1.0 GB, of which 0.5 GB are still in use"
     limit.write_text("max\n")
-    assert failures.memory_in_use().startswith("the host has")
+    assert failures.describe_memory_use().startswith("the host has")
 
 
 @pytest.mark.parametrize(
