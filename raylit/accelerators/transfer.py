@@ -73,7 +73,7 @@ class BatchForm:
         """Batches stay as they are."""
         return self.floating_dtype is None and not self.is_channels_last
 
-    def of(self, batch: Any) -> Any:
+    def apply(self, batch: Any) -> Any:
         return batch if self.is_plain else map_tensors(batch, self._of_tensor)
 
     def _of_tensor(self, tensor: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class StreamCopy:
             return tensor
 
         # An object with its own `to` may hold tensors that cannot be found here, so it moves on the step's stream.
-        return self._form.of(map_tensors(moved, record_use, on_movable=lambda value: value.to(self._device)))
+        return self._form.apply(map_tensors(moved, record_use, on_movable=lambda value: value.to(self._device)))
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         # With another dtype or layout in the same call torch would convert on the host first, into unpinned memory.
@@ -183,7 +183,7 @@ def build_mover(
         return Mover(StreamCopy(device, form), before=before, after=after, can_prefetch=not is_hooked)
     if form.is_plain and before is None and after is None:
         return None
-    copy = DirectCopy(lambda batch, dataloader_idx: form.of(to_device(batch, device)))
+    copy = DirectCopy(lambda batch, dataloader_idx: form.apply(to_device(batch, device)))
     return Mover(copy, before=before, after=after, can_prefetch=False)
 
 
@@ -216,7 +216,7 @@ def _add_conversion(form: BatchForm, before: BatchHook | None) -> BatchHook | No
         return before
 
     def convert(batch: Any, dataloader_idx: int) -> Any:
-        batch = form.of(batch)
+        batch = form.apply(batch)
         return batch if before is None else before(batch, dataloader_idx)
 
     return convert

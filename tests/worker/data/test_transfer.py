@@ -208,13 +208,13 @@ def test_objects_with_a_to_method_are_moved_wherever_they_are_nested():
 
 
 def test_only_floating_point_tensors_are_converted_to_the_precision():
-    moved = BatchForm(floating_dtype=torch.float64).of([torch.ones(1), torch.ones(1, dtype=torch.int64)])
+    moved = BatchForm(floating_dtype=torch.float64).apply([torch.ones(1), torch.ones(1, dtype=torch.int64)])
     assert [tensor.dtype for tensor in moved] == [torch.float64, torch.int64]
 
 
 def test_only_tensors_of_four_dimensions_are_converted_to_channels_last():
     form = BatchForm(is_channels_last=True)
-    images, labels = form.of((torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4)))
+    images, labels = form.apply((torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4)))
     assert images.stride() == (60, 1, 15, 3)
     assert labels.is_contiguous()
-    assert form.of([images])[0] is images
+    assert form.apply([images])[0] is images
