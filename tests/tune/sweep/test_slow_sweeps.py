@@ -13,7 +13,7 @@ import pytest
 
 import raylit as pl
 
-TESTS = str(Path(__file__).parents[1])
+TESTS = str(Path(__file__).parents[2])
 
 SCRIPT = """
 import os, signal, sys, time
