@@ -289,7 +289,7 @@ def test_a_signal_to_the_process_group_ends_the_run_orderly(number, num_workers,
             cwd=tmp_path,
             stdout=printed,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
             start_new_session=True,
         )
     try:

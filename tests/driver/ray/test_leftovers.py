@@ -50,7 +50,7 @@ class Driver:
         self.mark = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
         self.place = place
         script = place / "script.py"
-        tests = str(Path(__file__).parents[1])
+        tests = str(Path(__file__).parents[2])
         script.write_text(SCRIPT.format(tests=tests, place=str(place), max_steps=max_steps))
         environment = {**os.environ, "RAY_TMPDIR": self.mark, "RAYLIT_TEST_MARK": self.mark, **variables}
         self.output = place / "output"
@@ -232,7 +232,7 @@ FREED = """
 
 @pytest.mark.cluster
 def test_shutdown_frees_raylits_resources_in_the_users_ray(run_script, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     shown = run_script(FREED)
     assert "warm (2, 1, 0.0)" in shown
     assert "freed (0, 0, 2.0) True" in shown

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-TESTS = pathlib.Path(__file__).parents[1]
+TESTS = pathlib.Path(__file__).parents[2]
 SHARED = TESTS.parents[1] / "shared"
 
 PREAMBLE = """

@@ -17,7 +17,7 @@ from raylit.driver.ray import local_cluster
 from raylit.driver.ray.placement import Placement
 from raylit.driver.ray.resource_request import Host, ResourceRequest, num_slots
 
-TESTS = pathlib.Path(__file__).parents[1]
+TESTS = pathlib.Path(__file__).parents[2]
 
 
 def demand(num_workers=2, each=None, **workers):

@@ -318,7 +318,7 @@ SMALL_STORE = """
 
 @pytest.mark.cluster
 def test_data_larger_than_the_store_is_shared_from_disk_or_is_an_error(run_script, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     shown = run_script(SMALL_STORE)
     assert "first" in shown

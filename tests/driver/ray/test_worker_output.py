@@ -107,7 +107,7 @@ KILLED = """
 
 @pytest.mark.cluster
 def test_a_workers_death_is_printed_once_and_others_are_unchanged(run_script, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     shown = run_script(KILLED)
     assert shown.count("worker of rank 1") == 1, shown
     assert shown.count("(raylet)") == shown.count("A worker died or was killed") == 1, shown
