@@ -240,7 +240,7 @@ class Tuner:
         job = self._trainer.build_fit_job(model, train_dataloaders, val_dataloaders, datamodule)
         plan = self._trainer.plan
         check_limit(memory_limit_bytes, accelerator=plan.workers.accelerator)
-        name = _size_name(batch_arg_name, job)
+        name = _find_size_attribute(batch_arg_name, job)
         is_speed = mode == "throughput"
         if effective_batch_size is None:
             effective_batch_size = "keep" if is_speed and job.module.automatic_optimization else "any"
@@ -343,7 +343,7 @@ def _select_arguments(
     return requested or (None if finder is None else finder.arguments)
 
 
-def _size_name(attribute: str, job: Job) -> str:
+def _find_size_attribute(attribute: str, job: Job) -> str:
     name = trial.find_attribute([attribute], job, argument="scale_batch_size")
     if not is_from_hook(job, "train"):
         raise ConfigError(

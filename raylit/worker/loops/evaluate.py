@@ -90,8 +90,8 @@ class _ForwardLoop:
         if 3 <= num_arguments < math.inf:
             step_extra = (index,)
         step = session.timed(f"{_PREFIXES[self._stage]}_step", step)
-        on_start = session.hooks.find(f"on_{_PREFIXES[self._stage]}_batch_start")
-        on_end = session.hooks.find(f"on_{_PREFIXES[self._stage]}_batch_end")
+        on_start = session.hooks.list_calls(f"on_{_PREFIXES[self._stage]}_batch_start")
+        on_end = session.hooks.list_calls(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()
         batches = self._open_batches(index)
         first_uneven = self._loaders[index].first_uneven

@@ -69,7 +69,7 @@ class Hooks:
         self._callbacks = callbacks
         self._profiler = profiler
 
-    def find(self, name: str) -> tuple[Callable[..., Any], ...]:
+    def list_calls(self, name: str) -> tuple[Callable[..., Any], ...]:
         """Return the overridden hooks of this name, to be called with the module's arguments; empty if none is."""
         calls: list[Callable[..., Any]] = [
             self._measure_hook(callback, name, partial(getattr(callback, name), self._view, self._module))
@@ -82,7 +82,7 @@ class Hooks:
 
     def call(self, name: str, *args: Any) -> None:
         """Call the overridden hooks of this name."""
-        for hook in self.find(name):
+        for hook in self.list_calls(name):
             hook(*args)
 
     def set_up(self, stage: str, datamodule: DataModule | None) -> None:

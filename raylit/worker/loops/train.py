@@ -101,8 +101,8 @@ class TrainLoop:
         """
         session, view, metrics, optimization = self._session, self._view, self.metrics, self._optimization
         feed = self._begin_command()
-        on_batch_start = session.hooks.find("on_train_batch_start")
-        on_batch_end = session.hooks.find("on_train_batch_end")
+        on_batch_start = session.hooks.list_calls("on_train_batch_start")
+        on_batch_end = session.hooks.list_calls("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
         on_uneven_batch_start = [session.uneven.wrap_hook(hook, is_answer_needed=True) for hook in on_batch_start]
         on_uneven_batch_end = [session.uneven.wrap_hook(hook) for hook in on_batch_end]

@@ -41,8 +41,8 @@ class AutomaticOptimization:
         """False where the forward pass is collective: all ranks run every step then."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._synced_step, self._check_synced = self._sync.step, self._sync.check
-        self._before_backward = (*build_loss_checks(session), *hooks.find("on_before_backward"))
-        self._after_backward = hooks.find("on_after_backward")
+        self._before_backward = (*build_loss_checks(session), *hooks.list_calls("on_before_backward"))
+        self._after_backward = hooks.list_calls("on_after_backward")
         is_called = session.profiler is not None or is_overridden("backward", module, LightningModule)
         self._own_backward = session.timed("backward", module.backward) if is_called else None
         self._is_window_start = True

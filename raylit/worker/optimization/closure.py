@@ -58,8 +58,8 @@ class ClosureOptimization:
         self._has_uneven_steps = not session.strategy.is_forward_collective
         """False where the forward pass is collective: all ranks run every step then."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
-        self._before_backward = (*build_loss_checks(session), *session.hooks.find("on_before_backward"))
-        self._after_backward = session.hooks.find("on_after_backward")
+        self._before_backward = (*build_loss_checks(session), *session.hooks.list_calls("on_before_backward"))
+        self._after_backward = session.hooks.list_calls("on_after_backward")
         self._own_backward = session.timed("backward", self._module.backward)
         self._is_evaluating = needs_closure(stepper.optimizer)
         self._is_overridden = is_overridden("optimizer_step", session.module, LightningModule)

@@ -103,8 +103,8 @@ class OptimizerHandles:
         self._scaler = session.precision.scaler
         self._steppers = steppers
         self._pending = session.strategy.pending_gradients(session.module) if is_manual else None
-        self._before_backward = session.hooks.find("on_before_backward")
-        self._after_backward = session.hooks.find("on_after_backward")
+        self._before_backward = session.hooks.list_calls("on_before_backward")
+        self._after_backward = session.hooks.list_calls("on_after_backward")
         self._frozen: dict[int, list[nn.Parameter]] = {}
         self.optimizers = [OptimizerHandle(stepper, self) for stepper in steppers]
 

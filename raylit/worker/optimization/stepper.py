@@ -34,8 +34,8 @@ class Stepper:
             # would take for steps in the wrong order.
             mark_stepped(optimizer)
         self._is_autocasting = session.precision.autocast_dtype is not None
-        self._before_zero_grad = session.hooks.find("on_before_zero_grad")
-        self._before_step = session.hooks.find("on_before_optimizer_step")
+        self._before_zero_grad = session.hooks.list_calls("on_before_zero_grad")
+        self._before_step = session.hooks.list_calls("on_before_optimizer_step")
         zero_grad = self._find_zero_grad_override(session.module) or build_zero_grad(optimizer)
         self._zero_grad = session.timed("optimizer_zero_grad", zero_grad)
         self._step_unprofiled = build_step(optimizer)

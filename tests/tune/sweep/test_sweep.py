@@ -109,7 +109,7 @@ def test_a_failed_trial_does_not_end_the_others_and_shows_the_users_frames(swept
     assert [trial.status for trial in result.trials] == ["finished", "failed", "finished", "finished"]
     lines = result.errors[result.trials[1].id].splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert "test_sweeps.py" in lines[1]
+    assert "test_sweep.py" in lines[1]
     assert lines[-1] == "ValueError: no such rate as 0.02"
 
 
