@@ -127,6 +127,10 @@ class Accelerator(ABC):
         """Limit this process to its present memory and `num_bytes` more; return a function that lifts the limit."""
         raise NotImplementedError(f"{type(self).__name__} cannot limit memory")
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({values})"
+
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
 

@@ -327,7 +327,7 @@ def test_move_from_cpus_to_gpus_or_tpus_without_code_changes(monkeypatch):
     # As on a driver without a GPU that is connected to a cluster with them.
     monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
     plan = Trainer(gpus=2, precision=16, logger=False)._plan
-    assert (plan.workers.num_workers, plan.workers.accelerator, plan.strategy) == (
+    assert (plan.workers.num_workers, plan.workers.accelerator.name, plan.strategy) == (
         2,
         "cuda",
         pl.DDPStrategy(find_unused_parameters="auto"),
