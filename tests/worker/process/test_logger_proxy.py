@@ -243,7 +243,7 @@ def test_a_failing_call_ends_the_run_and_the_error_names_its_line_and_step(name,
     setattr(model, hook, lambda *args: call(model.logger))
     logger = Keeping()
     quiet["logger"] = logger
-    with pytest.raises(pl.LoggingError, match=f"{name}.*test_forwarding.py:.* at step") as caught:
+    with pytest.raises(pl.LoggingError, match=f"{name}.*test_logger_proxy.py:.* at step") as caught:
         pl.fit(model, RegressionData(), num_workers=1, max_epochs=1, **quiet)
     assert message in str(caught.value)
     assert logger.ends == ["failed"]
@@ -317,12 +317,12 @@ def test_calls_wait_when_the_queue_is_full_instead_of_being_dropped(monkeypatch)
     def call(*path, number=0):
         return LogCall(logger=0, path=path, arguments=snapshot(((number,) if number else (), {})), place="")
 
-    writer.take(call("wait"))
+    writer.queue_call(call("wait"))
     filled = threading.Event()
 
     def fill():
         for number in range(1, 500):
-            writer.take(call("experiment", "add", number=number))
+            writer.queue_call(call("experiment", "add", number=number))
         filled.set()
 
     thread = threading.Thread(target=fill)
@@ -386,7 +386,7 @@ def test_a_hooks_call_that_fails_on_a_full_disk_does_not_end_the_training(quiet)
     quiet["logger"] = logger
     with (
         pytest.warns(UserWarning, match="experiment.fail.* at step 1: OSError: no room"),
-        pytest.raises(pl.LoggingError, match=r"failed 6 times.*test_forwarding.py:.* at step 1: OSError: no room"),
+        pytest.raises(pl.LoggingError, match=r"failed 6 times.*test_logger_proxy.py:.* at step 1: OSError: no room"),
     ):
         pl.fit(model, RegressionData(), num_workers=1, max_epochs=1, **quiet)
     assert logger.ends == ["success"]
