@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
@@ -257,8 +256,7 @@ def test_data_shared_with_the_module_stays_shared_with_it_and_writable(quiet, nu
 
 
 def stored_bytes():
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    return get_memory_info_reply(state).store_stats.object_store_bytes_used
+    return ray.cluster_resources()["object_store_memory"] - ray.available_resources().get("object_store_memory", 0.0)
 
 
 @pytest.fixture
