@@ -92,7 +92,7 @@ class Session:
             job.datamodule.trainer = self.view
         for owner in (job.datamodule, self.module):
             if owner is not None and self._prepares_data(owner):
-                self.timed(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
+                self.measure_call(f"{type(owner).__name__}.prepare_data", owner.prepare_data)()
         self.collectives.barrier(timeout_s=_PREPARE_TIMEOUT_S)
         self._broadcast_random_state()
         self.hooks.set_up(self.stage, job.datamodule)
@@ -141,7 +141,7 @@ class Session:
         is_per_node = self.plan.prepares_per_node and getattr(owner, "prepare_data_per_node", True)
         return (self.context.local_rank if is_per_node else self.context.rank) == 0
 
-    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def measure_call(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return the call, measured by the profiler if there is one."""
         return call if self.profiler is None else time_items(self.profiler, name, call)
 

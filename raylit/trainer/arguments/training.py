@@ -125,7 +125,7 @@ _UNUSED = "_find_unused_parameters_"
 
 def parse_strategy(*, strategy: str | StrategyOptions, workers: Workers) -> StrategyOptions:
     """One worker has nothing to share, whatever strategy is given."""
-    chosen = _named(strategy) if isinstance(strategy, str) else strategy
+    chosen = _find_strategy(strategy) if isinstance(strategy, str) else strategy
     if chosen is not None and not isinstance(chosen, StrategyOptions):
         raise ConfigError(f"strategy={strategy!r}: must be a name such as 'ddp' or an object such as DDPStrategy(...)")
     if isinstance(chosen, SingleDeviceStrategy) and workers.num_workers > 1:
@@ -135,7 +135,7 @@ def parse_strategy(*, strategy: str | StrategyOptions, workers: Workers) -> Stra
     return chosen or DDPStrategy(find_unused_parameters="auto")
 
 
-def _named(given: str) -> StrategyOptions | None:
+def _find_strategy(given: str) -> StrategyOptions | None:
     name, has_suffix, is_finding = given.partition(_UNUSED)
     known = {**NAMED_STRATEGIES, **registered_strategies()}
     chosen = known.get(name)

@@ -89,7 +89,7 @@ class _ForwardLoop:
         step_extra = extra if num_arguments >= 3 else ()
         if 3 <= num_arguments < math.inf:
             step_extra = (index,)
-        step = session.timed(f"{_PREFIXES[self._stage]}_step", step)
+        step = session.measure_call(f"{_PREFIXES[self._stage]}_step", step)
         on_start = session.hooks.list_calls(f"on_{_PREFIXES[self._stage]}_batch_start")
         on_end = session.hooks.list_calls(f"on_{_PREFIXES[self._stage]}_batch_end")
         self._num_done, self._next_tick = 0, monotonic()

@@ -174,7 +174,9 @@ class EpochOutputs:
             [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda pair: pair[0])]
             for parts in zip(*outputs_of_ranks, strict=True)
         ]
-        hook = session.timed(f"{type(session.module).__name__}.{self._hook}", getattr(session.module, self._hook))
+        hook = session.measure_call(
+            f"{type(session.module).__name__}.{self._hook}", getattr(session.module, self._hook)
+        )
         with self._metrics.already_reduced():
             _record_epoch_end(hook(lists[0] if len(lists) == 1 else lists), self._metrics, hook=self._hook)
 

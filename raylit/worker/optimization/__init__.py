@@ -39,7 +39,9 @@ def build_optimization(session: Session, optimizers: ConfiguredOptimizers, *, me
             raise ModuleError(
                 "truncated back-propagation is automatic: with automatic_optimization = False split by hand"
             )
-        step = session.timed("training_step", adapt_training_step(module, optimizer_idx=None, is_truncated=False))
+        step = session.measure_call(
+            "training_step", adapt_training_step(module, optimizer_idx=None, is_truncated=False)
+        )
         manual = ManualOptimization(session, handles=handles, training_step=step, metrics=metrics)
         return UnevenOptimization(manual, session=session, metrics=metrics)
     turns: list[Optimization] = []
@@ -47,7 +49,7 @@ def build_optimization(session: Session, optimizers: ConfiguredOptimizers, *, me
         step = adapt_training_step(
             module, optimizer_idx=index if len(steppers) > 1 else None, is_truncated=bool(length)
         )
-        step = session.timed("training_step", step)
+        step = session.measure_call("training_step", step)
         if needs_closure(stepper.optimizer) or is_overridden("optimizer_step", module, LightningModule):
             handle = handles.optimizers[index]
             turns.append(ClosureOptimization(session, stepper, handle=handle, training_step=step, metrics=metrics))

@@ -44,7 +44,7 @@ class AutomaticOptimization:
         self._before_backward = (*build_loss_checks(session), *hooks.list_calls("on_before_backward"))
         self._after_backward = hooks.list_calls("on_after_backward")
         is_called = session.profiler is not None or is_overridden("backward", module, LightningModule)
-        self._own_backward = session.timed("backward", module.backward) if is_called else None
+        self._own_backward = session.measure_call("backward", module.backward) if is_called else None
         self._is_window_start = True
         self._window = 1
         self._is_plain = False

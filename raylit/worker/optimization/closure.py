@@ -60,7 +60,7 @@ class ClosureOptimization:
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
         self._before_backward = (*build_loss_checks(session), *session.hooks.list_calls("on_before_backward"))
         self._after_backward = session.hooks.list_calls("on_after_backward")
-        self._own_backward = session.timed("backward", self._module.backward)
+        self._own_backward = session.measure_call("backward", self._module.backward)
         self._is_evaluating = needs_closure(stepper.optimizer)
         self._is_overridden = is_overridden("optimizer_step", session.module, LightningModule)
         self._is_window_start = True

@@ -98,7 +98,7 @@ class OptimizerHandles:
         self.weight = 1.0
         """Factor by which losses of the current batch count."""
         self._module = session.module
-        self._own_backward = session.timed("backward", session.module.backward)
+        self._own_backward = session.measure_call("backward", session.module.backward)
         self._strategy = session.strategy
         self._scaler = session.precision.scaler
         self._steppers = steppers

@@ -37,11 +37,11 @@ class Stepper:
         self._before_zero_grad = session.hooks.list_calls("on_before_zero_grad")
         self._before_step = session.hooks.list_calls("on_before_optimizer_step")
         zero_grad = self._find_zero_grad_override(session.module) or build_zero_grad(optimizer)
-        self._zero_grad = session.timed("optimizer_zero_grad", zero_grad)
+        self._zero_grad = session.measure_call("optimizer_zero_grad", zero_grad)
         self._step_unprofiled = build_step(optimizer)
         self._inspect: list[Call] = _build_norm_loggers(session, metrics)
         clip = self._build_clipping(session)
-        self._clip: Call | None = None if clip is None else session.timed("configure_gradient_clipping", clip)
+        self._clip: Call | None = None if clip is None else session.measure_call("configure_gradient_clipping", clip)
         self._after_step = _build_weight_check(session)
         is_plain = self._scaler is None and self._clip is None and not self._inspect and self._after_step is None
         self.step: Call = self._step_plainly if is_plain else self._step_prepared
