@@ -91,7 +91,7 @@ SCRIPT = """
 import os, sys
 os.environ.update({environment!r})
 sys.path[:0] = [{tests!r}, {strategies!r}]
-from test_fsdp import *
+from test_fsdp_strategy import *
 
 def run(num_workers, **arguments):
     model = Deep(optimizer="AdamW")
@@ -113,7 +113,7 @@ assert_same_weights(torch.load("one.ckpt", weights_only=True)["state_dict"], wei
 @pytest.mark.timeout(180)
 def test_another_number_of_workers_downloads_the_parts_it_needs(server: Server, run_script: Any) -> None:
     tests = os.path.dirname(os.path.dirname(__file__))
-    places = {"tests": tests, "strategies": os.path.join(tests, "strategies")}
+    places = {"tests": tests, "strategies": os.path.join(tests, "strategies", "fsdp")}
     output = run_script(SCRIPT.format(environment=server.environment, url=server.url, **places), timeout_s=150)
     assert output.count("AT ") == 3
     assert "DONE 0" in output
