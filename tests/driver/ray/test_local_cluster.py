@@ -15,7 +15,7 @@ import os, sys, time
 import ray, torch
 import raylit as pl
 from raylit.compat import ray_core
-from raylit.driver import placement
+from raylit.driver.ray import placement
 from raylit.driver.ray.placement import Placement
 from raylit.config.plan import Workers
 
@@ -54,7 +54,7 @@ def hosts(**workers):
     room = Placement(Workers(**workers))
     table = ray.util.placement_group_table(room._group)["bundles_to_node_id"]
     room.remove()
-    return [table[index] for index, _ in room._places]
+    return [table[index] for index, _ in room._bundles]
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "labels": {"zone": "a"}})
 cluster.add_node(num_cpus=2, labels={"zone": "b"}, resources={"disk": 3})
@@ -210,7 +210,7 @@ CALLED_OFTEN = """
 import os, time
 from pathlib import Path
 import ray
-from raylit.driver import cluster
+from raylit.driver.ray import local_cluster
 
 @ray.remote
 class Actor:
@@ -222,7 +222,7 @@ def parent(pid):
 def kilobytes(pid):
     return next(int(line.split()[1]) for line in Path("/proc", pid, "status").open() if line.startswith("VmRSS"))
 
-cluster.connect()
+local_cluster.connect()
 actor = Actor.remote()
 ray.get(actor.call.remote())
 heads = [path.parent.name for path in Path("/proc").glob("[0-9]*/comm") if path.read_text() == "gcs_server\\n"]
@@ -232,7 +232,7 @@ for _ in range(4):
     ray.get([actor.call.remote() for _ in range(1000)])
 time.sleep(3)  # for what is reported once a second
 print(kilobytes(head) - before)
-cluster.shutdown()
+local_cluster.shutdown()
 """
 
 

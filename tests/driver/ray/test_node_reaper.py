@@ -106,7 +106,7 @@ def test_a_node_that_fails_to_start_is_ended_and_started_again(num_stopped, run_
         f"""
         import glob, os, signal, tempfile, threading, time
         import raylit as pl
-        from raylit.driver import cluster
+        from raylit.driver.ray import local_cluster
 
         def raylets():
             for path in glob.glob("/proc/[0-9]*/cmdline"):
@@ -131,14 +131,14 @@ def test_a_node_that_fails_to_start_is_ended_and_started_again(num_stopped, run_
                 thread = threading.Thread(target=stop_the_first, daemon=True)
                 thread.start()
                 try:
-                    cluster.connect()
+                    local_cluster.connect()
                     print("started")
                 except pl.ResourcesError as error:
                     print(error, error.__cause__)
                 thread.join()
                 # A process that a raylet has just forked looks like one, and may have been stopped with it.
                 print(len(stopped) >= {num_stopped}, "left:", stopped & set(raylets()))
-                cluster.shutdown()
+                local_cluster.shutdown()
                 print(os.listdir(directory))
         """,
         timeout_s=200.0,

@@ -76,7 +76,7 @@ sys.path[:0] = [{tests!r}, {scaling!r}]
 import ray
 from fake_cluster import FakeAutoscalingCluster
 from models import Regression, RegressionData
-from raylit.driver import placement
+from raylit.driver.ray import placement
 import raylit as pl
 
 def build(config):
