@@ -7,13 +7,12 @@ from torch.utils.data import DataLoader
 from raylit.compat.private_names import import_private
 from raylit.errors import RaylitError
 
+_VERSION = "2.13"
+
 
 def drop_iterator(loader: "DataLoader[Any]") -> None:
-    """Have a loader with persistent processes start its own for the next iteration, not use those of a copy."""
+    """Make a copied loader with persistent processes start its own processes for the next iteration."""
     vars(loader)["_iterator"] = None
-
-
-_VERSION = "2.13"
 
 
 def find_loader_death() -> RuntimeError | None:
