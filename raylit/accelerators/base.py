@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
+from raylit.accelerators.tpu_slices import TPUPlace
 from raylit.errors import ConfigError
 
 
@@ -31,6 +33,13 @@ class Accelerator(ABC):
     """True if copies run concurrently with kernels: batches are copied on a separate stream, checkpoints into pinned
     memory. The module `torch.get_device_module(device)` has Stream, stream and current_stream."""
 
+    is_on_tpu_slices: bool = False
+    """True if its devices are TPU chips: Ray reserves whole slices, and ranks follow their hosts."""
+    is_worker_per_host: bool = False
+    """True if one worker drives all TPU devices of its host; otherwise each worker has one."""
+    has_exclusive_devices: bool = False
+    """True if a device serves one process at a time: a worker's replacement waits until its process has gone."""
+
     # Driver: available devices
 
     @abstractmethod
@@ -51,6 +60,24 @@ class Accelerator(ABC):
     @abstractmethod
     def num_devices(self) -> int:
         """Return the number of workers for `devices=-1`, and the default number if `is_host` is False."""
+
+    # Driver: the workers' processes
+
+    def with_storage(self, directory: str) -> Self:
+        """Return this accelerator, or one that keeps files for later runs, such as compiled programs, in a directory.
+
+        Args:
+            directory: `default_root_dir` of the Trainer: a path or an fsspec URL.
+        """
+        return self
+
+    def process_variables(self, place: TPUPlace | None) -> Mapping[str, str]:
+        """Return the environment variables with which a worker's process must start, before it imports torch.
+
+        Args:
+            place: The worker's place in TPU slices; None outside of them, where ranks are not known yet.
+        """
+        return {}
 
     # Worker: the process and its device
 
