@@ -1,6 +1,7 @@
-"""TPU slices: versions, topologies and hosts, and the place of a worker in them. Driver and worker; no TPU is needed."""
+"""TPU slices: versions, topologies and hosts, and the place of a worker in them. Driver and worker."""
 
 import math
+import pathlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ _TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "v7x": (*_SMALL_CUBES, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
 }
 """Topologies of the slices of each version, as Ray 2.60 knows them."""
+
+_PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"
+_CHIPS = frozenset({"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"})
+"""PCI numbers of TPU chips; other devices of the vendor are network cards and the like."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +74,9 @@ class TPUSlices:
 
     def __str__(self) -> str:
         chips = f"{self.chips_per_host} chip" + ("s" if self.chips_per_host > 1 else "")
-        hosts = f"{self.hosts_per_slice} hosts with {chips} each" if self.hosts_per_slice > 1 else f"a host with {chips}"
+        hosts = (
+            f"{self.hosts_per_slice} hosts with {chips} each" if self.hosts_per_slice > 1 else f"a host with {chips}"
+        )
         return f"{self.accelerator_version} {self.topology} ({hosts})"
 
 
@@ -82,6 +90,18 @@ class TPUHost:
     topology: str | None = None
     """None, like the version, if the host does not say what slice it belongs to."""
     slice_name: str = ""
+    """Empty for a host that is a slice by itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TPUInventory:
+    """The TPUs that a run can have."""
+
+    hosts: tuple[TPUHost, ...]
+    where: str
+    """Words for the place of the hosts: "this cluster of 2 hosts with 8 CPU, 8 TPU"."""
+    can_grow: bool = False
+    """True if an autoscaler may add hosts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +129,24 @@ class TPUPlace:
         """The ranks of this worker's slice."""
         first = self.slice_id * self.workers_per_slice
         return range(first, first + self.workers_per_slice)
+
+
+def has_tpu_chips() -> bool:
+    """Return True if this machine has TPU chips; nothing is started."""
+    try:
+        return any(
+            _read_pci_number(device, "vendor") == _GOOGLE and _read_pci_number(device, "device") in _CHIPS
+            for device in _PCI_DEVICES.iterdir()
+        )
+    except OSError:
+        return False
+
+
+def _read_pci_number(device: pathlib.Path, name: str) -> str:
+    try:
+        return (device / name).read_text().strip()
+    except OSError:
+        return ""
 
 
 def cores_per_chip(accelerator_version: str) -> int:
@@ -154,6 +192,11 @@ def parse_topology(text: str, *, accelerator_version: str | None = None) -> str:
     there_is = "; ".join(f"{version}: {_format_topologies(version)}" for version in versions)
     owner = f"{accelerator_version} slice" if accelerator_version else "slice of a TPU"
     raise ConfigError(f"topology={text!r}: no {owner} has it. There is {there_is}")
+
+
+def has_topology(accelerator_version: str, topology: str) -> bool:
+    """Return True if this version has slices of this topology."""
+    return topology in _TOPOLOGIES.get(accelerator_version, ())
 
 
 def versions_with(topology: str) -> list[str]:

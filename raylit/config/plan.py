@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from raylit.accelerators import Accelerator, CPUAccelerator
+from raylit.accelerators.tpu_slices import TPUSlices
 from raylit.config.strategy import SingleDeviceStrategy, StrategyOptions
 
 BatchLimit = int | float
@@ -29,6 +30,8 @@ class Workers:
     """Hosts that share the workers evenly; None: Ray and `placement` choose the hosts."""
     accelerator: Accelerator = field(default_factory=CPUAccelerator)
     """The kind of device; its class and values are pickled with the Plan."""
+    slices: TPUSlices | None = None
+    """The TPU slices that the workers use as a whole; None: there are none, or one host's TPUs."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
     """What each actor asks Ray for, by Ray's names. Unless named: one CPU, and what the accelerator asks for."""
     placement: PlacementName = "PACK"

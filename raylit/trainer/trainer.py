@@ -80,6 +80,8 @@ class Trainer(TrainerProperties):
         num_processes: int | None = None,
         accelerator: str | Accelerator = "auto",
         devices: int | str | list[int] = "auto",
+        topology: str | None = None,
+        accelerator_version: str | None = None,
         strategy: str | StrategyOptions = "auto",
         precision: int | str = 32,
         float32_matmul_precision: MatmulPrecisionName | None = None,
@@ -146,14 +148,19 @@ class Trainer(TrainerProperties):
                 if it has several, else 0.
             gpus: GPUs per host: a number, a list of indices, a string such as "2" or "0,1", or -1 for all of this
                 machine's. Ray chooses which ones. None: no GPUs are asked for by this name.
-            tpu_cores: Lightning's request for TPUs. A value other than None or 0 is a ConfigError, as there is no TPU
-                accelerator yet.
+            tpu_cores: TensorCores of TPUs per host: a number that slices have, such as 8, or -1 for a whole slice. It
+                implies accelerator="tpu". None: no TPUs are asked for by this name.
             num_nodes: Hosts that share the workers evenly. 1 leaves the hosts to Ray and `placement`.
             num_processes: CPU workers per host. None: not given.
-            accelerator: "cpu", "gpu" (or "cuda"), a registered name (`raylit.register_accelerator`), an
+            accelerator: "cpu", "gpu" (or "cuda"), "tpu" for TorchTPU if it is installed or else torch_xla, "torch_tpu"
+                or "xla" for one of them, a registered name (`raylit.register_accelerator`), an
                 `Accelerator`, or "auto": GPUs if torch sees any and no CPU workers are asked for.
             devices: Devices per host: a number, a list of indices, -1 for all, or "auto" for what `num_workers` and
                 the machine say.
+            topology: Arrangement of the chips of a TPU slice, such as "4x4". A slice is used as a whole: with torch_xla
+                by one worker per host, with TorchTPU by one per chip. None: as the number of cores or workers says,
+                or the only kind of slice that the cluster has.
+            accelerator_version: Version of the TPUs, such as "v6e" or "TPU-V6E". None: any.
             strategy: How workers share the model: "ddp", "fsdp", "fsdp_cpu_offload", "single", a name of Lightning's
                 such as "ddp_find_unused_parameters_true", or an object such as `DDPStrategy(...)` or
                 `FSDPStrategy(...)`. "auto" is DDP for several workers and nothing for one. Older name:
@@ -261,12 +268,15 @@ class Trainer(TrainerProperties):
             num_processes=num_processes,
             accelerator=accelerator,
             devices=devices,
+            topology=topology,
+            accelerator_version=accelerator_version,
             resources_per_worker=resources_per_worker,
             placement=placement,
             label_selector=label_selector,
             start_timeout_s=start_timeout_s,
             ping_timeout_s=ping_timeout_s,
             keep_workers_s=keep_workers_s,
+            storage=None if fast_dev_run else os.fspath(default_root_dir or os.getcwd()),
         )
         self._arguments_plan = plan = build_plan(
             workers=workers,

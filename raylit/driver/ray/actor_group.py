@@ -29,6 +29,7 @@ from raylit.driver.ray.placement import Placement
 from raylit.driver.ray.rendezvous import Rendezvous
 from raylit.driver.ray.resource_request import CapacityWait
 from raylit.driver.ray.serialization import SerializedJob, pack, pickle_plan, unpack
+from raylit.driver.ray.tpu_slice import SlicePlacement, wait_for_exits
 from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
 from raylit.protocol.messages import (
@@ -94,10 +95,12 @@ class ActorGroup:
         self._calls: list[Any] = []
         """Calls that nothing waits for; their results are only looked at for errors."""
         self._contexts: list[WorkerContext] = []
+        self._processes: list[tuple[str, int]] = []
+        """Node id and process id of each actor."""
         self._ends: list[ProcessEnd | None] = []
         self._output = WorkerOutput(num_workers=workers.num_workers)
         self._session = local_cluster.session()
-        self._placement: Placement | None = Placement(workers, free_resources=free_resources)
+        self._placement: Placement | SlicePlacement | None = _place_workers(workers, free_resources=free_resources)
         self.resources = self._placement.resources
         """Resources that each worker takes from the cluster."""
         self._leftovers: list[str] = []
@@ -228,21 +231,25 @@ class ActorGroup:
         placement, self._placement = self._placement, None
         if self.is_of_this_session:  # a thread that ends idle workers may have waited above
             self._kill_actors(actors)
+            if self.workers.accelerator.has_exclusive_devices:
+                wait_for_exits(self._processes)
             if placement is not None:
                 placement.remove()
 
     def _start_actors(self) -> None:
         assert self._placement is not None
         actor_class: Any = ray.remote(WorkerActor)
-        # Ray starts new processes for these, instead of using prestarted ones.
-        environment = {"runtime_env": {"env_vars": self.variables}} if self.variables else {}
-        actors = [
-            actor_class.options(max_concurrency=20, **environment, **self._placement.options(index)).remote()
-            for index in range(self.workers.num_workers)
-        ]
+        actors = []
+        for index in range(self.workers.num_workers):
+            options = self._placement.options(index)
+            if variables := {**self.variables, **self._placement.variables(index)}:
+                # Ray starts a new process for it, instead of using a prestarted one.
+                options["runtime_env"] = {"env_vars": variables}
+            actors.append(actor_class.options(max_concurrency=20, **options).remote())
         self._actors = actors
         infos = self._wait_for_start([actor.get_info.remote() for actor in actors])
-        rank_order = _order_by_host_and_gpu(infos)
+        self._processes = [(info.node_id, info.pid) for info in infos]
+        rank_order = [*range(len(infos))] if self._placement.is_in_rank_order else _order_by_host_and_gpu(infos)
         self._actors = [actors[index] for index in rank_order]
         self._contexts = _build_contexts([infos[index] for index in rank_order])
         ray_core.hide_worker_deaths([info.worker_id for info in infos])
@@ -451,6 +458,13 @@ class ActorGroup:
                 ray.kill(actor)
             except RayError:
                 continue
+
+
+def _place_workers(workers: Workers, *, free_resources: Callable[[], bool]) -> Placement | SlicePlacement:
+    # Inside of a task, an actor or a trial the workers use its placement group.
+    if workers.slices is None or ray.util.get_current_placement_group() is not None:
+        return Placement(workers, free_resources=free_resources)
+    return SlicePlacement(workers, free_resources=free_resources)
 
 
 def _put_in_store(value: Any, what: str) -> Any:

@@ -138,6 +138,9 @@ _INFEASIBLE_S = 10.0
 class Placement:
     """Bundles of the workers, in a placement group of their own or in the one this process runs in."""
 
+    is_in_rank_order = False
+    """True if the workers' indices are their ranks; otherwise ranks follow from where the actors run."""
+
     def __init__(self, workers: Workers, *, free_resources: Callable[[], bool] = lambda: False) -> None:
         """Reserve the workers' resources.
 
@@ -149,6 +152,7 @@ class Placement:
         Raises:
             ResourcesError: The cluster does not have the resources, or did not offer them in time.
         """
+        self._accelerator = workers.accelerator
         current = ray.util.get_current_placement_group()
         self._is_own = current is None
         if current is not None:
@@ -163,16 +167,12 @@ class Placement:
 
     def options(self, index: int) -> dict[str, Any]:
         """Return Ray's options for the actor of this worker."""
-        option_names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         bundle, each = self._bundles[index]
-        return {
-            "num_cpus": 0,
-            **{option_names[name]: amount for name, amount in each.items() if name in option_names},
-            "resources": {name: amount for name, amount in each.items() if name not in option_names},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=bundle
-            ),
-        }
+        return build_actor_options(each, group=self._group, bundle=bundle)
+
+    def variables(self, index: int) -> dict[str, str]:
+        """Return the environment variables with which the process of this worker starts."""
+        return dict(self._accelerator.process_variables(None))
 
     @property
     def resources(self) -> Resources:
@@ -191,6 +191,19 @@ class Placement:
         """Remove the placement group; an existing one is left alone."""
         if self._is_own:
             remove_placement_group(self._group)
+
+
+def build_actor_options(each: Resources, *, group: PlacementGroup, bundle: int) -> dict[str, Any]:
+    """Return Ray's options for an actor with the resources `each` in a bundle of a placement group."""
+    option_names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    return {
+        "num_cpus": 0,
+        **{option_names[name]: amount for name, amount in each.items() if name in option_names},
+        "resources": {name: amount for name, amount in each.items() if name not in option_names},
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=bundle
+        ),
+    }
 
 
 def _build_request(workers: Workers) -> ResourceRequest:

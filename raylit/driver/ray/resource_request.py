@@ -18,7 +18,7 @@ class CapacityWait:
     """Wait for capacity of the cluster, with a timeout and lines that say what is missing."""
 
     def __init__(self, *, timeout_s: float, first_line_s: float = _FIRST_LINE_S) -> None:
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._started_s = time.monotonic()
         self._started_at = time.strftime("%H:%M:%S")
         self._next_line_s = first_line_s
@@ -30,11 +30,11 @@ class CapacityWait:
     @property
     def slice_s(self) -> float:
         """Time to wait before the next check."""
-        return max(0.01, min(_SLICE_S, self._timeout_s - self.waited_s))
+        return max(0.01, min(_SLICE_S, self.timeout_s - self.waited_s))
 
     @property
     def is_over(self) -> bool:
-        return self.waited_s >= self._timeout_s
+        return self.waited_s >= self.timeout_s
 
     @property
     def is_line_due(self) -> bool:

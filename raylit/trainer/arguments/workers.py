@@ -3,11 +3,14 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from typing import Any, get_args
 
 from raylit.accelerators import Accelerator, choose_accelerator, get_accelerator, is_registered
+from raylit.accelerators.tpu_slices import TPUInventory, parse_topology, parse_version
 from raylit.config.plan import PlacementName, Workers
 from raylit.errors import ConfigError
+from raylit.trainer.arguments.tpu import TPULayout, TPURequest, check_tpu_cores, lay_out_workers
 from raylit.trainer.arguments.training import check_count
 
 
@@ -32,30 +35,89 @@ def parse_workers(
     num_processes: int | None,
     accelerator: str | Accelerator,
     devices: int | str | list[int],
+    topology: str | None,
+    accelerator_version: str | None,
     resources_per_worker: dict[str, float] | None,
     placement: str | None,
     label_selector: dict[str, str] | None,
     start_timeout_s: float,
     ping_timeout_s: float | None,
     keep_workers_s: float | None,
+    storage: str | None = None,
 ) -> Workers:
-    """Parse the number and kind of workers; by default one per GPU if there are several, else none (this process)."""
+    """Parse the number and kind of workers; by default one per GPU if there are several, else none (this process).
+
+    `storage` is the directory for files that later runs reuse; None: none are kept.
+    """
     check_count(1, num_nodes=num_nodes)
-    _refuse_tpus(tpu_cores, accelerator)
+    num_cores = _count_tpu_cores(tpu_cores, num_nodes=num_nodes)
     if ping_timeout_s is not None and not ping_timeout_s >= 0:
         raise ConfigError(f"ping_timeout_s={ping_timeout_s}: must be a number of seconds, or 0 for no limit")
-    chosen = _accelerator(accelerator, gpus=gpus, num_processes=num_processes)
-    per_node = _devices_per_node(gpus, num_processes, devices, chosen)
-    total = None if per_node is None else per_node * num_nodes
+    chosen = _accelerator(accelerator, gpus=gpus, tpu_cores=tpu_cores, num_processes=num_processes)
+    if storage is not None:
+        chosen = chosen.with_storage(storage)
+    layout = _lay_out_tpus(
+        chosen,
+        num_workers=num_workers,
+        num_cores=num_cores,
+        devices=devices,
+        num_nodes=num_nodes,
+        topology=topology,
+        accelerator_version=accelerator_version,
+    )
+    if layout is not None:
+        num_workers, num_nodes = layout.num_workers, 1
+        resources = _tpu_resources(resources_per_worker or {}, layout, chosen)
+        _check_tpu_placement(placement, layout)
+    else:
+        num_workers = _parse_num_workers(
+            num_workers,
+            _devices_per_node(gpus, num_processes, devices, chosen),
+            accelerator=chosen,
+            num_nodes=num_nodes,
+            resources_per_worker=resources_per_worker,
+            placement=placement,
+            label_selector=label_selector,
+        )
+        resources = _resources(resources_per_worker or {}, chosen)
+    workers = Workers(
+        num_workers=num_workers,
+        num_nodes=num_nodes if num_nodes > 1 else None,
+        accelerator=chosen,
+        slices=None if layout is None else layout.slices,
+        resources_per_worker=resources,
+        placement=_placement(placement, num_nodes=num_nodes),
+        label_selector=_label_selector(label_selector or {}),
+        start_timeout_s=start_timeout_s,
+        keep_s=keep_workers_s,
+    )
+    if ping_timeout_s is None:
+        return workers
+    return replace(workers, ping_timeout_s=ping_timeout_s, start_ping_timeout_s=ping_timeout_s)
+
+
+def _parse_num_workers(
+    num_workers: int | None,
+    devices_per_node: int | None,
+    *,
+    accelerator: Accelerator,
+    num_nodes: int,
+    **given: Any,
+) -> int:
+    """Return the number of workers, as it is given or follows from the devices.
+
+    Args:
+        num_workers: As given.
+        devices_per_node: As given by `gpus`, `devices` or `num_processes`.
+        accelerator: The kind of device.
+        num_nodes: As given.
+        **given: Arguments that mean nothing without workers.
+    """
+    total = None if devices_per_node is None else devices_per_node * num_nodes
     if num_workers is None:
-        num_workers = _default_num_workers(total, chosen)
+        num_workers = _default_num_workers(total, accelerator)
         if num_workers == 0:
-            _refuse_without_workers(
-                num_nodes=num_nodes,
-                resources_per_worker=resources_per_worker,
-                placement=placement,
-                label_selector=label_selector,
-            )
+            _refuse_without_workers(num_nodes=num_nodes, **given)
     elif num_workers < 0:
         raise ConfigError(f"num_workers={num_workers}: must be 0 (this process) or the number of workers")
     elif total is not None and total != max(1, num_workers):
@@ -63,31 +125,27 @@ def parse_workers(
             f"num_workers={num_workers} and {total} devices (gpus, devices or num_processes times "
             f"num_nodes={num_nodes}) are asked for: leave one of them out, or give the same number"
         )
-    if not chosen.is_available() and (num_workers == 0 or not is_on_cluster()):
-        raise ConfigError(chosen.explain_unavailable())
-    world_size = max(1, num_workers)
-    if world_size % num_nodes:
-        raise ConfigError(f"{num_workers} workers cannot be spread evenly over num_nodes={num_nodes}")
-    return Workers(
-        num_workers=num_workers,
-        num_nodes=num_nodes if num_nodes > 1 else None,
-        accelerator=chosen,
-        resources_per_worker=_resources(resources_per_worker or {}, chosen),
-        placement=_placement(placement, num_nodes=num_nodes),
-        label_selector=_label_selector(label_selector or {}),
-        start_timeout_s=start_timeout_s,
-        **({} if ping_timeout_s is None else _ping_timeouts(ping_timeout_s)),
-        keep_s=keep_workers_s,
-    )
+    if not accelerator.is_available() and (num_workers == 0 or not is_on_cluster()):
+        raise ConfigError(accelerator.explain_unavailable())
+    if max(1, num_workers) % num_nodes:
+        raise ConfigError(f"{max(1, num_workers)} workers cannot be spread evenly over num_nodes={num_nodes}")
+    return num_workers
 
 
-def _ping_timeouts(given_s: float) -> dict[str, float]:
-    return {"ping_timeout_s": given_s, "start_ping_timeout_s": given_s}
-
-
-def _accelerator(accelerator: str | Accelerator, *, gpus: Any, num_processes: Any) -> Accelerator:
-    """Make the one that is asked for, by `accelerator` or by `gpus`; "auto" takes what there is."""
+def _accelerator(accelerator: str | Accelerator, *, gpus: Any, tpu_cores: Any, num_processes: Any) -> Accelerator:
+    """Make the one that is asked for, by `accelerator`, `gpus` or `tpu_cores`; "auto" takes what there is."""
     named = None
+    if tpu_cores not in _NOTHING:
+        others = {"gpus": gpus if gpus not in _NOTHING else None, "num_processes": num_processes}
+        if isinstance(accelerator, Accelerator):
+            others["accelerator"] = None if accelerator.is_on_tpu_slices else accelerator
+        elif accelerator not in ("auto", "tpu", "xla", "torch_tpu") and not is_registered(accelerator):
+            others["accelerator"] = accelerator
+        for name, value in others.items():
+            if value is not None:
+                raise ConfigError(f"tpu_cores={tpu_cores!r} and {name}={value!r} contradict each other: leave one out")
+        if accelerator == "auto":
+            accelerator = "tpu"
     if isinstance(accelerator, Accelerator):
         named = accelerator
     elif accelerator != "auto":
@@ -121,15 +179,19 @@ def _devices_per_node(gpus: Any, num_processes: int | None, devices: Any, accele
 
 
 def _count(key: str, value: Any, accelerator: Accelerator) -> int:
-    """Return the number of devices that an int, a list of indices, "2", "0,1", or -1 (all) stands for."""
+    """Return the number of devices that a value stands for; -1 stands for all that this machine has."""
+    count = _parse_count(key, value)
+    return accelerator.num_devices() if count == -1 else count
+
+
+def _parse_count(key: str, value: Any) -> int:
+    """Return the number that an int, a list of indices, "2", "0,1", or -1 (all) stands for."""
     if isinstance(value, str):
         parts = [part for part in value.split(",") if part.strip()]
         value = int(parts[0]) if len(parts) == 1 and "," not in value and _is_int(parts[0]) else parts
     if isinstance(value, (list, tuple)):
         return len(value)
-    if value == -1:
-        return accelerator.num_devices()
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
         raise ConfigError(f"{key}={value!r}: must be a positive int, a list of indices, or -1 for all")
     return value
 
@@ -138,16 +200,87 @@ def _is_int(text: str) -> bool:
     return text.strip().lstrip("-").isdigit()
 
 
-def _is_unregistered_tpu(accelerator: str | Accelerator) -> bool:
-    return isinstance(accelerator, str) and accelerator in ("tpu", "xla") and not is_registered(accelerator)
+def _count_tpu_cores(tpu_cores: Any, *, num_nodes: int) -> int | None:
+    """Return the TensorCores of all hosts that are asked for; None if no number is."""
+    if tpu_cores in _NOTHING or tpu_cores in (-1, "-1"):
+        return None
+    per_node = _parse_count("tpu_cores", tpu_cores)
+    check_tpu_cores(per_node, num_nodes=num_nodes)
+    return per_node * num_nodes
 
 
-def _refuse_tpus(tpu_cores: Any, accelerator: str | Accelerator) -> None:
-    if tpu_cores not in _NOTHING or _is_unregistered_tpu(accelerator):
-        given = f"accelerator={accelerator!r}" if tpu_cores in _NOTHING else f"tpu_cores={tpu_cores!r}"
+def _lay_out_tpus(
+    accelerator: Accelerator,
+    *,
+    num_workers: int | None,
+    num_cores: int | None,
+    devices: int | str | list[int],
+    num_nodes: int,
+    topology: str | None,
+    accelerator_version: str | None,
+) -> TPULayout | None:
+    """Choose the TPU slices of the workers and their number.
+
+    Returns None for an accelerator without TPUs, without workers, or where torch has a device of its kind without
+    TPUs, such as XLA's on the CPU.
+    """
+    if not accelerator.is_on_tpu_slices:
+        for name, value in {"topology": topology, "accelerator_version": accelerator_version}.items():
+            if value is not None:
+                raise ConfigError(f"{name}={value!r} and accelerator={accelerator.name!r}: only TPUs have it")
+        return None
+    version = None if accelerator_version is None else parse_version(accelerator_version)
+    request = TPURequest(
+        accelerator=accelerator,
+        num_workers=num_workers,
+        num_cores=num_cores,
+        num_devices=None if devices in ("auto", -1, "-1") else _count("devices", devices, accelerator) * num_nodes,
+        num_hosts=num_nodes if num_nodes > 1 else None,
+        accelerator_version=version,
+        topology=None if topology is None else parse_topology(topology, accelerator_version=version),
+        devices_per_chip=_devices_per_chip(),
+    )
+    if num_workers == 0:
+        return None
+    is_named = any(value is not None for value in (num_cores, request.num_devices, version, request.topology))
+    if not is_on_cluster():
+        if not accelerator.is_available():
+            raise ConfigError(accelerator.explain_unavailable())
+        if accelerator.is_worker_per_host and not is_named and num_workers is None:
+            return None
+    inventory = _find_tpus()
+    if not inventory.hosts and accelerator.is_available() and not is_named:
+        return None
+    return lay_out_workers(request, inventory)
+
+
+def _find_tpus() -> TPUInventory:
+    # Importing Ray takes half a second, which a run without TPUs does not spend.
+    from raylit.driver.ray.tpu_slice import find_tpus
+
+    return find_tpus()
+
+
+def _devices_per_chip() -> int:
+    """Return Ray's number of TPU resources for a chip, which is the number of its devices if the user has set it."""
+    text = os.environ.get("RAY_TPU_RESOURCE_PER_CHIP", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"RAY_TPU_RESOURCE_PER_CHIP={text!r}: must be a positive integer")
+    return int(text)
+
+
+def _tpu_resources(resources: dict[str, float], layout: TPULayout, accelerator: Accelerator) -> dict[str, float]:
+    if resources.get("TPU", layout.devices_per_worker) != layout.devices_per_worker:
         raise ConfigError(
-            f"{given}: this raylit has no accelerator for TPUs yet; say gpus= instead, or num_workers= for CPUs"
+            f"resources_per_worker={resources!r}: a worker of accelerator={accelerator.name!r} has "
+            f"{layout.devices_per_worker} TPU here; leave TPU out"
         )
+    return {**_resources(resources, accelerator), "TPU": float(layout.devices_per_worker)}
+
+
+def _check_tpu_placement(placement: str | None, layout: TPULayout) -> None:
+    if placement is not None and layout.slices is not None:
+        raise ConfigError(f"placement={placement!r}: the workers on TPU slices have their places; leave it out")
 
 
 def _default_num_workers(total: int | None, accelerator: Accelerator) -> int:
