@@ -1,16 +1,34 @@
 """Registry of accelerators for `Trainer(accelerator=...)`. Driver."""
 
 from collections.abc import Callable
+from importlib import metadata
+
+import torch
 
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.cpu import CPUAccelerator
 from raylit.accelerators.cuda import CUDAAccelerator
 from raylit.errors import ConfigError
 
+
+def _build_xla() -> Accelerator:
+    """Build the XLA accelerator, whose module imports torch_xla.
+
+    Raises:
+        ConfigError: torch_xla is missing or does not fit the installed torch.
+    """
+    try:
+        from raylit.accelerators.xla import XLAAccelerator
+    except ImportError as error:
+        raise ConfigError(explain_missing_xla(error)) from error
+    return XLAAccelerator()
+
+
 _BUILT_IN: dict[str, Callable[[], Accelerator]] = {
     "cpu": CPUAccelerator,
     "gpu": CUDAAccelerator,
     "cuda": CUDAAccelerator,
+    "xla": _build_xla,
 }
 _REGISTERED: dict[str, Callable[[], Accelerator]] = {}
 
@@ -54,6 +72,21 @@ def get_accelerator(name: str) -> Accelerator:
     if not isinstance(accelerator, Accelerator):
         raise ConfigError(f"accelerator={name!r}: its factory returned {accelerator!r}, which is no raylit.Accelerator")
     return accelerator
+
+
+def explain_missing_xla(error: ImportError) -> str:
+    """Return a sentence for the failed import of torch_xla: what is installed, and what to install."""
+    if isinstance(error, ModuleNotFoundError):
+        return "accelerator='xla' needs torch_xla, which is not installed: pip install 'raylit[xla]'"
+    try:
+        version = metadata.version("torch_xla")
+    except metadata.PackageNotFoundError:
+        version = "of an unknown version"
+    release = ".".join(version.split(".")[:2])
+    return (
+        f"torch_xla {version} does not fit torch {torch.__version__} ({str(error).splitlines()[0]}): install the torch "
+        f"of the same release, pip install 'torch=={release}.*'"
+    )
 
 
 def choose_accelerator() -> Accelerator:

@@ -139,7 +139,7 @@ def _is_int(text: str) -> bool:
 
 
 def _is_unregistered_tpu(accelerator: str | Accelerator) -> bool:
-    return isinstance(accelerator, str) and accelerator in ("tpu", "xla") and not is_registered(accelerator)
+    return isinstance(accelerator, str) and accelerator == "tpu" and not is_registered(accelerator)
 
 
 def _refuse_tpus(tpu_cores: Any, accelerator: str | Accelerator) -> None:
