@@ -8,6 +8,7 @@ import torch
 from typing_extensions import Self
 
 from raylit.accelerators.tpu_slices import TPUPlace
+from raylit.accelerators.transfer import to_device
 from raylit.errors import ConfigError
 
 
@@ -32,13 +33,15 @@ class Accelerator(ABC):
     has_copy_streams: bool = False
     """True if copies run concurrently with kernels: batches are copied on a separate stream, checkpoints into pinned
     memory. The module `torch.get_device_module(device)` has Stream, stream and current_stream."""
-
-    is_on_tpu_slices: bool = False
-    """True if its devices are TPU chips: Ray reserves whole slices, and ranks follow their hosts."""
-    is_worker_per_host: bool = False
-    """True if one worker drives all TPU devices of its host; otherwise each worker has one."""
-    has_exclusive_devices: bool = False
-    """True if a device serves one process at a time: a worker's replacement waits until its process has gone."""
+    is_spmd: bool = False
+    """True if one worker drives all devices of its host as one, by XLA's SPMD, which divides batches and parameters."""
+    has_static_shapes: bool = False
+    """True if each new shape of a batch costs a compilation: training leaves out an epoch's last, smaller batch."""
+    has_storages: bool = True
+    """False if the memory of tensors on the device has no address; checkpoints copy each of them to the host then."""
+    is_on_tpu: bool = False
+    """True if its devices are TPU chips: Ray reserves slices as a whole, ranks follow the hosts of a slice, and a chip
+    serves one process at a time."""
 
     # Driver: available devices
 
@@ -60,6 +63,21 @@ class Accelerator(ABC):
     @abstractmethod
     def num_devices(self) -> int:
         """Return the number of workers for `devices=-1`, and the default number if `is_host` is False."""
+
+    def check_settings(
+        self, *, precision: str, num_workers: int, is_compiling: bool, is_syncing_batchnorm: bool
+    ) -> None:
+        """Check the Trainer's settings in the driver.
+
+        Args:
+            precision: Name of the precision, such as "bf16-mixed".
+            num_workers: Number of workers; 0 for the loop in this process.
+            is_compiling: The Trainer compiles the module by torch.compile.
+            is_syncing_batchnorm: Batch norms compute their statistics over all ranks.
+
+        Raises:
+            ConfigError: The device cannot work with them.
+        """
 
     # Driver: the workers' processes
 
@@ -111,8 +129,15 @@ class Accelerator(ABC):
     def synchronize(self) -> None:
         """Wait until the device has finished all its work, before a time is measured or a copy on the host is read."""
 
+    def place_batch(self, batch: Any) -> Any:
+        """Return the batch on the device, without waiting for the copy; called where `has_copy_streams` is False."""
+        return to_device(batch, self.device())
+
     def after_step(self) -> None:
-        """Finish an optimizer step, such as by XLA's mark_step. Only called if a subclass overrides it."""
+        """Finish an optimizer step, such as by torch_xla.sync. Only called if a subclass overrides it."""
+
+    def after_evaluation_batch(self) -> None:
+        """Finish the step of an evaluation or prediction batch, as `after_step` does for an optimizer step."""
 
     # Worker: memory
 

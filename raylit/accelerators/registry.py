@@ -1,8 +1,10 @@
 """Registry of accelerators for `Trainer(accelerator=...)`. Driver."""
 
-import importlib
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
+
+import torch
 
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.cpu import CPUAccelerator
@@ -11,26 +13,36 @@ from raylit.accelerators.tpu_slices import has_tpu_chips
 from raylit.errors import ConfigError
 
 
-def _create_xla() -> Accelerator:
-    """Create the accelerator of torch_xla, which its module imports."""
-    return _create_from("raylit.accelerators.xla", "XLAAccelerator")
+def _build_xla() -> Accelerator:
+    """Build the XLA accelerator, whose module imports torch_xla.
+
+    Raises:
+        ConfigError: torch_xla is missing or does not fit the installed torch.
+    """
+    try:
+        from raylit.accelerators.xla import XLAAccelerator
+    except ImportError as error:
+        raise ConfigError(explain_missing_xla(error)) from error
+    return XLAAccelerator()
 
 
-def _create_torch_tpu() -> Accelerator:
-    """Create the accelerator of TorchTPU."""
-    return _create_from("raylit.accelerators.torch_tpu", "TorchTPUAccelerator")
+def _build_torch_tpu() -> Accelerator:
+    # Importing the module needs no torch_tpu, which torch imports by itself; but few runs need the module.
+    from raylit.accelerators.torch_tpu import TorchTPUAccelerator
+
+    return TorchTPUAccelerator()
 
 
-def _create_tpu() -> Accelerator:
-    """Create TorchTPU's accelerator if its package is installed, or else that of torch_xla.
+def _build_tpu() -> Accelerator:
+    """Build TorchTPU's accelerator if its package is installed, or else that of torch_xla.
 
     Raises:
         ConfigError: Neither is installed.
     """
     if is_package_installed("torch_tpu"):
-        return _create_torch_tpu()
+        return _build_torch_tpu()
     if is_package_installed("torch_xla"):
-        return _create_xla()
+        return _build_xla()
     raise ConfigError(
         "TPUs are asked for, but neither torch_tpu nor torch_xla is installed: pip install 'raylit[tpu]' (TorchTPU; "
         "needs Python 3.12 or newer) or 'raylit[xla]' (torch_xla; needs the torch of its own version), here and on the "
@@ -38,19 +50,13 @@ def _create_tpu() -> Accelerator:
     )
 
 
-def _create_from(module: str, class_name: str) -> Accelerator:
-    # Its module, and the package that drives the device, are imported only if it is asked for.
-    accelerator: Accelerator = getattr(importlib.import_module(module), class_name)()
-    return accelerator
-
-
 _BUILT_IN: dict[str, Callable[[], Accelerator]] = {
     "cpu": CPUAccelerator,
     "gpu": CUDAAccelerator,
     "cuda": CUDAAccelerator,
-    "tpu": _create_tpu,
-    "xla": _create_xla,
-    "torch_tpu": _create_torch_tpu,
+    "tpu": _build_tpu,
+    "xla": _build_xla,
+    "torch_tpu": _build_torch_tpu,
 }
 _REGISTERED: dict[str, Callable[[], Accelerator]] = {}
 
@@ -94,6 +100,21 @@ def get_accelerator(name: str) -> Accelerator:
     if not isinstance(accelerator, Accelerator):
         raise ConfigError(f"accelerator={name!r}: its factory returned {accelerator!r}, which is no raylit.Accelerator")
     return accelerator
+
+
+def explain_missing_xla(error: ImportError) -> str:
+    """Return a sentence for the failed import of torch_xla: what is installed, and what to install."""
+    if isinstance(error, ModuleNotFoundError):
+        return "accelerator='xla' needs torch_xla, which is not installed: pip install 'raylit[xla]'"
+    try:
+        version = metadata.version("torch_xla")
+    except metadata.PackageNotFoundError:
+        version = "of an unknown version"
+    release = ".".join(version.split(".")[:2])
+    return (
+        f"torch_xla {version} does not fit torch {torch.__version__} ({str(error).splitlines()[0]}): install the torch "
+        f"of the same release, pip install 'torch=={release}.*'"
+    )
 
 
 def choose_accelerator() -> Accelerator:

@@ -39,8 +39,7 @@ class TorchTPUAccelerator(Accelerator):
     collective_backend = "cpu:gloo,tpu:tpu_dist"
     resources: Mapping[str, float] = {"TPU": 1.0}
     is_automatic = True
-    is_on_tpu_slices = True
-    has_exclusive_devices = True
+    is_on_tpu = True
 
     def __init__(self, *, compilation_cache: str | None = None) -> None:
         """Create the accelerator.

@@ -161,7 +161,17 @@ class RegisteredStrategy:
     is_saving_parts: ClassVar[bool] = False
 
 
-StrategyOptions = SingleDeviceStrategy | DDPStrategy | FSDPStrategy | RegisteredStrategy
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SPMDStrategy:
+    """Options of a run on an accelerator that is SPMD; the Trainer derives them from its `strategy`."""
+
+    is_sharding_parameters: bool = False
+    """Parameters, gradients and optimizer states are divided over the devices of a worker."""
+    is_sharding: ClassVar[bool] = False
+    is_saving_parts: ClassVar[bool] = False
+
+
+StrategyOptions = SingleDeviceStrategy | DDPStrategy | FSDPStrategy | RegisteredStrategy | SPMDStrategy
 
 NAMED_STRATEGIES: dict[str, StrategyOptions | None] = {
     "auto": None,

@@ -32,7 +32,7 @@ _INITIAL = dict(os.environ)
 """Environment variables at this module's import, used if the kernel does not provide those at the process's start."""
 _READ_AT_START = re.compile(
     r"(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS|NUMEXPR|VECLIB|DNNL|ONEDNN|CUDA|CUBLAS|CUDNN|NVIDIA|NCCL|GLOO|HIP|ROCR|HSA|PYTORCH|"
-    r"TORCH|TRITON|LD|MALLOC|GLIBC|HF|TRANSFORMERS)_\w+|PYTHONHASHSEED"
+    r"TORCH|TRITON|LD|MALLOC|GLIBC|HF|TRANSFORMERS|PJRT|XLA|LIBTPU)_\w+|CPU_NUM_DEVICES|PYTHONHASHSEED"
 )
 """Variables that the dynamic linker, Python or libraries read once at start, so that live processes ignore changes."""
 _READ_LATER = frozenset(

@@ -4,7 +4,7 @@ Runs in the worker. Open `base.py` first, which has the interface; `build_strate
 """
 
 from raylit.config.plan import Plan
-from raylit.config.strategy import DDPStrategy, FSDPStrategy, RegisteredStrategy, SingleDeviceStrategy
+from raylit.config.strategy import DDPStrategy, FSDPStrategy, RegisteredStrategy, SingleDeviceStrategy, SPMDStrategy
 from raylit.strategies.base import PendingGradients, Strategy, ZeroLoss
 from raylit.strategies.ddp.strategy import DDP
 from raylit.strategies.registry import register_strategy, registered_strategies
@@ -21,6 +21,11 @@ def build_strategy(plan: Plan) -> Strategy:
         from raylit.strategies.fsdp.strategy import FSDP
 
         return FSDP(options, precision=plan.optimization.precision, is_syncing_batch_norm=plan.is_syncing_batchnorm)
+    if isinstance(options, SPMDStrategy):
+        # It imports torch_xla, which only its users have.
+        from raylit.strategies.xla import SPMD
+
+        return SPMD(options, world_size=plan.workers.world_size)
     if isinstance(options, RegisteredStrategy):
         strategy: Strategy = options.build(plan)
         return strategy

@@ -78,6 +78,9 @@ class Session:
         """Moves batches to the device; None where they need neither hooks nor a transfer."""
         if self.mover is not None and self.profiler is not None:
             self.mover.measure_with(self.profiler)
+        is_finishing = type(accelerator).after_evaluation_batch is not Accelerator.after_evaluation_batch
+        self.finish_evaluation_batch = accelerator.after_evaluation_batch if is_finishing else None
+        """Called after each batch of an evaluation or prediction; None where the accelerator needs no such call."""
         self._step_hooks: list[RemovableHandle] = []
         """A profiler's hooks on the user's objects."""
         self._compiled_modules: list[nn.Module] = []

@@ -202,7 +202,9 @@ class StateCapture:
         return {"callbacks": self.driver_states, "seed": self._session.plan.seed}
 
     def _capture_rank_state(self) -> dict[str, Any]:
-        return {} if self._loop is None else {"random": format.random_state(), **self._loop.rank_state()}
+        if self._loop is None:
+            return {}
+        return {"random": format.random_state(self._session.accelerator), **self._loop.rank_state()}
 
     def _capture_checkpoint(self, is_weights_only: bool) -> dict[str, Any]:
         session = self._session
@@ -276,7 +278,7 @@ class StateCapture:
         if progress.is_inside_epoch:
             session.continue_random_state_at_next_batch(rank_state["random"])
         else:
-            format.set_random_state(rank_state["random"])
+            format.set_random_state(rank_state["random"], session.accelerator)
 
 
 def write_in_parts(

@@ -44,6 +44,7 @@ from raylit.worker.data.batches import TrainSource
 from raylit.worker.data.combined import RepeatedEpoch, build_train_source, remove_shuffling
 from raylit.worker.data.sampling import IsolatedRandom, explain_dead_process
 from raylit.worker.data.sources import build_loader, has_loader, is_from_hook
+from raylit.worker.data.static_shapes import drop_smaller_batches
 from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.loops.evaluate import EvalLoop, PredictLoop
@@ -293,7 +294,10 @@ class Worker:
         if loader is None:
             raise ModuleError("train_dataloader returned None: return a DataLoader or another iterable of batches")
         is_overfitting = self._plan.limits.overfit_batches > 0
-        session.view.train_dataloader = loader = remove_shuffling(loader) if is_overfitting else loader
+        loader = remove_shuffling(loader) if is_overfitting else loader
+        if self._accelerator.has_static_shapes:
+            loader = drop_smaller_batches(loader, is_warning=self._context.rank == 0)
+        session.view.train_dataloader = loader
         source = build_train_source(
             loader,
             combination=self._plan.combination,

@@ -231,7 +231,7 @@ class ActorGroup:
         placement, self._placement = self._placement, None
         if self.is_of_this_session:  # a thread that ends idle workers may have waited above
             self._kill_actors(actors)
-            if self.workers.accelerator.has_exclusive_devices:
+            if self.workers.accelerator.is_on_tpu:
                 wait_for_exits(self._processes)
             if placement is not None:
                 placement.remove()

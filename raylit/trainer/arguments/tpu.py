@@ -140,8 +140,8 @@ def _describe_slices(
 
 def _fit_slices(request: TPURequest, slices: TPUSlices, num_available: int | None) -> TPULayout | None:
     """Return the layout on whole slices of this kind that the request asks for; None if there is none."""
-    is_worker_per_host = request.accelerator.is_worker_per_host
-    workers_per_slice = slices.hosts_per_slice * (1 if is_worker_per_host else slices.devices_per_host)
+    is_spmd = request.accelerator.is_spmd
+    workers_per_slice = slices.hosts_per_slice * (1 if is_spmd else slices.devices_per_host)
     wanted_and_size = (
         (request.num_workers, workers_per_slice),
         (request.num_cores, _count_cores(slices)),
@@ -154,7 +154,7 @@ def _fit_slices(request: TPURequest, slices: TPUSlices, num_available: int | Non
         return None
     return TPULayout(
         num_workers=workers_per_slice * int(count),
-        devices_per_worker=slices.devices_per_host if is_worker_per_host else 1,
+        devices_per_worker=slices.devices_per_host if is_spmd else 1,
         slices=replace(slices, num_slices=int(count)),
     )
 
@@ -168,18 +168,18 @@ def _use_one_host(request: TPURequest, inventory: TPUInventory) -> TPULayout | N
     """Return the layout of one worker with one chip of a host, or with all of a host that tells no slice."""
     if request.num_workers not in (None, 1) or request.num_hosts is not None or request.topology is not None:
         return None
-    is_worker_per_host = request.accelerator.is_worker_per_host
+    is_spmd = request.accelerator.is_spmd
     for host in inventory.hosts:
         version = host.accelerator_version
         if request.accelerator_version not in (None, version):
             continue
         core_counts = (1, 2) if version is None else (cores_per_chip(version),)
-        is_one_device = request.num_devices == 1 or (request.num_workers == 1 and not is_worker_per_host)
+        is_one_device = request.num_devices == 1 or (request.num_workers == 1 and not is_spmd)
         is_one_chip = request.num_cores in core_counts or (is_one_device and request.num_cores is None)
-        if is_one_chip and (request.devices_per_chip == 1 or is_worker_per_host):
+        if is_one_chip and (request.devices_per_chip == 1 or is_spmd):
             return TPULayout(num_workers=1, devices_per_worker=request.devices_per_chip)
         is_without_slice = version is None or host.topology is None or not has_topology(version, host.topology)
-        is_one_worker = is_worker_per_host or host.num_devices == 1
+        is_one_worker = is_spmd or host.num_devices == 1
         chips = host.num_devices // request.devices_per_chip
         has_cores = request.num_cores is None or request.num_cores in [chips * count for count in core_counts]
         if is_without_slice and is_one_worker and has_cores and request.num_devices in (None, host.num_devices):
@@ -205,12 +205,10 @@ def _explain_misfit(request: TPURequest, inventory: TPUInventory, offers: list[_
             "what there is; Ray must run on all hosts of a slice, with its labels ray.io/tpu-topology, "
             "ray.io/tpu-pod-type and ray.io/tpu-slice-name"
         )
-    unit = "host" if request.accelerator.is_worker_per_host else "chip" if request.devices_per_chip == 1 else "device"
+    unit = "host" if request.accelerator.is_spmd else "chip" if request.devices_per_chip == 1 else "device"
     sizes = []
     for slices, _ in offers:
-        num_workers = slices.hosts_per_slice * (
-            1 if request.accelerator.is_worker_per_host else slices.devices_per_host
-        )
+        num_workers = slices.hosts_per_slice * (1 if request.accelerator.is_spmd else slices.devices_per_host)
         sizes.append(
             f"num_workers={num_workers} (one for each {unit}) or tpu_cores={_count_cores(slices)} for one {slices}"
         )

@@ -7,7 +7,7 @@ no group, on logging, data, determinism and saving. `parse_searches`: learning r
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,15 @@ from raylit.config.plan import (
     Validation,
     Workers,
 )
-from raylit.config.strategy import NAMED_STRATEGIES, DDPStrategy, SingleDeviceStrategy, StrategyOptions
+from raylit.config.strategy import (
+    NAMED_STRATEGIES,
+    DDPStrategy,
+    FSDPStrategy,
+    RegisteredStrategy,
+    SingleDeviceStrategy,
+    SPMDStrategy,
+    StrategyOptions,
+)
 from raylit.errors import ConfigError
 from raylit.strategies import registered_strategies
 
@@ -130,9 +138,29 @@ def parse_strategy(*, strategy: str | StrategyOptions, workers: Workers) -> Stra
         raise ConfigError(f"strategy={strategy!r}: must be a name such as 'ddp' or an object such as DDPStrategy(...)")
     if isinstance(chosen, SingleDeviceStrategy) and workers.num_workers > 1:
         raise ConfigError(f"strategy={strategy!r} with {workers.num_workers} workers: use 'ddp' or 'auto'")
+    if workers.accelerator.is_spmd:
+        return _build_spmd_strategy(chosen, strategy=strategy)
     if workers.num_workers <= 1:
         return SingleDeviceStrategy()
     return chosen or DDPStrategy(find_unused_parameters="auto")
+
+
+def _build_spmd_strategy(chosen: StrategyOptions | None, *, strategy: str | StrategyOptions) -> SPMDStrategy:
+    """Derive what the devices of a worker share; options of torch's wrappers have no meaning there."""
+    if isinstance(chosen, SPMDStrategy):
+        return chosen
+    if isinstance(chosen, FSDPStrategy):
+        # The format of checkpoints is no matter of the training: they are single files.
+        if replace(chosen, state_dict_type="sharded") != FSDPStrategy():
+            raise ConfigError(
+                f"strategy={strategy!r} on XLA, which divides the parameters by itself and has none of these options: "
+                "use strategy='fsdp'"
+            )
+        return SPMDStrategy(is_sharding_parameters=True)
+    is_plain = not isinstance(chosen, DDPStrategy) or replace(chosen, find_unused_parameters=False) == DDPStrategy()
+    if isinstance(chosen, RegisteredStrategy) or not is_plain:
+        raise ConfigError(f"strategy={strategy!r} does not work on XLA: use 'auto', 'ddp' or 'fsdp'")
+    return SPMDStrategy()
 
 
 def _find_strategy(given: str) -> StrategyOptions | None:
@@ -290,6 +318,12 @@ def build_plan(
     if multiple_trainloader_mode not in get_args(CombinationName):
         modes = ", ".join(map(repr, get_args(CombinationName)))
         raise ConfigError(f"multiple_trainloader_mode={multiple_trainloader_mode!r}: must be one of {modes}")
+    workers.accelerator.check_settings(
+        precision=optimization.precision,
+        num_workers=workers.num_workers,
+        is_compiling=optimization.compile_options is not None,
+        is_syncing_batchnorm=sync_batchnorm,
+    )
     return Plan(
         workers=workers,
         strategy=strategy,

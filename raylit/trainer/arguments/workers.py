@@ -138,7 +138,7 @@ def _accelerator(accelerator: str | Accelerator, *, gpus: Any, tpu_cores: Any, n
     if tpu_cores not in _NOTHING:
         others = {"gpus": gpus if gpus not in _NOTHING else None, "num_processes": num_processes}
         if isinstance(accelerator, Accelerator):
-            others["accelerator"] = None if accelerator.is_on_tpu_slices else accelerator
+            others["accelerator"] = None if accelerator.is_on_tpu else accelerator
         elif accelerator not in ("auto", "tpu", "xla", "torch_tpu") and not is_registered(accelerator):
             others["accelerator"] = accelerator
         for name, value in others.items():
@@ -224,7 +224,7 @@ def _lay_out_tpus(
     Returns None for an accelerator without TPUs, without workers, or where torch has a device of its kind without
     TPUs, such as XLA's on the CPU.
     """
-    if not accelerator.is_on_tpu_slices:
+    if not accelerator.is_on_tpu:
         for name, value in {"topology": topology, "accelerator_version": accelerator_version}.items():
             if value is not None:
                 raise ConfigError(f"{name}={value!r} and accelerator={accelerator.name!r}: only TPUs have it")
@@ -246,7 +246,7 @@ def _lay_out_tpus(
     if not is_on_cluster():
         if not accelerator.is_available():
             raise ConfigError(accelerator.explain_unavailable())
-        if accelerator.is_worker_per_host and not is_named and num_workers is None:
+        if accelerator.is_spmd and not is_named and num_workers is None:
             return None
     inventory = _find_tpus()
     if not inventory.hosts and accelerator.is_available() and not is_named:

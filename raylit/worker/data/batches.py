@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from raylit.accelerators import Accelerator
-from raylit.accelerators.transfer import BatchForm, map_tensors, to_device
+from raylit.accelerators.transfer import BatchForm, map_tensors
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import ModuleError
@@ -397,13 +397,14 @@ def build_mover(
     if is_hooked:
         before = _add_conversion(form, before)
         if transfer is not None:
-            copy = DirectCopy(_bind_device(transfer, device))
+            move = _bind_device(transfer, device)
+            copy = DirectCopy(_add_placement(move, accelerator) if accelerator.is_spmd else move)
             return Mover(copy, before=before, after=after, can_prefetch=False)
     if accelerator.has_copy_streams:
         return Mover(StreamCopy(device, form), before=before, after=after, can_prefetch=not is_hooked)
-    if form.is_plain and before is None and after is None:
+    if form.is_plain and before is None and after is None and device.type == "cpu":
         return None
-    copy = DirectCopy(lambda batch, dataloader_idx: form.convert(to_device(batch, device)))
+    copy = DirectCopy(lambda batch, dataloader_idx: form.convert(accelerator.place_batch(batch)))
     return Mover(copy, before=before, after=after, can_prefetch=False)
 
 
@@ -447,3 +448,8 @@ def _bind_device(transfer: Callable[..., Any], device: torch.device) -> BatchHoo
         # The signature of Lightning 0.9.
         return lambda batch, dataloader_idx: transfer(batch, device)
     return lambda batch, dataloader_idx: transfer(batch, device, dataloader_idx)
+
+
+def _add_placement(move: BatchHook, accelerator: Accelerator) -> BatchHook:
+    """Return the user's transfer followed by the accelerator's, which divides what it finds whole on the device."""
+    return lambda batch, dataloader_idx: accelerator.place_batch(move(batch, dataloader_idx))

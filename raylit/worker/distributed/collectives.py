@@ -29,6 +29,7 @@ class Collectives:
         """All-gather a float64 CPU vector of one length as the rows of a (world_size, length) matrix."""
         if self.world_size == 1:
             return values[None]
+        require_reachable(values)
         rows = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(rows, values)
         return torch.stack(rows)
@@ -37,9 +38,9 @@ class Collectives:
         """Average a tensor of one shape and device over all ranks."""
         if self.world_size == 1:
             return value
-        total = value.clone()
+        total = _to_reachable(value).clone()
         dist.all_reduce(total)
-        return total / self.world_size
+        return total.to(value.device) / self.world_size
 
     def gather_counts(self, count: int) -> list[int]:
         """All-gather an integer of every rank, in rank order."""
@@ -101,6 +102,24 @@ class Collectives:
             work.wait(timedelta(seconds=timeout_s))
 
 
+def require_reachable(tensor: Tensor) -> None:
+    """Check that torch.distributed can read a tensor: with one on XLA it does nothing, and says nothing.
+
+    Raises:
+        ModuleError: The tensor is on XLA.
+    """
+    if tensor.device.type == "xla":
+        raise ModuleError(
+            "a collective of torch.distributed was called with a tensor on XLA, which it would leave as it is, without "
+            "an error: pass tensor.cpu(), or use self.all_gather"
+        )
+
+
+def _to_reachable(tensor: Tensor) -> Tensor:
+    """Return the tensor where torch.distributed can read it: a differentiable copy on the CPU of one on XLA."""
+    return tensor.cpu() if tensor.device.type == "xla" else tensor
+
+
 _MAX_DIMS = 16
 
 
@@ -125,9 +144,11 @@ def all_gather_nested(value: Any, *, group: Any, with_gradients: bool, device: t
     if isinstance(value, (bool, int, float)):
         value = torch.tensor(value, device=device)
     if isinstance(value, Tensor):
+        own_device, value = value.device, _to_reachable(value)
         if not is_even:
             value = _pad_first_dimension(value, group)
-        return _DifferentiableGather.apply(value, group) if with_gradients else _gather_stack(value, group)
+        rows = _DifferentiableGather.apply(value, group) if with_gradients else _gather_stack(value, group)
+        return rows.to(own_device)
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -170,6 +191,7 @@ class _DifferentiableGather(torch.autograd.Function):
 
 
 def _gather_stack(tensor: Tensor, group: Any) -> Tensor:
+    require_reachable(tensor)
     tensor = tensor.contiguous()
     rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, tensor, group=group)

@@ -100,6 +100,7 @@ class _ForwardLoop:
             batches = iterate_uneven_batches(batches, num_batches=num_batches, collectives=session.collectives)
             num_batches = first_uneven = math.inf
         stop_barrier, uneven = session.stop_barrier, session.uneven
+        finish_batch = session.finish_evaluation_batch
         uneven.start()
         run_uneven = partial(self._run_uneven, on_start, step, on_end, extra, step_extra)
         while self._num_done < num_batches and (
@@ -124,6 +125,8 @@ class _ForwardLoop:
                     output = step(batch, self._num_done, *step_extra)
                 for hook in on_end:
                     hook(output, batch, self._num_done, *extra)
+            if finish_batch is not None:
+                finish_batch()
             self._num_done += 1
             stop_barrier.num_done += 1
             yield global_idx, output
