@@ -97,7 +97,8 @@ class TorchTPUAccelerator(Accelerator):
         self._generator().set_state(state)
 
     def _generator(self) -> torch.Generator:
-        generator: torch.Generator = torch.get_device_module(_DEVICE_TYPE).default_generators[self.device().index]
+        generators = torch.get_device_module(_DEVICE_TYPE).default_generators
+        generator: torch.Generator = generators[torch.accelerator.current_device_index()]
         return generator
 
     def synchronize(self) -> None:

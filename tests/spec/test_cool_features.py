@@ -332,7 +332,7 @@ def test_move_from_cpus_to_gpus_or_tpus_without_code_changes(monkeypatch):
         "cuda",
         pl.DDPStrategy(find_unused_parameters="auto"),
     )
-    with pytest.raises(pl.ConfigError, match="tpu_cores=8: this raylit has no accelerator for TPUs yet"):
+    with pytest.raises(pl.ConfigError, match="TPUs are asked for, but neither torch_tpu nor torch_xla is installed"):
         Trainer(tpu_cores=8)
 
 
@@ -427,7 +427,7 @@ def test_train_using_16_bit_with_early_stopping_half_the_data_and_four_validatio
 
 
 def test_train_on_tpus():
-    with pytest.raises(pl.ConfigError, match="tpu_cores=8: this raylit has no accelerator for TPUs yet"):
+    with pytest.raises(pl.ConfigError, match="TPUs are asked for, but neither torch_tpu nor torch_xla is installed"):
         Trainer(tpu_cores=8, precision=16, early_stop_checkpoint=True, limit_train_batches=0.5, val_check_interval=0.25)
 
 

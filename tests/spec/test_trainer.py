@@ -217,7 +217,7 @@ def test_half_the_data_early_stopping_and_four_validations_an_epoch_in_one_train
 
 
 def test_the_pages_tpu_example_says_what_is_missing():
-    with pytest.raises(pl.ConfigError, match="tpu_cores=8: this raylit has no accelerator for TPUs yet"):
+    with pytest.raises(pl.ConfigError, match="TPUs are asked for, but neither torch_tpu nor torch_xla is installed"):
         Trainer(
             tpu_cores=8,
             precision=16,

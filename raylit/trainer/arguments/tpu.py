@@ -205,16 +205,18 @@ def _explain_misfit(request: TPURequest, inventory: TPUInventory, offers: list[_
             "what there is; Ray must run on all hosts of a slice, with its labels ray.io/tpu-topology, "
             "ray.io/tpu-pod-type and ray.io/tpu-slice-name"
         )
-    unit = "host" if request.accelerator.is_spmd else "chip" if request.devices_per_chip == 1 else "device"
-    sizes = []
-    for slices, _ in offers:
-        num_workers = slices.hosts_per_slice * (1 if request.accelerator.is_spmd else slices.devices_per_host)
-        sizes.append(
-            f"num_workers={num_workers} (one for each {unit}) or tpu_cores={_count_cores(slices)} for one {slices}"
-        )
+    is_spmd = request.accelerator.is_spmd
+    unit = "host" if is_spmd else "chip" if request.devices_per_chip == 1 else "device"
+    choices = []
+    for slices, count in offers:
+        num_workers = slices.hosts_per_slice * (1 if is_spmd else slices.devices_per_host)
+        limit = "what the autoscaler allows" if count is None else str(count)
+        multiple = "" if count == 1 else f" times the number of slices, up to {limit}"
+        workers = f"num_workers={num_workers} (one for each {unit})"
+        choices.append(f"{workers} or tpu_cores={_count_cores(slices)} for {slices}{multiple}")
     return (
-        f"{request}: a slice is used as a whole, and {inventory.where} has {_format_offers(offers)}. "
-        f"Ask for {'; '.join(sizes)}, or for a multiple of it up to the number of slices"
+        f"{request}: a slice is used as a whole, and {inventory.where} has {_format_offers(offers)}. Ask for "
+        f"{'; '.join(choices)}"
     )
 
 
