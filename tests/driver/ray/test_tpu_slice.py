@@ -137,7 +137,7 @@ def test_several_slices_know_their_coordinator(facts):
 
 def test_a_replacement_starts_when_the_old_processes_are_gone(facts):
     [death] = facts["dies"][-1:]
-    assert death["error"].startswith("WorkerDied: rank 2")
+    assert death["error"].startswith("WorkerDied: worker of rank 2")
     assert len(facts["dies"]) == 5  # four workers and the driver
     assert [worker["running"] for worker in facts["pod"]] == [[], [], [], []]
 
