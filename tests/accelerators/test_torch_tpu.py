@@ -29,11 +29,11 @@ LOADER = """
         # torch calls this at the end of its own import.
         import torch
         import torch.distributed as dist
+        from torch.utils import backend_registration
 
         environment = {name: value for name, value in os.environ.items() if "TPU" in name or name in (
             "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         note("load", environment=environment)
-        torch.utils.rename_privateuse1_backend("tpu")
         device = types.ModuleType("torch.tpu")
         state = {"is_initialized": False}
         generator = torch.Generator()
@@ -60,7 +60,7 @@ LOADER = """
         device.get_amp_supported_dtype = lambda: [torch.bfloat16]
         for name in ("is_available", "device_count", "current_device", "set_device", "synchronize", "get_rng_state"):
             setattr(device, name, refuse)
-        torch._register_device_module("tpu", device)
+        backend_registration._setup_privateuseone_for_python_backend("tpu", backend_module=device)
         sys.modules["torch.tpu"] = device
 
         answers = {
@@ -134,7 +134,8 @@ SCRIPT = """
         ray.init(address=cluster.address, log_to_driver=False)
         trainer = pl.Trainer(
             accelerator=OnCPU(), max_epochs=1, profiler="simple",
-            callbacks=[pl.DeviceStatsMonitor(cpu_stats=False)], logger=pl.CSVLogger("."), log_every_n_steps=1,
+            callbacks=[pl.DeviceStatsMonitor(cpu_stats=False), pl.ThroughputMonitor(lambda batch: len(batch[0]))],
+            logger=pl.CSVLogger("."), log_every_n_steps=1,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir="runs",
         )
         workers = trainer._plan.workers
@@ -215,13 +216,21 @@ def test_the_group_is_formed_and_the_device_taken_before_the_training(calls, ran
     assert names.count("backend") == 1
     assert mine[first(mine, "backend")]["size"] == 2
     assert {call["device"] for call in mine if call["call"] == "device"} == {"tpu:0"}
-    order = [first(mine, name) for name in ("load", "backend", "device", "manual_seed", "train")]
+    order = [first(mine, name) for name in ("load", "backend", "device", "train")]
     assert order == sorted(order)
+    assert first(mine, "backend") < first(mine, "manual_seed") < first(mine, "train")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_random_state_memory_and_synchronization_are_the_devices(calls, rank):
     names = {call["call"] for call in calls[rank]}
-    assert {"manual_seed", "get_state", "memory_stats", "max_memory_allocated", "reset_peak_memory_stats"} <= names
+    assert {
+        "synchronize",
+        "get_state",
+        "set_state",
+        "memory_stats",
+        "max_memory_allocated",
+        "reset_peak_memory_stats",
+    } <= names
     assert {"empty_cache", "memory_allocated"} <= names  # between two runs
     assert calls[rank][first(calls[rank], "train")]["state"] is True
