@@ -27,7 +27,7 @@ class Workers:
     num_workers: int = 0
     """Number of Ray actors; 0 runs the loop in the driver's process."""
     num_nodes: int | None = None
-    """Hosts that share the workers evenly; None: Ray and `placement` choose the hosts."""
+    """Hosts that share the workers evenly; None: one, or Ray and `placement` choose them."""
     accelerator: Accelerator = field(default_factory=CPUAccelerator)
     """The kind of device; its class and values are pickled with the Plan."""
     slices: TPUSlices | None = None

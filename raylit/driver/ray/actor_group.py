@@ -31,7 +31,7 @@ from raylit.driver.ray.resource_request import CapacityWait
 from raylit.driver.ray.serialization import SerializedJob, pack, pickle_plan, unpack
 from raylit.driver.ray.tpu_slice import SlicePlacement, wait_for_exits
 from raylit.driver.ray.worker_output import WorkerOutput
-from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
+from raylit.errors import ConfigError, ResourcesError, WorkerDied, is_traceback_full
 from raylit.protocol.messages import (
     ActorMessage,
     Command,
@@ -461,10 +461,19 @@ class ActorGroup:
 
 
 def _place_workers(workers: Workers, *, free_resources: Callable[[], bool]) -> Placement | SlicePlacement:
-    # Inside of a task, an actor or a trial the workers use its placement group.
-    if workers.slices is None or ray.util.get_current_placement_group() is not None:
-        return Placement(workers, free_resources=free_resources)
-    return SlicePlacement(workers, free_resources=free_resources)
+    """Reserve resources for the workers, or use those of the task, actor or trial that this process runs in.
+
+    Raises:
+        ConfigError: Several TPU workers would have to use the resources of a task, an actor or a trial.
+    """
+    if ray.util.get_current_placement_group() is None and workers.slices is not None:
+        return SlicePlacement(workers, free_resources=free_resources)
+    if workers.slices is not None and workers.num_workers > 1:
+        raise ConfigError(
+            f"{workers.num_workers} workers on TPU slices inside a Ray task, actor or trial with a placement group: its "
+            "bundles need not be on one slice. Run the Trainer in the driver, or use one worker"
+        )
+    return Placement(workers, free_resources=free_resources)
 
 
 def _put_in_store(value: Any, what: str) -> Any:

@@ -147,7 +147,7 @@ def _reserve_slices(workers: Workers, each: Resources, *, free_resources: Callab
     wait = CapacityWait(timeout_s=workers.start_timeout_s)
     while True:
         _check_existence(slices, text)
-        handle = _try_to_reserve(workers, slices, each, timeout_s=min(_HEAD_TIMEOUT_S, max(0.1, wait.slice_s * 4)))
+        handle = _try_to_reserve(workers, slices, each)
         if handle is not None:
             break
         _keep_waiting(wait, text, free_resources)
@@ -164,9 +164,7 @@ def _reserve_slices(workers: Workers, each: Resources, *, free_resources: Callab
     return handle
 
 
-def _try_to_reserve(
-    workers: Workers, slices: TPUSlices, each: Resources, *, timeout_s: float
-) -> SlicePlacementGroup | None:
+def _try_to_reserve(workers: Workers, slices: TPUSlices, each: Resources) -> SlicePlacementGroup | None:
     """Return the placement group, whose bundles may be pending; None if the slices' first hosts are not free."""
     per_host = _workers_per_host(workers)
     selector = {**_select_pod_type(slices), **workers.label_selector}
@@ -181,10 +179,12 @@ def _try_to_reserve(
             tpu_resource_per_chip=slices.devices_per_chip,
             bundle_label_selector=[dict(selector) for _ in range(slices.num_hosts)],
             strategy="STRICT_SPREAD",
-            head_reservation_timeout_s=timeout_s,
+            head_reservation_timeout_s=_HEAD_TIMEOUT_S,
         )
     except TimeoutError:
         return None
+    except RuntimeError as error:
+        raise ResourcesError(f"Ray cannot reserve the TPU slices {slices}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"Ray does not take the TPU slices {slices} as they are: {error}") from error
 

@@ -55,6 +55,10 @@ class TPULayout:
     slices: TPUSlices | None = None
     """None if the workers are on one host that tells no slice, or use a part of a host."""
 
+    @property
+    def num_hosts(self) -> int:
+        return 1 if self.slices is None else self.slices.num_hosts
+
 
 def check_tpu_cores(tpu_cores: int, *, num_nodes: int) -> None:
     """Check that slices of some version have so many cores.

@@ -66,7 +66,7 @@ def parse_workers(
         accelerator_version=accelerator_version,
     )
     if layout is not None:
-        num_workers, num_nodes = layout.num_workers, 1
+        num_workers, num_nodes = layout.num_workers, layout.num_hosts
         resources = _tpu_resources(resources_per_worker or {}, layout, chosen)
         _check_tpu_placement(placement, layout)
     else:

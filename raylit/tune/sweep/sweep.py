@@ -48,6 +48,7 @@ _OLDER_NAMES = {
 _WORKER_ARGUMENTS = frozenset(
     {
         "num_workers", "gpus", "tpu_cores", "num_nodes", "num_processes", "accelerator", "devices",
+        "topology", "accelerator_version",
         "resources_per_worker", "placement", "label_selector", "start_timeout_s", "ping_timeout_s", "keep_workers_s",
     }
 )  # fmt: skip
