@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from raylit.callbacks.base import Callback
-from raylit.compat.torch_module import build_flat_module
+from raylit.compat.torch_core import build_flat_module
 from raylit.core.module import LightningModule
 from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError

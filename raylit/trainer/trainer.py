@@ -19,9 +19,9 @@ from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
+from raylit.compat.torch_dynamo import unwrap_compiled
 from raylit.config.plan import BatchLimit, CombinationName, MatmulPrecisionName
 from raylit.config.strategy import StrategyOptions
-from raylit.core.compiled_modules import unwrap
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator
@@ -589,7 +589,7 @@ class Trainer(TrainerProperties):
             model = self._model
         if model is None:
             raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
-        module, compilations = unwrap(model)
+        module, compilations = unwrap_compiled(model)
         check_module(module)
         if isinstance(loaders, DataModule):
             loaders, datamodule = None, loaders

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylit.compat.torch_ddp import (
+from raylit.compat.torch_distributed import (
     ReversedDDP,
     has_static_graph_reduced,
     ignore_parameters,

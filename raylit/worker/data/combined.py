@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from raylit.compat.torch_data import drop_iterator
+from raylit.compat.torch_core import drop_iterator
 from raylit.config.plan import CombinationName
 from raylit.core.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
 from raylit.worker.data.agreement import Description, fingerprint_indices
