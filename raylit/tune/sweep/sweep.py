@@ -20,8 +20,8 @@ from raylit.loggers import TensorBoardLogger
 from raylit.storage import absolute, entries, join
 from raylit.trainer.arguments.training import check_count
 from raylit.trainer.trainer import Trainer
+from raylit.tune.figures import begin_import, can_draw_figures
 from raylit.tune.records import Mode
-from raylit.tune.sweep.figures import begin_import, can_draw_figures
 from raylit.tune.sweep.result import SweepResult
 
 if TYPE_CHECKING:
