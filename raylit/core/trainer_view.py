@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raylit.config.plan import PlanProperties
+from raylit.config import PlanProperties
 from raylit.protocol.state import TrainerState
 
 

@@ -14,7 +14,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.timer import Duration, Timer
 from raylit.callbacks.weight_averaging import StochasticWeightAveraging
 from raylit.checkpoint.filenames import FilenamePattern
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.loggers import Logger, TensorBoardLogger

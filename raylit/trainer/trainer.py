@@ -20,8 +20,7 @@ from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
 from raylit.compat.torch_dynamo import unwrap_compiled
-from raylit.config.plan import BatchLimit, CombinationName, MatmulPrecisionName
-from raylit.config.strategy import StrategyOptions
+from raylit.config import BatchLimit, CombinationName, MatmulPrecisionName, StrategyOptions
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator

@@ -10,7 +10,7 @@ from raylit.callbacks.argument_callbacks import BatchSizeFinder, LearningRateFin
 from raylit.callbacks.base import Callback
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import format
-from raylit.config.plan import Limits, Plan, Reporting
+from raylit.config import Limits, Plan, Reporting
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.loggers.base import DummyLogger

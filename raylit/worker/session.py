@@ -12,7 +12,7 @@ from raylit.accelerators import Accelerator
 from raylit.accelerators.transfer import BatchForm, set_layout
 from raylit.checkpoint import format
 from raylit.compat.torch_dynamo import compile_again, drop_compiled, isolate_script_globals
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.precision import build_precision
 from raylit.profilers.base import time_items

@@ -21,7 +21,7 @@ from raylit.compat.torch_distributed import (
     queue_static_graph_reduction,
     rebuild_buckets,
 )
-from raylit.config.strategy import DDPStrategy
+from raylit.config import DDPStrategy
 from raylit.errors import ModuleError
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep, ZeroLoss
 from raylit.strategies.ddp.grad_averaging import (

@@ -29,8 +29,7 @@ from raylit.compat.torch_fsdp import (
     initialize_root,
     iterate_all_param_groups,
 )
-from raylit.config.plan import PrecisionName
-from raylit.config.strategy import FSDPStrategy
+from raylit.config import FSDPStrategy, PrecisionName
 from raylit.errors import ConfigError, ModuleError
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
 from raylit.strategies.ddp.grad_averaging import ReducedPrecision, TouchedGradients, average_gradients, broadcast

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from raylit.callbacks.base import Callback
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError

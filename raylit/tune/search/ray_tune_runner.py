@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 from raylit.accelerators import Accelerator
 from raylit.checkpoint import format
 from raylit.compat import ray_core
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.driver.ray.failures import format_traceback
 from raylit.driver.ray.placement import cluster_hosts
 from raylit.driver.ray.serialization import SerializedJob, pickle_job, unpickle_job

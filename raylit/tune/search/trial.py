@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.checkpoint import format
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.driver.loop.coordinator import Coordinator
 from raylit.errors import ConfigError
 from raylit.tune.search.out_of_memory import FailureKind, classify_failure, drop_tracebacks

@@ -12,7 +12,7 @@ import cloudpickle
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import format
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError, shows_user_frames

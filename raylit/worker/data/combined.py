@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from raylit.compat.torch_core import drop_iterator
-from raylit.config.plan import CombinationName
+from raylit.config import CombinationName
 from raylit.core.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
 from raylit.worker.data.agreement import Description, fingerprint_indices
 from raylit.worker.data.batches import Feed, TrainSource
