@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import ray
 
 from raylit.compat.ray_core import list_pending_requests
-from raylit.config.plan import Plan, Workers
+from raylit.config import Plan, Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor_group import ActorGroup
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer

@@ -12,19 +12,22 @@ from datetime import timedelta
 from typing import Any, Literal, get_args
 
 from raylit.callbacks.timer import Duration, parse_seconds
-from raylit.config.plan import (
+from raylit.config import (
+    NAMED_STRATEGIES,
     BatchLimit,
     CombinationName,
+    DDPStrategy,
     Limits,
     MatmulPrecisionName,
     Optimization,
     Plan,
     PrecisionName,
     Reporting,
+    SingleDeviceStrategy,
+    StrategyOptions,
     Validation,
     Workers,
 )
-from raylit.config.strategy import NAMED_STRATEGIES, DDPStrategy, SingleDeviceStrategy, StrategyOptions
 from raylit.errors import ConfigError
 from raylit.strategies import registered_strategies
 
