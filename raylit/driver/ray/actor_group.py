@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.compat import ray_core
-from raylit.config.plan import Plan, Workers
+from raylit.config import Plan, Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor import ActorInfo, Assignment, WorkerActor
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
@@ -470,8 +470,8 @@ def _place_workers(workers: Workers, *, free_resources: Callable[[], bool]) -> P
         return SlicePlacement(workers, free_resources=free_resources)
     if workers.slices is not None and workers.num_workers > 1:
         raise ConfigError(
-            f"{workers.num_workers} workers on TPU slices inside a Ray task, actor or trial with a placement group: its "
-            "bundles need not be on one slice. Run the Trainer in the driver, or use one worker"
+            f"{workers.num_workers} workers on TPU slices inside a Ray task, actor or trial with a placement group: "
+            "its bundles need not be on one slice. Run the Trainer in the driver, or use one worker"
         )
     return Placement(workers, free_resources=free_resources)
 

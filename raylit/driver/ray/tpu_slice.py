@@ -16,7 +16,7 @@ from ray.util.tpu import SlicePlacementGroup, get_tpu_coordinator_env_vars, slic
 
 from raylit.accelerators.tpu_slices import TPUHost, TPUInventory, TPUPlace, TPUSlices
 from raylit.compat import ray_core
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.placement import build_actor_options, cluster_hosts, format_hosts
 from raylit.driver.ray.resource_request import CapacityWait, Host, Resources, format_resources

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from raylit.accelerators import Accelerator, choose_accelerator, get_accelerator, is_registered
 from raylit.accelerators.tpu_slices import TPUInventory, parse_topology, parse_version
-from raylit.config.plan import PlacementName, Workers
+from raylit.config import PlacementName, Workers
 from raylit.errors import ConfigError
 from raylit.trainer.arguments.tpu import TPULayout, TPURequest, check_tpu_cores, lay_out_workers
 from raylit.trainer.arguments.training import check_count
