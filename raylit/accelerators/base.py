@@ -38,6 +38,11 @@ class Accelerator(ABC):
     has_storages: bool = True
     """False if the memory of tensors on the device has no address; checkpoints copy each of them to the host then."""
 
+    @property
+    def has_common_generator(self) -> bool:
+        """True in a worker whose device draws the random numbers of all ranks, as one graph spans them."""
+        return False
+
     # Driver: available devices
 
     @abstractmethod
