@@ -27,7 +27,7 @@ from raylit.callbacks import (
     TQDMProgressBar,
     WeightAveraging,
 )
-from raylit.config.strategy import DDPStrategy, FSDPStrategy
+from raylit.config import DDPStrategy, FSDPStrategy
 from raylit.core.combined_loader import CombinedLoader
 from raylit.core.datamodule import DataModule, LightningDataModule
 from raylit.core.module import LightningModule

@@ -10,8 +10,7 @@ from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import shows_user_frames
 from raylit.trainer.trainer import Trainer
-from raylit.tune.search.lr_race import RaceResult
-from raylit.tune.search.lr_range_test import RangeCurve
+from raylit.tune.search.learning_rate import RaceResult, RangeCurve
 from raylit.tune.tuner import Tuner
 
 
@@ -64,13 +63,7 @@ def validate(
 ) -> list[dict[str, float]]:
     """Validate a model: `Trainer(**trainer_arguments).validate(...)`.
 
-    Args:
-        model: The module.
-        dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
-        datamodule: A DataModule, in place of loaders.
-        ckpt_path: Checkpoint with the weights to use. None: the module's weights.
-        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
-        trainer_arguments: Arguments of the Trainer.
+    `trainer_arguments` are the arguments of the Trainer; all others are those of `Trainer.validate`.
 
     Returns:
         The metrics of the validation loop, a dict for each loader.
@@ -92,13 +85,7 @@ def test(
 ) -> list[dict[str, float]]:
     """Test a model: `Trainer(**trainer_arguments).test(...)`.
 
-    Args:
-        model: The module.
-        dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
-        datamodule: A DataModule, in place of loaders.
-        ckpt_path: Checkpoint with the weights to use. None: the module's weights.
-        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
-        trainer_arguments: Arguments of the Trainer.
+    `trainer_arguments` are the arguments of the Trainer; all others are those of `Trainer.test`.
 
     Returns:
         The metrics of the test loop, a dict for each loader.
@@ -120,13 +107,7 @@ def predict(
 ) -> list[Any] | None:
     """Predict with a model: `Trainer(**trainer_arguments).predict(...)`.
 
-    Args:
-        model: The module.
-        dataloaders: Loaders, or a DataModule. None: the module's or the DataModule's hooks make them.
-        datamodule: A DataModule, in place of loaders.
-        ckpt_path: Checkpoint with the weights to use. None: the module's weights.
-        weights_only: False unpickles any object that the checkpoint holds, as in `Trainer.fit`.
-        trainer_arguments: Arguments of the Trainer.
+    `trainer_arguments` are the arguments of the Trainer; all others are those of `Trainer.predict`.
 
     Returns:
         The outputs of `predict_step`, as `Trainer.predict` returns them.

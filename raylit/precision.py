@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raylit.config.plan import PrecisionName
+from raylit.config import PrecisionName
 
 _MIXED: dict[str, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _TRUE: dict[str, torch.dtype] = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}

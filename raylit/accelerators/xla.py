@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.transfer import map_tensors, to_device
-from raylit.compat.torch_xla_sharding import is_sharded, is_started_without_spmd
+from raylit.compat.xla import is_sharded, is_started_without_spmd
 from raylit.errors import ConfigError
 
 DATA_AXIS = "data"

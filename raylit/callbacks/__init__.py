@@ -1,19 +1,21 @@
 """Callbacks that run on every worker, and callbacks that control the run from the driver. Open `base.py` first."""
 
+from raylit.callbacks.argument_callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelSummary,
+)
 from raylit.callbacks.base import Callback, DriverCallback, LambdaCallback
 from raylit.callbacks.early_stopping import EarlyStopping
-from raylit.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
-from raylit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from raylit.callbacks.prediction_writer import BasePredictionWriter
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar
-from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.timer import Timer
-from raylit.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from raylit.callbacks.weight_averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
 __all__ = [
     "BackboneFinetuning",

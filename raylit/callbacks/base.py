@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from raylit.callbacks.base import Callback
-from raylit.compat.torch_module import BatchNormBase
+from raylit.compat.torch_core import BatchNormBase
 from raylit.core.module import LightningModule
 from raylit.core.trainer_view import TrainerView
 from raylit.errors import CheckpointError, ConfigError, ModuleError

@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from raylit.checkpoint import remote
 from raylit.checkpoint.layout import METADATA, Checksums, find_damage, name_of_part
-from raylit.compat.torch_checkpoint import METADATA_CLASSES, StorageInfo
+from raylit.compat.torch_fsdp import METADATA_CLASSES, build_storage_info
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Part
 from raylit.storage import is_url, join
@@ -39,13 +39,13 @@ from raylit.storage import is_url, join
 def build_metadata(parts: Sequence[Part]) -> bytes:
     """Return the content of METADATA, in which torch.distributed.checkpoint looks up the position of each tensor."""
     tensors: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, StorageInfo] = {}
+    places: dict[MetadataIndex, object] = {}
     for part in sorted(parts, key=lambda part: part.rank):
         for chunk in part.chunks:
             properties, shape = TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape)
             tensor = tensors.setdefault(chunk.name, TensorStorageMetadata(properties, shape, []))
             index = MetadataIndex(chunk.name, chunk.offsets, len(tensor.chunks))
-            places[index] = StorageInfo(name_of_part(part.rank), chunk.start, chunk.num_bytes)
+            places[index] = build_storage_info(name_of_part(part.rank), offset=chunk.start, length=chunk.num_bytes)
             tensor.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
     metadata = Metadata(
         state_dict_metadata=dict(tensors),

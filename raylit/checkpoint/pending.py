@@ -24,7 +24,7 @@ from raylit.accelerators import Accelerator
 from raylit.checkpoint import files, format
 from raylit.checkpoint.index import Entry, read_index, write_index
 from raylit.checkpoint.layout import METADATA, name_of_part
-from raylit.compat.torch_tensor import build_negative_view
+from raylit.compat.torch_core import build_negative_view
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import Chunk, Part
 from raylit.protocol.state import Progress

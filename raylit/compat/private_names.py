@@ -6,6 +6,8 @@ from typing import Any
 
 from raylit.errors import RaylitError
 
+_TESTED_VERSIONS = {"ray": "2.60", "torch": "2.13", "torchmetrics": "1.9"}
+
 
 def read_private(owner: object, name: str, *, feature: str, library: str = "torch") -> Any:
     """Read the attribute `name` of an object that belongs to `library`.
@@ -25,23 +27,8 @@ def read_private(owner: object, name: str, *, feature: str, library: str = "torc
         raise describe_missing(owner, name, feature=feature, library=library) from error
 
 
-def describe_missing(owner: object, name: str, *, feature: str, library: str = "torch") -> RaylitError:
-    """Build the error for a private name that this version of the library does not have."""
-    kind = owner if isinstance(owner, type) else type(owner)
-    where = getattr(owner, "__name__", kind.__name__)
-    return RaylitError(
-        f"{feature} needs {where}.{name}, a private name that {library} {_read_version(library)} does not have. "
-        f"Install a version of {library} that raylit is tested with (see its README), or do without {feature}"
-    )
-
-
-def import_private(module: str, name: str, *, written_for: str) -> Any:
-    """Import `name`, which may have dots in it, from `module`.
-
-    Args:
-        module: The full name of the module.
-        name: The private name in it.
-        written_for: The version that is known to have it.
+def import_private(module: str, name: str, *, feature: str) -> Any:
+    """Import `name`, which may have dots in it, from the module of this full name.
 
     Raises:
         RaylitError: The installed version of the library does not have it.
@@ -51,17 +38,22 @@ def import_private(module: str, name: str, *, written_for: str) -> Any:
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
-        raise RaylitError(explain_missing(f"{module}.{name}", written_for=written_for)) from error
+        raise describe_missing(module, name, feature=feature, library=module.partition(".")[0]) from error
     return value
 
 
-def explain_missing(name: str, *, written_for: str) -> str:
-    """Explain what to install if a private name (given in full) is missing or has another meaning."""
-    package = name.partition(".")[0]
-    return (
-        f"raylit uses {name}, which is private to {package} and missing in the installed version "
-        f"{_read_version(package)}: install {package}=={written_for}.*, for which this raylit was written, or a newer "
-        "raylit"
+def describe_missing(owner: object, name: str, *, feature: str, library: str = "torch") -> RaylitError:
+    """Build the error for a private name that this version of the library does not have.
+
+    `owner` is the object, class or module, or its name.
+    """
+    kind = owner if isinstance(owner, type) else type(owner)
+    where = owner if isinstance(owner, str) else getattr(owner, "__name__", kind.__name__)
+    tested = _TESTED_VERSIONS.get(library)
+    command = "" if tested is None else f" (pip install '{library}=={tested}.*')"
+    return RaylitError(
+        f"{feature} needs {where}.{name}, a private name that {library} {_read_version(library)} does not have. "
+        f"Install a version of {library} that raylit is tested with{command}, or do without {feature}"
     )
 
 

@@ -1,22 +1,26 @@
-"""Private names of Ray's core and the texts of its errors, each behind one function. Driver.
+"""Private names of Ray's core, its sessions and the texts of its errors, each behind one function. Driver.
 
 Written for Ray 2.60. A missing name is a RaylitError, or is ignored if only printed lines or a second's wait depend on
-it.
+it. Ray takes seconds to import: this module imports it in the functions that use it, and what `sys.modules` does not
+have is not in use.
 """
 
+import contextlib
+import importlib
+import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
-from raylit.compat.private_names import import_private
+from raylit.compat.private_names import describe_missing, import_private
 from raylit.errors import RaylitError
 
-_VERSION = "2.60"
+_FEATURE = "training on Ray workers"
+_SESSION_FEATURE = "a fit inside a function of Ray Tune or Ray Train"
 _TIMEOUT_S = 5.0
 """Timeout of an answer from Ray's head."""
 
@@ -58,6 +62,8 @@ def shut_down_at_once() -> None:
 
     Ray waits a second for its raylet, which takes longer. Without the private name this is `ray.shutdown`.
     """
+    import ray
+
     worker = _import("ray._private", "worker")
     node = getattr(worker, "_global_node", None)
     if node is not None:
@@ -80,6 +86,52 @@ def hide_worker_deaths(worker_ids: Sequence[str]) -> None:
         return
     own = rf"^A worker died or was killed .* Worker ID: (?:{'|'.join(worker_ids)}) "
     deduplicator.skip_re = re.compile(own if user_pattern is None else f"{user_pattern.pattern}|{own}")
+
+
+def load_exit_imports() -> None:
+    """Import what Ray imports while a process ends, which takes 0.1 s either way; do nothing without Ray.
+
+    After an uncaught KeyboardInterrupt, Python ends by SIGINT (130 in a shell, which then ends a loop of commands as
+    well), unless code is compiled between the exception and the end: then its exit code is 1, as seen with Python 3.11.
+    Ray causes that at its shutdown, by importing a package. With a version that has no such package, or others, a
+    program that Ctrl-C ends may have the exit code 1.
+    """
+    if "ray" in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ray.dag")
+
+
+# The session of Ray Tune or Ray Train that runs a function in this process
+
+
+def find_function_session() -> Any | None:
+    """Return the session of a function trainable of Tune, or of a worker of Train's first version, or None."""
+    module = "ray.train._internal.session"
+    return import_private(module, "get_session", feature=_SESSION_FEATURE)() if module in sys.modules else None
+
+
+def find_train_functions() -> Any | None:
+    """Return the functions of Train's second version, if this process is one of its workers, or None."""
+    module = "ray.train.v2._internal.execution.train_fn_utils"
+    return import_private(module, "_train_fn_utils", feature=_SESSION_FEATURE) if module in sys.modules else None
+
+
+def count_train_reports() -> int:
+    """Return the number of reports of this worker of Train's second version; 0 in its local mode."""
+    module = "ray.train.v2._internal.execution.context"
+    context = import_private(module, "_train_context", feature=_SESSION_FEATURE)
+    return 0 if context is None else int(context.report_call_index)
+
+
+def read_trial_config(session: Any) -> Mapping[str, Any]:
+    """Return the config that Tune has called the session's function with; empty if the session is not Tune's."""
+    target = getattr(session.training_thread, "_target", None)
+    if not inspect.isfunction(target):
+        owner = "ray.train._internal.session.RunnerThread"
+        raise describe_missing(owner, "_target", feature=_SESSION_FEATURE, library="ray")
+    # The target is a lambda: self._trainable_func(self.config), where self is Tune's trainable.
+    trainable = inspect.getclosurevars(target).nonlocals.get("self")
+    return getattr(trainable, "config", None) or {}
 
 
 # The cluster's state
@@ -240,4 +292,4 @@ def _get_gcs_client() -> Any:
 
 
 def _import(module: str, name: str) -> Any:
-    return import_private(module, name, written_for=_VERSION)
+    return import_private(module, name, feature=_FEATURE)

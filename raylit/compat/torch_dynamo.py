@@ -1,27 +1,66 @@
-"""Observe and undo what torch's compiler does in a process. Driver and worker.
+"""Observe, repeat and undo what torch's compiler does in a process. Driver and worker.
 
 Written against torch 2.13, tested with torch 2.9.1 too. The compiler takes seconds to import, so nothing here imports
 it before a function that is only called where something is compiled.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from raylit.compat.private_names import describe_missing, read_private
-from raylit.compat.torch_module import get_compiled_call
+from raylit.compat.torch_core import get_call, get_compiled_call, set_compiled_call
 
 _COMPILER = "torch._dynamo"
 _FEATURE = "torch.compile"
 
+Compilations = Mapping[str, Any]
+"""By submodule name ("" for the module itself), torch's function that compiles a callable with the user's options."""
 
-def reset_compiler() -> None:
-    """Forget what has been compiled in this process; do nothing if the compiler was never imported."""
-    if _COMPILER in sys.modules:
-        torch.compiler.reset()
+
+# Compiled modules, in a form that can be sent to workers
+
+
+def unwrap_compiled(model: Any) -> tuple[Any, Compilations]:
+    """Return the module inside the OptimizedModule that `torch.compile` returns, and how to compile it again.
+
+    The second value also contains the submodules that were compiled in place.
+    """
+    if (optimized := unwrap_optimized(model)) is None:
+        return model, _find_compiled_parts(model)
+    original, compiler = optimized
+    return original, {**_find_compiled_parts(original), "": compiler}
+
+
+def compile_again(module: nn.Module, compilations: Compilations) -> list[nn.Module]:
+    """Compile the parts that are not compiled in this process, and return them.
+
+    Compilation itself happens at the first call.
+    """
+    parts = []
+    for name, compiling in compilations.items():
+        part = module.get_submodule(name)
+        if get_compiled_call(part) is None:
+            set_compiled_call(part, compiling(get_call(part)))
+            parts.append(part)
+    return parts
+
+
+def drop_compiled(parts: list[nn.Module]) -> None:
+    """Turn the parts back into ordinary modules."""
+    for part in parts:
+        set_compiled_call(part, None)
+
+
+def _find_compiled_parts(module: Any) -> dict[str, Any]:
+    """Return the compilers of the submodules that were compiled in place, which pickling drops."""
+    if not isinstance(module, nn.Module):
+        return {}
+    compilers = {name: read_compiler(part) for name, part in module.named_modules()}
+    return {name: compiler for name, compiler in compilers.items() if compiler is not None}
 
 
 def unwrap_optimized(model: Any) -> tuple[nn.Module, Any] | None:
@@ -46,6 +85,15 @@ def read_compiler(module: nn.Module) -> Any:
     if "self" not in values:
         raise describe_missing(call, "__closure__['self']", feature="a module that module.compile() has compiled")
     return values["self"]
+
+
+# The compiler of this process
+
+
+def reset_compiler() -> None:
+    """Forget what has been compiled in this process; do nothing if the compiler was never imported."""
+    if _COMPILER in sys.modules:
+        torch.compiler.reset()
 
 
 def isolate_script_globals(module: nn.Module) -> None:

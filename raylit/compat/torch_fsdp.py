@@ -1,4 +1,4 @@
-"""Read and drive the private state behind torch's `fully_shard`. Worker.
+"""Read and drive the private state behind torch's `fully_shard`, and describe its checkpoints. Driver and worker.
 
 Written against torch 2.13, tested with torch 2.9.1 too. There a unit's state has one parameter group or none in
 the place of a list.
@@ -123,3 +123,33 @@ def remove_sharding(unit: FSDPModule) -> None:
     if bases[1] is not FSDPModule:
         raise describe_missing(type(unit), "__mro__[1] is FSDPModule", feature=_FEATURE)
     unit.__class__ = bases[2]
+
+
+# Checkpoints
+
+
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        # BytesStorageMetadata is left out: torch's planner would unpickle such a part; it reads tensors with
+        # weights_only.
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+}
+"""Names in a pickled `Metadata` that has only tensors, by module; dtypes are not among them."""
+
+
+def build_storage_info(filename: str, *, offset: int, length: int) -> object:
+    """Return an entry of a `Metadata` that says where torch.distributed.checkpoint finds a tensor's bytes."""
+    # The import takes a while.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(filename, offset, length)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from raylit.accelerators.transfer import is_namedtuple
-from raylit.config.plan import CombinationName
+from raylit.config import CombinationName
 from raylit.errors import ConfigError
 
 _END = object()

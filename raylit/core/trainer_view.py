@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raylit.config.plan import PlanProperties
+from raylit.config import PlanProperties
 from raylit.protocol.state import TrainerState
 
 
@@ -30,6 +30,10 @@ class MetricLog(Protocol):
         batch_size: int | Tensor | None,
         add_dataloader_idx: bool,
     ) -> None: ...
+    def log_step(self, name: str, value: Any) -> None:
+        """Log a value of this step alone, for the loggers."""
+        ...
+
     def latest(self, *, only_prog_bar: bool = False) -> dict[str, float]:
         """Return this rank's own last values. Waits for the device."""
         ...

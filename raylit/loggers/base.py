@@ -1,11 +1,14 @@
-"""Interface of loggers, the logger that writes nothing, and which checkpoints a logger uploads. Driver only."""
+"""Interface of loggers, the base of those that write files, and the logger that writes nothing. Driver only."""
 
 import os
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
-from raylit.storage import entries, join
+from raylit.errors import ConfigError
+from raylit.storage import check_stays_below, entries, is_url, join, make_directory, write_text
 
 
 class Logger:
@@ -154,3 +157,165 @@ class SavedFiles:
 def uploads_each_save(log_model: bool | str, callback: Any) -> bool:
     """Return whether files are uploaded when they are saved, instead of those that exist at the end."""
     return log_model == "all" or (log_model is True and getattr(callback, "save_top_k", 1) == -1)
+
+
+class FileLogger(Logger):
+    """Base of loggers with a directory of their own, which contains an `hparams.yaml`.
+
+    The directory is created when it is first needed; without a given version the next free number is chosen then.
+
+    Args:
+        save_dir: Root directory or fsspec URL; None: the Trainer's.
+        name: Directory below `save_dir`.
+        version: Number or name of the version; None: the next free number.
+        prefix: Put before every metric's name, with a hyphen.
+        sub_dir: Directory below the version.
+
+    Raises:
+        ConfigError: if a name leads out of `save_dir`.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str] | None,
+        name: str | None,
+        version: int | str | None,
+        prefix: str,
+        sub_dir: str | None = None,
+    ) -> None:
+        for option, part in (("name", name), ("version", version), ("sub_dir", sub_dir)):
+            if isinstance(part, str):
+                check_stays_below(part, f"{type(self).__name__}({option}={part!r})")
+        self._save_dir = None if save_dir is None else _expand_path(save_dir)
+        self._name = name or ""
+        self._version = version
+        self._prefix = prefix
+        self._sub_dir = sub_dir or ""
+        self._log_dir: str | None = None
+        self._hparams: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> int | str:
+        if self._version is None:
+            self._version = _claim_next_version(self.root_dir)
+        return self._version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._save_dir
+
+    @property
+    def root_dir(self) -> str:
+        """`save_dir/name`, the parent of the versions."""
+        if self._save_dir is None:
+            raise ConfigError(
+                f"{type(self).__name__}(save_dir=None) takes the Trainer's root directory, but belongs to no Trainer:"
+                " give it a save_dir, or use it once the Trainer has it"
+            )
+        return join(self._save_dir, self._name).rstrip("/")
+
+    @property
+    def log_dir(self) -> str:
+        if self._log_dir is None:
+            log_dir = self._build_path(_name_directory(self.version))
+            make_directory(log_dir)
+            self._log_dir = log_dir
+        return self._log_dir
+
+    def run_dirs(self) -> list[str]:
+        names = entries(self.root_dir) if self._version is None else [_name_directory(self._version)]
+        return [self._build_path(name) for name in names]
+
+    def continue_run(self, name: str) -> None:
+        if self._version is None and name in entries(self.root_dir):
+            number = name.removeprefix("version_")
+            self._version = int(number) if name != number and number.isdecimal() else name
+
+    def bind(self, default_root_dir: str) -> None:
+        if self._save_dir is None:
+            self._save_dir = _expand_path(default_root_dir)
+
+    @property
+    def has_log_dir(self) -> bool:
+        """True if the version is chosen."""
+        return self._version is not None
+
+    def _is_own(self, position: Any) -> bool:
+        """Return whether the position belongs to this logger's directory."""
+        return isinstance(position, Mapping) and position.get("log_dir") == self.log_dir
+
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
+        # Imported here so that importing raylit does not import yaml.
+        import yaml
+
+        self._hparams.update(vars(params) if isinstance(params, Namespace) else params)
+        text = yaml.safe_dump(plain(self._hparams), sort_keys=False, allow_unicode=True)
+        write_text(text, join(self.log_dir, "hparams.yaml"))
+
+    def _build_path(self, version: str) -> str:
+        return join(self.root_dir, version, self._sub_dir).rstrip("/")
+
+    def _convert_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: float(value) for name, value in self._add_prefix(metrics).items()}
+
+    def _add_prefix(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        start = f"{self._prefix}-" if self._prefix else ""
+        return {start + name: value for name, value in metrics.items()}
+
+
+def is_repeated(step: int | None, names: Collection[str], *, limit: int, others: Collection[str]) -> bool:
+    """Return whether an entry after a checkpoint will be logged again when the run continues.
+
+    False for the results of a test after the run's end: these are at step `limit`, at which the continued run logs
+    next, under names that are not among `others`, the names of other steps.
+    """
+    return step != limit or any(name in others for name in names)
+
+
+def _expand_path(path: str | os.PathLike[str]) -> str:
+    return os.fspath(path) if is_url(path) else os.path.expanduser(os.path.expandvars(os.fspath(path)))
+
+
+def plain(value: Any) -> Any:
+    """Convert a value to YAML's own types: foreign numbers to Python's, anything else to its repr."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return repr(value)
+
+
+def _name_directory(version: int | str) -> str:
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def _claim_next_version(root_dir: str) -> int:
+    """Create `version_N` for the lowest N above all that exist.
+
+    mkdir decides between processes that start at the same time: it fails for all but one of them. Object stores have no
+    such operation.
+    """
+    make_directory(root_dir)
+    numbers = [name.removeprefix("version_") for name in entries(root_dir) if name.startswith("version_")]
+    version = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+    if is_url(root_dir):
+        return version
+    while True:
+        try:
+            os.mkdir(os.path.join(root_dir, f"version_{version}"))
+        except FileExistsError:
+            version += 1
+        else:
+            return version

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raylit.errors import ConfigError
-from raylit.loggers.file import FileLogger, is_repeated
+from raylit.loggers.base import FileLogger, is_repeated
 from raylit.storage import exists, is_url, join, make_directory, read_text, write_text
 
 

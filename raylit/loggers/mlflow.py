@@ -9,8 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from raylit.core.hparams import flatten
-from raylit.loggers.base import Logger, SavedFiles, uploads_each_save
-from raylit.loggers.file import plain
+from raylit.loggers.base import Logger, SavedFiles, plain, uploads_each_save
 
 _LONGEST_VALUE = 6000
 """Maximum length of a parameter's value in MLflow, in characters."""

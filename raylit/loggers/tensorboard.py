@@ -14,7 +14,7 @@ from torch import nn
 
 from raylit.core.export import eval_mode, find_sample
 from raylit.core.hparams import flatten
-from raylit.loggers.file import FileLogger, is_repeated, plain
+from raylit.loggers.base import FileLogger, is_repeated, plain
 from raylit.storage import file_system, is_url, join, replace_file, write_bytes
 
 if TYPE_CHECKING:

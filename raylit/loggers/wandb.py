@@ -10,8 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from raylit.errors import ConfigError
-from raylit.loggers.base import Logger, SavedFile, SavedFiles, uploads_each_save
-from raylit.loggers.file import plain
+from raylit.loggers.base import Logger, SavedFile, SavedFiles, plain, uploads_each_save
 from raylit.storage import check_stays_below
 
 _STEP = "trainer/global_step"

@@ -3,8 +3,7 @@
 Runs in the worker. Open `base.py` first, which has the interface; `build_strategy` picks the implementation.
 """
 
-from raylit.config.plan import Plan
-from raylit.config.strategy import DDPStrategy, FSDPStrategy, RegisteredStrategy, SingleDeviceStrategy, SPMDStrategy
+from raylit.config import DDPStrategy, FSDPStrategy, Plan, RegisteredStrategy, SingleDeviceStrategy, SPMDStrategy
 from raylit.strategies.base import PendingGradients, Strategy, ZeroLoss
 from raylit.strategies.ddp.strategy import DDP
 from raylit.strategies.registry import register_strategy, registered_strategies

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from raylit.config.plan import Plan
-from raylit.config.strategy import NAMED_STRATEGIES, RegisteredStrategy
+from raylit.config import NAMED_STRATEGIES, Plan, RegisteredStrategy
 from raylit.errors import ConfigError
 from raylit.strategies.base import Strategy
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raylit.compat.torch_tensor import compute_norms
+from raylit.compat.torch_core import compute_norms
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
 from raylit.strategies.sharded_state import Reader, read_in_place, read_into_new_tensors
 

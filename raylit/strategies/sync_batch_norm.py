@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylit.compat.torch_module import BatchNormBase, copy_registered
+from raylit.compat.torch_core import BatchNormBase, copy_registered
 
 
 class SyncedBatchNorms:

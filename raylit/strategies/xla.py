@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylit.accelerators.xla import is_one_world, num_shards, shard_tensor
-from raylit.config.strategy import SPMDStrategy
+from raylit.config import SPMDStrategy
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep, ZeroLoss
 from raylit.strategies.sharded_state import Reader
 from raylit.strategies.single import Single

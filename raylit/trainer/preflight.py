@@ -4,9 +4,8 @@ import warnings
 from typing import Any
 
 from raylit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint, SavesOnException
-from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
-from raylit.config.plan import Plan
-from raylit.config.strategy import DDPStrategy
+from raylit.callbacks.weight_averaging import StochasticWeightAveraging
+from raylit.config import DDPStrategy, Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError
 from raylit.protocol.state import Stage

@@ -14,7 +14,7 @@ from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import files, format
-from raylit.config.plan import Plan, PlanProperties
+from raylit.config import Plan, PlanProperties
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.core.weights import write_weights

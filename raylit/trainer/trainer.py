@@ -12,23 +12,22 @@ import torch
 from typing_extensions import Self, Unpack
 
 from raylit.accelerators import Accelerator
+from raylit.callbacks.argument_callbacks import ModelSummary
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.timer import Duration
 from raylit.checkpoint import format
-from raylit.config.plan import BatchLimit, CombinationName, MatmulPrecisionName
-from raylit.config.strategy import StrategyOptions
-from raylit.core.compiled_modules import unwrap
+from raylit.compat.torch_dynamo import unwrap_compiled
+from raylit.config import BatchLimit, CombinationName, MatmulPrecisionName, StrategyOptions
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator
 from raylit.driver.tune_integration.nested_fit import detect_tune_session
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
-from raylit.profilers import Profiler, chosen_profiler
+from raylit.profilers import Profiler, build_profiler
 from raylit.protocol.messages import Finished
 from raylit.protocol.state import Progress, RunState, RunStatus, Stage
 from raylit.text_table import print_results_table
@@ -330,7 +329,7 @@ class Trainer(TrainerProperties):
                 fast_dev_run=fast_dev_run,
             )
         )
-        self._profiler = chosen_profiler(profiler=profiler)
+        self._profiler = build_profiler(profiler=profiler)
         self._resume = resume
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
@@ -589,7 +588,7 @@ class Trainer(TrainerProperties):
             model = self._model
         if model is None:
             raise ConfigError(f"{stage} needs a model: pass one, or call fit on this Trainer before")
-        module, compilations = unwrap(model)
+        module, compilations = unwrap_compiled(model)
         check_module(module)
         if isinstance(loaders, DataModule):
             loaders, datamodule = None, loaders

@@ -6,22 +6,20 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from raylit.callbacks.argument_callbacks import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.base import Callback
-from raylit.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.checkpoint import format
-from raylit.config.plan import Limits, Plan, Reporting
+from raylit.config import Limits, Plan, Reporting
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.loggers.base import DummyLogger
 from raylit.trainer.arguments.training import Searches, SizeMode, check_count
 from raylit.tune.search import trial
 from raylit.tune.search.batch_size import BatchSizeChoices, BatchSizes, SizeSearch, Stopwatch, search_steps
-from raylit.tune.search.lr_race import LearningRateRace, LossProbe, RaceResult
-from raylit.tune.search.lr_range_test import RangeCurve, RangeMode, RangeTest
+from raylit.tune.search.learning_rate import LearningRateRace, LossProbe, RaceResult, RangeCurve, RangeMode, RangeTest
 from raylit.tune.search.out_of_memory import MemoryLimit, check_limit
-from raylit.tune.search.runner import DirectRunner, Runner
-from raylit.tune.search.trial import Experiment, Outcome, Search
+from raylit.tune.search.trial import DirectRunner, Experiment, Outcome, Runner, Search
 from raylit.worker.data.sources import is_from_hook
 from raylit.worker.job import Job
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylit.callbacks.base import Callback
-from raylit.core.compiled_modules import Compilations
+from raylit.compat.torch_dynamo import Compilations
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.loggers.base import Logger

@@ -11,9 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from raylit.accelerators import Accelerator
 from raylit.accelerators.transfer import BatchForm, set_layout
 from raylit.checkpoint import format
-from raylit.compat.torch_dynamo import isolate_script_globals
-from raylit.config.plan import Plan
-from raylit.core.compiled_modules import compile_again, drop_compiled
+from raylit.compat.torch_dynamo import compile_again, drop_compiled, isolate_script_globals
+from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.precision import build_precision
 from raylit.profilers.base import time_items

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core import trainer_view
 from raylit.errors import ConfigError
 from raylit.profilers import PassThroughProfiler

@@ -13,7 +13,7 @@ import torch
 from raylit.checkpoint import format
 from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.compat.torch_optim import without_compiler
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ModuleError
 from raylit.profilers import Profiler

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raylit.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
-from raylit.config.plan import Plan, Validation
+from raylit.config import Plan, Validation
 from raylit.errors import ConfigError
 from raylit.protocol.state import Progress, RunState
 

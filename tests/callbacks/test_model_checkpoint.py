@@ -18,7 +18,7 @@ import torch
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import files, index
 from raylit.checkpoint.format import to_plain_values
-from raylit.config.plan import Plan, Validation
+from raylit.config import Plan, Validation
 from raylit.errors import CheckpointError, ConfigError
 from raylit.protocol.state import Progress, RunState
 

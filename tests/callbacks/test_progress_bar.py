@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from raylit.callbacks.progress_bar import ProgressBar, TQDMProgressBar, status_line
-from raylit.config.plan import Limits, Plan
+from raylit.config import Limits, Plan
 from raylit.errors import ConfigError
 from raylit.loggers.base import Logger
 from raylit.protocol.state import Progress, RunState, Stage

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raylit.callbacks.timing import Clock, is_validated_by_epoch_end, is_validation_next
-from raylit.config.plan import Plan, Validation
+from raylit.config import Plan, Validation
 from raylit.protocol.state import Progress, RunState
 
 

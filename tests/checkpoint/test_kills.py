@@ -19,7 +19,7 @@ import raylit as pl
 from raylit.checkpoint import files, index
 
 _MODULE = """
-import os, sys, torch
+import os, sys, time, torch
 import raylit as pl
 
 class Filled(pl.LightningModule):
@@ -204,8 +204,13 @@ def test_ctrl_c_during_a_save_leaves_two_complete_checkpoints(num_workers: int, 
 _SHARDED = (
     _MODULE
     + """
+class OnSlowDisk(Filled):
+    def on_fit_start(self):
+        flush = os.fsync
+        os.fsync = lambda file: (time.sleep(0.05), flush(file))
+
 saving = pl.ModelCheckpoint(sys.argv[1], "{step}", every_n_train_steps=2, save_last=True)
-pl.fit(Filled(), torch.utils.data.DataLoader(list(range(100_000))), num_workers=2, strategy="fsdp", max_epochs=1,
+pl.fit(OnSlowDisk(), torch.utils.data.DataLoader(list(range(100_000))), num_workers=2, strategy="fsdp", max_epochs=1,
        callbacks=saving, logger=False, enable_progress_bar=False, enable_model_summary=False)
 """
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from process_group import process_group_of_one
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -38,9 +38,8 @@ SHAPES = {"small": (3,), "empty": (0, 2), "large": (600, 500), "odd": (7, 3)}
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with process_group_of_one():
+        yield init_device_mesh("cpu", (1,))
 
 
 @pytest.fixture(params=["disk", "memory", "file"])

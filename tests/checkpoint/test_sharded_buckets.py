@@ -103,7 +103,7 @@ def run(num_workers, **arguments):
 _, saving = run(2, max_epochs=1)
 again = [run(3, resume="auto"), run(3, ckpt_path="last", max_epochs=3)]
 assert_same_weights(files.read(saving.last_model_path)["state_dict"], weights_of(again[-1][0]), rtol=0, atol=0)
-from raylit.cli.main import main
+from raylit.cli import main
 print("DONE", main(["checkpoint", "consolidate", saving.last_model_path, "one.ckpt"]))
 assert_same_weights(torch.load("one.ckpt", weights_only=True)["state_dict"], weights_of(again[-1][0]), rtol=0, atol=0)
 """

@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-import torch.distributed as dist
+from process_group import process_group_of_one
 
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with process_group_of_one():
         yield
-    finally:
-        dist.destroy_process_group()

@@ -1,6 +1,13 @@
-"""Private names of Ray's core, tested with the real Ray, without a node where possible."""
+"""Private names of Ray's core and its sessions, tested with the real Ray, without a node where possible.
+
+Whole runs inside functions of Ray Train and Ray Tune are in tests/driver.
+"""
 
 import pickle
+import signal
+import subprocess
+import sys
+import threading
 import time
 import types
 
@@ -8,6 +15,8 @@ import pytest
 import ray
 from ray._private import services
 from ray.exceptions import ActorDiedError
+from ray.train._internal import session as sessions
+from ray.train.v2._internal.execution import context, train_fn_utils
 
 from raylit.compat import ray_core
 from raylit.compat.private_names import import_private
@@ -21,10 +30,11 @@ def _node():
 
 
 def test_a_missing_name_is_an_error_that_says_which_version_has_it():
-    with pytest.raises(RaylitError, match=rf"ray\._private\.worker\.gone.*{ray.__version__}.*install ray==1\.2\.\*"):
-        import_private("ray._private.worker", "gone", written_for="1.2")
-    with pytest.raises(RaylitError, match="private to ray"):
-        import_private("ray.gone", "name", written_for="1.2")
+    message = rf"training needs ray\._private\.worker\.gone.*ray {ray.__version__} .*pip install 'ray==2\.60\.\*'"
+    with pytest.raises(RaylitError, match=message):
+        import_private("ray._private.worker", "gone", feature="training")
+    with pytest.raises(RaylitError, match=r"ray\.gone\.name, a private name"):
+        import_private("ray.gone", "name", feature="training")
 
 
 def test_settings_are_read_anew(monkeypatch):
@@ -107,3 +117,57 @@ def test_an_actor_s_death_is_read_from_its_text():
     assert (ray_core.parse_lost_host(text), ray_core.parse_memory_use(text)) == (None, None)
     assert ray_core.parse_memory_use("Memory on the node was 7.18GB used / 23GB limit") == ("7.18", "23")
     assert ray_core.parse_lost_host("its node has died.") == ""
+
+
+SOURCE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from raylit.compat.ray_core import load_exit_imports
+load_exit_imports()
+assert "ray" not in sys.modules
+import ray
+load_exit_imports()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_python_ends_by_the_signal():
+    done = subprocess.run([sys.executable, "-c", SOURCE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_outside_of_functions_of_ray_there_is_none():
+    assert ray_core.find_function_session() is None
+    assert ray_core.find_train_functions() is None
+
+
+def test_the_session_of_the_process_is_found(monkeypatch):
+    session = object()
+    monkeypatch.setattr(sessions, "_session", session)
+    assert ray_core.find_function_session() is session
+
+
+def test_train_s_functions_and_reports_are_found(monkeypatch):
+    functions = train_fn_utils.LocalTrainFnUtils("experiment")
+    monkeypatch.setattr(train_fn_utils, "_train_fn_utils", functions)
+    assert ray_core.find_train_functions() is functions
+    assert ray_core.count_train_reports() == 0
+    monkeypatch.setattr(context, "_train_context", types.SimpleNamespace(report_call_index=3))
+    assert ray_core.count_train_reports() == 3
+
+
+def test_the_config_is_that_of_the_trainable_whose_function_the_thread_runs():
+    class Trainable:
+        def __init__(self):
+            self.config = {"lr": 0.1}
+
+        def start(self):
+            return threading.Thread(target=lambda: self.config)
+
+    thread = Trainable().start()
+    assert ray_core.read_trial_config(types.SimpleNamespace(training_thread=thread)) == {"lr": 0.1}
+    other = threading.Thread(target=lambda: None)
+    assert ray_core.read_trial_config(types.SimpleNamespace(training_thread=other)) == {}
+    with pytest.raises(RaylitError, match=r"RunnerThread\._target, a private name that ray"):
+        ray_core.read_trial_config(types.SimpleNamespace(training_thread=object()))

@@ -1,15 +1,20 @@
-"""Each function alone on a model that torch has sharded over the one rank of this process."""
+"""Each function alone on a model that torch has sharded over the one rank of this process, and on its checkpoint."""
 
+import pickle
+import pickletools
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from raylit.compat import torch_fsdp
+from raylit.compat.torch_fsdp import METADATA_CLASSES, build_storage_info
 from raylit.errors import RaylitError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -134,3 +139,18 @@ def test_after_removal_units_are_ordinary_modules(root):
     assert not any(isinstance(part, FSDPModule) for part in root.modules())
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in root.modules())
     assert not any(part._state_dict_pre_hooks or part._load_state_dict_pre_hooks for part in root.modules())
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # in torch 2.9 itself
+def test_metadata_of_tensors_names_known_classes_only(tmp_path):
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    assert {type(place) for place in metadata.storage_data.values()} == {
+        type(build_storage_info("", offset=0, length=0))
+    }
+    pickled = pickle.dumps(Metadata(metadata.state_dict_metadata, storage_data=metadata.storage_data), protocol=2)
+    named = {tuple(arg.split(" ")) for code, arg, _ in pickletools.genops(pickled) if code.name == "GLOBAL"}
+    own = {(module, name) for module, name in named if module.startswith("torch")}
+    known = {(module, name) for module, names in METADATA_CLASSES.items() for name in names}
+    dtypes = {("torch", name) for module, name in own if isinstance(getattr(torch, name, None), torch.dtype)}
+    assert own - dtypes <= known

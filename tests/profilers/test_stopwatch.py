@@ -2,7 +2,7 @@
 
 import pytest
 
-from raylit.profilers.stopwatch import Stopwatch
+from raylit.profilers.base import Stopwatch
 
 
 class Clock:

@@ -12,7 +12,7 @@ require_xla()
 
 import torch_xla.runtime as runtime  # noqa: E402
 
-from raylit.compat.torch_xla_sharding import is_sharded  # noqa: E402
+from raylit.compat.xla import is_sharded  # noqa: E402
 
 TOLERANCE = 1e-6
 

@@ -12,7 +12,7 @@ from raylit.callbacks.progress_bar import start_is_shown
 from raylit.checkpoint import format, sharded
 from raylit.checkpoint.pending import Publication
 from raylit.checkpoint.remote import StoreUnreachable
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.driver.loop import predictions
 from raylit.driver.loop.checkpoint_queue import CheckpointQueue, FlushLogsFirst, SaveRequest
 from raylit.driver.loop.driver_profiler import DriverProfiler

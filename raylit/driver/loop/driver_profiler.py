@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
-from raylit.profilers.stopwatch import Stopwatch
+from raylit.profilers.base import Stopwatch
 from raylit.protocol.messages import Action, Profile
 
 _Object = TypeVar("_Object")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from raylit.callbacks.timing import Clock
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.errors import ConfigError
 from raylit.protocol.messages import Reloaded, Started
 from raylit.protocol.state import Progress, RunState

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal
 
-from raylit.compat.ray_exit import load_exit_imports
+from raylit.compat.ray_core import load_exit_imports
 
 SignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
 

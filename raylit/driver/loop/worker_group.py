@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from raylit.checkpoint.pending import PendingCheckpoint
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.driver.loop.checkpoint_queue import CheckpointWriter
 from raylit.protocol.messages import Command, Report
 from raylit.protocol.process_settings import TorchSettings

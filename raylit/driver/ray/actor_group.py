@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
 from raylit.compat import ray_core
-from raylit.config.plan import Plan, Workers
+from raylit.config import Plan, Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor import ActorInfo, Assignment, WorkerActor
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer

@@ -23,7 +23,7 @@ from ray.exceptions import (
 
 from raylit.compat import ray_core
 from raylit.compat.ray_core import parse_crash_signal
-from raylit.compat.torch_data import find_loader_death
+from raylit.compat.torch_core import find_loader_death
 from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed, is_frame_hidden, is_traceback_full
 from raylit.protocol.messages import Failed
 from raylit.worker.job import WorkerContext

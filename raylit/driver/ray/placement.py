@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylit.compat import ray_core
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.resource_request import (
     CapacityWait,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylit.compat.ray_core import select_plain_resources
-from raylit.config.plan import Workers
+from raylit.config import Workers
 
 _FIRST_LINE_S = 2.0
 _BETWEEN_LINES_S = 10.0

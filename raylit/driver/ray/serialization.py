@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.core.datamodule import DataModule
 from raylit.errors import ConfigError, ModuleError
 from raylit.worker.data.script_objects import ScriptObjects, add_script_object

@@ -9,8 +9,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+import ray
+
 from raylit.compat.ray_core import list_pending_requests
-from raylit.config.plan import Plan, Workers
+from raylit.config import Plan, Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor_group import ActorGroup
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
@@ -202,6 +204,12 @@ class _Pool:
             self._has_changed.clear()
             if self._is_ending:
                 continue
+            if not ray.is_initialized():
+                # A ray.shutdown of the user's may be under way, in which Ray ends the process (exit code 1) if another
+                # thread drops references to its objects. The next `acquire` ends the groups.
+                with self._lock:
+                    self._watcher = None
+                return
             # The user may end or change the Ray session at any moment; an error here means that the workers are gone.
             with contextlib.suppress(Exception):
                 self._end_groups(self._remove_idle(_IdleGroup.is_expired))

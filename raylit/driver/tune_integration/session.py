@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from raylit.compat import ray_train
+from raylit.compat import ray_core
 
 
 class RaySession(Protocol):
@@ -48,10 +48,10 @@ def current_session() -> RaySession | None:
     None: neither Tune nor Train runs this process, or Tune runs a class trainable, whose results are what its `step`
     returns.
     """
-    session = ray_train.find_function_session()
+    session = ray_core.find_function_session()
     if session is not None:
         return _FunctionSession(session)
-    functions = ray_train.find_train_functions()
+    functions = ray_core.find_train_functions()
     return None if functions is None else _TrainWorkerSession(functions)
 
 
@@ -73,7 +73,7 @@ class _FunctionSession:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return ray_train.read_trial_config(self._session)
+        return ray_core.read_trial_config(self._session)
 
     @property
     def checkpoint(self) -> Any:
@@ -102,7 +102,7 @@ class _TrainWorkerSession:
 
     @property
     def num_reports(self) -> int:
-        return ray_train.count_train_reports()
+        return ray_core.count_train_reports()
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylit.config.strategy import CommHook, DDPStrategy
+from raylit.config import CommHook, DDPStrategy
 
 _DTYPES = {
     "bf16": torch.bfloat16,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylit.compat.torch_ddp import (
+from raylit.compat.torch_distributed import (
     ReversedDDP,
     has_static_graph_reduced,
     ignore_parameters,
@@ -21,7 +21,7 @@ from raylit.compat.torch_ddp import (
     queue_static_graph_reduction,
     rebuild_buckets,
 )
-from raylit.config.strategy import DDPStrategy
+from raylit.config import DDPStrategy
 from raylit.errors import ModuleError
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep, ZeroLoss
 from raylit.strategies.ddp.grad_averaging import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from raylit.compat.torch_module import find_reset
+from raylit.compat.torch_core import find_reset
 from raylit.errors import ModuleError
 
 _ADVICE = (

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from raylit.compat.torch_core import BatchNormBase, compute_norms, scale_in_place
 from raylit.compat.torch_fsdp import (
     clear_forward_order,
     finish_backward,
@@ -28,10 +29,7 @@ from raylit.compat.torch_fsdp import (
     initialize_root,
     iterate_all_param_groups,
 )
-from raylit.compat.torch_module import BatchNormBase
-from raylit.compat.torch_tensor import compute_norms, scale_in_place
-from raylit.config.plan import PrecisionName
-from raylit.config.strategy import FSDPStrategy
+from raylit.config import FSDPStrategy, PrecisionName
 from raylit.errors import ConfigError, ModuleError
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
 from raylit.strategies.ddp.grad_averaging import ReducedPrecision, TouchedGradients, average_gradients, broadcast

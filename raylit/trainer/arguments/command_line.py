@@ -1,6 +1,6 @@
 """Options for the Trainer's arguments by argparse; their help is the constructor's docstring. Driver.
 
-The `raylit` command and `RaylitCLI` parse with jsonargparse instead, in `raylit/cli/`.
+The `raylit` command and `RaylitCLI` parse with jsonargparse instead, in `raylit/cli.py`.
 """
 
 import ast

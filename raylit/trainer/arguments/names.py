@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, ParamSpec, TypedDict, cast
 
+from raylit.callbacks.argument_callbacks import ModelSummary
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.errors import ConfigError, UnknownArgumentError
 from raylit.trainer.arguments.training import check_count

@@ -12,26 +12,24 @@ from datetime import timedelta
 from typing import Any, Literal, get_args
 
 from raylit.callbacks.timer import Duration, parse_seconds
-from raylit.config.plan import (
+from raylit.config import (
+    NAMED_STRATEGIES,
     BatchLimit,
     CombinationName,
+    DDPStrategy,
+    FSDPStrategy,
     Limits,
     MatmulPrecisionName,
     Optimization,
     Plan,
     PrecisionName,
-    Reporting,
-    Validation,
-    Workers,
-)
-from raylit.config.strategy import (
-    NAMED_STRATEGIES,
-    DDPStrategy,
-    FSDPStrategy,
     RegisteredStrategy,
+    Reporting,
     SingleDeviceStrategy,
     SPMDStrategy,
     StrategyOptions,
+    Validation,
+    Workers,
 )
 from raylit.errors import ConfigError
 from raylit.strategies import registered_strategies

@@ -6,7 +6,7 @@ import sys
 from typing import Any, get_args
 
 from raylit.accelerators import Accelerator, choose_accelerator, get_accelerator, is_registered
-from raylit.config.plan import PlacementName, Workers
+from raylit.config import PlacementName, Workers
 from raylit.errors import ConfigError
 from raylit.trainer.arguments.training import check_count
 

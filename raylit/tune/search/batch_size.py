@@ -10,7 +10,9 @@ from time import perf_counter
 from typing import Any, Literal
 
 from raylit.callbacks.base import Callback
-from raylit.config.plan import Plan
+from raylit.config import Plan
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError
 from raylit.trainer.arguments.training import SizeMode
 from raylit.tune import figures
@@ -115,11 +117,15 @@ class Stopwatch(Callback):
         self._times: list[tuple[int, float, bool]] = []
         """Samples and seconds of each batch, and whether it had a step."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: TrainerView, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 0:  # the time between two epochs belongs to no batch
             self._last_batch_end_s = perf_counter()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerView, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         trainer.accelerator.synchronize()
         now_s = perf_counter()
         is_step = trainer.num_windows > self._num_windows

@@ -3,10 +3,12 @@
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from raylit.accelerators import Accelerator
 from raylit.callbacks.base import Callback
+from raylit.core.module import LightningModule
+from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError, RemoteTraceback, WorkerDied, drop_hidden_frames
 
 FailureKind = Literal["too large", "crashed"]
@@ -51,13 +53,13 @@ class MemoryLimit(Callback):
         self._num_bytes = num_bytes
         self._lift_limit: Callable[[], None] | None = None
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         self._lift_limit = trainer.accelerator.limit_memory(self._num_bytes)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         self._remove_limit()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: TrainerView, pl_module: LightningModule, exception: BaseException) -> None:
         self._remove_limit()
 
     def _remove_limit(self) -> None:

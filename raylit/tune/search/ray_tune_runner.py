@@ -14,14 +14,13 @@ from ray.tune.search import Searcher
 from raylit.accelerators import Accelerator
 from raylit.checkpoint import format
 from raylit.compat import ray_core
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.driver.ray.failures import format_traceback
 from raylit.driver.ray.placement import cluster_hosts
 from raylit.driver.ray.serialization import SerializedJob, pickle_job, unpickle_job
 from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed
 from raylit.tune.search.out_of_memory import classify_failure
-from raylit.tune.search.runner import run_trial
-from raylit.tune.search.trial import Experiment, Outcome, Search
+from raylit.tune.search.trial import Experiment, Outcome, Search, run_trial
 from raylit.tune.trial.progress import read_error
 from raylit.tune.trial.resources import TrialResources, find_trial_resources
 from raylit.tune.trial.run_trials import Run, run_trials

@@ -1,19 +1,21 @@
-"""One trial of a search: a copy of the job with a value set, fitted for a few steps. Driver and trial processes."""
+"""One trial of a search, a copy of the job fitted for a few steps, and its runner. Driver and trial processes."""
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.checkpoint import format
-from raylit.config.plan import Plan
+from raylit.config import Plan
 from raylit.driver.loop.coordinator import Coordinator
 from raylit.errors import ConfigError
-from raylit.tune.search.out_of_memory import FailureKind
+from raylit.tune.search.out_of_memory import FailureKind, classify_failure, drop_tracebacks
 from raylit.worker.job import Job
 from raylit.worker.process import result_sync
 
@@ -81,6 +83,42 @@ class Search(Protocol):
 
 ReportLoss = Callable[[int, float], bool]
 """Function of the step and the loss of a rung, which returns whether the trial is to end."""
+
+
+class Runner(Protocol):
+    """Way to run the trials of a search."""
+
+    def run(self, search: Search, experiment: Experiment, job: Job) -> None:
+        """Run a trial for each value that the search proposes. Raises an error that every trial would raise."""
+        ...
+
+
+class DirectRunner:
+    """Runner of one trial after the other, on the workers of an ordinary fit; with `num_workers=0` in this process."""
+
+    def run(self, search: Search, experiment: Experiment, job: Job) -> None:
+        """Run a trial for each value that the search proposes. Raises an error that every trial would raise."""
+        while (value := search.propose()) is not None:
+            search.receive(value, run_trial(experiment, value, job, report_loss=partial(search.is_losing, value)))
+
+
+def run_trial(experiment: Experiment, value: Any, job: Job, *, report_loss: ReportLoss) -> Outcome:
+    """Run a trial with a copy of the job and return its outcome.
+
+    An error that comes from this trial's value is part of the outcome; any other error is raised.
+    """
+    accelerator = experiment.plan.workers.accelerator
+    try:
+        return fit_trial(experiment, value, job=copy_job(job), report_loss=report_loss)
+    except Exception as error:
+        failure = classify_failure(error, accelerator)
+        if failure is None:
+            raise
+        outcome = Outcome(error=drop_tracebacks(error), failure=failure)
+    # This stands outside of the except clause, which keeps the failed step's frames and with them its tensors.
+    gc.collect()
+    accelerator.empty_cache()
+    return outcome
 
 
 def fit_trial(experiment: Experiment, value: Any, *, job: Job, report_loss: ReportLoss) -> Outcome:

@@ -12,8 +12,8 @@ from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.storage import join
 from raylit.text_table import draw_table, fitting_widths, printable
+from raylit.tune.figures import can_draw_figures, objective_figure, parallel_figure
 from raylit.tune.records import Mode, TrialRecord, find_best_trial, read_config
-from raylit.tune.sweep.figures import can_draw_figures, objective_figure, parallel_figure
 from raylit.tune.sweep.parameters import find_common_values, format_value, list_varying_parameters
 
 _MAX_ROWS = 20

@@ -12,7 +12,7 @@ import cloudpickle
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import format
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError, shows_user_frames
@@ -20,8 +20,8 @@ from raylit.loggers import TensorBoardLogger
 from raylit.storage import absolute, entries, join
 from raylit.trainer.arguments.training import check_count
 from raylit.trainer.trainer import Trainer
+from raylit.tune.figures import begin_import, can_draw_figures
 from raylit.tune.records import Mode
-from raylit.tune.sweep.figures import begin_import, can_draw_figures
 from raylit.tune.sweep.result import SweepResult
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining
 
 from raylit.checkpoint import format
-from raylit.compat.ray_exit import load_exit_imports
-from raylit.compat.ray_tune import list_trials, set_trial_variables
-from raylit.compat.ray_tune_controller import replace_controller
+from raylit.compat.ray_core import load_exit_imports
+from raylit.compat.ray_tune import list_trials, replace_controller, set_trial_variables
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.serialization import pack
 from raylit.errors import ConfigError

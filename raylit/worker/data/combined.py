@@ -18,8 +18,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from raylit.compat.torch_data import drop_iterator
-from raylit.config.plan import CombinationName
+from raylit.compat.torch_core import drop_iterator
+from raylit.config import CombinationName
 from raylit.core.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
 from raylit.worker.data.agreement import Description, fingerprint_indices
 from raylit.worker.data.batches import Feed, TrainSource

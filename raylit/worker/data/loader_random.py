@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from raylit.checkpoint import format
-from raylit.compat.torch_data import drop_iterator
+from raylit.compat.torch_core import drop_iterator
 from raylit.seed import diverge_random_state
 
 _OTHERS_BYTES = 12 * 1024

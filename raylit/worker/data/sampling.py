@@ -33,7 +33,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from raylit.compat.torch_data import drop_iterator
+from raylit.compat.torch_core import drop_iterator
 from raylit.errors import CheckpointError
 from raylit.worker.data.agreement import Description, fingerprint_indices, fingerprint_samples
 

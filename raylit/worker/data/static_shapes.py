@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from raylit.compat.torch_data import drop_iterator
+from raylit.compat.torch_core import drop_iterator
 from raylit.core.combined_loader import CombinedLoader, holds_loaders
 from raylit.worker.data.sampling import get_length, is_map_style, is_plain_batching
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raylit.accelerators.transfer import to_device
-from raylit.compat.torch_collectives import CollectiveWatch
+from raylit.compat.torch_distributed import CollectiveWatch
 from raylit.errors import ModuleError
 from raylit.worker.data.batches import to_cpu
 from raylit.worker.distributed.collectives import Collectives

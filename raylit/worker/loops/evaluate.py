@@ -11,7 +11,7 @@ from torch import nn
 
 from raylit.callbacks.prediction_writer import BasePredictionWriter
 from raylit.checkpoint import format
-from raylit.config.plan import BatchLimit
+from raylit.config import BatchLimit
 from raylit.core.module import LightningModule
 from raylit.core.step_results import EvalResult
 from raylit.profilers.base import NEXT_BATCH

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raylit.checkpoint import format
 from raylit.compat.torch_optim import mark_stepped
-from raylit.config.plan import BatchLimit, Limits
+from raylit.config import BatchLimit, Limits
 from raylit.errors import ModuleError
 from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train

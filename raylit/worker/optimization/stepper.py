@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raylit.compat.torch_core import read_version
 from raylit.compat.torch_optim import build_step, build_zero_grad, mark_stepped
-from raylit.compat.torch_tensor import read_version
 from raylit.core.module import LightningModule
 from raylit.errors import NotFiniteError
 from raylit.worker.loops.hooks import is_overridden

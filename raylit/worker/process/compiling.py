@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from raylit.compat.torch_core import get_call, get_compiled_call, set_compiled_call
 from raylit.compat.torch_dynamo import add_compilation_callback, list_compilations, remove_compilation_callback
 from raylit.compat.torch_metrics import is_metric
-from raylit.compat.torch_module import get_call, get_compiled_call, set_compiled_call
 from raylit.errors import ConfigError
 
 _MIN_REPORTED = 3

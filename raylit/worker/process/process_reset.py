@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from raylit.accelerators import Accelerator
+from raylit.compat.torch_core import has_global_hooks
 from raylit.compat.torch_dynamo import reset_compiler
-from raylit.compat.torch_module import has_global_hooks
 from raylit.protocol.process_settings import ProcessSettings, TorchSettings, files_of_user_modules, take_over_variables
 
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from raylit.accelerators import Accelerator
-from raylit.profilers.base import Profiler
-from raylit.profilers.stopwatch import PeakMemory
+from raylit.profilers.base import PeakMemory, Profiler
 from raylit.protocol.messages import (
     Action,
     Command,

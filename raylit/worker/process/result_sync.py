@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raylit.callbacks.base import Callback
-from raylit.compat.torch_module import list_registered
+from raylit.compat.torch_core import list_registered
 from raylit.strategies.sharded_state import has_memory_of_shape
 from raylit.worker.data.shared_memory import SharedMemory
 

@@ -17,7 +17,7 @@ import raylit as pl
 from raylit.compat import ray_core
 from raylit.driver.ray import placement
 from raylit.driver.ray.placement import Placement
-from raylit.config.plan import Workers
+from raylit.config import Workers
 
 def refusal(**workers):
     started = time.monotonic()

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import raylit as pl
 from raylit.compat import ray_core
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.placement import Placement
 from raylit.driver.ray.resource_request import Host, ResourceRequest, num_slots
@@ -239,7 +239,7 @@ def test_a_trainer_uses_the_placement_group_of_its_task():
 
     def places(num_workers, **workers):
         def place():
-            from raylit.config.plan import Workers
+            from raylit.config import Workers
             from raylit.driver.ray.placement import Placement
 
             placement = Placement(Workers(num_workers=num_workers, start_timeout_s=20, **workers))

@@ -267,8 +267,10 @@ def test_idle_workers_free_their_resources_for_other_requests(quiet):
 
 @pytest.mark.cluster
 def test_a_fit_after_reconnecting_to_ray_gets_new_workers(run_script):
+    """Between the two no thread drops references to the first session's objects, at which Ray may end the process."""
     output = run_script("""
-        import os, ray, torch, raylit as pl
+        import gc, os, ray, threading, time, torch, raylit as pl
+        from raylit.driver.ray.actor_group import ActorGroup
         from torch.utils.data import DataLoader
 
         class Net(pl.LightningModule):
@@ -293,6 +295,11 @@ def test_a_fit_after_reconnecting_to_ray_gets_new_workers(run_script):
             pids = [pid()]  # on raylit's own node
             for _ in range(2):
                 ray.shutdown()
+                deadline = time.monotonic() + 30
+                while any(thread.name == "raylit-idle-workers" for thread in threading.enumerate()):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                assert any(isinstance(it, ActorGroup) for it in gc.get_objects())
                 ray.init("local", include_dashboard=False, log_to_driver=False)
                 pids += [pid(), pid()]
             print(len(set(pids)), pids[1] == pids[2], pids[3] == pids[4])

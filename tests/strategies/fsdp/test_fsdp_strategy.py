@@ -410,7 +410,7 @@ def test_state_dict_type_full_writes_a_single_file(tmp_path):
 
 
 def test_consolidation_makes_an_ordinary_checkpoint_file(interrupted, tmp_path, capsys):
-    from raylit.cli.main import main
+    from raylit.cli import main
 
     directory, expected = interrupted
     path = tmp_path / "one.ckpt"

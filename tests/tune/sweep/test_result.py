@@ -5,8 +5,8 @@ import math
 import pytest
 
 import raylit as pl
+from raylit.tune.figures import objective_figure, parallel_figure
 from raylit.tune.records import TrialRecord
-from raylit.tune.sweep.figures import objective_figure, parallel_figure
 from raylit.tune.sweep.parameters import Quality, find_common_values, list_varying_parameters
 from raylit.tune.sweep.result import summary
 

@@ -10,7 +10,7 @@ import torch
 from models import Regression, RegressionData
 
 import raylit as pl
-from raylit.config.plan import Workers
+from raylit.config import Workers
 from raylit.driver.ray import local_cluster
 from raylit.tune.trial.resources import TrialResources, find_trial_resources
 

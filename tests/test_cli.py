@@ -23,7 +23,7 @@ MODEL, DATA = "project.module.Regression", "project.module.RegressionData"
 def raylit(tmp_path):
     """The command in a directory that has the user's package."""
     (tmp_path / "project").mkdir()
-    shutil.copy(Path(__file__).parents[1] / "models.py", tmp_path / "project" / "module.py")
+    shutil.copy(Path(__file__).with_name("models.py"), tmp_path / "project" / "module.py")
 
     def run(*args, returncode=0):
         command = Path(sys.executable).with_name("raylit")

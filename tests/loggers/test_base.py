@@ -13,7 +13,7 @@ import yaml
 
 from raylit.errors import ConfigError
 from raylit.loggers import CSVLogger, TensorBoardLogger
-from raylit.loggers.file import FileLogger
+from raylit.loggers.base import FileLogger
 from raylit.storage import read_text
 
 BOTH = pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])

@@ -1,16 +1,56 @@
-"""RaylitCLI: options and config files for module, data and Trainer, and the subcommands fit to predict. Driver."""
+"""The `raylit` command, and RaylitCLI to build such a command for your own script, by jsonargparse. Driver."""
 
+import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 from raylit.callbacks.base import DriverCallback, Run
+from raylit.checkpoint import files
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
-from raylit.errors import ConfigError
+from raylit.errors import ConfigError, RaylitError
 from raylit.seed import seed_everything
 from raylit.storage import check_stays_below, join, write_text
 from raylit.trainer.trainer import Trainer
+
+_SUBCOMMANDS = {
+    "fit": "Train; with --ckpt_path continue a run.",
+    "validate": "The metrics of the validation loop.",
+    "test": "The metrics of the test loop.",
+    "predict": "Run the prediction loop.",
+}
+
+_DESCRIPTION = "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help."
+_CONSOLIDATE = (
+    "Make one file of a checkpoint that is a directory. Its tensors are in this process's memory for that time, all of "
+    "them; without the optimizers' with --weights-only."
+)
+_EXACT = {"allow_abbrev": False}
+"""No abbreviated options: an option of a later version could make them ambiguous."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a subcommand and return the exit status; raylit's errors are one line, those of user code a traceback."""
+    args = sys.argv[1:] if args is None else args
+    # A console script has its own directory on the path, not the current one with the user's modules. Workers get this
+    # path, too.
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if args[:1] == ["checkpoint"]:
+            convert_checkpoint(args[1:])
+            return 0
+        RaylitCLI(args=args, parser_kwargs={"prog": "raylit", "version": metadata.version("raylit")})
+    except RaylitError as error:
+        print(f"raylit: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 class SavedConfig(DriverCallback):
@@ -24,18 +64,6 @@ class SavedConfig(DriverCallback):
     def on_start(self, run: Run) -> None:
         if run.state.stage == "fit" and not run.plan.is_dev_run:
             write_text(self._text, join(run.log_dir, self._filename))
-
-
-_SUBCOMMANDS = {
-    "fit": "Train; with --ckpt_path continue a run.",
-    "validate": "The metrics of the validation loop.",
-    "test": "The metrics of the test loop.",
-    "predict": "Run the prediction loop.",
-}
-
-_DESCRIPTION = "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help."
-_EXACT = {"allow_abbrev": False}
-"""No abbreviated options: an option of a later version could make them ambiguous."""
 
 
 class RaylitCLI:
@@ -176,3 +204,20 @@ def _parser_class() -> Any:
     except ImportError as error:
         raise ConfigError("the command line needs jsonargparse: pip install 'raylit[cli]'") from error
     return ArgumentParser
+
+
+def convert_checkpoint(args: Sequence[str]) -> None:
+    """Run the command `raylit checkpoint`, which converts checkpoints, on its arguments.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, it is damaged, or the file cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="raylit checkpoint", description="Work with checkpoints.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    consolidate = commands.add_parser("consolidate", help="a directory into one file", description=_CONSOLIDATE)
+    consolidate.add_argument("directory", help="a sharded checkpoint")
+    consolidate.add_argument("file", help="the file to write, or a URL")
+    consolidate.add_argument("--weights-only", action="store_true", help="leave out optimizers and the run's position")
+    parsed = parser.parse_args(args)
+    files.consolidate(parsed.directory, parsed.file, is_weights_only=parsed.weights_only)
+    print(f"wrote {parsed.file}")

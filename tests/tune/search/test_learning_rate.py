@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raylit.tune.search.lr_range_test import RangeCurve
+from raylit.tune.search.learning_rate import RangeCurve
 
 
 def curve(noise=0.0, seed=0, num_points=100):
