@@ -87,11 +87,19 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=2, help="Ray actors; 0 trains in this process")
     parser.add_argument("--max-epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="of each worker")
+    parser.add_argument("--accelerator", default="auto", help="such as cpu, gpu or xla")
     args = parser.parse_args()
 
     pl.seed_everything(1)
     model, digits = ConvNet(), Digits(args.batch_size)
-    trainer = pl.fit(model, digits, num_workers=args.num_workers, max_epochs=args.max_epochs, log_every_n_steps=10)
+    trainer = pl.fit(
+        model,
+        digits,
+        num_workers=args.num_workers,
+        max_epochs=args.max_epochs,
+        accelerator=args.accelerator,
+        log_every_n_steps=10,
+    )
     (result,) = trainer.test(datamodule=digits)
 
     print(f"test accuracy: {result['test_acc']:.4f}")

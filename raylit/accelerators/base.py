@@ -43,6 +43,11 @@ class Accelerator(ABC):
     """True if its devices are TPU chips: Ray reserves slices as a whole, ranks follow the hosts of a slice, and a chip
     serves one process at a time."""
 
+    @property
+    def has_common_generator(self) -> bool:
+        """True in a worker whose device draws the random numbers of all ranks, as one graph spans them."""
+        return False
+
     # Driver: available devices
 
     @abstractmethod

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.transfer import map_tensors, to_device
-from raylit.compat.torch_xla_sharding import is_sharded
+from raylit.compat.xla import is_sharded, is_started_without_spmd
 from raylit.errors import ConfigError
 
 DATA_AXIS = "data"
@@ -30,6 +30,7 @@ DATA_AXIS = "data"
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory", re.IGNORECASE)
 _AUTOGRAD_STARTED = "device_ready_queues_"
 """Part of torch's error for a backward pass on a device that autograd's threads have been started without."""
+_START = "raylit.accelerators.get_accelerator('xla').device()"
 _NUM_WARM_UP_STEPS = 3
 """Steps that may compile: the first, the second (whose optimizer has a state) and one more for what hooks add."""
 _MAX_UNEXPLAINED = 8
@@ -96,6 +97,10 @@ class XLAAccelerator(Accelerator):
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
         self.seed(int(torch.randint(2**31, (), generator=generator)))
+
+    @property
+    def has_common_generator(self) -> bool:
+        return is_one_world()
 
     def seed(self, seed: int) -> None:
         _start_runtime()
@@ -188,7 +193,15 @@ def _start_runtime() -> _Runtime:
         if not _has_tpu():
             raise ConfigError(XLAAccelerator().explain_unavailable())
         os.environ["PJRT_DEVICE"] = "TPU"
+    if is_started_without_spmd():
+        raise ConfigError(
+            "torch_xla has been used in this process before, without SPMD, which cannot be switched on later: leave "
+            f"that out, or put this in front of it: {_START}"
+        )
+    # `use_spmd` sets it, and warns where it is set, as in an actor of a driver that has called it.
+    os.environ.pop("XLA_USE_SPMD", None)
     runtime.use_spmd()
+    runtime.global_runtime_device_count()  # starts it, which `torch_xla.device()` alone puts off
     started = _Runtime()
     try:
         torch.zeros(1, device=started.device, requires_grad=True).sum().backward()
@@ -197,7 +210,7 @@ def _start_runtime() -> _Runtime:
             raise
         raise ConfigError(
             "a backward pass has run in this process before XLA was started, and torch cannot run one on XLA any more: "
-            "call torch_xla.device() at the start of the script, or give the work to another process (num_workers=1)"
+            f"give the work to another process (num_workers=1), or put this at the start of the script: {_START}"
         ) from error
     torch_xla.sync()
     return started

@@ -165,7 +165,8 @@ class Session:
         """
         if self.context.rank > 0:
             diverge_random_state(self.context.rank)
-            self.accelerator.seed(torch.initial_seed())
+            if not self.accelerator.has_common_generator:
+                self.accelerator.seed(torch.initial_seed())
 
     def continue_random_state_at_next_batch(self, state: dict[str, Any]) -> None:
         """Keep a checkpoint's random state for `restore_random_state`."""

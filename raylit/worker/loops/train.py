@@ -473,8 +473,11 @@ def _suspend_logging(session: Session, metrics: MetricBuffer) -> Iterator[None]:
 
 @contextmanager
 def _sync_batch_norms(session: Session) -> Iterator[SyncedBatchNorms | None]:
-    """Synchronize the statistics of batch norms over the ranks inside the context; yield None with one rank."""
-    if session.collectives.world_size == 1:
+    """Synchronize the statistics of batch norms over the ranks inside the context.
+
+    Yields None with one rank, or where the compiled graph computes them over all devices.
+    """
+    if session.collectives.world_size == 1 or session.accelerator.is_spmd:
         yield None
         return
     norms = SyncedBatchNorms(session.module, device=session.device)

@@ -3,6 +3,8 @@
 The worker packs them, the driver applies them.
 """
 
+import io
+import pickle
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,10 +62,28 @@ def pack(
         grown_module=module if own_keys != state_keys else None,
     )
     try:
-        return cloudpickle.dumps(attributes)
+        return _pickle_on_host(attributes)
     except Exception:
         _drop_unpicklable(attributes)
-        return cloudpickle.dumps(attributes)
+        return _pickle_on_host(attributes)
+
+
+class _HostPickler(cloudpickle.Pickler):
+    """Pickler that moves tensors to the CPU, however deep they are nested: the driver may lack their device."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.device.type in ("cpu", "meta"):
+            return super().reducer_override(obj)
+        copy = obj.detach().cpu()
+        if isinstance(obj, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=obj.requires_grad)
+        return copy.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+
+
+def _pickle_on_host(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _HostPickler(buffer).dump(value)
+    return buffer.getvalue()
 
 
 def apply(pickled: bytes, module: nn.Module, callbacks: Sequence[Callback]) -> list[str]:
