@@ -2,6 +2,27 @@
 
 from ray.cluster_utils import Cluster
 
+from raylit.accelerators import registry
+from raylit.accelerators.torch_tpu import TorchTPUAccelerator
+from raylit.accelerators.tpu_slices import TPUHost, TPUInventory
+
+
+def make_inventory(*slices, can_grow=False):
+    """What a cluster with these slices has: each is (name, version, topology, hosts, chips per host)."""
+    hosts = [
+        TPUHost(num_devices=chips, accelerator_version=version, topology=topology, slice_name=name)
+        for name, version, topology, num_hosts, chips in slices
+        for _ in range(num_hosts)
+    ]
+    return TPUInventory(hosts=tuple(hosts), where="this cluster", can_grow=can_grow)
+
+
+def pretend_slices(monkeypatch, *slices):
+    """Let Trainers be made as on a driver that is connected to a cluster with these slices and has TorchTPU."""
+    monkeypatch.setitem(registry._BUILT_IN, "tpu", TorchTPUAccelerator)
+    monkeypatch.setattr("raylit.trainer.arguments.workers.is_on_cluster", lambda: True)
+    monkeypatch.setattr("raylit.trainer.arguments.workers._find_tpus", lambda: make_inventory(*slices))
+
 
 def start_cluster(*, num_head_cpus=1):
     """Start a Ray cluster whose head has no TPU; the caller shuts it down."""

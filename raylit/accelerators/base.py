@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from typing_extensions import Self
@@ -33,6 +33,8 @@ class Accelerator(ABC):
     has_copy_streams: bool = False
     """True if copies run concurrently with kernels: batches are copied on a separate stream, checkpoints into pinned
     memory. The module `torch.get_device_module(device)` has Stream, stream and current_stream."""
+    half_precision: Literal["16-mixed", "bf16-mixed"] = "16-mixed"
+    """What `precision=16` stands for."""
     is_spmd: bool = False
     """True if one worker drives all devices of its host as one, by XLA's SPMD, which divides batches and parameters."""
     has_static_shapes: bool = False

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from raylit.accelerators.base import Accelerator
 from raylit.accelerators.tpu_slices import TPUPlace
+from raylit.errors import ConfigError
 from raylit.storage import absolute, is_url, join
 
 _DEVICE_TYPE = "tpu"
@@ -38,6 +39,7 @@ class TorchTPUAccelerator(Accelerator):
     name = "torch_tpu"
     collective_backend = "cpu:gloo,tpu:tpu_dist"
     resources: Mapping[str, float] = {"TPU": 1.0}
+    half_precision = "bf16-mixed"
     is_automatic = True
     is_on_tpu = True
 
@@ -63,6 +65,14 @@ class TorchTPUAccelerator(Accelerator):
 
     def num_devices(self) -> int:
         return torch.accelerator.device_count() if _is_loaded() else 0
+
+    def check_settings(
+        self, *, precision: str, num_workers: int, is_compiling: bool, is_syncing_batchnorm: bool
+    ) -> None:
+        if precision == "16-mixed":
+            raise ConfigError(
+                f"precision='16-mixed' with accelerator={self.name!r}: TPUs compute in bfloat16, so use 'bf16-mixed'"
+            )
 
     def with_storage(self, directory: str) -> Self:
         # torch_tpu keeps programs in directories and Google's buckets.

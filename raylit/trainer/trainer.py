@@ -152,8 +152,8 @@ class Trainer(TrainerProperties):
             num_nodes: Hosts that share the workers evenly. 1 leaves the hosts to Ray and `placement`.
             num_processes: CPU workers per host. None: not given.
             accelerator: "cpu", "gpu" (or "cuda"), "tpu" for TorchTPU if it is installed or else torch_xla, "torch_tpu"
-                or "xla" for one of them, a registered name (`raylit.register_accelerator`), an
-                `Accelerator`, or "auto": GPUs if torch sees any and no CPU workers are asked for.
+                or "xla" for one of them, a registered name (`raylit.register_accelerator`), an `Accelerator`, or
+                "auto": the TPUs or GPUs of this machine if torch sees any and no CPU workers are asked for.
             devices: Devices per host: a number, a list of indices, -1 for all, or "auto" for what `num_workers` and
                 the machine say.
             topology: Arrangement of the chips of a TPU slice, such as "4x4". A slice is used as a whole: with torch_xla
@@ -164,8 +164,8 @@ class Trainer(TrainerProperties):
                 such as "ddp_find_unused_parameters_true", or an object such as `DDPStrategy(...)` or
                 `FSDPStrategy(...)`. "auto" is DDP for several workers and nothing for one. Older name:
                 `distributed_backend`.
-            precision: 32, 64, 16 or "bf16" (both mixed), or a full name such as "16-mixed", "bf16-mixed", "16-true"
-                or "bf16-true".
+            precision: 32, 64, 16 or "bf16" (both mixed; on TPUs 16 is bfloat16, too), or a full name such as
+                "16-mixed", "bf16-mixed", "16-true" or "bf16-true".
             float32_matmul_precision: Precision of float32 matrix products: "highest", "high" (TF32) or "medium"
                 (bfloat16), as in `torch.set_float32_matmul_precision`. None: as set in this process.
             compile: True compiles the model with `torch.compile`; a dict holds its keywords, such as `{"mode":
@@ -311,6 +311,7 @@ class Trainer(TrainerProperties):
                 float32_matmul_precision=float32_matmul_precision,
                 channels_last=channels_last,
                 compile=compile,
+                half_precision=workers.accelerator.half_precision,
             ),
             log_every_n_steps=log_every_n_steps,
             default_root_dir=default_root_dir,

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from tpu_hosts import make_inventory, pretend_slices
 
 import raylit as pl
 from raylit.accelerators import CPUAccelerator, registry
@@ -35,16 +36,6 @@ class WorkerPerChip(CPUAccelerator):
     name = "per_chip"
     is_on_tpu = True
     resources = MappingProxyType({"TPU": 1.0})
-
-
-def make_inventory(*slices, can_grow=False):
-    """What a cluster with these slices has: each is (name, version, topology, hosts, chips per host)."""
-    hosts = [
-        TPUHost(num_devices=chips, accelerator_version=version, topology=topology, slice_name=name)
-        for name, version, topology, num_hosts, chips in slices
-        for _ in range(num_hosts)
-    ]
-    return TPUInventory(hosts=tuple(hosts), where="this cluster", can_grow=can_grow)
 
 
 POD = ("a", "v6e", "4x4", 4, 4)
@@ -181,6 +172,23 @@ def test_auto_takes_a_tpu_of_this_machine_only(monkeypatch):
     monkeypatch.setattr(registry, "has_tpu_chips", lambda: True)
     monkeypatch.setattr(WorkerPerChip, "is_automatic", True)
     assert registry.choose_accelerator().name == "per_chip"
+
+
+def test_the_pages_tpu_example_is_planned(monkeypatch):
+    """`precision=16` is bfloat16 on a TPU."""
+    pretend_slices(monkeypatch, ("", "v6e", "2x4", 1, 8))
+    trainer = pl.Trainer(
+        tpu_cores=8, precision=16, early_stop_checkpoint=True, limit_train_batches=0.5, val_check_interval=0.25
+    )
+    plan = trainer.plan
+    assert (plan.workers.num_workers, plan.workers.num_nodes, trainer.num_nodes) == (8, None, 1)
+    assert (plan.workers.resources_per_worker, plan.optimization.precision) == ({"TPU": 1.0}, "bf16-mixed")
+    with pytest.raises(pl.ConfigError, match="precision='16-mixed' with accelerator='torch_tpu'"):
+        pl.Trainer(tpu_cores=8, precision="16-mixed")
+    with pytest.raises(pl.ConfigError, match=r"'TPU': 4.*has 1 TPU here; leave TPU out"):
+        pl.Trainer(tpu_cores=8, resources_per_worker={"TPU": 4})
+    with pytest.raises(pl.ConfigError, match="placement='SPREAD': the workers on TPU slices have their places"):
+        pl.Trainer(tpu_cores=8, placement="SPREAD")
 
 
 @pytest.mark.parametrize(

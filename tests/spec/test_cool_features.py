@@ -10,6 +10,7 @@ from models import Regression, RegressionData, assert_same_weights, make_data, w
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from tpu_hosts import pretend_slices
 
 import raylit as pl
 from raylit import LightningModule, Trainer
@@ -332,8 +333,9 @@ def test_move_from_cpus_to_gpus_or_tpus_without_code_changes(monkeypatch):
         "cuda",
         pl.DDPStrategy(find_unused_parameters="auto"),
     )
-    with pytest.raises(pl.ConfigError, match="TPUs are asked for, but neither torch_tpu nor torch_xla is installed"):
-        Trainer(tpu_cores=8)
+    pretend_slices(monkeypatch, ("", "v6e", "2x4", 1, 8))
+    workers = Trainer(tpu_cores=8, logger=False)._plan.workers
+    assert (workers.num_workers, workers.accelerator.is_on_tpu) == (8, True)
 
 
 def test_profile_your_code_for_speed_and_memory_bottlenecks(quiet, capsys):
@@ -426,9 +428,13 @@ def test_train_using_16_bit_with_early_stopping_half_the_data_and_four_validatio
     assert (trainer.global_step, model.num_validations) == (8, 4)
 
 
-def test_train_on_tpus():
-    with pytest.raises(pl.ConfigError, match="TPUs are asked for, but neither torch_tpu nor torch_xla is installed"):
-        Trainer(tpu_cores=8, precision=16, early_stop_checkpoint=True, limit_train_batches=0.5, val_check_interval=0.25)
+def test_train_on_tpus(monkeypatch):
+    """The training itself: `tests/xla`, and `tests/accelerators/test_torch_tpu.py` with a stand-in."""
+    pretend_slices(monkeypatch, ("", "v6e", "2x4", 1, 8))
+    plan = Trainer(
+        tpu_cores=8, precision=16, early_stop_checkpoint=True, limit_train_batches=0.5, val_check_interval=0.25
+    )._plan
+    assert (plan.workers.num_workers, plan.optimization.precision) == (8, "bf16-mixed")
 
 
 def test_train_on_256_gpus(monkeypatch, quiet):

@@ -6,6 +6,7 @@ from models import Regression, RegressionData, assert_same_weights, make_data, w
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from tpu_hosts import pretend_slices
 
 import raylit as pl
 from raylit import LightningModule, Trainer
@@ -216,12 +217,14 @@ def test_half_the_data_early_stopping_and_four_validations_an_epoch_in_one_train
     assert model.num_validations == 4
 
 
-def test_the_pages_tpu_example_says_what_is_missing():
-    with pytest.raises(pl.ConfigError, match="TPUs are asked for, but neither torch_tpu nor torch_xla is installed"):
-        Trainer(
-            tpu_cores=8,
-            precision=16,
-            early_stop_checkpoint=True,
-            limit_train_batches=0.5,
-            val_check_interval=0.25
-        )  # fmt: skip
+def test_the_pages_tpu_example_asks_for_a_slice(monkeypatch):
+    pretend_slices(monkeypatch, ("pod", "v6e", "2x4", 2, 4))
+    trainer = Trainer(
+        tpu_cores=8,
+        precision=16,
+        early_stop_checkpoint=True,
+        limit_train_batches=0.5,
+        val_check_interval=0.25
+    )  # fmt: skip
+    slices = trainer._plan.workers.slices
+    assert (slices.topology, slices.num_hosts, trainer.num_nodes) == ("2x4", 2, 2)

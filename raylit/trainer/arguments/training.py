@@ -197,8 +197,12 @@ def parse_optimization(
     float32_matmul_precision: MatmulPrecisionName | None,
     channels_last: bool,
     compile: bool | dict[str, Any],
+    half_precision: PrecisionName = "16-mixed",
 ) -> Optimization:
-    """Parse the settings of the optimizer step; as in Lightning, a clip value of 0 means no clipping."""
+    """Parse the settings of the optimizer step; as in Lightning, a clip value of 0 means no clipping.
+
+    `half_precision` is what `precision=16` stands for on the accelerator.
+    """
     if gradient_clip_val is not None and not gradient_clip_val >= 0:
         raise ConfigError(f"gradient_clip_val={gradient_clip_val}: must be 0 (no clipping) or more")
     algorithm: Literal["norm", "value"] = "value" if gradient_clip_algorithm == "value" else "norm"
@@ -216,7 +220,7 @@ def parse_optimization(
         accumulation=_parse_accumulation(accumulate_grad_batches),
         clip_val=gradient_clip_val or None,
         clip_algorithm=algorithm,
-        precision=_parse_precision(precision),
+        precision=half_precision if str(precision) == "16" else _parse_precision(precision),
         truncated_steps=truncated_bptt_steps,
         grad_norm_order=_parse_norm_order(track_grad_norm),
         is_ending_on_nan=terminate_on_nan,
