@@ -83,6 +83,11 @@ class TorchTPUAccelerator(Accelerator):
         return changed
 
     def process_variables(self, place: TPUPlace | None) -> Mapping[str, str]:
+        if _is_in_use():
+            raise ConfigError(
+                "the driver's process has used the TPU, whose chips the workers need: use num_workers=0, or start the "
+                "program with TORCH_DEVICE_BACKEND_AUTOLOAD=0, which keeps torch_tpu out of the driver"
+            )
         caches = {"TORCH_TPU_TIER2_COMPILATION_CACHE": _CACHE_NAME}
         if self.compilation_cache is not None:
             caches["TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT"] = self.compilation_cache

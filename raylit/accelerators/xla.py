@@ -46,6 +46,7 @@ class XLAAccelerator(Accelerator):
 
     name = "xla"
     collective_backend = "gloo"
+    is_automatic = True
     half_precision = "bf16-mixed"
     is_on_tpu = True
     is_spmd = True

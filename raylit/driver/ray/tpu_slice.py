@@ -108,7 +108,7 @@ class SlicePlacement:
             local_world_size=per_host,
             host_ips=tuple(seat.ip for seat in self._seats),
         )
-        return {**self._workers.accelerator.process_variables(place), **_describe_slices(place)}
+        return {**self._workers.accelerator.process_variables(place), **_build_multislice_variables(place)}
 
     @property
     def resources(self) -> Resources:
@@ -238,7 +238,7 @@ def _order_seats(group: PlacementGroup, slices: TPUSlices, *, workers_per_host: 
     ]
 
 
-def _describe_slices(place: TPUPlace) -> dict[str, str]:
+def _build_multislice_variables(place: TPUPlace) -> dict[str, str]:
     """Return the variables with which several slices find each other; none for one slice."""
     num_slices = place.slices.num_slices
     if num_slices == 1:
