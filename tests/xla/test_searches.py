@@ -59,7 +59,7 @@ def test_a_sweep_trains_each_trial_on_xla(tmp_path):
         **{**QUIET, "enable_checkpointing": True},
     )  # fmt: skip
     assert [trial.error for trial in result.trials] == [None, None]
-    assert result.best.config["lr"] == 0.03
+    assert result.best_config["lr"] == 0.03
 
 
 @pytest.mark.timeout(300)
