@@ -1,6 +1,7 @@
 """Registry of accelerators for `Trainer(accelerator=...)`. Driver."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from importlib import metadata
 
@@ -19,6 +20,8 @@ def _build_xla() -> Accelerator:
     Raises:
         ConfigError: torch_xla is missing or does not fit the installed torch.
     """
+    # Without it the import of torch_xla takes the CPU where there is no TPU, as if the user had asked for it.
+    os.environ.setdefault("PJRT_SELECT_DEFAULT_DEVICE", "0")
     try:
         from raylit.accelerators.xla import XLAAccelerator
     except ImportError as error:
@@ -104,7 +107,7 @@ def get_accelerator(name: str) -> Accelerator:
 
 def explain_missing_xla(error: ImportError) -> str:
     """Return a sentence for the failed import of torch_xla: what is installed, and what to install."""
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch_xla":
         return "accelerator='xla' needs torch_xla, which is not installed: pip install 'raylit[xla]'"
     try:
         version = metadata.version("torch_xla")

@@ -168,7 +168,7 @@ class Collecting(pl.Callback):
         self.outputs = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.outputs.append({"loss": outputs.detach()})
+        self.outputs.append({"loss": [outputs["loss"]]})
 
 
 @pytest.mark.timeout(300)
@@ -177,7 +177,7 @@ def test_tensors_that_callbacks_keep_come_back_from_actors_on_the_cpu():
     model = Regression()
     trainer = fit(model, num_workers=2, callbacks=[callback])
     assert len(callback.outputs) == 12
-    assert {one["loss"].device.type for one in callback.outputs} == {"cpu"}
+    assert {one["loss"][0].device.type for one in callback.outputs} == {"cpu"}
     assert {value.device.type for value in trainer.callback_metrics.values()} == {"cpu"}
 
 
