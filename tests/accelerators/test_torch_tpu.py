@@ -12,8 +12,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from torch.utils import backend_registration
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="torch_tpu needs torch 2.11 or newer, and so does its stand-in",
+    ),
+]
 
 LOADER = """
     import json, os, sys, types

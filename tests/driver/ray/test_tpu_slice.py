@@ -5,9 +5,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
+import ray
+
+from raylit.driver.ray import local_cluster
+from raylit.driver.ray.tpu_slice import wait_for_exits
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -54,9 +59,6 @@ SCRIPT = """
     )
     cluster = start_cluster()
     try:
-        add_slice(cluster, "pod", topology="2x2", num_cores=4, hosts=2, chips=2)
-        for name in ("alone-a", "alone-b"):
-            add_slice(cluster, name, topology="1x1", num_cores=1, hosts=1, chips=1)
         ray.init(address=cluster.address, log_to_driver=False)
 
         def fit(tag, victim=None, **arguments):
@@ -69,6 +71,11 @@ SCRIPT = """
             except (pl.ConfigError, pl.ResourcesError, pl.WorkerDied) as error:
                 print(json.dumps({"tag": tag, "error": f"{type(error).__name__}: {error}"}), flush=True)
 
+        refuse("none", tpu_cores=4)
+        add_slice(cluster, "pod", topology="2x2", num_cores=4, hosts=2, chips=2)
+        for name in ("alone-a", "alone-b"):
+            add_slice(cluster, name, topology="1x1", num_cores=1, hosts=1, chips=1)
+        cluster.wait_for_nodes()
         refuse("dies", victim=2, num_workers=4)
         fit("pod", topology="2x2")
         pl.shutdown()
@@ -146,11 +153,32 @@ def test_chips_are_free_when_the_workers_have_been_ended(facts):
     assert facts["left"] == [{"pids": []}]
 
 
+def test_the_wait_for_an_exit_ends_with_the_process(capsys):
+    local_cluster.connect()
+    node_id = ray.get_runtime_context().get_node_id()
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        wait_for_exits([(node_id, process.pid)], timeout_s=0.2)
+        assert f"still hold their TPU chips, processes [{process.pid}]" in capsys.readouterr().err
+        threading.Timer(0.5, process.kill).start()  # a zombie then, which holds nothing
+        wait_for_exits([(node_id, process.pid)], timeout_s=60)
+        assert capsys.readouterr().err == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_part_of_a_slice_is_refused(facts):
     [refusal] = facts["three"]
     assert "num_workers=3: a slice is used as a whole" in refusal["error"]
     assert "1 slice v6e 2x2 (2 hosts with 2 chips each)" in refusal["error"]
     assert "2 slices v6e 1x1 (a host with 1 chip)" in refusal["error"]
+
+
+def test_a_cluster_without_tpus_says_what_it_has(facts):
+    [refusal] = facts["none"]
+    assert "there is no TPU in this cluster of 1 host with 1 CPU" in refusal["error"]
+    assert "RAY_ADDRESS" in refusal["error"]
 
 
 def test_a_slice_that_others_hold_is_waited_for(facts):
