@@ -99,7 +99,7 @@ def test_a_host_that_tells_no_slice_has_one_worker(accelerator, request_, expect
         ([POD], {"num_workers": 3}, "num_workers=3: a slice is used as a whole.*1 slice v6e 4x4 .4 hosts with 4 chips"),
         ([POD], {"num_workers": 8}, "Ask for num_workers=4 .one for each host. or tpu_cores=16"),
         (TWO_PODS, {"num_workers": 12}, "times the number of slices, up to 2"),
-        ([POD], {"num_cores": 32}, r"tpu_cores \* num_nodes=32: a slice is used as a whole"),
+        ([POD], {"num_cores": 32}, "tpu_cores=32: a slice is used as a whole"),
         ([POD], {"num_workers": 4, "num_cores": 32}, "a slice is used as a whole"),
         ([POD], {"topology": "8x8"}, "no such complete TPU slice, but 4 host.s. with 4 TPU of v6e slice 4x4"),
         ([POD], {"accelerator_version": "v4"}, "no such complete TPU slice"),

@@ -18,7 +18,7 @@ from raylit.accelerators.tpu_slices import TPUHost, TPUInventory, TPUPlace, TPUS
 from raylit.compat import ray_core
 from raylit.config import Workers
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.placement import build_actor_options, cluster_hosts, format_hosts
+from raylit.driver.ray.placement import build_actor_options, cluster_hosts, format_hosts, resources_per_worker
 from raylit.driver.ray.resource_request import CapacityWait, Host, Resources, format_resources
 from raylit.errors import ConfigError, ResourcesError
 
@@ -60,7 +60,6 @@ class _Seat:
     """Bundle of a worker and the host that it is on."""
 
     bundle: int
-    node_id: str
     ip: str
 
 
@@ -82,7 +81,7 @@ class SlicePlacement:
         assert workers.slices is not None
         self._workers = workers
         self._slices = workers.slices
-        self._each = _resources_per_worker(workers, self._slices)
+        self._each = _request_resources(workers, self._slices)
         self._handle = _reserve_slices(workers, self._each, free_resources=free_resources)
         try:
             group = self._handle.placement_group
@@ -129,14 +128,13 @@ def _workers_per_host(workers: Workers) -> int:
     return workers.num_workers // workers.slices.num_hosts
 
 
-def _resources_per_worker(workers: Workers, slices: TPUSlices) -> Resources:
+def _request_resources(workers: Workers, slices: TPUSlices) -> Resources:
     """Return a worker's request; unless the user names one, a CPU, or its share of its host's."""
     hosts = [host for host in cluster_hosts() if host.labels.get(_POD_TYPE) == slices.pod_type]
     num_cpus = min((host.resources.get("CPU", 0.0) for host in hosts), default=1.0)
     share = num_cpus / _workers_per_host(workers)
     cpu = 0.01 if local_cluster.is_embedded() else min(1.0, int(share * 100) / 100)
-    each = {"CPU": cpu, **workers.accelerator.resources, **workers.resources_per_worker}
-    return {name: float(amount) for name, amount in each.items() if amount}
+    return resources_per_worker(workers, cpu=cpu)
 
 
 def _reserve_slices(workers: Workers, each: Resources, *, free_resources: Callable[[], bool]) -> SlicePlacementGroup:
@@ -232,7 +230,7 @@ def _order_seats(group: PlacementGroup, slices: TPUSlices, *, workers_per_host: 
         return bundle // slices.hosts_per_slice, int(labels.get(_WORKER_ID, bundle % slices.hosts_per_slice))
 
     return [
-        _Seat(bundle=bundle, node_id=node_ids[bundle], ip=nodes[node_ids[bundle]]["NodeManagerAddress"])
+        _Seat(bundle=bundle, ip=nodes[node_ids[bundle]]["NodeManagerAddress"])
         for bundle in sorted(node_ids, key=sort_key)
         for _ in range(workers_per_host)
     ]

@@ -36,14 +36,17 @@ class TPURequest:
     def __str__(self) -> str:
         given = {
             "num_workers": self.num_workers,
-            "tpu_cores * num_nodes": self.num_cores,
-            "devices * num_nodes": self.num_devices,
+            "tpu_cores": self._per_host(self.num_cores),
+            "devices": self._per_host(self.num_devices),
             "num_nodes": self.num_hosts,
             "accelerator_version": self.accelerator_version,
             "topology": self.topology,
         }
         named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return ", ".join([f"accelerator={self.accelerator.name!r}", *named])
+
+    def _per_host(self, total: int | None) -> int | None:
+        return None if total is None else total // (self.num_hosts or 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
