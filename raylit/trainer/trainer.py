@@ -149,13 +149,15 @@ class Trainer(TrainerProperties):
                 accelerator yet.
             num_nodes: Hosts that share the workers evenly. 1 leaves the hosts to Ray and `placement`.
             num_processes: CPU workers per host. None: not given.
-            accelerator: "cpu", "gpu" (or "cuda"), a registered name (`raylit.register_accelerator`), an
+            accelerator: "cpu", "gpu" (or "cuda"), "xla" (one worker drives all devices of its host, and the loader's
+                batches are of all of them; see docs/tpu.md), a registered name (`raylit.register_accelerator`), an
                 `Accelerator`, or "auto": GPUs if torch sees any and no CPU workers are asked for.
             devices: Devices per host: a number, a list of indices, -1 for all, or "auto" for what `num_workers` and
                 the machine say.
             strategy: How workers share the model: "ddp", "fsdp", "fsdp_cpu_offload", "single", a name of Lightning's
                 such as "ddp_find_unused_parameters_true", or an object such as `DDPStrategy(...)` or
-                `FSDPStrategy(...)`. "auto" is DDP for several workers and nothing for one. Older name:
+                `FSDPStrategy(...)`. "auto" is DDP for several workers and nothing for one. On XLA "fsdp" divides the
+                parameters over the devices of a worker, and the other names do nothing. Older name:
                 `distributed_backend`.
             precision: 32, 64, 16 or "bf16" (both mixed), or a full name such as "16-mixed", "bf16-mixed", "16-true"
                 or "bf16-true".
