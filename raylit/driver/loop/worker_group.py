@@ -107,6 +107,6 @@ def build_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> Wo
     if plan.workers.num_workers == 0:
         return InlineGroup(plan, job)
     # Importing Ray takes half a second, which a run without it does not spend.
-    from raylit.driver.ray.worker_pool import PooledGroup
+    from raylit.driver.ray.worker_pool import acquire_group
 
-    return PooledGroup(plan, job, on_connected=on_connected)
+    return acquire_group(plan, job, on_connected=on_connected)

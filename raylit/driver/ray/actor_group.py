@@ -109,6 +109,8 @@ class ActorGroup:
         self._failures: dict[int, Failed] = {}
         """Failures by rank, of the command that fails."""
         self._is_stop_armed = False
+        self._on_release: Callable[[ActorGroup, bool], None] | None = None
+        """Set while the group works for a run."""
         try:
             self._start_actors()
             self._form_process_group()
@@ -116,13 +118,26 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, serialized_job: SerializedJob, *, environment_before: Mapping[str, str]) -> None:
+    def assign(
+        self,
+        plan: Plan,
+        serialized_job: SerializedJob,
+        *,
+        environment_before: Mapping[str, str],
+        on_release: Callable[["ActorGroup", bool], None],
+    ) -> None:
         """Make the workers ready for the commands of a run, and their processes' settings equal to this one's.
 
         The user's objects are sent once, not once per worker. `is_usable` is False afterwards if a worker still has
-        code that has changed: use a new group then. `environment_before`: variables of this process at earlier runs,
-        which workers may still have.
+        code that has changed: use a new group then.
+
+        Args:
+            plan: The run's configuration.
+            serialized_job: The user's objects.
+            environment_before: Variables of this process at earlier runs, which workers may still have.
+            on_release: Takes the group over when the run releases it, with `is_kept` of `release`.
         """
+        self._on_release = on_release
         reference = _put_in_store(
             serialized_job, f"the module and its data of {serialized_job.num_bytes / 2**30:.1f} GB"
         )
@@ -206,6 +221,12 @@ class ActorGroup:
 
     def disarm_stop(self) -> None:
         self._is_stop_armed = False
+
+    def release(self, *, is_kept: bool = True) -> None:
+        """Give the group back to its owner, the worker pool. May be called more than once."""
+        on_release, self._on_release = self._on_release, None
+        if on_release is not None:
+            on_release(self, is_kept)
 
     def end_run(self) -> None:
         """End the run in the workers; `is_usable` is False afterwards if something of it is left in one of them."""
