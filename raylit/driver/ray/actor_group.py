@@ -28,7 +28,7 @@ from raylit.driver.ray.heartbeat import Heartbeat
 from raylit.driver.ray.placement import Placement
 from raylit.driver.ray.rendezvous import Rendezvous
 from raylit.driver.ray.resource_request import CapacityWait
-from raylit.driver.ray.serialization import SerializedJob, pack, pickle_plan, unpack
+from raylit.driver.ray.serialization import SerializedJob, pickle_plan
 from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full
 from raylit.protocol.messages import (
@@ -193,7 +193,7 @@ class ActorGroup:
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
-        reference = _put_in_store(pack(command), "a checkpoint")
+        reference = _put_in_store(command, "a checkpoint")
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
         # A start may hold the GIL for long: data sets are unpickled, kernels compiled.
@@ -396,7 +396,7 @@ class ActorGroup:
                 if isinstance(report, Printed):
                     self._output.add(rank, report)
                 else:
-                    yield rank, unpack(report)
+                    yield rank, report
         self._output.print_due()
 
     def _build_silence_error(self, rank: int, limit_s: float) -> WorkerDied:
@@ -427,7 +427,7 @@ class ActorGroup:
             ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=remaining_s, fetch_local=False)[0]
             for stream in ready:
                 try:
-                    reports = [unpack(report) for report in ray.get(next(stream)) if not isinstance(report, Printed)]
+                    reports: list[ActorMessage] = ray.get(next(stream))
                 except (*DEATHS, StopIteration):
                     del streams[stream]
                     continue

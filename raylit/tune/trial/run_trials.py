@@ -21,8 +21,8 @@ from raylit.compat.ray_exit import load_exit_imports
 from raylit.compat.ray_tune import list_trials, set_trial_variables
 from raylit.compat.ray_tune_controller import replace_controller
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.serialization import pack
 from raylit.errors import ConfigError
+from raylit.protocol.messages import pack
 from raylit.protocol.process_settings import TorchSettings, variables_for_live_processes, variables_for_new_processes
 from raylit.storage import entries, is_url, join, remove_directory
 from raylit.tune.records import CHECKPOINT, Mode, TrialRecord, TrialStatus
