@@ -29,8 +29,8 @@ from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.metrics.entry import sum_states
 from raylit.worker.optimization import Optimization
+from raylit.worker.optimization.base import average_saved_gradients
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.optimization.gradient_sync import average_saved_gradients
 from raylit.worker.session import Session
 
 _END = object()

@@ -1,11 +1,12 @@
-"""Automatic optimization, with one optimizer or several. Worker."""
+"""Automatic optimization with one optimizer or several, and its gradient sync. Worker."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raylit.accelerators.transfer import map_tensors
 from raylit.core.module import LightningModule
@@ -14,10 +15,9 @@ from raylit.strategies.base import SyncedCheck
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.step_outputs import hiddens_of, loss_of
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization.base import Optimization
-from raylit.worker.optimization.gradient_sync import GradientSync, copy_gradients, set_gradients
+from raylit.worker.optimization.base import Optimization, copy_gradients, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandles
-from raylit.worker.optimization.stepper import Stepper, build_loss_checks
+from raylit.worker.optimization.stepper import Stepper, build_loss_checks, list_parameters
 from raylit.worker.session import Session
 from raylit.worker.view import TrainerView
 
@@ -219,3 +219,50 @@ class SeveralOptimizers:
         position = self._view.num_batches_in_all % self._borders[-1]
         index = next(index for index, border in enumerate(self._borders) if position < border)
         return range(index, index + 1)
+
+
+class GradientSync:
+    """Training step wrapped for gradient sync, for the parameters that the optimizer trains.
+
+    A freeze, a thaw or a new parameter group takes effect with the next epoch.
+    """
+
+    def __init__(self, session: Session, training_step: Callable[..., Any], *, optimizer: Optimizer) -> None:
+        self._module = session.module
+        self._strategy = session.strategy
+        self._training_step = training_step
+        self._optimizer = optimizer
+        self.wrap_step()
+
+    def wrap_step(self) -> None:
+        """Wrap the step for the parameters that are trained now. Collective."""
+        self._trained = self._list_trained()
+        self.step = self._strategy.wrap(self._module, self._training_step, trained=self._trained)
+        self.share_step = self.step if self._strategy.is_sharding else self._training_step
+        """Step for batches of an uneven split, as DDP's reduction needs a backward pass on every rank."""
+        self.check = self._strategy.build_sync_check(self.step)
+        """Check to call after a backward pass that has synced; None: there is nothing to check.
+
+        Where it returns True, call `wrap_step`.
+        """
+
+    @property
+    def is_outdated(self) -> bool:
+        """Return whether the step was wrapped for other parameters or needs a check no longer."""
+        if self._strategy.is_finding_unused and self.check is not None:
+            return True
+        return [id(parameter) for parameter in self._list_trained()] != [id(parameter) for parameter in self._trained]
+
+    def wrap_if_due(self) -> bool:
+        """Wrap the step again before an epoch if that is due, and return whether it was. Collective."""
+        is_due = (self.check is not None and self.check.is_renewal_due()) or self.is_outdated
+        if is_due:
+            self.wrap_step()
+        return is_due
+
+    def without_sync(self) -> AbstractContextManager[object]:
+        """Return the context for forward and backward of a batch whose gradients are only accumulated."""
+        return self._strategy.without_sync(self.step)
+
+    def _list_trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in list_parameters(self._optimizer) if parameter.requires_grad]

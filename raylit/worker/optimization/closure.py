@@ -18,7 +18,8 @@ from raylit.strategies import ZeroLoss
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.step_outputs import hiddens_of, loss_of
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization.gradient_sync import GradientSync, copy_gradients, set_gradients
+from raylit.worker.optimization.automatic import GradientSync
+from raylit.worker.optimization.base import copy_gradients, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandle
 from raylit.worker.optimization.stepper import Stepper, build_loss_checks
 from raylit.worker.session import Session
