@@ -42,7 +42,8 @@ from raylit.protocol.summary import Summary, summarize
 from raylit.worker.data.agreement import Description, check_first_batches, check_ranks_agree
 from raylit.worker.data.batches import TrainSource
 from raylit.worker.data.combined import RepeatedEpoch, build_train_source, remove_shuffling
-from raylit.worker.data.sampling import IsolatedRandom, explain_dead_process
+from raylit.worker.data.loader_processes import explain_dead_process
+from raylit.worker.data.sampling import IsolatedRandom
 from raylit.worker.data.sources import build_loader, has_loader, is_from_hook
 from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.job import Job, WorkerContext

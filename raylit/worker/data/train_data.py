@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
 from raylit.worker.data.agreement import Description
-from raylit.worker.data.batches import Feed, batch_size_of, wrap_uneven
-from raylit.worker.data.loader_random import ProcessRandom, RankSeeding
+from raylit.worker.data.batches import batch_size_of
+from raylit.worker.data.loader_processes import ProcessRandom, RankSeeding
 from raylit.worker.data.sampling import (
+    Feed,
     IndexSource,
     IsolatedRandom,
     RandomState,
@@ -34,6 +35,7 @@ from raylit.worker.data.sampling import (
     is_split_by_user,
     iterate_share,
     replace_sampler,
+    wrap_uneven,
 )
 from raylit.worker.data.sources import EpochRandomState, open_stream, shard_stream
 

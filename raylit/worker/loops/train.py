@@ -23,7 +23,8 @@ from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 from raylit.worker.data.agreement import check_epoch
-from raylit.worker.data.batches import Feed, MovedFeed, PeekableFeed, TimedFeed, TrainSource
+from raylit.worker.data.batches import MovedFeed, PeekableFeed, TimedFeed, TrainSource
+from raylit.worker.data.sampling import Feed
 from raylit.worker.loops.step_outputs import EpochOutputs, detach_outputs, join_outputs
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
