@@ -7,14 +7,13 @@ from typing import Any, TypeVar
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
 from raylit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
-from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.model_checkpoint import FilenamePattern, ModelCheckpoint
 from raylit.callbacks.model_summary import ModelSummary
 from raylit.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor
 from raylit.callbacks.on_exception_checkpoint import SavesOnException
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.stochastic_weight_avg import StochasticWeightAveraging
 from raylit.callbacks.timer import Duration, Timer
-from raylit.checkpoint.filenames import FilenamePattern
 from raylit.config.plan import Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError

@@ -10,7 +10,8 @@ from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.progress_bar import start_is_shown
 from raylit.checkpoint import format, sharded
-from raylit.checkpoint.pending import PendingCheckpoint, Publication
+from raylit.checkpoint.index import Publication
+from raylit.checkpoint.pending import PendingCheckpoint
 from raylit.checkpoint.remote import StoreUnreachable
 from raylit.config.plan import Plan
 from raylit.driver.loop import predictions
