@@ -13,7 +13,7 @@ from raylit.errors import ConfigError
 from raylit.profilers import PassThroughProfiler
 from raylit.protocol.messages import Metrics
 from raylit.protocol.state import Progress, Stage, TrainerState
-from raylit.worker.distributed.collectives import all_gather_nested
+from raylit.worker.collectives import all_gather_nested
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.metrics.buffer import MetricBuffer
 

@@ -29,7 +29,7 @@ from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
 from raylit.storage import entries, file_system, is_url, join, make_directory, read_text, write_bytes
 from raylit.strategies.sharded_state import split_parts
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 from raylit.worker.job import WorkerContext
 from raylit.worker.state_capture import write_in_parts
 

@@ -52,8 +52,7 @@ from raylit.protocol.messages import (
 )
 from raylit.protocol.process_settings import TorchSettings
 from raylit.protocol.state import RunState, Stage
-from raylit.worker.job import Job, WorkerContext
-from raylit.worker.loops.stop_barrier import StopBarrier
+from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.process import result_sync
 from raylit.worker.worker import Worker
 

@@ -40,8 +40,7 @@ from raylit.protocol.messages import (
 from raylit.protocol.process_settings import ProcessSettings, take_over_variables
 from raylit.worker.data.script_objects import ScriptModule
 from raylit.worker.data.shared_memory import SharedMemory
-from raylit.worker.job import WorkerContext
-from raylit.worker.loops.stop_barrier import StopBarrier
+from raylit.worker.job import StopBarrier, WorkerContext
 from raylit.worker.process.process_reset import ProcessState
 from raylit.worker.process.stdout_capture import StdoutCapture
 from raylit.worker.worker import Worker

@@ -34,24 +34,22 @@ from raylit.config.plan import PrecisionName
 from raylit.config.strategy import FSDPStrategy
 from raylit.errors import ConfigError, ModuleError
 from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
-from raylit.strategies.ddp.grad_averaging import ReducedPrecision, TouchedGradients, average_gradients, broadcast
+from raylit.strategies.ddp import ReducedPrecision, TouchedGradients, average_gradients, broadcast
 from raylit.strategies.fsdp.meta_init import BuildOrder, MetaInitializer
 from raylit.strategies.fsdp.shards import (
+    MethodEntryPoints,
     ShardedScaler,
     all_gather_shards,
     build_local_state,
     build_local_value,
-    gather_full_tensor,
-    list_shards,
-)
-from raylit.strategies.fsdp.skipped_batches import CollectiveSchedule
-from raylit.strategies.fsdp.unshard import (
-    MethodEntryPoints,
     forget_sharding,
     free_eagerly,
+    gather_full_tensor,
     leave_on_meta,
+    list_shards,
     minimize_memory,
 )
+from raylit.strategies.fsdp.skipped_batches import CollectiveSchedule
 from raylit.strategies.fsdp.wrap_policy import (
     ActivationCheckpointing,
     check_not_shared,

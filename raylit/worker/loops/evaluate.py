@@ -21,7 +21,6 @@ from raylit.worker.data.agreement import Description, check_epoch, check_first_b
 from raylit.worker.data.batches import to_cpu
 from raylit.worker.data.combined import build_eval_data, combine_loaders
 from raylit.worker.data.sources import build_eval_loaders
-from raylit.worker.distributed.uneven_inputs import PADDING, iterate_uneven_batches
 from raylit.worker.loops.hooks import adapt_to_batch_index, is_overridden, num_positional
 from raylit.worker.loops.step_outputs import EpochOutputs, record_evaluation
 from raylit.worker.loops.train import apply_limit
@@ -29,6 +28,7 @@ from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.process.profiling import timed_items
 from raylit.worker.session import Session
+from raylit.worker.uneven_inputs import PADDING, iterate_uneven_batches
 
 _PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
 _DATA_NAMES = {"validate": "validation", "test": "test", "predict": "prediction"}

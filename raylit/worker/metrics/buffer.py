@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from raylit.compat.torch_metrics import is_metric, read_num_updates
 from raylit.errors import ConfigError
 from raylit.protocol.messages import Metric, Metrics
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.batches import batch_size_of
-from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.entry import (
     FUNCTION,

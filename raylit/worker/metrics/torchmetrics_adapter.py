@@ -28,7 +28,7 @@ from raylit.compat.torch_metrics import (
     set_num_updates,
 )
 from raylit.errors import ConfigError
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 from raylit.worker.metrics.entry import check_scalar, interleave
 
 State = tuple[int, dict[str, Any]]

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 from raylit.core.module import LightningModule
 from raylit.errors import ModuleError
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.batches import to_cpu
 from raylit.worker.data.sampling import wrap_uneven
-from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.loops.hooks import adapt_to_batch_index, num_positional
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
