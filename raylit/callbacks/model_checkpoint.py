@@ -19,10 +19,10 @@ from typing_extensions import Self
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.callbacks.timing import Clock, is_saved_at_epoch_end, is_validation_next
 from raylit.checkpoint import files
-from raylit.checkpoint.index import Publication, newest_first, recorded_paths
+from raylit.checkpoint.index import Publication, list_newest_first, recorded_paths
 from raylit.errors import CheckpointError, ConfigError
 from raylit.protocol.state import RunState
-from raylit.storage import absolute, check_stays_below, entries, is_inside, join
+from raylit.storage import absolute, check_stays_below, is_inside, join, list_names
 
 _log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class ModelCheckpoint(DriverCallback):
             self._unapplied_state = None
         files.remove_abandoned(self.dirpath)
         is_own = self.is_automatic or self.newest_model_path or self._has_saved or run.plan.is_dev_run
-        if not is_own and self.save_top_k != 0 and entries(self.dirpath):
+        if not is_own and self.save_top_k != 0 and list_names(self.dirpath):
             warnings.warn(f"the checkpoint directory {self.dirpath} is not empty", stacklevel=2)
 
     def on_train_start(self, run: Run) -> None:
@@ -260,7 +260,7 @@ class ModelCheckpoint(DriverCallback):
                 self.on_interrupt(run)
                 run.finish_saves()
             elif self.dirpath:  # a worker may have written a file
-                self.newest_model_path = next(newest_first(self.dirpath), self.newest_model_path)
+                self.newest_model_path = next(list_newest_first(self.dirpath), self.newest_model_path)
 
     def on_save_end(self, run: Run, path: str, error: CheckpointError | None) -> None:
         if error is None:

@@ -15,7 +15,7 @@ from typing import Any
 from raylit.checkpoint import files, remote
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.state import Progress
-from raylit.storage import entries, is_inside, is_url, join, leads_down, modified_at, read_text, relative, write_text
+from raylit.storage import is_inside, is_url, join, leads_down, list_names, modified_at, read_text, relative, write_text
 
 FILE_NAME = ".index.json"
 SUFFIX = ".ckpt"
@@ -137,10 +137,10 @@ def recorded_paths(directory: str) -> set[str]:
     return {join(directory, name) for name in names if leads_down(name)}
 
 
-def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
+def list_newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the paths of the checkpoints, from the last written to the first; a file with several names only once."""
     positions = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
-    names = {*positions, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
+    names = {*positions, *(name for name in list_names(os.fspath(directory)) if name.endswith(SUFFIX))}
     times = {name: written_at(join(directory, name)) for name in names}
     newest_listed = max((times[name] for name in positions), default=0.0)
 
@@ -159,7 +159,7 @@ def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
             yield path
 
 
-def newest_usable(
+def find_newest_usable(
     directory: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: bool = True
 ) -> tuple[str, dict[str, Any]] | None:
     """Return path and content of the newest checkpoint from which a run can be continued; None if there is none.
@@ -170,7 +170,7 @@ def newest_usable(
     Raises:
         CheckpointError: if a checkpoint cannot be read for another reason, e.g. because a newer raylit wrote it.
     """
-    for path in newest_first(directory):
+    for path in list_newest_first(directory):
         try:
             checkpoint = files.read(path, allow_pickle=allow_pickle, is_whole=is_whole)
             files.check_parts(checkpoint)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raylit.storage import entries, join
+from raylit.storage import join, list_names
 
 
 class Logger:
@@ -55,7 +55,7 @@ class Logger:
 
     def run_dirs(self) -> list[str]:
         """Return the `log_dir` of every existing run below `root_dir`; only that of the version, if one was given."""
-        return [] if self.root_dir is None else [join(self.root_dir, name) for name in entries(self.root_dir)]
+        return [] if self.root_dir is None else [join(self.root_dir, name) for name in list_names(self.root_dir)]
 
     def continue_run(self, name: str) -> None:
         """Log to the run of that name below `root_dir`, if it exists and no version was given."""

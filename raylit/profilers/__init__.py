@@ -13,7 +13,7 @@ __all__ = [
     "Profiler",
     "PyTorchProfiler",
     "SimpleProfiler",
-    "chosen_profiler",
+    "build_profiler",
 ]
 
 
@@ -24,7 +24,7 @@ _BY_NAME: dict[str, Callable[[], Profiler]] = {
 }
 
 
-def chosen_profiler(*, profiler: str | bool | Profiler | None) -> Profiler | None:
+def build_profiler(*, profiler: str | bool | Profiler | None) -> Profiler | None:
     """Return the profiler of the Trainer's argument; None if nothing is to be measured.
 
     True means "simple", as in Lightning 0.9.

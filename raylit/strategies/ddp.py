@@ -25,7 +25,7 @@ from raylit.compat.torch_ddp import (
 )
 from raylit.config.strategy import CommHook, DDPStrategy
 from raylit.errors import ModuleError
-from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep, ZeroLoss
+from raylit.strategies.base import PendingGradients, SyncCheck, TrainingStep, ZeroLoss
 from raylit.strategies.single import Single
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 
@@ -101,7 +101,7 @@ class DDP(Single):
             return partial(_run_searched, ddp)
         return partial(_run_static, ddp) if options.static_graph else ddp
 
-    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
+    def build_sync_check(self, step: TrainingStep) -> SyncCheck | None:
         # With find_unused_parameters DDP counts missing gradients as zero and finds all of them by itself.
         ddp = _unwrap_ddp(step)
         if not isinstance(ddp, _SteadyDDP):

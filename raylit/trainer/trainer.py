@@ -28,7 +28,7 @@ from raylit.driver.loop.coordinator import Coordinator
 from raylit.driver.tune_integration import detect_tune_session
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
-from raylit.profilers import Profiler, chosen_profiler
+from raylit.profilers import Profiler, build_profiler
 from raylit.protocol.messages import Finished
 from raylit.protocol.state import Progress, RunState, RunStatus, Stage
 from raylit.text_table import print_results_table
@@ -330,7 +330,7 @@ class Trainer(TrainerProperties):
                 fast_dev_run=fast_dev_run,
             )
         )
-        self._profiler = chosen_profiler(profiler=profiler)
+        self._profiler = build_profiler(profiler=profiler)
         self._resume = resume
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")

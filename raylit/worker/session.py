@@ -177,9 +177,9 @@ class Session:
             format.set_random_state(self._pending_random_state, self.accelerator)
             self._pending_random_state = None
 
-    def around_step(self) -> AbstractContextManager[object]:
+    def step_context(self) -> AbstractContextManager[object]:
         """Return the precision's context for a step."""
-        return self.precision.around_step()
+        return self.precision.step_context()
 
     def tear_down(self) -> None:
         """Call `teardown` of all objects and restore the module for use outside of the run."""

@@ -7,7 +7,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from raylit.compat import ray_tune_controller
 from raylit.compat.ray_tune_controller import _to_actor_death, replace_controller
-from raylit.driver.ray.failures import reason_of_death
+from raylit.driver.ray.failures import describe_death
 from raylit.errors import RaylitError
 
 
@@ -17,9 +17,7 @@ def test_what_rays_memory_monitor_has_killed_is_as_dead_to_tune_as_what_has_cras
     )
     death = pickle.loads(pickle.dumps(_to_actor_death(OutOfMemoryError(text))))
     assert isinstance(death, ActorDiedError)
-    assert reason_of_death(death, None).startswith(
-        "killed by Ray's memory monitor, as its host ran out of memory (7.18"
-    )
+    assert describe_death(death, None).startswith("killed by Ray's memory monitor, as its host ran out of memory (7.18")
     mistake = ValueError("odd")
     assert _to_actor_death(mistake) is mistake
 

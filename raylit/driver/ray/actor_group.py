@@ -16,13 +16,13 @@ from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor import ActorInfo, Assignment, WorkerActor
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
 from raylit.driver.ray.failures import (
-    DEATHS,
+    DEATH_ERRORS,
     ProcessEnd,
+    describe_death,
     describe_gloo_error,
     find_user_line,
     is_at_one_line,
     raise_failures,
-    reason_of_death,
 )
 from raylit.driver.ray.heartbeat import Heartbeat
 from raylit.driver.ray.placement import Placement
@@ -183,7 +183,7 @@ class ActorGroup:
         for rank, ping in enumerate(pings):
             try:
                 ray.get(ping)
-            except DEATHS as error:
+            except DEATH_ERRORS as error:
                 self.is_usable = False
                 raise self._build_death_error(rank, error) from error
 
@@ -207,7 +207,7 @@ class ActorGroup:
         """Return True if every worker can read the path; if one does not answer, the next command reports why."""
         try:
             return all(ray.get([actor.can_read.remote(path) for actor in self._actors], timeout=_CAN_READ_TIMEOUT_S))
-        except (GetTimeoutError, *DEATHS):
+        except (GetTimeoutError, *DEATH_ERRORS):
             return False
 
     def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
@@ -282,8 +282,8 @@ class ActorGroup:
             started, late = ray.wait(calls, num_returns=len(calls), timeout=capacity_wait.slice_s)
             try:
                 infos: list[ActorInfo] = ray.get(started)
-            except DEATHS as error:
-                raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
+            except DEATH_ERRORS as error:
+                raise ResourcesError(f"a worker's process could not start: {describe_death(error, None)}") from error
             if not late:
                 return infos
             missing = f"{len(late)} of {len(calls)} workers"
@@ -374,7 +374,7 @@ class ActorGroup:
             answered, _ = ray.wait(pauses, num_returns=len(pauses), timeout=0)
             rank = next(rank for rank, pause in enumerate(pauses) if pause not in answered)
             raise self._build_silence_error(rank, self.workers.ping_timeout_s) from error
-        except DEATHS:
+        except DEATH_ERRORS:
             return  # the stream reports a death
 
     def _receive(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
@@ -384,13 +384,13 @@ class ActorGroup:
         for call in [call for call in self._calls if call in ready]:
             self._calls.remove(call)
             ready.remove(call)
-            with contextlib.suppress(*DEATHS):  # the stream reports a death
+            with contextlib.suppress(*DEATH_ERRORS):  # the stream reports a death
                 ray.get(call)
         for stream in ready:
             rank = self._streams.index(stream)
             try:
                 reports: list[ActorMessage] = ray.get(next(stream))
-            except (*DEATHS, StopIteration) as error:
+            except (*DEATH_ERRORS, StopIteration) as error:
                 raise self._build_death_error(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
                 if isinstance(report, Printed):
@@ -412,7 +412,7 @@ class ActorGroup:
     def _build_death_error(self, rank: int, error: BaseException) -> WorkerDied:
         self._output.print_due(is_end=True)
         end = self._ends[rank]
-        reason = reason_of_death(error, None if end is None else end.describe())
+        reason = describe_death(error, None if end is None else end.describe())
         if gloo_error := describe_gloo_error(self._log_paths[rank]):
             reason += gloo_error + self._describe_waiting_ranks(rank)
         return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason)
@@ -428,7 +428,7 @@ class ActorGroup:
             for stream in ready:
                 try:
                     reports: list[ActorMessage] = ray.get(next(stream))
-                except (*DEATHS, StopIteration):
+                except (*DEATH_ERRORS, StopIteration):
                     del streams[stream]
                     continue
                 for failed in [report for report in reports if isinstance(report, Failed)]:

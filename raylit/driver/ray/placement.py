@@ -195,7 +195,7 @@ class Placement:
 
 def _build_request(workers: Workers) -> ResourceRequest:
     """Build the workers' resource request. ResourcesError: the cluster can never meet it."""
-    hosts = cluster_hosts()
+    hosts = read_hosts()
     # On the embedded node a small share leaves some next to pooled workers that wait for their next run.
     cpu = 0.01 if local_cluster.is_embedded() else 1.0
     # A task or actor only waits for its workers: they use its CPUs, or tasks that fill a cluster would wait for each
@@ -266,19 +266,19 @@ def create_placement_group(
             is_line_due = capacity_wait.is_line_due
             scaler = ray_core.read_autoscaling()
             is_infeasible = scaler is not None and group.id.hex() in scaler.infeasible_groups
-            if not is_infeasible or request.fits(cluster_hosts()):
+            if not is_infeasible or request.fits(read_hosts()):
                 infeasible_since_s = None
             elif infeasible_since_s is None:
                 infeasible_since_s = capacity_wait.waited_s
             elif capacity_wait.waited_s - infeasible_since_s >= _INFEASIBLE_S:
                 raise ResourcesError(
                     f"{request} {_is_or_are(request.workers)} asked for, which this cluster of "
-                    f"{format_hosts(cluster_hosts())} cannot offer, and its autoscaler says that no nodes it may "
+                    f"{format_hosts(read_hosts())} cannot offer, and its autoscaler says that no nodes it may "
                     "start could: ask for fewer workers or resources, or give the cluster larger or more worker nodes "
                     "(available_node_types, max_workers)"
                 )
             missing = (
-                f"{request}; free now: {format_resources(ray.available_resources())} of {format_hosts(cluster_hosts())}"
+                f"{request}; free now: {format_resources(ray.available_resources())} of {format_hosts(read_hosts())}"
             )
             if capacity_wait.is_over:
                 raise ResourcesError(
@@ -304,7 +304,7 @@ def _create_group(request: ResourceRequest) -> PlacementGroup:
 
 def describe_pending_capacity(request: ResourceRequest, scaler: ray_core.Autoscaling | None) -> str:
     """Describe where the missing resources may come from."""
-    if request.fits(cluster_hosts()):
+    if request.fits(read_hosts()):
         return "others hold the rest"
     if scaler is None:
         return "the cluster has lost what it had"
@@ -313,7 +313,7 @@ def describe_pending_capacity(request: ResourceRequest, scaler: ray_core.Autosca
     return "the autoscaler starts " + ", ".join(f"{count} {name}" for name, count in scaler.starting.items())
 
 
-def cluster_hosts() -> list[Host]:
+def read_hosts() -> list[Host]:
     """Return the cluster's hosts with their total resources, less what this task or actor holds while it waits."""
     own_id, own = _read_own_resources()
     hosts = []

@@ -33,7 +33,7 @@ from raylit.compat.torch_tensor import compute_norms, scale_in_place
 from raylit.config.plan import PrecisionName
 from raylit.config.strategy import FSDPStrategy
 from raylit.errors import ConfigError, ModuleError
-from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
+from raylit.strategies.base import PendingGradients, SyncCheck, TrainingStep
 from raylit.strategies.ddp import ReducedPrecision, TouchedGradients, average_gradients, broadcast
 from raylit.strategies.fsdp.meta_init import BuildOrder, MetaInitializer
 from raylit.strategies.fsdp.shards import (
@@ -188,7 +188,7 @@ class FSDP(Single):
     def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return ShardedScaler(device.type)
 
-    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
+    def build_sync_check(self, step: TrainingStep) -> SyncCheck | None:
         return _ReducingCheck(self._reduce_rest)
 
     @contextmanager

@@ -16,9 +16,9 @@ from raylit.config.plan import Workers
 from raylit.driver.ray import local_cluster, worker_pool
 from raylit.driver.ray.placement import (
     check_memory,
-    cluster_hosts,
     create_placement_group,
     format_hosts,
+    read_hosts,
     resources_per_worker,
 )
 from raylit.driver.ray.resource_request import ResourceRequest, Resources
@@ -74,7 +74,7 @@ def find_trial_resources(workers: Workers, *, title: str, directory: str | None 
     # Idle workers of this process's own fits occupy resources that trials need.
     worker_pool.clear()
     resources = TrialResources(workers=workers)
-    demand, hosts = resources.demand, cluster_hosts()
+    demand, hosts = resources.demand, read_hosts()
     if not demand.fits(hosts):
         if ray_core.read_autoscaling() is None:
             raise ResourcesError(

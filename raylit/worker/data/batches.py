@@ -17,7 +17,7 @@ from raylit.worker.data.sampling import Feed
 from raylit.worker.loops.hooks import is_overridden, num_positional
 
 
-def batch_size_of(batch: Any) -> int:
+def get_batch_size(batch: Any) -> int:
     """Return the first dimension of the batch's first tensor; 1 where it has none or there is no tensor."""
     size = _first_dimension(batch)
     return 1 if size is None else size

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
 from raylit.worker.data.agreement import Description
-from raylit.worker.data.batches import batch_size_of
+from raylit.worker.data.batches import get_batch_size
 from raylit.worker.data.loader_processes import ProcessRandom, RankSeeding
 from raylit.worker.data.sampling import (
     Feed,
@@ -459,7 +459,7 @@ def _agree_on_batches(
         if batch is not _END:
             batch = next(batches, _END)
         # An empty batch counts as 1: it is not the end of the data.
-        sizes = agree(0 if batch is _END else max(1, batch_size_of(batch)))
+        sizes = agree(0 if batch is _END else max(1, get_batch_size(batch)))
         if not any(sizes):
             return
         if not is_padded:

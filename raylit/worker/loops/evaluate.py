@@ -120,7 +120,7 @@ class _ForwardLoop:
             else:
                 for hook in on_start:
                     hook(batch, self._num_done, *extra)
-                with session.around_step():
+                with session.step_context():
                     output = step(batch, self._num_done, *step_extra)
                 for hook in on_end:
                     hook(output, batch, self._num_done, *extra)
@@ -157,7 +157,7 @@ class _ForwardLoop:
         arguments = None if batch is None else (batch, number)
 
         def run_step(*args: Any) -> Any:
-            with self._session.around_step():
+            with self._session.step_context():
                 return step(*args, *step_extra)
 
         for hook in on_start:
@@ -175,7 +175,7 @@ class _ForwardLoop:
         """Run the step on a padding batch for the collectives of other ranks; its output and metrics are discarded."""
         metrics.is_suspended = True
         try:
-            with torchmetrics_adapter.preserve_state(self._session.module), self._session.around_step():
+            with torchmetrics_adapter.preserve_state(self._session.module), self._session.step_context():
                 step(batch, self._num_done, *step_extra)
         finally:
             metrics.is_suspended = False

@@ -158,7 +158,7 @@ class TrainLoop:
             else:
                 outputs = run_batch(batch, batch_idx, is_step_due)
             view.num_batches_done = batch_idx + 1
-            view.num_batches_in_all += 1
+            view.total_batches += 1
             if is_step_due:
                 self._count_step()
 
@@ -454,7 +454,7 @@ def run_forward_epoch(session: Session, data: TrainSource, *, metrics: MetricBuf
             if batch_norms is not None:
                 batch_norms.exclude_rank(is_excluded=is_excluded)
             session.strategy.exclude_rank(is_excluded=is_excluded)
-            with session.around_step():
+            with session.step_context():
                 step(batch, batch_idx)
         session.strategy.exclude_rank(is_excluded=False)
 

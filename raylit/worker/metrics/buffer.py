@@ -11,7 +11,7 @@ from raylit.compat.torch_metrics import is_metric, read_num_updates
 from raylit.errors import ConfigError
 from raylit.protocol.messages import Metric, Metrics
 from raylit.worker.collectives import Collectives
-from raylit.worker.data.batches import batch_size_of
+from raylit.worker.data.batches import get_batch_size
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.entry import (
     FUNCTION,
@@ -346,7 +346,7 @@ class MetricBuffer:
 
     def _batch_size(self) -> int:
         if self._sized_batch is not self.batch:
-            self._sized_batch, self._size = self.batch, batch_size_of(self.batch)
+            self._sized_batch, self._size = self.batch, get_batch_size(self.batch)
         return self._size
 
     def latest(self, *, only_prog_bar: bool = False) -> dict[str, float]:

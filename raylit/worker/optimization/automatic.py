@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from raylit.accelerators.transfer import map_tensors
 from raylit.core.module import LightningModule
 from raylit.strategies import ZeroLoss
-from raylit.strategies.base import SyncedCheck
+from raylit.strategies.base import SyncCheck
 from raylit.worker.loops.hooks import is_overridden
-from raylit.worker.loops.step_outputs import hiddens_of, loss_of
+from raylit.worker.loops.step_outputs import hiddens_of, read_loss
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization.base import Optimization, copy_gradients, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandles
@@ -58,13 +58,13 @@ class AutomaticOptimization:
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         if self._is_plain:
             outputs = self._synced_step(batch, batch_idx, *extra)
-            loss = outputs if isinstance(outputs, Tensor) else loss_of(outputs, self._metrics)
+            loss = outputs if isinstance(outputs, Tensor) else read_loss(outputs, self._metrics)
             self._backward(loss, 1.0, self._check_synced)
         else:
             with nullcontext() if is_window_end else self._sync.without_sync():
-                with self._precision.around_step():
+                with self._precision.step_context():
                     outputs = self._synced_step(batch, batch_idx, *extra)
-                self._backward(loss_of(outputs, self._metrics), 1.0, self._check_synced if is_window_end else None)
+                self._backward(read_loss(outputs, self._metrics), 1.0, self._check_synced if is_window_end else None)
         if is_window_end and not self._is_window_start:
             self._is_window_start = True
             self._stepper.step()
@@ -105,16 +105,16 @@ class AutomaticOptimization:
         return map_tensors(hiddens_of(outputs), Tensor.detach)
 
     def _add_share(self, weight: float, batch: Any, batch_idx: int, *extra: Any) -> Any:
-        with self._precision.around_step():
+        with self._precision.step_context():
             outputs = self._sync.share_step(batch, batch_idx, *extra)
-        self._backward(loss_of(outputs, self._metrics), weight)
+        self._backward(read_loss(outputs, self._metrics), weight)
         return outputs
 
     def _run_padding_share(self, weight: float, *args: Any) -> None:
         """Run another rank's share with weight 0, for the collectives in it."""
         self._add_share(0.0, *args)
 
-    def _backward(self, loss: Tensor | None, weight: float, check_synced: SyncedCheck | None = None) -> None:
+    def _backward(self, loss: Tensor | None, weight: float, check_synced: SyncCheck | None = None) -> None:
         """Run the backward pass of a weighted loss; `check_synced` follows it where the gradients are to be synced."""
         if self._is_window_start:
             self._start_window()
@@ -216,7 +216,7 @@ class SeveralOptimizers:
     def _find_active(self) -> range:
         if self._borders is None:
             return range(len(self._optimizations))
-        position = self._view.num_batches_in_all % self._borders[-1]
+        position = self._view.total_batches % self._borders[-1]
         index = next(index for index, border in enumerate(self._borders) if position < border)
         return range(index, index + 1)
 

@@ -210,7 +210,7 @@ class ManualOptimization:
         self._handles.update_trained()
 
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
-        with self._precision.around_step():
+        with self._precision.step_context():
             outputs = self._training_step(batch, batch_idx)
         self._handles.end_batch()
         record_metrics(outputs, self._metrics)
