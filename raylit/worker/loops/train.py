@@ -27,8 +27,7 @@ from raylit.worker.data.batches import MovedFeed, PeekableFeed, TimedFeed, Train
 from raylit.worker.data.sampling import Feed
 from raylit.worker.loops.step_outputs import EpochOutputs, detach_outputs, join_outputs
 from raylit.worker.metrics import torchmetrics_adapter
-from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.metrics.entry import sum_states
+from raylit.worker.metrics.buffer import MetricBuffer, sum_states
 from raylit.worker.optimization import Optimization
 from raylit.worker.optimization.base import average_saved_gradients
 from raylit.worker.optimization.configured import Schedule
