@@ -25,9 +25,8 @@ from raylit.driver.ray.failures import (
     raise_failures,
 )
 from raylit.driver.ray.heartbeat import Heartbeat
-from raylit.driver.ray.placement import Placement
+from raylit.driver.ray.placement import CapacityWait, Placement
 from raylit.driver.ray.rendezvous import Rendezvous
-from raylit.driver.ray.resource_request import CapacityWait
 from raylit.driver.ray.serialization import SerializedJob, pickle_plan
 from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.errors import ResourcesError, WorkerDied, is_traceback_full

@@ -16,8 +16,14 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from raylit.compat import ray_core
 from raylit.driver.ray.failures import DEATH_ERRORS, describe_death
-from raylit.driver.ray.placement import describe_pending_capacity, format_hosts, read_hosts
-from raylit.driver.ray.resource_request import CapacityWait, ResourceRequest, format_resources
+from raylit.driver.ray.placement import (
+    CapacityWait,
+    ResourceRequest,
+    describe_pending_capacity,
+    format_hosts,
+    format_resources,
+    read_hosts,
+)
 from raylit.errors import WorkerDied
 from raylit.storage import is_url, join, make_directory, read_text, write_text
 from raylit.tune.records import Mode, is_better, is_number

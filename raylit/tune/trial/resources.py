@@ -15,13 +15,14 @@ from raylit.compat import ray_core
 from raylit.config.plan import Workers
 from raylit.driver.ray import local_cluster, worker_pool
 from raylit.driver.ray.placement import (
+    ResourceRequest,
+    Resources,
     check_memory,
     create_placement_group,
     format_hosts,
     read_hosts,
     resources_per_worker,
 )
-from raylit.driver.ray.resource_request import ResourceRequest, Resources
 from raylit.errors import ConfigError, ResourcesError
 from raylit.storage import is_url
 
