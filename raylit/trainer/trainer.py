@@ -24,7 +24,7 @@ from raylit.config import BatchLimit, CombinationName, MatmulPrecisionName, Stra
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator
-from raylit.driver.tune_integration.nested_fit import detect_tune_session
+from raylit.driver.tune_integration import detect_tune_session
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.profilers import Profiler, build_profiler
