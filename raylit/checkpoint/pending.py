@@ -96,8 +96,10 @@ class HostCopy:
                 self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             else:
                 # Not from malloc: mapped memory is returned to the system when freed, and can be lent to it.
-                private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
-                self._mapping = mmap.mmap(-1, max(num_bytes, 1), **private)
+                if sys.platform == "win32":
+                    self._mapping = mmap.mmap(-1, max(num_bytes, 1))
+                else:
+                    self._mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     # Halves the time of copying to it, lending it and writing from it.
                     self._mapping.madvise(mmap.MADV_HUGEPAGE)

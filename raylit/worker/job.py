@@ -1,4 +1,4 @@
-"""What the process of a worker gives it: the user's objects, its ranks and its stop barrier."""
+"""Objects that a worker gets from its process: the job of the user's objects, its ranks and its stop barrier."""
 
 import math
 import threading

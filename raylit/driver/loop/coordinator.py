@@ -52,6 +52,7 @@ from raylit.protocol.messages import (
 )
 from raylit.protocol.process_settings import TorchSettings
 from raylit.protocol.state import RunState, Stage
+from raylit.worker.data.loader_processes import explain_dead_process
 from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.process import result_sync
 from raylit.worker.worker import Worker
@@ -332,6 +333,9 @@ class Coordinator:
             self._log_writer.drain()
             status = "success"
         except BaseException as error:
+            if self.plan.workers.num_workers == 0:
+                # torch's handler of SIGCHLD may raise anywhere in this process.
+                explain_dead_process(error)
             status = self._signals.status_after(error)
             self.state.is_interrupted = status == "interrupted"
             try:

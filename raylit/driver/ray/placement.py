@@ -1,4 +1,4 @@
-"""What the workers ask of the cluster: the request, the wait for capacity, and the placement group. Driver."""
+"""Resources of the workers in the cluster: the request, the wait for capacity, and the placement group. Driver."""
 
 import math
 import sys

@@ -24,6 +24,8 @@ _MAX_IDLE_WORKERS = 8
 """Above this number of workers, the group that has been idle longest is ended; the newest always stays."""
 _POLL_S = 1.0
 """Interval between checks of what the cluster waits for."""
+_STOP_TIMEOUT_S = 5.0
+"""Time for a check of the cluster that is under way."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,10 +37,6 @@ class _IdleGroup:
 
     def is_expired(self) -> bool:
         return self.ends_at_s <= time.monotonic() or not self.group.is_of_this_session
-
-
-_STOP_TIMEOUT_S = 5.0
-"""Time for a check of the cluster that is under way."""
 
 
 class _Pool:

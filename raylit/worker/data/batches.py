@@ -51,8 +51,6 @@ class AnyFeed(Protocol):
 class TimedFeed:
     """Feed that measures the time of fetching each batch."""
 
-    __slots__ = ("_feed", "_name", "_profiler", "can_prefetch", "weight")
-
     def __init__(self, feed: Feed, profiler: Profiler, name: str) -> None:
         self._feed = feed
         self._profiler = profiler
@@ -75,8 +73,6 @@ class TimedFeed:
 
 class PeekableFeed:
     """Feed of unknown length that can tell whether the batch just returned is the last one."""
-
-    __slots__ = ("_ahead", "_feed", "_state_of_source", "_weight_ahead", "state_before", "weight")
 
     def __init__(self, feed: AnyFeed, *, state_of_source: Callable[..., dict[str, Any]] | None) -> None:
         """Wrap a feed.
@@ -235,8 +231,6 @@ class Mover:
 
 class MovedFeed:
     """Feed whose batches are on the device."""
-
-    __slots__ = ("_batches", "weight")
 
     def __init__(self, feed: Feed | TimedFeed, mover: Mover) -> None:
         self.weight = 1.0

@@ -227,7 +227,12 @@ def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def explain_dead_process(error: BaseException) -> None:
-    """Add to torch's error how a DataLoader's process ended, and remove the sockets that it left on the disk."""
+    """Add to torch's error how a DataLoader's process ended, and remove the sockets that it left on the disk.
+
+    An error that has been explained already stays as it is.
+    """
+    if _ADVICE in str(error):
+        return
     if isinstance(error, (ConnectionError, EOFError)):  # it died while it was sending a batch
         pids = _wait_for_dead_children()
     else:
@@ -237,17 +242,17 @@ def explain_dead_process(error: BaseException) -> None:
         return
     codes = {child.pid: child.exitcode for child in _children}
     ends = [f"process {pid} {_describe_exit(codes[pid])}" for pid in pids if codes.get(pid) is not None]
-    advice = (
-        "The kernel kills by SIGKILL where memory is short, and a full /dev/shm shows as SIGBUS: use fewer processes "
-        "(num_workers of the DataLoader) or smaller batches, or give the container more shared memory; num_workers=0 "
-        "shows what crashes in the data set"
-    )
     how = ", ".join(ends) or "how it ended is not known"
-    error.args = (f"{str(error).strip().rstrip('.')} ({how}). {advice}",)
+    error.args = (f"{str(error).strip().rstrip('.')} ({how}). {_ADVICE}",)
     for pid in pids:
         _remove_sockets(pid)
 
 
+_ADVICE = (
+    "The kernel kills by SIGKILL where memory is short, and a full /dev/shm shows as SIGBUS: use fewer processes "
+    "(num_workers of the DataLoader) or smaller batches, or give the container more shared memory; num_workers=0 shows "
+    "what crashes in the data set"
+)
 _children: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
 """Processes of this process's DataLoaders; torch's errors name them by their ids only."""
 _DEAD_PROCESS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")

@@ -243,8 +243,6 @@ class Feed:
     weight 0.
     """
 
-    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "can_prefetch", "weight")
-
     def __init__(
         self,
         batches: Iterator[Any],
