@@ -33,7 +33,7 @@ from raylit.core.datamodule import DataModule, LightningDataModule
 from raylit.core.module import LightningModule
 from raylit.core.step_results import EvalResult, TrainResult
 from raylit.core.trainer_view import TrainerView
-from raylit.driver.tune_integration.report_callback import TuneReport
+from raylit.driver.tune_integration import TuneReport
 from raylit.errors import (
     CheckpointError,
     ConfigError,

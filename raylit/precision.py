@@ -28,7 +28,7 @@ class Precision:
         """True if a step needs no context."""
         return self.weights_dtype is None and self.autocast_dtype is None
 
-    def around_step(self) -> AbstractContextManager[object]:
+    def step_context(self) -> AbstractContextManager[object]:
         """Return the context in which a step runs; tensors that it creates have the weights' type."""
         if self.autocast_dtype is not None:
             return torch.autocast(self.device_type, dtype=self.autocast_dtype)

@@ -78,7 +78,7 @@ def leads_down(name: object) -> bool:
     )
 
 
-def entries(directory: str) -> list[str]:
+def list_names(directory: str) -> list[str]:
     """Return the names in a directory; an empty list if it does not exist."""
     if is_url(directory):
         files, path = file_system(directory)

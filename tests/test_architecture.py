@@ -108,7 +108,7 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_layer_of_an_import_is_found() -> None:
-    assert imported_part("raylit.driver.loop.worker_group.WorkerGroup") == "driver"
+    assert imported_part("raylit.driver.loop.coordinator.WorkerGroup") == "driver"
     assert imported_part("raylit.config.Plan") == "config"
     assert imported_part("raylit.Trainer") == "__init__"
     assert imported_part("raylit") == "__init__"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from raylit.storage import absolute, entries, is_inside, join, make_directory, read_text, relative, write_text
+from raylit.storage import absolute, is_inside, join, list_names, make_directory, read_text, relative, write_text
 
 
 @pytest.fixture(params=["local", "memory", "file"])
@@ -16,13 +16,13 @@ def directory(request, tmp_path):
 def test_a_text_is_read_as_it_was_written_and_listed(directory):
     path = join(directory, "a", "b.txt")
     assert read_text(path) is None
-    assert entries(join(directory, "a")) == []
+    assert list_names(join(directory, "a")) == []
     write_text("first", path)
     write_text("grün\r\n", path)
     assert read_text(path) == "grün\r\n"
-    assert entries(join(directory, "a")) == ["b.txt"]
+    assert list_names(join(directory, "a")) == ["b.txt"]
     make_directory(join(directory, "a"))
-    assert entries(join(directory, "a")) == ["b.txt"]
+    assert list_names(join(directory, "a")) == ["b.txt"]
 
 
 def test_a_path_lies_in_its_directories(directory):

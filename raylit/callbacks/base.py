@@ -14,7 +14,7 @@ from raylit.errors import ConfigError
 from raylit.protocol.state import RunState
 
 if TYPE_CHECKING:
-    from raylit.checkpoint.pending import Publication
+    from raylit.checkpoint.index import Publication
     from raylit.errors import CheckpointError
     from raylit.loggers.base import Logger
 

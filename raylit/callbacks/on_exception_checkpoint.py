@@ -4,8 +4,8 @@ import os
 from functools import partial
 
 from raylit.callbacks.base import Callback
+from raylit.callbacks.model_checkpoint import FilenamePattern, find_free_path
 from raylit.checkpoint import files
-from raylit.checkpoint.filenames import FilenamePattern, find_free_path
 from raylit.core.module import LightningModule
 from raylit.core.trainer_view import TrainerView
 from raylit.errors import ConfigError

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from raylit.checkpoint import files, remote
-from raylit.errors import DamagedCheckpoint
-from raylit.storage import entries, is_url, join, leads_down, modified_at, read_text, write_text
+from raylit.errors import CheckpointError, DamagedCheckpoint
+from raylit.protocol.state import Progress
+from raylit.storage import is_inside, is_url, join, leads_down, list_names, modified_at, read_text, relative, write_text
 
 FILE_NAME = ".index.json"
 SUFFIX = ".ckpt"
@@ -73,6 +74,62 @@ def write_index(index: Index, directory: str | os.PathLike[str]) -> None:
     write_text(json.dumps({"format": _FORMAT, **asdict(index)}, indent=1), join(directory, FILE_NAME))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publication:
+    """Steps after a checkpoint file has been written: its second name, its index entry, removal of outdated files.
+
+    They are done in this order, so that a crash between them leaves a file too many, never one too few.
+    """
+
+    path: str
+    directory: str
+    """Directory of the index."""
+    progress: Progress
+    score: float | None = None
+    """Score for which the file is kept, if it is."""
+    is_weights_only: bool = False
+    last: str = ""
+    """Path of a second name that always points to the newest file; empty if there is none."""
+    is_last_linked: bool = False
+    """`last` is a symbolic link where links are possible, else a file of its own."""
+    best: str = ""
+    """Path of the best file from now on."""
+    outdated: Sequence[str] = ()
+    """Paths to be removed."""
+
+    def carry_out(self) -> None:
+        """Carry out the steps; may be repeated.
+
+        Raises:
+            CheckpointError: if not all of them were possible.
+        """
+        added = [self._entry(self.path, score=self.score)]
+        if self.last not in ("", self.path):
+            is_link = self.is_last_linked and files.link(self.path, self.last)
+            if not is_link:
+                files.duplicate(self.path, self.last)
+                added.insert(0, self._entry(self.last))
+        try:
+            before = read_index(self.directory)
+            names = [relative(path, self.directory) for path in self.outdated]
+            last, best = relative(self.last or self.path, self.directory), relative(self.best, self.directory)
+            write_index(before.replace_entries(added=added, removed=names, last=last, best=best), self.directory)
+        except Exception as error:  # of whatever kind a store's own library raises
+            raise CheckpointError(f"cannot write the index of {self.directory}: {error}") from error
+        for path in self.outdated:
+            if is_inside(path, self.directory):  # a link may have been put there in the meantime
+                files.remove(path)
+
+    def _entry(self, path: str, *, score: float | None = None) -> Entry:
+        return Entry(
+            name=relative(path, self.directory),
+            epoch=self.progress.epoch,
+            step=self.progress.global_step,
+            score=score,
+            is_weights_only=self.is_weights_only,
+        )
+
+
 def recorded_paths(directory: str) -> set[str]:
     """Return the paths of the files that the index of the directory names."""
     index = read_index(directory)
@@ -80,10 +137,10 @@ def recorded_paths(directory: str) -> set[str]:
     return {join(directory, name) for name in names if leads_down(name)}
 
 
-def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
+def list_newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the paths of the checkpoints, from the last written to the first; a file with several names only once."""
     positions = {entry.name: number for number, entry in enumerate(read_index(directory).entries)}
-    names = {*positions, *(name for name in entries(os.fspath(directory)) if name.endswith(SUFFIX))}
+    names = {*positions, *(name for name in list_names(os.fspath(directory)) if name.endswith(SUFFIX))}
     times = {name: written_at(join(directory, name)) for name in names}
     newest_listed = max((times[name] for name in positions), default=0.0)
 
@@ -102,7 +159,7 @@ def newest_first(directory: str | os.PathLike[str]) -> Iterator[str]:
             yield path
 
 
-def newest_usable(
+def find_newest_usable(
     directory: str | os.PathLike[str], *, allow_pickle: bool = False, is_whole: bool = True
 ) -> tuple[str, dict[str, Any]] | None:
     """Return path and content of the newest checkpoint from which a run can be continued; None if there is none.
@@ -113,7 +170,7 @@ def newest_usable(
     Raises:
         CheckpointError: if a checkpoint cannot be read for another reason, e.g. because a newer raylit wrote it.
     """
-    for path in newest_first(directory):
+    for path in list_newest_first(directory):
         try:
             checkpoint = files.read(path, allow_pickle=allow_pickle, is_whole=is_whole)
             files.check_parts(checkpoint)

@@ -1,4 +1,4 @@
-"""Checkpoints between the snapshot and the file: copies in host memory, files and parts to write, publication.
+"""Checkpoints between the snapshot and the file: copies in host memory, files and parts to write.
 
 The worker takes the snapshot. A thread of the driver, or of the worker, writes it while training goes on.
 """
@@ -22,13 +22,9 @@ from torch import Tensor
 
 from raylit.accelerators import Accelerator
 from raylit.checkpoint import files, format
-from raylit.checkpoint.index import Entry, read_index, write_index
 from raylit.checkpoint.layout import METADATA, name_of_part
 from raylit.compat.torch_core import build_negative_view
-from raylit.errors import CheckpointError
 from raylit.protocol.messages import Chunk, Part
-from raylit.protocol.state import Progress
-from raylit.storage import is_inside, relative
 
 _ALIGNMENT = 64
 """Alignment of each storage in the memory, in bytes."""
@@ -100,8 +96,10 @@ class HostCopy:
                 self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             else:
                 # Not from malloc: mapped memory is returned to the system when freed, and can be lent to it.
-                private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
-                self._mapping = mmap.mmap(-1, max(num_bytes, 1), **private)
+                if sys.platform == "win32":
+                    self._mapping = mmap.mmap(-1, max(num_bytes, 1))
+                else:
+                    self._mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     # Halves the time of copying to it, lending it and writing from it.
                     self._mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -335,62 +333,6 @@ class PendingPart(PendingFile):
                 )
             )
         self._part = Part(rank=self._rank, num_bytes=output.num_bytes, crc=output.crc, chunks=tuple(chunks))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Publication:
-    """Steps after a checkpoint file has been written: its second name, its index entry, removal of outdated files.
-
-    They are done in this order, so that a crash between them leaves a file too many, never one too few.
-    """
-
-    path: str
-    directory: str
-    """Directory of the index."""
-    progress: Progress
-    score: float | None = None
-    """Score for which the file is kept, if it is."""
-    is_weights_only: bool = False
-    last: str = ""
-    """Path of a second name that always points to the newest file; empty if there is none."""
-    is_last_linked: bool = False
-    """`last` is a symbolic link where links are possible, else a file of its own."""
-    best: str = ""
-    """Path of the best file from now on."""
-    outdated: Sequence[str] = ()
-    """Paths to be removed."""
-
-    def carry_out(self) -> None:
-        """Carry out the steps; may be repeated.
-
-        Raises:
-            CheckpointError: if not all of them were possible.
-        """
-        added = [self._entry(self.path, score=self.score)]
-        if self.last not in ("", self.path):
-            is_link = self.is_last_linked and files.link(self.path, self.last)
-            if not is_link:
-                files.duplicate(self.path, self.last)
-                added.insert(0, self._entry(self.last))
-        try:
-            before = read_index(self.directory)
-            names = [relative(path, self.directory) for path in self.outdated]
-            last, best = relative(self.last or self.path, self.directory), relative(self.best, self.directory)
-            write_index(before.replace_entries(added=added, removed=names, last=last, best=best), self.directory)
-        except Exception as error:  # of whatever kind a store's own library raises
-            raise CheckpointError(f"cannot write the index of {self.directory}: {error}") from error
-        for path in self.outdated:
-            if is_inside(path, self.directory):  # a link may have been put there in the meantime
-                files.remove(path)
-
-    def _entry(self, path: str, *, score: float | None = None) -> Entry:
-        return Entry(
-            name=relative(path, self.directory),
-            epoch=self.progress.epoch,
-            step=self.progress.global_step,
-            score=score,
-            is_weights_only=self.is_weights_only,
-        )
 
 
 class _PieceQueue:

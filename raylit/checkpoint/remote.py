@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from raylit.checkpoint.layout import INDEX, PARTS, is_own, is_replaceable
 from raylit.errors import CheckpointError
-from raylit.storage import entries, file_system, is_object_store, join, make_directory, modified_at
+from raylit.storage import file_system, is_object_store, join, list_names, make_directory, modified_at
 
 
 class StoreUnreachable(CheckpointError):
@@ -159,7 +159,7 @@ class RemoteDirectoryDraft:
         self.index = join(self._url, INDEX)
         self._is_published = False
         try:
-            if not is_replaceable(entries(self._url)):
+            if not is_replaceable(list_names(self._url)):
                 raise FileExistsError(f"{self._url} is a directory and is no checkpoint: give a URL where nothing is")
             make_directory(self.place)
         except Exception as error:  # of whatever kind the store's own library raises

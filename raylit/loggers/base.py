@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from raylit.errors import ConfigError
-from raylit.storage import check_stays_below, entries, is_url, join, make_directory, write_text
+from raylit.storage import check_stays_below, is_url, join, list_names, make_directory, write_text
 
 
 class Logger:
@@ -58,7 +58,7 @@ class Logger:
 
     def run_dirs(self) -> list[str]:
         """Return the `log_dir` of every existing run below `root_dir`; only that of the version, if one was given."""
-        return [] if self.root_dir is None else [join(self.root_dir, name) for name in entries(self.root_dir)]
+        return [] if self.root_dir is None else [join(self.root_dir, name) for name in list_names(self.root_dir)]
 
     def continue_run(self, name: str) -> None:
         """Log to the run of that name below `root_dir`, if it exists and no version was given."""
@@ -227,11 +227,11 @@ class FileLogger(Logger):
         return self._log_dir
 
     def run_dirs(self) -> list[str]:
-        names = entries(self.root_dir) if self._version is None else [_name_directory(self._version)]
+        names = list_names(self.root_dir) if self._version is None else [_name_directory(self._version)]
         return [self._build_path(name) for name in names]
 
     def continue_run(self, name: str) -> None:
-        if self._version is None and name in entries(self.root_dir):
+        if self._version is None and name in list_names(self.root_dir):
             number = name.removeprefix("version_")
             self._version = int(number) if name != number and number.isdecimal() else name
 
@@ -308,7 +308,7 @@ def _claim_next_version(root_dir: str) -> int:
     such operation.
     """
     make_directory(root_dir)
-    numbers = [name.removeprefix("version_") for name in entries(root_dir) if name.startswith("version_")]
+    numbers = [name.removeprefix("version_") for name in list_names(root_dir) if name.startswith("version_")]
     version = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
     if is_url(root_dir):
         return version

@@ -1,19 +1,113 @@
 """Messages between driver and workers: commands down, reports up. Frozen, of plain values and CPU tensors."""
 
+import dataclasses
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from raylit.protocol.process_settings import TorchSettings
 from raylit.protocol.state import Progress, Stage
 from raylit.protocol.summary import Summary
 
+# Tensors in messages
+
+
+class TensorMessage:
+    """Base of messages with tensors: pickled as arrays, they travel through Ray's object store without a copy.
+
+    The tensors of an unpickled message are views of memory shared with other processes: copy from them, never write to
+    them.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _rebuild_message, (type(self), pack(_list_fields(self)))
+
+
+def pack(value: Any) -> Any:
+    """Return the value with the plain CPU tensors in its dicts, lists and tuples as arrays, for `unpack`."""
+    return _map_tensors(value, _PackedTensor.from_tensor)
+
+
+def unpack(value: Any) -> Any:
+    """Return what was packed; its tensors are views of the arrays' memory."""
+    return _map_leaves(value, lambda leaf: leaf.view() if isinstance(leaf, _PackedTensor) else leaf)
+
+
+_Value = TypeVar("_Value")
+
+
+def copy_tensors(value: _Value) -> _Value:
+    """Return a message, or nested dicts, lists and tuples, with copies of the plain CPU tensors in it."""
+    if isinstance(value, TensorMessage):
+        return _rebuild_message(type(value), copy_tensors(_list_fields(value)))
+    copy: _Value = _map_tensors(value, Tensor.clone)
+    return copy
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedTensor:
+    """Bytes of a dense CPU tensor."""
+
+    data: NDArray[np.uint8]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "_PackedTensor":
+        contiguous = tensor.contiguous()
+        return cls(contiguous.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+
+    def view(self) -> Tensor:
+        if self.data.flags.writeable:
+            return torch.from_numpy(self.data).view(self.dtype).reshape(self.shape)
+        with warnings.catch_warnings():
+            # torch warns once of memory that it cannot mark as read-only; no code of raylit writes to it.
+            warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
+            return torch.from_numpy(self.data).view(self.dtype).reshape(self.shape)
+
+
+def _rebuild_message(kind: Any, fields: dict[str, Any]) -> Any:
+    return kind(**unpack(fields))
+
+
+def _list_fields(message: Any) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply the function to each dense CPU tensor that is neither of a subclass nor part of a graph."""
+
+    def apply(leaf: Any) -> Any:
+        is_plain = type(leaf) is Tensor and leaf.device.type == "cpu" and leaf.layout is torch.strided
+        return function(leaf) if is_plain and not leaf.requires_grad else leaf
+
+    return _map_leaves(value, apply)
+
+
+def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
+        copy = value.copy()
+        for key, item in value.items():
+            copy[key] = _map_leaves(item, function)
+        return copy
+    if type(value) in (list, tuple):
+        return type(value)(_map_leaves(item, function) for item in value)
+    return function(value)
+
+
 # Commands
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class Start(TensorMessage):
     """Command to prepare a stage: data, setup, optimizers, loaders, checkpoint. Answered by `Started`."""
 
     stage: Stage
@@ -82,7 +176,7 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Save:
+class Save(TensorMessage):
     """Command to capture the current state. Answered by one `Saved` from each rank.
 
     Rank 0 holds the checkpoint ready to be written, the other ranks send their own state. For sharded checkpoints each
@@ -212,7 +306,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class Written(TensorMessage):
     """Report of a rank's rows for files of predictions."""
 
     files: dict[str, tuple[tuple[int, int, dict[str, Any]], ...]]
@@ -220,7 +314,7 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predicted:
+class Predicted(TensorMessage):
     """Report of a rank's predictions: for each loader, its batches' outputs with each batch's index in the data set."""
 
     rank: int
@@ -228,7 +322,7 @@ class Predicted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
+class Saved(TensorMessage):
     """Report of a rank's part of a checkpoint, in plain values and CPU tensors."""
 
     rank: int
@@ -268,7 +362,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
+class Weights(TensorMessage):
     """Report of a piece of sharded weights, gathered at the end of a run. Sent by rank 0.
 
     Rank 0 gathers the next piece only after the driver has received this one.
@@ -278,7 +372,7 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class Finished(TensorMessage):
     """Report of rank 0's final module and callbacks; empty if they are the driver's own objects."""
 
     state_dict: dict[str, Any] = field(default_factory=dict)

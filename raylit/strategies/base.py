@@ -21,7 +21,7 @@ class ZeroLoss(dict[str, Any]):
     """
 
 
-class SyncedCheck(Protocol):
+class SyncCheck(Protocol):
     """Check after each backward pass of a wrapped step that all gradients have been synced."""
 
     def __call__(self) -> bool:
@@ -155,7 +155,7 @@ class Strategy(Protocol):
         """Have steps that are wrapped from now on search for parameters that their loss does not depend on."""
         ...
 
-    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
+    def build_sync_check(self, step: TrainingStep) -> SyncCheck | None:
         """Return the check of the step's gradient sync; None if there is nothing to check."""
         ...
 

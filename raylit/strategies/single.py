@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raylit.compat.torch_core import compute_norms
-from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep
+from raylit.strategies.base import PendingGradients, SyncCheck, TrainingStep
 from raylit.strategies.sharded_state import Reader, read_in_place, read_into_new_tensors
 
 
@@ -59,7 +59,7 @@ class Single:
 
     def find_unused(self) -> None: ...
 
-    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
+    def build_sync_check(self, step: TrainingStep) -> SyncCheck | None:
         return None
 
     def without_sync(self, step: TrainingStep) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from raylit.accelerators.xla import is_one_world, num_shards, shard_tensor
 from raylit.config import SPMDStrategy
-from raylit.strategies.base import PendingGradients, SyncedCheck, TrainingStep, ZeroLoss
+from raylit.strategies.base import PendingGradients, SyncCheck, TrainingStep, ZeroLoss
 from raylit.strategies.sharded_state import Reader
 from raylit.strategies.single import Single
 
@@ -82,7 +82,7 @@ class SPMD(Single):
         self.share_weights(module)
         return training_step if is_one_world() else _HostReducedStep(training_step, trained)
 
-    def build_sync_check(self, step: TrainingStep) -> SyncedCheck | None:
+    def build_sync_check(self, step: TrainingStep) -> SyncCheck | None:
         return _HostReduction(step.trained) if isinstance(step, _HostReducedStep) else None
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -7,13 +7,12 @@ from typing import Any, TypeVar
 from raylit.callbacks.argument_callbacks import GradientAccumulationScheduler, ModelSummary
 from raylit.callbacks.base import Callback, DriverCallback
 from raylit.callbacks.early_stopping import EarlyStopping
-from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.callbacks.model_checkpoint import FilenamePattern, ModelCheckpoint
 from raylit.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor
 from raylit.callbacks.on_exception_checkpoint import SavesOnException
 from raylit.callbacks.progress_bar import ProgressBar
 from raylit.callbacks.timer import Duration, Timer
 from raylit.callbacks.weight_averaging import StochasticWeightAveraging
-from raylit.checkpoint.filenames import FilenamePattern
 from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError

@@ -9,7 +9,7 @@ from raylit.config import DDPStrategy, Plan
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError
 from raylit.protocol.state import Stage
-from raylit.strategies.ddp.grad_averaging import find_sent_dtype
+from raylit.strategies.ddp import find_sent_dtype
 from raylit.worker.data.sources import HOOKS, has_loader
 from raylit.worker.job import Job
 from raylit.worker.loops.hooks import is_overridden

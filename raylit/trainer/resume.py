@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import files, format
-from raylit.checkpoint.index import newest_first, newest_usable, read_index, written_at
+from raylit.checkpoint.index import find_newest_usable, list_newest_first, read_index, written_at
 from raylit.errors import CheckpointError, ConfigError
 from raylit.loggers import Logger
 from raylit.storage import absolute, is_inside, join, relative
@@ -32,20 +32,20 @@ class PreviousRuns:
         A warning names damaged checkpoints, which are skipped. The arguments are those of `files.read`.
         """
         for directory in self._newest_first():
-            if found := newest_usable(directory, allow_pickle=allow_pickle, is_whole=is_whole):
+            if found := find_newest_usable(directory, allow_pickle=allow_pickle, is_whole=is_whole):
                 return found
         return None
 
     def find_last(self) -> str:
         """Return the path of the checkpoint written last; empty if there is none."""
-        return next((path for directory in self._newest_first() for path in newest_first(directory)), "")
+        return next((path for directory in self._newest_first() for path in list_newest_first(directory)), "")
 
     def find_best(self, *, allow_pickle: bool = False) -> str:
         """Return the path of the newest run's best checkpoint; empty if it has none."""
         for directory in self._newest_first():
             if name := read_index(directory).best:
                 return join(directory, name)
-            for path in newest_first(directory):
+            for path in list_newest_first(directory):
                 with suppress(CheckpointError):
                     best = _read_best_path(files.read(path, allow_pickle=allow_pickle, is_whole=False))
                     return best if is_inside(best, directory) else ""
@@ -57,7 +57,7 @@ class PreviousRuns:
         return f"{', '.join(places[:3])}{f' and {len(places) - 3} more directories' if len(places) > 3 else ''}"
 
     def _newest_first(self) -> list[str]:
-        newest = {directory: next(newest_first(directory), "") for directory in self._directories}
+        newest = {directory: next(list_newest_first(directory), "") for directory in self._directories}
         times = {directory: written_at(path) for directory, path in newest.items() if path}
         return sorted(times, key=lambda directory: times[directory], reverse=True)
 

@@ -24,7 +24,7 @@ from raylit.config import BatchLimit, CombinationName, MatmulPrecisionName, Stra
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator
-from raylit.driver.tune_integration.nested_fit import detect_tune_session
+from raylit.driver.tune_integration import detect_tune_session
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
 from raylit.profilers import Profiler, build_profiler
@@ -151,9 +151,11 @@ class Trainer(TrainerProperties):
                 implies accelerator="tpu". None: no TPUs are asked for by this name.
             num_nodes: Hosts that share the workers evenly. 1 leaves the hosts to Ray and `placement`.
             num_processes: CPU workers per host. None: not given.
-            accelerator: "cpu", "gpu" (or "cuda"), "tpu" for TorchTPU if it is installed or else torch_xla, "torch_tpu"
-                or "xla" for one of them, a registered name (`raylit.register_accelerator`), an `Accelerator`, or
-                "auto": the TPUs or GPUs of this machine if torch sees any and no CPU workers are asked for.
+            accelerator: "cpu", "gpu" (or "cuda"), "xla" (torch_xla: one worker drives all devices of its host, and the
+                loader's batches are of all of them; see docs/tpu.md), "torch_tpu" (TorchTPU: one worker per chip),
+                "tpu" for what is installed of the two, a registered name (`raylit.register_accelerator`), an
+                `Accelerator`, or "auto": the TPUs or GPUs of this machine if torch sees any and no CPU workers are
+                asked for.
             devices: Devices per host: a number, a list of indices, -1 for all, or "auto" for what `num_workers` and
                 the machine say.
             topology: Arrangement of the chips of a TPU slice, such as "4x4". A slice is used as a whole: with torch_xla
@@ -162,7 +164,8 @@ class Trainer(TrainerProperties):
             accelerator_version: Version of the TPUs, such as "v6e" or "TPU-V6E". None: any.
             strategy: How workers share the model: "ddp", "fsdp", "fsdp_cpu_offload", "single", a name of Lightning's
                 such as "ddp_find_unused_parameters_true", or an object such as `DDPStrategy(...)` or
-                `FSDPStrategy(...)`. "auto" is DDP for several workers and nothing for one. Older name:
+                `FSDPStrategy(...)`. "auto" is DDP for several workers and nothing for one. On XLA "fsdp" divides the
+                parameters over the devices of a worker, and the other names do nothing. Older name:
                 `distributed_backend`.
             precision: 32, 64, 16 or "bf16" (both mixed; on TPUs 16 is bfloat16, too), or a full name such as
                 "16-mixed", "bf16-mixed", "16-true" or "bf16-true".

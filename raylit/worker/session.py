@@ -19,14 +19,13 @@ from raylit.profilers.base import time_items
 from raylit.protocol.state import Stage
 from raylit.seed import diverge_random_state
 from raylit.strategies import build_strategy
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.batches import Mover, build_mover
 from raylit.worker.data.sampling import RandomState
-from raylit.worker.distributed.collectives import Collectives
-from raylit.worker.distributed.uneven_inputs import UnevenSteps
-from raylit.worker.job import Job, WorkerContext
+from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.loops.hooks import Hooks, is_overridden
-from raylit.worker.loops.stop_barrier import StopBarrier
 from raylit.worker.process.compiling import CompilationWatch, compile_parts
+from raylit.worker.uneven_inputs import UnevenSteps
 from raylit.worker.view import TrainerView
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -181,9 +180,9 @@ class Session:
             format.set_random_state(self._pending_random_state, self.accelerator)
             self._pending_random_state = None
 
-    def around_step(self) -> AbstractContextManager[object]:
+    def step_context(self) -> AbstractContextManager[object]:
         """Return the precision's context for a step."""
-        return self.precision.around_step()
+        return self.precision.step_context()
 
     def tear_down(self) -> None:
         """Call `teardown` of all objects and restore the module for use outside of the run."""

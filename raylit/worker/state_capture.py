@@ -20,7 +20,7 @@ from raylit.errors import CheckpointError
 from raylit.protocol.messages import Part, Save, Saved
 from raylit.storage import is_url, join
 from raylit.strategies.sharded_state import Reader
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 from raylit.worker.job import WorkerContext
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.loops.train import TrainLoop

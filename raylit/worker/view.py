@@ -13,7 +13,7 @@ from raylit.errors import ConfigError
 from raylit.profilers import PassThroughProfiler
 from raylit.protocol.messages import Metrics
 from raylit.protocol.state import Progress, Stage, TrainerState
-from raylit.worker.distributed.collectives import all_gather_nested
+from raylit.worker.collectives import all_gather_nested
 from raylit.worker.job import Job, WorkerContext
 from raylit.worker.metrics.buffer import MetricBuffer
 
@@ -43,7 +43,7 @@ class TrainerView(trainer_view.TrainerView):
         """Index of the current training batch, or of the last one between batches."""
         self.is_uneven = False
         """The current training batch does not have the same number of samples on every rank."""
-        self.num_batches_in_all = 0
+        self.total_batches = 0
         self.num_windows = 0
         self.validated_batch = 0
         self.num_evaluated: Counter[int] = Counter()
@@ -110,7 +110,7 @@ class TrainerView(trainer_view.TrainerView):
         return Progress(
             epoch=self.current_epoch,
             batch=self.num_batches_done,
-            batch_in_all=self.num_batches_in_all,
+            batch_in_all=self.total_batches,
             global_step=self.global_step,
             window=self.num_windows,
             validated_batch=self.validated_batch,
@@ -121,7 +121,7 @@ class TrainerView(trainer_view.TrainerView):
         """Set the position to that of a checkpoint."""
         self.current_epoch = progress.epoch
         self.num_batches_done = progress.batch
-        self.num_batches_in_all = progress.batch_in_all
+        self.total_batches = progress.batch_in_all
         self.global_step = progress.global_step
         self.num_windows = progress.window
         self.validated_batch = progress.validated_batch

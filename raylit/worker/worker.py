@@ -39,17 +39,17 @@ from raylit.protocol.messages import (
 )
 from raylit.protocol.process_settings import set_matmul_precision
 from raylit.protocol.summary import Summary, summarize
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.agreement import Description, check_first_batches, check_ranks_agree
 from raylit.worker.data.batches import TrainSource
 from raylit.worker.data.combined import RepeatedEpoch, build_train_source, remove_shuffling
-from raylit.worker.data.sampling import IsolatedRandom, explain_dead_process
+from raylit.worker.data.loader_processes import explain_dead_process
+from raylit.worker.data.sampling import IsolatedRandom
 from raylit.worker.data.sources import build_loader, has_loader, is_from_hook
 from raylit.worker.data.static_shapes import drop_smaller_batches
-from raylit.worker.distributed.collectives import Collectives
-from raylit.worker.job import Job, WorkerContext
+from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.loops.evaluate import EvalLoop, PredictLoop
 from raylit.worker.loops.hooks import is_overridden
-from raylit.worker.loops.stop_barrier import StopBarrier
 from raylit.worker.loops.train import NO_SHARE_OF_LAST_BATCH, TrainLoop, count_epoch_batches
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization import build_optimization, read_configured_optimizers

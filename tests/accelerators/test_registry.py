@@ -59,7 +59,7 @@ class Counted(Regression):
 @pytest.fixture(autouse=True)
 def _nothing_stays_registered(monkeypatch):
     monkeypatch.setattr("raylit.accelerators.registry._REGISTERED", {})
-    monkeypatch.setattr("raylit.strategies.registry._REGISTERED", {})
+    monkeypatch.setattr("raylit.strategies._REGISTERED", {})
 
 
 @pytest.fixture

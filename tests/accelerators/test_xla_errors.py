@@ -9,7 +9,7 @@ import torch
 
 import raylit as pl
 from raylit.accelerators.registry import explain_missing_xla
-from raylit.worker.distributed.collectives import require_reachable
+from raylit.worker.collectives import require_reachable
 
 
 def test_a_missing_torch_xla_is_a_config_error(monkeypatch):

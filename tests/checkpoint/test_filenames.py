@@ -2,7 +2,7 @@
 
 import pytest
 
-from raylit.checkpoint.filenames import fill_pattern
+from raylit.callbacks.model_checkpoint import fill_pattern
 from raylit.errors import ConfigError
 
 

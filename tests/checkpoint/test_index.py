@@ -25,7 +25,7 @@ def written(directory: Any, name: str, *, step: int, is_whole: bool = True, is_l
 
 
 def newest(directory: Any) -> str:
-    found = index.newest_usable(directory)
+    found = index.find_newest_usable(directory)
     assert found is not None
     path, checkpoint = found
     assert torch.equal(checkpoint["state_dict"]["w"], torch.full((10_000,), float(checkpoint["global_step"])))
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_a_newer_raylit_is_an_error(tmp_path: pathlib.Path) -> N
     checkpoint["raylit"]["format"] += 1
     files.write(checkpoint, tmp_path / "2.ckpt")
     with pytest.raises(CheckpointError, match=r"2\.ckpt is of a newer raylit.*upgrade"):
-        index.newest_usable(tmp_path)
+        index.find_newest_usable(tmp_path)
 
 
 def test_a_file_with_several_names_is_listed_once(tmp_path: pathlib.Path) -> None:
@@ -116,12 +116,12 @@ def test_a_file_with_several_names_is_listed_once(tmp_path: pathlib.Path) -> Non
     files.link(tmp_path / "1.ckpt", tmp_path / "last.ckpt")
     files.duplicate(tmp_path / "1.ckpt", tmp_path / "copy.ckpt")
     files.link(tmp_path / "gone.ckpt", tmp_path / "nowhere.ckpt")
-    assert len(list(index.newest_first(tmp_path))) == 1
+    assert len(list(index.list_newest_first(tmp_path))) == 1
 
 
 def test_an_empty_directory_has_no_usable_checkpoint(tmp_path: pathlib.Path) -> None:
-    assert index.newest_usable(tmp_path) is None
-    assert index.newest_usable(tmp_path / "missing") is None
+    assert index.find_newest_usable(tmp_path) is None
+    assert index.find_newest_usable(tmp_path / "missing") is None
 
 
 def test_a_directory_may_be_a_url(tmp_path: pathlib.Path) -> None:

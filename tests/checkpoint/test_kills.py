@@ -59,7 +59,7 @@ for line in sys.stdin:
 def check(directory: pathlib.Path | str) -> int:
     """Return the step of the newest checkpoint, which is intact: a damaged one would be a warning, and so an error."""
     listed = index.read_index(directory).entries
-    found = index.newest_usable(directory)
+    found = index.find_newest_usable(directory)
     assert found is not None
     path, checkpoint = found
     table: Tensor = checkpoint["state_dict"]["table"]

@@ -54,7 +54,7 @@ def test_a_bucket_that_goes_away_is_told_once_and_written_to_when_it_is_back(
         trainer = trained(saving, Outage(server, 5, last=9))
     assert len([one for one in caught if "next save" in str(one.message)]) == 1
     assert trainer.global_step == 12
-    found = index.newest_usable(server.url)
+    found = index.find_newest_usable(server.url)
     assert found is not None
     assert found[0] == saving.newest_model_path == f"{server.url}/step=12.ckpt"
     assert found[1]["global_step"] == 12

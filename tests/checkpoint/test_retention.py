@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raylit.checkpoint.filenames import TopK
+from raylit.callbacks.model_checkpoint import TopK
 
 
 def offered(best: TopK, scores: dict[str, float]) -> list[str]:

@@ -21,15 +21,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from raylit.accelerators import CPUAccelerator
 from raylit.checkpoint import files, format, remote
 from raylit.checkpoint import sharded as directory
-from raylit.checkpoint.index import newest_first, newest_usable
+from raylit.checkpoint.index import find_newest_usable, list_newest_first
 from raylit.checkpoint.layout import INDEX, METADATA
 from raylit.checkpoint.pending import HostCopy, PendingCheckpoint, PendingPart
 from raylit.errors import CheckpointError, DamagedCheckpoint
 from raylit.protocol.messages import Saved
 from raylit.protocol.state import Progress
-from raylit.storage import entries, file_system, is_url, join, make_directory, read_text, write_bytes
+from raylit.storage import file_system, is_url, join, list_names, make_directory, read_text, write_bytes
 from raylit.strategies.sharded_state import split_parts
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 from raylit.worker.job import WorkerContext
 from raylit.worker.state_capture import write_in_parts
 
@@ -83,8 +83,8 @@ def test_a_directory_replaces_another_completely(mesh: DeviceMesh, place: str) -
     for seed in (1, 2):
         write(path, sharded(mesh, seed=seed))
     assert_holds(path, sharded(mesh, seed=2))
-    assert entries(place) == ["one.ckpt"]
-    assert len([name for name in entries(path) if name != INDEX]) in (1, 2)
+    assert list_names(place) == ["one.ckpt"]
+    assert len([name for name in list_names(path) if name != INDEX]) in (1, 2)
 
 
 def test_a_duplicate_stays_when_the_original_is_removed(mesh: DeviceMesh, place: str) -> None:
@@ -93,7 +93,7 @@ def test_a_duplicate_stays_when_the_original_is_removed(mesh: DeviceMesh, place:
         write(first, sharded(mesh, seed=seed))
         files.duplicate(first, last)
     files.remove(first)
-    assert entries(place) == ["last.ckpt"]
+    assert list_names(place) == ["last.ckpt"]
     assert not files.exists(first)
     assert_holds(last, sharded(mesh, seed=2))
 
@@ -104,7 +104,7 @@ def test_an_incomplete_directory_is_not_a_checkpoint(mesh: DeviceMesh, place: st
     again = files.directory_draft(join(place, "one.ckpt"))
     for one in (draft, again):
         files.write_bytes(b"half", join(one.place, "__0_0.distcp"))
-    assert list(newest_first(place)) == [join(place, "one.ckpt")]
+    assert list(list_newest_first(place)) == [join(place, "one.ckpt")]
     assert not files.exists(join(place, "two.ckpt"))
     assert_holds(join(place, "one.ckpt"), sharded(mesh, seed=1))
     for one in (draft, again):
@@ -124,7 +124,7 @@ def test_damage_is_warned_of_and_the_previous_checkpoint_is_used(mesh: DeviceMes
     with pytest.raises(DamagedCheckpoint, match=r"step=2.ckpt.* is damaged: __0_0.distcp does not match"):
         files.read(path)
     with pytest.warns(UserWarning, match=r"step=2.ckpt is damaged: __0_0.distcp"):
-        found = newest_usable(place, is_whole=False)
+        found = find_newest_usable(place, is_whole=False)
     assert found is not None
     assert found[1]["global_step"] == 1
 
@@ -265,7 +265,7 @@ def test_a_sharded_checkpoint_does_not_replace_a_directory_with_other_content(me
     with pytest.raises(CheckpointError, match=r"models: .* is no checkpoint"):
         write(join(place, "models"), sharded(mesh, seed=1))
     assert read_text(file) == "precious"
-    assert entries(join(place, "models")) == ["notes.txt"]
+    assert list_names(join(place, "models")) == ["notes.txt"]
 
 
 def test_foreign_files_in_a_sharded_checkpoint_at_a_url_are_kept(mesh: DeviceMesh) -> None:
@@ -275,4 +275,4 @@ def test_foreign_files_in_a_sharded_checkpoint_at_a_url_are_kept(mesh: DeviceMes
     write(path, sharded(mesh, seed=2))
     assert read_text(f"{path}/notes.txt") == "precious"
     assert_holds(path, sharded(mesh, seed=2))
-    assert len(entries(path)) == 3
+    assert len(list_names(path)) == 3

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 import raylit as pl
 from raylit.checkpoint import files
-from raylit.checkpoint.index import newest_usable, read_index
+from raylit.checkpoint.index import find_newest_usable, read_index
 from raylit.driver.loop import checkpoint_queue
-from raylit.storage import entries, file_system
+from raylit.storage import file_system, list_names
 
 
 class Shared(pl.LightningModule):
@@ -72,17 +72,17 @@ def test_an_unreachable_bucket_costs_one_checkpoint_and_no_training(
         trainer.fit(model, DataLoader(list(range(12))))
     assert len([one for one in caught if "next save" in str(one.message)]) == 1
     assert trainer.global_step == 6
-    assert sorted(entries(server.url)) == [".index.json", "last.ckpt", "step=6.ckpt"]
+    assert sorted(list_names(server.url)) == [".index.json", "last.ckpt", "step=6.ckpt"]
     assert [entry.step for entry in read_index(server.url).entries] == [6, 6]
     for name in ("last.ckpt", "step=6.ckpt"):
         assert_same_weights(files.read(f"{server.url}/{name}")["state_dict"], weights_of(model), rtol=0, atol=0)
-        [index, parts] = sorted(entries(f"{server.url}/{name}"))
+        [index, parts] = sorted(list_names(f"{server.url}/{name}"))
         assert index == "index.ckpt"
-        assert sorted(entries(f"{server.url}/{name}/{parts}")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+        assert sorted(list_names(f"{server.url}/{name}/{parts}")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     store, place = file_system(f"{server.url}/step=6.ckpt/{parts}/__1_0.distcp")
     store.pipe_file(place, store.cat_file(place)[:-1])
     with pytest.warns(UserWarning, match=r"step=6.ckpt is damaged: __1_0.distcp has"):
-        found = newest_usable(server.url, is_whole=False)
+        found = find_newest_usable(server.url, is_whole=False)
     assert found is not None
     assert found[0].endswith("last.ckpt")
 
@@ -117,4 +117,4 @@ def test_another_number_of_workers_downloads_the_parts_it_needs(server: Server, 
     output = run_script(SCRIPT.format(environment=server.environment, url=server.url, **places), timeout_s=150)
     assert output.count("AT ") == 3
     assert "DONE 0" in output
-    assert len([name for name in entries(server.url) if name.endswith(".ckpt")]) == 3
+    assert len([name for name in list_names(server.url) if name.endswith(".ckpt")]) == 3

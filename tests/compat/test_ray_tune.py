@@ -11,7 +11,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from raylit.compat import ray_tune
 from raylit.compat.ray_tune import _to_actor_death, has_metric, list_trials, replace_controller, set_trial_variables
-from raylit.driver.ray.failures import reason_of_death
+from raylit.driver.ray.failures import describe_death
 from raylit.errors import RaylitError
 
 
@@ -56,9 +56,7 @@ def test_what_rays_memory_monitor_has_killed_is_as_dead_to_tune_as_what_has_cras
     )
     death = pickle.loads(pickle.dumps(_to_actor_death(OutOfMemoryError(text))))
     assert isinstance(death, ActorDiedError)
-    assert reason_of_death(death, None).startswith(
-        "killed by Ray's memory monitor, as its host ran out of memory (7.18"
-    )
+    assert describe_death(death, None).startswith("killed by Ray's memory monitor, as its host ran out of memory (7.18")
     mistake = ValueError("odd")
     assert _to_actor_death(mistake) is mistake
 

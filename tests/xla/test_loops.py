@@ -15,7 +15,7 @@ import raylit as pl
 require_xla()
 
 from raylit.accelerators.xla import count_compilations  # noqa: E402
-from raylit.worker.distributed.collectives import require_reachable  # noqa: E402
+from raylit.worker.collectives import require_reachable  # noqa: E402
 
 
 class Counted(Regression):

@@ -25,7 +25,7 @@ class Data(pl.DataModule):
         return DataLoader(make_data(48), batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self):
-        return DataLoader(make_data(20), batch_size=self.batch_size)
+        return DataLoader(make_data(48), batch_size=self.batch_size)
 
 
 def test_a_learning_rate_is_found():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from raylit.callbacks.base import DriverCallback, Run
 from raylit.checkpoint import format
-from raylit.checkpoint.pending import Publication
+from raylit.checkpoint.index import Publication
 from raylit.driver.loop.log_writer import FlushResult, LogWriter
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import Report, Save, Saved

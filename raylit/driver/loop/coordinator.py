@@ -1,25 +1,25 @@
-"""The driver's loop: chooses the workers' next command and handles their reports."""
+"""The driver's loop: chooses the workers' next command and handles their reports, whatever kind of group they are."""
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from raylit.callbacks.base import DriverCallback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.callbacks.progress_bar import start_is_shown
 from raylit.checkpoint import format, sharded
-from raylit.checkpoint.pending import Publication
+from raylit.checkpoint.index import Publication
+from raylit.checkpoint.pending import PendingCheckpoint
 from raylit.checkpoint.remote import StoreUnreachable
 from raylit.config import Plan
 from raylit.driver.loop import predictions
-from raylit.driver.loop.checkpoint_queue import CheckpointQueue, FlushLogsFirst, SaveRequest
+from raylit.driver.loop.checkpoint_queue import CheckpointQueue, CheckpointWriter, FlushLogsFirst, SaveRequest
 from raylit.driver.loop.driver_profiler import DriverProfiler
 from raylit.driver.loop.log_writer import LogWriter
 from raylit.driver.loop.schedule import Schedule
 from raylit.driver.loop.signals import SignalHandler
-from raylit.driver.loop.worker_group import WorkerGroup, build_group
 from raylit.errors import CheckpointError, RaylitError, WorkerDied
 from raylit.loggers.base import Logger
 from raylit.protocol.messages import (
@@ -52,8 +52,10 @@ from raylit.protocol.messages import (
 )
 from raylit.protocol.process_settings import TorchSettings
 from raylit.protocol.state import RunState, Stage
-from raylit.worker.job import Job
+from raylit.worker.data.loader_processes import explain_dead_process
+from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.process import result_sync
+from raylit.worker.worker import Worker
 
 
 class CallbackStates:
@@ -331,6 +333,9 @@ class Coordinator:
             self._log_writer.drain()
             status = "success"
         except BaseException as error:
+            if self.plan.workers.num_workers == 0:
+                # torch's handler of SIGCHLD may raise anywhere in this process.
+                explain_dead_process(error)
             status = self._signals.status_after(error)
             self.state.is_interrupted = status == "interrupted"
             try:
@@ -498,3 +503,104 @@ class Coordinator:
             except StoreUnreachable as error:  # raised when the callback looks for a free file name before a save
                 self._checkpoint_queue.note_failed(callback, error.url, error)
         self._notified = before
+
+
+class WorkerGroup(Protocol):
+    """Group of workers that all run the same commands, one after the other."""
+
+    is_in_driver: bool
+    """True if the workers' objects are the driver's own."""
+
+    @property
+    def is_idle(self) -> bool:
+        """True if every worker has finished its last command and can run another."""
+        ...
+
+    def can_read(self, path: str) -> bool:
+        """Return True if every worker can read the file at a path or URL at which the driver finds one."""
+        ...
+
+    def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointWriter:
+        """Return the writer of the checkpoint that the last Save command left pending.
+
+        With `is_in_parts` it has a shard on each worker.
+        """
+        ...
+
+    def arm_stop(self) -> None:
+        """Make the command under way, and any later one, end its loop after the current step or batch.
+
+        Returns at once; it is called in a signal handler.
+        """
+        ...
+
+    def disarm_stop(self) -> None:
+        """Let later commands run to their own ends again."""
+        ...
+
+    def run(self, command: Command) -> Iterator[tuple[int, Report]]:
+        """Run the command on every worker; yield (rank, report) as they arrive, until all have finished.
+
+        Raises a hook's exception, or WorkerDied for a lost worker. Either leaves the group unusable.
+        """
+        ...
+
+    def release(self, *, is_kept: bool = True) -> None:
+        """Release the workers, however the run has ended; may be called more than once.
+
+        With `is_kept`, healthy workers may stay in the pool for another run.
+        """
+        ...
+
+
+class InlineGroup:
+    """Group of one worker in the driver's process, for `num_workers=0`."""
+
+    is_in_driver = True
+
+    def __init__(self, plan: Plan, job: Job) -> None:
+        self.is_idle = True
+        self._is_stop_armed = False
+        self._stop_barrier = StopBarrier()
+        self._settings = TorchSettings.current()
+        self._worker = Worker(
+            plan=plan, context=WorkerContext(), job=job, is_in_driver=True, stop_barrier=self._stop_barrier
+        )
+
+    def run(self, command: Command) -> Iterator[tuple[int, Report]]:
+        self.is_idle = False
+        self._stop_barrier.reset()
+        if self._is_stop_armed:
+            self.arm_stop()
+        for report in self._worker.run(command):
+            yield 0, report
+        self.is_idle = True
+
+    def can_read(self, path: str) -> bool:
+        return True
+
+    def checkpoint_writer(self, *, is_in_parts: bool) -> PendingCheckpoint:
+        assert not is_in_parts, "one worker has nothing to share"
+        return self._worker.pending_checkpoint
+
+    def arm_stop(self) -> None:
+        # This runs in the loop's own thread, between two of its instructions: no other worker has to wait.
+        self._is_stop_armed = True
+        self._stop_barrier.release(self._stop_barrier.num_done + 1)
+
+    def disarm_stop(self) -> None:
+        self._is_stop_armed = False
+
+    def release(self, *, is_kept: bool = True) -> None:
+        self._worker.abandon()
+        self._settings.apply()
+
+
+def build_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> WorkerGroup:
+    """Create the workers that the plan asks for, ready for commands; call `on_connected` once Ray is connected."""
+    if plan.workers.num_workers == 0:
+        return InlineGroup(plan, job)
+    # Importing Ray takes half a second, which a run without it does not spend.
+    from raylit.driver.ray.worker_pool import acquire_group
+
+    return acquire_group(plan, job, on_connected=on_connected)

@@ -24,14 +24,23 @@ from raylit.checkpoint import files
 from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.driver.ray.failures import explain_failure
 from raylit.driver.ray.rendezvous import RendezvousInfo
-from raylit.driver.ray.serialization import SerializedJob, pack, unpack, unpickle_job, unpickle_plan
+from raylit.driver.ray.serialization import SerializedJob, unpickle_job, unpickle_plan
 from raylit.errors import CheckpointError
-from raylit.protocol.messages import ActorMessage, Command, CommandDone, Failed, Part, Ticked, Weights
+from raylit.protocol.messages import (
+    ActorMessage,
+    Command,
+    CommandDone,
+    Failed,
+    Part,
+    Ticked,
+    Weights,
+    copy_tensors,
+    unpack,
+)
 from raylit.protocol.process_settings import ProcessSettings, take_over_variables
 from raylit.worker.data.script_objects import ScriptModule
 from raylit.worker.data.shared_memory import SharedMemory
-from raylit.worker.job import WorkerContext
-from raylit.worker.loops.stop_barrier import StopBarrier
+from raylit.worker.job import StopBarrier, WorkerContext
 from raylit.worker.process.process_reset import ProcessState
 from raylit.worker.process.stdout_capture import StdoutCapture
 from raylit.worker.worker import Worker
@@ -217,7 +226,7 @@ class WorkerActor:
 
     async def complete_checkpoint(self, others: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
         """Complete rank 0's pending checkpoint, outside the training thread. See `PendingCheckpoint.complete`."""
-        parts = unpack(others, is_copying=True), unpack(callbacks, is_copying=True)
+        parts = copy_tensors(unpack(others)), copy_tensors(unpack(callbacks))
         await asyncio.to_thread(self._pending("checkpoint").complete, *parts)
 
     async def add_parts(self, parts: list[Part], subdirectory: str) -> bytes:
@@ -264,7 +273,7 @@ class WorkerActor:
             if (output := self._output.take()) is not None:
                 reports.insert(0, output)
             if reports:
-                yield [pack(report) for report in reports]
+                yield reports
 
     async def stop(self) -> None:
         """End the thread and the process group; returns once that is done, so that the process can be ended."""
@@ -338,7 +347,7 @@ class WorkerActor:
 
     def _run_command(self, command: Command) -> None:
         assert self._worker is not None
-        for report in self._worker.run(unpack(command, is_copying=True)):
+        for report in self._worker.run(copy_tensors(command)):
             if isinstance(report, Weights):
                 self._chunk_slots.acquire()
             self._outbox.put(report)

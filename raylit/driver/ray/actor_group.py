@@ -16,19 +16,18 @@ from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor import ActorInfo, Assignment, WorkerActor
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
 from raylit.driver.ray.failures import (
-    DEATHS,
+    DEATH_ERRORS,
     ProcessEnd,
+    describe_death,
     describe_gloo_error,
     find_user_line,
     is_at_one_line,
     raise_failures,
-    reason_of_death,
 )
 from raylit.driver.ray.heartbeat import Heartbeat
-from raylit.driver.ray.placement import Placement
+from raylit.driver.ray.placement import CapacityWait, Placement
 from raylit.driver.ray.rendezvous import Rendezvous
-from raylit.driver.ray.resource_request import CapacityWait
-from raylit.driver.ray.serialization import SerializedJob, pack, pickle_plan, unpack
+from raylit.driver.ray.serialization import SerializedJob, pickle_plan
 from raylit.driver.ray.tpu_slice import SlicePlacement, wait_for_exits
 from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.errors import ConfigError, ResourcesError, WorkerDied, is_traceback_full
@@ -112,6 +111,8 @@ class ActorGroup:
         self._failures: dict[int, Failed] = {}
         """Failures by rank, of the command that fails."""
         self._is_stop_armed = False
+        self._on_release: Callable[[ActorGroup, bool], None] | None = None
+        """Set while the group works for a run."""
         try:
             self._start_actors()
             self._form_process_group()
@@ -119,13 +120,26 @@ class ActorGroup:
             self.end()
             raise
 
-    def assign(self, plan: Plan, serialized_job: SerializedJob, *, environment_before: Mapping[str, str]) -> None:
+    def assign(
+        self,
+        plan: Plan,
+        serialized_job: SerializedJob,
+        *,
+        environment_before: Mapping[str, str],
+        on_release: Callable[["ActorGroup", bool], None],
+    ) -> None:
         """Make the workers ready for the commands of a run, and their processes' settings equal to this one's.
 
         The user's objects are sent once, not once per worker. `is_usable` is False afterwards if a worker still has
-        code that has changed: use a new group then. `environment_before`: variables of this process at earlier runs,
-        which workers may still have.
+        code that has changed: use a new group then.
+
+        Args:
+            plan: The run's configuration.
+            serialized_job: The user's objects.
+            environment_before: Variables of this process at earlier runs, which workers may still have.
+            on_release: Takes the group over when the run releases it, with `is_kept` of `release`.
         """
+        self._on_release = on_release
         reference = _put_in_store(
             serialized_job, f"the module and its data of {serialized_job.num_bytes / 2**30:.1f} GB"
         )
@@ -171,7 +185,7 @@ class ActorGroup:
         for rank, ping in enumerate(pings):
             try:
                 ray.get(ping)
-            except DEATHS as error:
+            except DEATH_ERRORS as error:
                 self.is_usable = False
                 raise self._build_death_error(rank, error) from error
 
@@ -181,7 +195,7 @@ class ActorGroup:
 
     def run(self, command: Command) -> Iterator[tuple[int, Report]]:
         # A checkpoint in the command is stored once and shared by the workers of a host.
-        reference = _put_in_store(pack(command), "a checkpoint")
+        reference = _put_in_store(command, "a checkpoint")
         self._num_commands += 1
         self._calls = [actor.submit.remote(reference, self._num_commands) for actor in self._actors]
         # A start may hold the GIL for long: data sets are unpickled, kernels compiled.
@@ -195,7 +209,7 @@ class ActorGroup:
         """Return True if every worker can read the path; if one does not answer, the next command reports why."""
         try:
             return all(ray.get([actor.can_read.remote(path) for actor in self._actors], timeout=_CAN_READ_TIMEOUT_S))
-        except (GetTimeoutError, *DEATHS):
+        except (GetTimeoutError, *DEATH_ERRORS):
             return False
 
     def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
@@ -209,6 +223,12 @@ class ActorGroup:
 
     def disarm_stop(self) -> None:
         self._is_stop_armed = False
+
+    def release(self, *, is_kept: bool = True) -> None:
+        """Give the group back to its owner, the worker pool. May be called more than once."""
+        on_release, self._on_release = self._on_release, None
+        if on_release is not None:
+            on_release(self, is_kept)
 
     def end_run(self) -> None:
         """End the run in the workers; `is_usable` is False afterwards if something of it is left in one of them."""
@@ -268,8 +288,8 @@ class ActorGroup:
             started, late = ray.wait(calls, num_returns=len(calls), timeout=capacity_wait.slice_s)
             try:
                 infos: list[ActorInfo] = ray.get(started)
-            except DEATHS as error:
-                raise ResourcesError(f"a worker's process could not start: {reason_of_death(error, None)}") from error
+            except DEATH_ERRORS as error:
+                raise ResourcesError(f"a worker's process could not start: {describe_death(error, None)}") from error
             if not late:
                 return infos
             missing = f"{len(late)} of {len(calls)} workers"
@@ -360,7 +380,7 @@ class ActorGroup:
             answered, _ = ray.wait(pauses, num_returns=len(pauses), timeout=0)
             rank = next(rank for rank, pause in enumerate(pauses) if pause not in answered)
             raise self._build_silence_error(rank, self.workers.ping_timeout_s) from error
-        except DEATHS:
+        except DEATH_ERRORS:
             return  # the stream reports a death
 
     def _receive(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
@@ -370,19 +390,19 @@ class ActorGroup:
         for call in [call for call in self._calls if call in ready]:
             self._calls.remove(call)
             ready.remove(call)
-            with contextlib.suppress(*DEATHS):  # the stream reports a death
+            with contextlib.suppress(*DEATH_ERRORS):  # the stream reports a death
                 ray.get(call)
         for stream in ready:
             rank = self._streams.index(stream)
             try:
                 reports: list[ActorMessage] = ray.get(next(stream))
-            except (*DEATHS, StopIteration) as error:
+            except (*DEATH_ERRORS, StopIteration) as error:
                 raise self._build_death_error(rank, error) from (error if is_traceback_full() else None)
             for report in reports:
                 if isinstance(report, Printed):
                     self._output.add(rank, report)
                 else:
-                    yield rank, unpack(report)
+                    yield rank, report
         self._output.print_due()
 
     def _build_silence_error(self, rank: int, limit_s: float) -> WorkerDied:
@@ -398,7 +418,7 @@ class ActorGroup:
     def _build_death_error(self, rank: int, error: BaseException) -> WorkerDied:
         self._output.print_due(is_end=True)
         end = self._ends[rank]
-        reason = reason_of_death(error, None if end is None else end.describe())
+        reason = describe_death(error, None if end is None else end.describe())
         if gloo_error := describe_gloo_error(self._log_paths[rank]):
             reason += gloo_error + self._describe_waiting_ranks(rank)
         return WorkerDied(rank=rank, host=self._contexts[rank].host, reason=reason)
@@ -413,8 +433,8 @@ class ActorGroup:
             ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=remaining_s, fetch_local=False)[0]
             for stream in ready:
                 try:
-                    reports = [unpack(report) for report in ray.get(next(stream)) if not isinstance(report, Printed)]
-                except (*DEATHS, StopIteration):
+                    reports: list[ActorMessage] = ray.get(next(stream))
+                except (*DEATH_ERRORS, StopIteration):
                     del streams[stream]
                     continue
                 for failed in [report for report in reports if isinstance(report, Failed)]:

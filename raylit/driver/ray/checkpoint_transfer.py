@@ -13,9 +13,8 @@ from raylit.checkpoint.layout import METADATA, name_of_part
 from raylit.driver.loop.checkpoint_queue import CheckpointWriterLost
 from raylit.driver.ray.actor import PendingKind
 from raylit.driver.ray.heartbeat import Heartbeat
-from raylit.driver.ray.serialization import pack
 from raylit.errors import CheckpointError
-from raylit.protocol.messages import Part
+from raylit.protocol.messages import Part, pack
 from raylit.storage import file_system, is_object_store, is_url, join
 
 _WAKE_S = 0.5

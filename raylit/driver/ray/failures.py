@@ -28,7 +28,7 @@ from raylit.errors import RaylitError, RemoteTraceback, WorkerDied, WorkerFailed
 from raylit.protocol.messages import Failed
 from raylit.worker.job import WorkerContext
 
-DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+DEATH_ERRORS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 """Errors that Ray raises for an actor that has died."""
 _LAST_BYTES = 2**16
 _EXIT_S = 0.5
@@ -190,7 +190,7 @@ def is_at_one_line(failures: Sequence[Failed]) -> bool:
     return len({(failure.summary, failure.traceback) for failure in failures}) == 1
 
 
-def reason_of_death(error: BaseException, process_end: str | None) -> str:
+def describe_death(error: BaseException, process_end: str | None) -> str:
     """Describe a worker's death from Ray's error and, if known, from how its process ended."""
     if isinstance(error, ActorUnavailableError):
         return process_end or "it cannot be reached"

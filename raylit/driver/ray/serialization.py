@@ -1,4 +1,4 @@
-"""Serialization of jobs and messages: pickled by value, large tensors through Ray's object store. Both sides."""
+"""Serialization of the user's objects: pickled by value, large tensors through Ray's object store. Both sides."""
 
 import dataclasses
 import importlib
@@ -27,19 +27,6 @@ from raylit.worker.job import Job
 _MIN_SHARED_BYTES = 64 * 1024
 """Minimum size of one array, or of a collection of smaller ones in the data, that is shared."""
 _ALIGNMENT = 64
-
-
-def pack(message: Any) -> Any:
-    """Return the message with the plain CPU tensors in its dicts, lists and tuples packed."""
-    return _map_leaves(message, _pack)
-
-
-def unpack(message: Any, *, is_copying: bool = False) -> Any:
-    """Return the message with its tensors restored.
-
-    Without `is_copying` they are views of memory shared with other processes: copy from them, never write to them.
-    """
-    return _map_leaves(message, _unpack_copy if is_copying else _unpack)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,53 +97,6 @@ def pickle_plan(plan: Plan) -> bytes:
 def unpickle_plan(pickled: bytes) -> Plan:
     plan: Plan = cloudpickle.loads(pickled)
     return plan
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Packed:
-    """Bytes of a dense CPU tensor."""
-
-    data: np.ndarray[Any, np.dtype[np.uint8]]
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def _pack(leaf: Any) -> Any:
-    is_dense = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout is torch.strided
-    if not is_dense or type(leaf) is not Tensor or leaf.requires_grad:
-        return leaf
-    contiguous = leaf.contiguous()
-    return _Packed(contiguous.reshape(-1).view(torch.uint8).numpy(), leaf.dtype, tuple(leaf.shape))
-
-
-def _unpack(leaf: Any) -> Any:
-    if not isinstance(leaf, _Packed):
-        return leaf
-    if leaf.data.flags.writeable:
-        return torch.from_numpy(leaf.data).view(leaf.dtype).reshape(leaf.shape)
-    with warnings.catch_warnings():
-        # torch warns once of memory that it cannot mark as read-only; no code of raylit writes to it.
-        warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
-        return torch.from_numpy(leaf.data).view(leaf.dtype).reshape(leaf.shape)
-
-
-def _unpack_copy(leaf: Any) -> Any:
-    return _unpack(leaf).clone() if isinstance(leaf, _Packed) else leaf
-
-
-def _map_leaves(value: Any, function: Any) -> Any:
-    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
-        copy = value.copy()
-        for key, item in value.items():
-            copy[key] = _map_leaves(item, function)
-        return copy
-    if type(value) in (list, tuple):
-        return type(value)(_map_leaves(item, function) for item in value)
-    if dataclasses.is_dataclass(value) and type(value).__module__ == "raylit.protocol.messages":
-        names = [field.name for field in dataclasses.fields(value)]
-        changed = {name: _map_leaves(getattr(value, name), function) for name in names}
-        return dataclasses.replace(value, **changed)  # type: ignore[type-var]
-    return function(value)
 
 
 class _Pickler(cloudpickle.Pickler):

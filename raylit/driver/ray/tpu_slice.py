@@ -18,8 +18,16 @@ from raylit.accelerators.tpu_slices import TPUHost, TPUInventory, TPUPlace, TPUS
 from raylit.compat import ray_core
 from raylit.config import Workers
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.placement import build_actor_options, cluster_hosts, format_hosts, resources_per_worker
-from raylit.driver.ray.resource_request import CapacityWait, Host, Resources, format_resources
+from raylit.driver.ray.placement import (
+    CapacityWait,
+    Host,
+    Resources,
+    build_actor_options,
+    format_hosts,
+    format_resources,
+    read_hosts,
+    resources_per_worker,
+)
 from raylit.errors import ConfigError, ResourcesError
 
 _SLICE_NAME = "ray.io/tpu-slice-name"
@@ -37,7 +45,7 @@ _EXIT_TIMEOUT_S = 60.0
 def find_tpus() -> TPUInventory:
     """List the hosts with TPUs of the cluster that this process is connected to, or connects to now."""
     local_cluster.connect()
-    hosts = cluster_hosts()
+    hosts = read_hosts()
     return TPUInventory(
         hosts=tuple(_read_host(host) for host in hosts if host.resources.get("TPU", 0) >= 1),
         where=f"this cluster of {format_hosts(hosts)}",
@@ -130,7 +138,7 @@ def _workers_per_host(workers: Workers) -> int:
 
 def _request_resources(workers: Workers, slices: TPUSlices) -> Resources:
     """Return a worker's request; unless the user names one, a CPU, or its share of its host's."""
-    hosts = [host for host in cluster_hosts() if host.labels.get(_POD_TYPE) == slices.pod_type]
+    hosts = [host for host in read_hosts() if host.labels.get(_POD_TYPE) == slices.pod_type]
     num_cpus = min((host.resources.get("CPU", 0.0) for host in hosts), default=1.0)
     share = num_cpus / _workers_per_host(workers)
     cpu = 0.01 if local_cluster.is_embedded() else min(1.0, int(share * 100) / 100)
@@ -189,13 +197,13 @@ def _try_to_reserve(workers: Workers, slices: TPUSlices, each: Resources) -> Sli
 
 def _select_pod_type(slices: TPUSlices) -> dict[str, str]:
     """Return the label that keeps a slice of one host away from the hosts of larger ones, if hosts have it."""
-    is_labelled = any(host.labels.get(_POD_TYPE) == slices.pod_type for host in cluster_hosts())
+    is_labelled = any(host.labels.get(_POD_TYPE) == slices.pod_type for host in read_hosts())
     return {_POD_TYPE: slices.pod_type} if is_labelled or ray_core.read_autoscaling() is not None else {}
 
 
 def _check_existence(slices: TPUSlices, text: str) -> None:
     """Raise ResourcesError if no host of such a slice is there and no autoscaler may add one."""
-    hosts = cluster_hosts()
+    hosts = read_hosts()
     devices = [host.resources.get("TPU", 0.0) for host in hosts if host.labels.get(_TOPOLOGY) == slices.topology]
     if sum(devices) >= slices.num_devices or ray_core.read_autoscaling() is not None:
         return
@@ -210,7 +218,7 @@ def _keep_waiting(wait: CapacityWait, text: str, free_resources: Callable[[], bo
     """End something that holds resources, or say what is missing. ResourcesError: the time is over."""
     if free_resources():
         return
-    missing = f"{text}; free now: {format_resources(ray.available_resources())} of {format_hosts(cluster_hosts())}"
+    missing = f"{text}; free now: {format_resources(ray.available_resources())} of {format_hosts(read_hosts())}"
     if wait.is_over:
         raise ResourcesError(
             f"{missing}: not free within start_timeout_s={wait.timeout_s:g}. Ask for fewer slices, end what holds "

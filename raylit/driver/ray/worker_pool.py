@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ray
 
@@ -15,10 +15,8 @@ from raylit.compat.ray_core import list_pending_requests
 from raylit.config import Plan, Workers
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor_group import ActorGroup
-from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
-from raylit.driver.ray.serialization import SerializedJob, pickle_job
+from raylit.driver.ray.serialization import pickle_job
 from raylit.errors import WorkerDied
-from raylit.protocol.messages import Command, Report
 from raylit.protocol.process_settings import variables_for_new_processes
 from raylit.worker.job import Job
 
@@ -26,69 +24,8 @@ _MAX_IDLE_WORKERS = 8
 """Above this number of workers, the group that has been idle longest is ended; the newest always stays."""
 _POLL_S = 1.0
 """Interval between checks of what the cluster waits for."""
-
-
-class PooledGroup:
-    """Actor group of one run, taken from the pool and returned to it."""
-
-    is_in_driver = False
-
-    def __init__(self, plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> None:
-        serialized_job = pickle_job(job)
-        local_cluster.connect()
-        on_connected()
-        self._keep_s = plan.workers.keep_s
-        self._group: ActorGroup | None = None
-        try:
-            self._assign_group(plan, serialized_job)
-        except BaseException:
-            self.release(is_kept=False)
-            raise
-
-    def _assign_group(self, plan: Plan, serialized_job: SerializedJob) -> None:
-        """Get a group and assign the run; replace idle workers that have died or whose code has changed."""
-        is_ready = False
-        while not is_ready:
-            self._group, is_new = _pool.acquire(plan.workers)
-            try:
-                if not is_new:
-                    self._group.check_awake()
-                self._group.assign(plan, serialized_job, environment_before=_pool.read_earlier_environment())
-            except WorkerDied:
-                if is_new:
-                    raise
-            is_ready = self._group.is_usable or is_new
-            if not is_ready:
-                self.release()
-
-    def run(self, command: Command) -> Iterator[tuple[int, Report]]:
-        assert self._group is not None
-        yield from self._group.run(command)
-
-    @property
-    def is_idle(self) -> bool:
-        return self._group is not None and self._group.is_idle
-
-    def can_read(self, path: str) -> bool:
-        assert self._group is not None
-        return self._group.can_read(path)
-
-    def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
-        assert self._group is not None
-        return self._group.checkpoint_writer(is_in_parts=is_in_parts)
-
-    def arm_stop(self) -> None:
-        if self._group is not None:
-            self._group.arm_stop()
-
-    def disarm_stop(self) -> None:
-        if self._group is not None:
-            self._group.disarm_stop()
-
-    def release(self, *, is_kept: bool = True) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            _pool.return_group(group, keep_s=self._keep_s if is_kept else 0.0)
+_STOP_TIMEOUT_S = 5.0
+"""Time for a check of the cluster that is under way."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,10 +37,6 @@ class _IdleGroup:
 
     def is_expired(self) -> bool:
         return self.ends_at_s <= time.monotonic() or not self.group.is_of_this_session
-
-
-_STOP_TIMEOUT_S = 5.0
-"""Time for a check of the cluster that is under way."""
 
 
 class _Pool:
@@ -146,8 +79,9 @@ class _Pool:
             self.clear()
         return ActorGroup(workers, variables=variables, free_resources=self._end_oldest), True
 
-    def return_group(self, group: ActorGroup, *, keep_s: float | None) -> None:
-        """Keep a group whose workers are reusable; end any other."""
+    def return_group(self, group: ActorGroup, is_kept: bool) -> None:
+        """Keep a group whose workers are reusable, unless `is_kept` is False; end any other."""
+        keep_s = group.workers.keep_s if is_kept else 0.0
         if keep_s is None:
             # An actor whose last handle has gone lives on as long as its workers do.
             keep_s = 300.0 if local_cluster.is_embedded() and not local_cluster.is_in_worker() else 30.0
@@ -247,6 +181,35 @@ class _Pool:
 
 
 _pool = _Pool()
+
+
+def acquire_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> ActorGroup:
+    """Return a group with the run assigned to it; its `release` returns it to the pool.
+
+    Idle workers that have died, or whose code has changed, are replaced. `on_connected` is called once Ray is
+    connected.
+    """
+    serialized_job = pickle_job(job)
+    local_cluster.connect()
+    on_connected()
+    while True:
+        group, is_new = _pool.acquire(plan.workers)
+        try:
+            if not is_new:
+                group.check_awake()
+            environment = _pool.read_earlier_environment()
+            group.assign(plan, serialized_job, environment_before=environment, on_release=_pool.return_group)
+        except WorkerDied:
+            _pool.return_group(group, is_kept=False)
+            if is_new:
+                raise
+        except BaseException:
+            _pool.return_group(group, is_kept=False)
+            raise
+        else:
+            if group.is_usable or is_new:
+                return group
+            group.release()
 
 
 def clear() -> None:

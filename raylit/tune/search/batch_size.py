@@ -17,7 +17,7 @@ from raylit.errors import ConfigError
 from raylit.trainer.arguments.training import SizeMode
 from raylit.tune import figures
 from raylit.tune.search.trial import Outcome
-from raylit.worker.data.batches import batch_size_of
+from raylit.worker.data.batches import get_batch_size
 from raylit.worker.job import Job
 
 
@@ -132,7 +132,7 @@ class Stopwatch(Callback):
         if self._num_windows == 0:
             self._started_s = now_s  # memory is allocated and kernels are chosen until then
         else:
-            self._times.append((batch_size_of(batch), now_s - self._last_batch_end_s, is_step))
+            self._times.append((get_batch_size(batch), now_s - self._last_batch_end_s, is_step))
         self._num_windows, self._last_batch_end_s = trainer.num_windows, now_s
         is_enough = self._num_windows >= self._num_steps and now_s - self._started_s >= self._min_s
         trainer.should_stop = trainer.should_stop or is_enough

@@ -16,7 +16,7 @@ from raylit.checkpoint import format
 from raylit.compat import ray_core
 from raylit.config import Workers
 from raylit.driver.ray.failures import format_traceback
-from raylit.driver.ray.placement import cluster_hosts
+from raylit.driver.ray.placement import read_hosts
 from raylit.driver.ray.serialization import SerializedJob, pickle_job, unpickle_job
 from raylit.errors import RaylitError, RemoteTraceback, WorkerFailed
 from raylit.tune.search.out_of_memory import classify_failure
@@ -181,7 +181,7 @@ def _share_cores(workers: Workers) -> Workers:
     """Return workers that share cores if there are too few and no more will come, as those of an ordinary fit do."""
     if ray_core.read_autoscaling() is not None:
         return workers
-    hosts, cpu = cluster_hosts(), 1.0
+    hosts, cpu = read_hosts(), 1.0
     resources = TrialResources(workers=workers)
     while "CPU" not in workers.resources_per_worker and not resources.demand.fits(hosts) and cpu > _MIN_CPU:
         cpu = round(cpu / 2, 3)

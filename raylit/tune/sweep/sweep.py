@@ -17,7 +17,7 @@ from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.errors import ConfigError, ModuleError, shows_user_frames
 from raylit.loggers import TensorBoardLogger
-from raylit.storage import absolute, entries, join
+from raylit.storage import absolute, join, list_names
 from raylit.trainer.arguments.training import check_count
 from raylit.trainer.trainer import Trainer
 from raylit.tune.figures import begin_import, can_draw_figures
@@ -214,7 +214,7 @@ def _build_logger(trial: "TrialContext") -> TensorBoardLogger:
     """
     version = ""
     if trial.is_perturbed:
-        num_before = sum(name.startswith(_PERTURBED) for name in entries(trial.directory))
+        num_before = sum(name.startswith(_PERTURBED) for name in list_names(trial.directory))
         version = f"{_PERTURBED}{num_before + 1}"
     return TensorBoardLogger(trial.directory, name="", version=version, default_hp_metric=False)
 
@@ -318,7 +318,7 @@ def _choose_directory(root: str | os.PathLike[str] | None, name: str | None, *, 
     if not name or "/" in name:
         raise ConfigError(f"name={name!r}: must be the name of a directory")
     directory = join(folder, name)
-    has_files = bool(entries(directory))
+    has_files = bool(list_names(directory))
     if has_files and not is_resuming:
         raise ConfigError(f"{directory} holds a sweep already: say resume=True to continue it, or give another name")
     return directory, has_files

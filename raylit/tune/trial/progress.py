@@ -15,9 +15,15 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from raylit.compat import ray_core
-from raylit.driver.ray.failures import DEATHS, reason_of_death
-from raylit.driver.ray.placement import cluster_hosts, describe_pending_capacity, format_hosts
-from raylit.driver.ray.resource_request import CapacityWait, ResourceRequest, format_resources
+from raylit.driver.ray.failures import DEATH_ERRORS, describe_death
+from raylit.driver.ray.placement import (
+    CapacityWait,
+    ResourceRequest,
+    describe_pending_capacity,
+    format_hosts,
+    format_resources,
+    read_hosts,
+)
 from raylit.errors import WorkerDied
 from raylit.storage import is_url, join, make_directory, read_text, write_text
 from raylit.tune.records import Mode, is_better, is_number
@@ -144,7 +150,7 @@ class ProgressReporter(tune.Callback):
         if any(trial.status == TuneTrial.RUNNING for trial in trials):
             self._waiting = CapacityWait(timeout_s=math.inf)
         elif self._is_shown and self._waiting.is_line_due and _list_placed_groups() <= self._groups_before:
-            free = f"{format_resources(ray.available_resources())} of {format_hosts(cluster_hosts())}"
+            free = f"{format_resources(ray.available_resources())} of {format_hosts(read_hosts())}"
             why = describe_pending_capacity(self._demand, ray_core.read_autoscaling())
             self._waiting.say(f"room for a trial of {self._demand}; free now: {free}; {why}")
 
@@ -218,8 +224,8 @@ def read_error(trial: TuneTrial) -> BaseException | None:
     cause = getattr(error, "cause", None)
     if isinstance(cause, TrialFailed):
         return cause
-    if isinstance(error, DEATHS):
-        reason = f"the process of its trial ended: {reason_of_death(error, None)}"
+    if isinstance(error, DEATH_ERRORS):
+        reason = f"the process of its trial ended: {describe_death(error, None)}"
         return WorkerDied(rank=0, host=ray_core.parse_host_address(str(error)) or "?", reason=reason)
     return error
 

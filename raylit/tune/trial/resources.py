@@ -15,13 +15,14 @@ from raylit.compat import ray_core
 from raylit.config import Workers
 from raylit.driver.ray import local_cluster, worker_pool
 from raylit.driver.ray.placement import (
+    ResourceRequest,
+    Resources,
     check_memory,
-    cluster_hosts,
     create_placement_group,
     format_hosts,
+    read_hosts,
     resources_per_worker,
 )
-from raylit.driver.ray.resource_request import ResourceRequest, Resources
 from raylit.errors import ConfigError, ResourcesError
 from raylit.storage import is_url
 
@@ -74,7 +75,7 @@ def find_trial_resources(workers: Workers, *, title: str, directory: str | None 
     # Idle workers of this process's own fits occupy resources that trials need.
     worker_pool.clear()
     resources = TrialResources(workers=workers)
-    demand, hosts = resources.demand, cluster_hosts()
+    demand, hosts = resources.demand, read_hosts()
     if not demand.fits(hosts):
         if ray_core.read_autoscaling() is None:
             raise ResourcesError(

@@ -20,10 +20,10 @@ from raylit.checkpoint import format
 from raylit.compat.ray_core import load_exit_imports
 from raylit.compat.ray_tune import list_trials, replace_controller, set_trial_variables
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.serialization import pack
 from raylit.errors import ConfigError
+from raylit.protocol.messages import pack
 from raylit.protocol.process_settings import TorchSettings, variables_for_live_processes, variables_for_new_processes
-from raylit.storage import entries, is_url, join, remove_directory
+from raylit.storage import is_url, join, list_names, remove_directory
 from raylit.tune.records import CHECKPOINT, Mode, TrialRecord, TrialStatus
 from raylit.tune.trial.progress import (
     FatalErrorStopper,
@@ -205,7 +205,7 @@ def _prune(trials: list[TuneTrial], run: Run) -> None:
             }
     for trial in trials:
         directory = join(run.directory, _name_trial(trial))
-        for name in entries(directory):
+        for name in list_names(directory):
             path = join(directory, name)
             if name.startswith("checkpoint_") and _identify_checkpoint(path) not in kept:
                 remove_directory(path)

@@ -18,8 +18,8 @@ from ray.tune.result import DONE, RESULT_DUPLICATE, SHOULD_CHECKPOINT
 from raylit.checkpoint import format
 from raylit.driver.ray import worker_pool
 from raylit.driver.ray.failures import format_traceback, is_harmless
-from raylit.driver.ray.serialization import unpack
 from raylit.errors import RaylitError
+from raylit.protocol.messages import copy_tensors, unpack
 from raylit.protocol.process_settings import ProcessSettings, TorchSettings, take_over_variables
 from raylit.tune.records import CHECKPOINT, read_config, write_config
 from raylit.tune.trial.trial_thread import IS_LAST, NOT_LOGGED, Reporter, TrainingReport, TrialThread
@@ -202,7 +202,7 @@ class Trial(tune.Trainable):
         self._training = self._training or cloudpickle.loads(settings.training)
         settings.process_settings.apply_warning_filters()  # imports may have added some of their own
         accelerator = cloudpickle.loads(settings.accelerator)
-        format.set_random_state(unpack(settings.random_state, is_copying=True), accelerator)
+        format.set_random_state(copy_tensors(unpack(settings.random_state)), accelerator)
         context = TrialContext(
             id=self.trial_id,
             config=dict(self.config),

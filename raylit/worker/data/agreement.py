@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from raylit.errors import ModuleError
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 
 Description = dict[str, Any]
 """Properties of a loader that must be equal on all ranks: plain values and Fingerprints, by their names in errors."""

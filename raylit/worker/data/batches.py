@@ -1,11 +1,8 @@
-"""Batches from the loader to the step: iterated, counted, moved to the device. Worker."""
+"""Batches on their way to the step: timed, looked ahead at, moved to the device. Worker."""
 
 import dataclasses
-import math
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +11,13 @@ from raylit.accelerators import Accelerator
 from raylit.accelerators.transfer import BatchForm, map_tensors
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
-from raylit.errors import ModuleError
 from raylit.profilers.base import Profiler, time_items
 from raylit.worker.data.agreement import Description
+from raylit.worker.data.sampling import Feed
 from raylit.worker.loops.hooks import is_overridden, num_positional
 
 
-def batch_size_of(batch: Any) -> int:
+def get_batch_size(batch: Any) -> int:
     """Return the first dimension of the batch's first tensor; 1 where it has none or there is no tensor."""
     size = _first_dimension(batch)
     return 1 if size is None else size
@@ -43,75 +40,6 @@ _END = object()
 _NOTHING = object()
 
 
-class Feed:
-    """Iterator over an epoch's batches on this rank.
-
-    A batch of None means that this rank has no share of an incomplete last global batch; it takes part in its step with
-    weight 0.
-    """
-
-    __slots__ = ("_batches", "_is_checked", "_next_weight", "_weights", "can_prefetch", "weight")
-
-    def __init__(
-        self,
-        batches: Iterator[Any],
-        *,
-        weights: deque[float] | None = None,
-        is_checked: bool = False,
-        can_prefetch: bool = False,
-    ) -> None:
-        self.weight = 1.0
-        """Weight of the batch just returned: the loss times this, averaged over ranks, is the mean over the samples.
-
-        1.0 means that the weight is 1.0 on every rank.
-        """
-        self.can_prefetch = can_prefetch
-        """A batch may be fetched before the step on the batch before it: fetching only affects the loader."""
-        self._batches = batches
-        self._weights: deque[float] = deque() if weights is None else weights
-        self._next_weight = repeat(1.0).__next__ if weights is None else weights.popleft
-        self._is_checked = is_checked
-
-    def __iter__(self) -> "Feed":
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self._batches, _END)
-        if batch is _END:
-            return self._end()
-        try:
-            self.weight = self._next_weight()
-        except IndexError:
-            self.weight = 1.0
-            self._raise_mismatch()
-        return batch
-
-    def _end(self) -> None:
-        if not self._weights:
-            raise StopIteration
-        self.weight = self._weights.popleft()
-        if self.weight > 0.0:
-            self._weights.clear()
-            self._raise_mismatch()
-            raise StopIteration
-
-    def _raise_mismatch(self) -> None:
-        if self._is_checked:
-            raise ModuleError(
-                "the training DataLoader does not yield one batch for each item of its batch sampler, so it cannot be "
-                "shared out or continued in mid-epoch: split the data in the loader itself and pass "
-                "use_distributed_sampler=False"
-            )
-
-
-def wrap_uneven(weight: float) -> float:
-    """Return a weight other than 1.0 for a batch whose weights differ between ranks.
-
-    A weight of 1.0 would say that it is 1.0 on every rank.
-    """
-    return math.nextafter(1.0, 2.0) if weight == 1.0 else weight
-
-
 class AnyFeed(Protocol):
     """A Feed, or a wrapper that measures it or moves its batches to a device."""
 
@@ -122,8 +50,6 @@ class AnyFeed(Protocol):
 
 class TimedFeed:
     """Feed that measures the time of fetching each batch."""
-
-    __slots__ = ("_feed", "_name", "_profiler", "can_prefetch", "weight")
 
     def __init__(self, feed: Feed, profiler: Profiler, name: str) -> None:
         self._feed = feed
@@ -147,8 +73,6 @@ class TimedFeed:
 
 class PeekableFeed:
     """Feed of unknown length that can tell whether the batch just returned is the last one."""
-
-    __slots__ = ("_ahead", "_feed", "_state_of_source", "_weight_ahead", "state_before", "weight")
 
     def __init__(self, feed: AnyFeed, *, state_of_source: Callable[..., dict[str, Any]] | None) -> None:
         """Wrap a feed.
@@ -307,8 +231,6 @@ class Mover:
 
 class MovedFeed:
     """Feed whose batches are on the device."""
-
-    __slots__ = ("_batches", "weight")
 
     def __init__(self, feed: Feed | TimedFeed, mover: Mover) -> None:
         self.weight = 1.0

@@ -22,9 +22,9 @@ from raylit.compat.torch_core import drop_iterator
 from raylit.config import CombinationName
 from raylit.core.combined_loader import CombinedLoader, holds_loaders, num_steps, stepwise
 from raylit.worker.data.agreement import Description, fingerprint_indices
-from raylit.worker.data.batches import Feed, TrainSource
+from raylit.worker.data.batches import TrainSource
 from raylit.worker.data.eval_data import EvalData
-from raylit.worker.data.sampling import is_map_style, is_plain_batching, is_split_by_user, is_torchdata_sampler
+from raylit.worker.data.sampling import Feed, is_map_style, is_plain_batching, is_split_by_user, is_torchdata_sampler
 from raylit.worker.data.sources import skip_batches
 from raylit.worker.data.train_data import TrainData
 

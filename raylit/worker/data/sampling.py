@@ -1,25 +1,14 @@
-"""Samplers that share each epoch's samples out over the workers, and the loaders that use them."""
+"""Samplers that share each epoch's samples out over the workers, the loaders that use them, and their batches."""
 
-import contextlib
 import copy
 import math
-import multiprocessing
-import os
 import random
-import re
-import shutil
-import signal
 import sys
-import tempfile
-import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, cycle, islice
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from itertools import chain, cycle, islice, repeat
 from typing import Any
 
 import torch
@@ -34,9 +23,11 @@ from torch.utils.data import (
 )
 
 from raylit.compat.torch_core import drop_iterator
-from raylit.errors import CheckpointError
+from raylit.errors import CheckpointError, ModuleError
 from raylit.worker.data.agreement import Description, fingerprint_indices, fingerprint_samples
+from raylit.worker.data.loader_processes import begin_iteration
 
+_END = object()
 _MAX_COMPARED = 65536
 """Items of an epoch's order that its fingerprint is computed from."""
 
@@ -243,6 +234,73 @@ class Share:
         # A single process cuts the items before into full batches, so this is the size of its last batch.
         smallest = num_items % self._batch_size or self._batch_size
         return min(smallest, 2) if self._is_padded or self.num_items <= self._batch_size else smallest
+
+
+class Feed:
+    """Iterator over an epoch's batches on this rank.
+
+    A batch of None means that this rank has no share of an incomplete last global batch; it takes part in its step with
+    weight 0.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        *,
+        weights: deque[float] | None = None,
+        is_checked: bool = False,
+        can_prefetch: bool = False,
+    ) -> None:
+        self.weight = 1.0
+        """Weight of the batch just returned: the loss times this, averaged over ranks, is the mean over the samples.
+
+        1.0 means that the weight is 1.0 on every rank.
+        """
+        self.can_prefetch = can_prefetch
+        """A batch may be fetched before the step on the batch before it: fetching only affects the loader."""
+        self._batches = batches
+        self._weights: deque[float] = deque() if weights is None else weights
+        self._next_weight = repeat(1.0).__next__ if weights is None else weights.popleft
+        self._is_checked = is_checked
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches, _END)
+        if batch is _END:
+            return self._end()
+        try:
+            self.weight = self._next_weight()
+        except IndexError:
+            self.weight = 1.0
+            self._raise_mismatch()
+        return batch
+
+    def _end(self) -> None:
+        if not self._weights:
+            raise StopIteration
+        self.weight = self._weights.popleft()
+        if self.weight > 0.0:
+            self._weights.clear()
+            self._raise_mismatch()
+            raise StopIteration
+
+    def _raise_mismatch(self) -> None:
+        if self._is_checked:
+            raise ModuleError(
+                "the training DataLoader does not yield one batch for each item of its batch sampler, so it cannot be "
+                "shared out or continued in mid-epoch: split the data in the loader itself and pass "
+                "use_distributed_sampler=False"
+            )
+
+
+def wrap_uneven(weight: float) -> float:
+    """Return a weight other than 1.0 for a batch whose weights differ between ranks.
+
+    A weight of 1.0 would say that it is 1.0 on every rank.
+    """
+    return math.nextafter(1.0, 2.0) if weight == 1.0 else weight
 
 
 class _LazyOrder:
@@ -528,99 +586,3 @@ def iterate_share(loader: Iterable[Any], share: Share | None) -> Iterator[Any]:
     if share is not None and isinstance(loader, Sequence):
         return map(loader.__getitem__, share)
     return begin_iteration(loader)
-
-
-def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
-    """Iterate over a loader and remember its processes for `explain_dead_process`.
-
-    Where this process finishes its step after SIGTERM or Ctrl-C, a DataLoader's processes get their own process groups:
-    a signal to the whole group would end them during that step.
-    """
-    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
-        return iter(loader)
-    attributes: dict[str, Any] = loader.__dict__
-    user_init = attributes["worker_init_fn"]
-    if _is_deferring_signals():
-        attributes["worker_init_fn"] = _ProcessGroupInit(user_init)
-    try:
-        return iter(loader)
-    finally:
-        attributes["worker_init_fn"] = user_init
-        _children.update(multiprocessing.active_children())
-
-
-def explain_dead_process(error: BaseException) -> None:
-    """Add to torch's error how a DataLoader's process ended, and remove the sockets that it left on the disk."""
-    if isinstance(error, (ConnectionError, EOFError)):  # it died while it was sending a batch
-        pids = _wait_for_dead_children()
-    else:
-        match = _DEAD_PROCESS.search(str(error)) if isinstance(error, RuntimeError) else None
-        pids = [] if match is None else [int(pid) for pid in match[1].split(",")]
-    if not pids:
-        return
-    codes = {child.pid: child.exitcode for child in _children}
-    ends = [f"process {pid} {_describe_exit(codes[pid])}" for pid in pids if codes.get(pid) is not None]
-    advice = (
-        "The kernel kills by SIGKILL where memory is short, and a full /dev/shm shows as SIGBUS: use fewer processes "
-        "(num_workers of the DataLoader) or smaller batches, or give the container more shared memory; num_workers=0 "
-        "shows what crashes in the data set"
-    )
-    how = ", ".join(ends) or "how it ended is not known"
-    error.args = (f"{str(error).strip().rstrip('.')} ({how}). {advice}",)
-    for pid in pids:
-        _remove_sockets(pid)
-
-
-_children: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
-"""Processes of this process's DataLoaders; torch's errors name them by their ids only."""
-_DEAD_PROCESS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
-
-
-def _wait_for_dead_children() -> list[int]:
-    """Return the ids of dead DataLoader processes; the kernel may report an exit code with a delay."""
-    deadline = time.monotonic() + _EXIT_S
-    while True:
-        dead = [child.pid for child in _children if child.pid is not None and child.exitcode]
-        if dead or not _children or time.monotonic() > deadline:
-            return dead
-        time.sleep(0.02)
-
-
-_EXIT_S = 0.5
-
-
-def _describe_exit(code: int | None) -> str:
-    assert code is not None
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _remove_sockets(pid: int) -> None:
-    """Remove the directory of sockets by which a killed process sent tensors; their names contain its id."""
-    for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
-        with contextlib.suppress(OSError):
-            names = os.listdir(directory)
-            if names and all(name.startswith(f"listener-{pid}-") for name in names):
-                shutil.rmtree(directory, ignore_errors=True)
-
-
-class _ProcessGroupInit:
-    """`worker_init_fn` of a DataLoader: puts the process into its own process group, then calls the user's."""
-
-    def __init__(self, init: Callable[[int], None] | None) -> None:
-        self._init = init
-
-    def __call__(self, process: int) -> None:
-        os.setpgid(0, 0)
-        if self._init is not None:
-            self._init(process)
-
-
-def _is_deferring_signals() -> bool:
-    """Return whether raylit's signal handlers are installed here.
-
-    They are where the run's only worker is in the driver's process.
-    """
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    return hasattr(os, "setpgid") and any(
-        str(getattr(handler, "__module__", "")).startswith("raylit.") for handler in handlers
-    )

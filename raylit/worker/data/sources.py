@@ -9,7 +9,8 @@ from raylit.checkpoint import format
 from raylit.core.combined_loader import CombinedLoader, holds_loaders
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
-from raylit.worker.data.sampling import IsolatedRandom, RandomState, begin_iteration
+from raylit.worker.data.loader_processes import begin_iteration
+from raylit.worker.data.sampling import IsolatedRandom, RandomState
 from raylit.worker.data.script_objects import send_script_objects
 from raylit.worker.job import Job
 from raylit.worker.loops.hooks import is_overridden

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from raylit.errors import ModuleError
 from raylit.worker.data.agreement import Description
-from raylit.worker.data.batches import Feed, batch_size_of, wrap_uneven
-from raylit.worker.data.loader_random import ProcessRandom, RankSeeding
+from raylit.worker.data.batches import get_batch_size
+from raylit.worker.data.loader_processes import ProcessRandom, RankSeeding
 from raylit.worker.data.sampling import (
+    Feed,
     IndexSource,
     IsolatedRandom,
     RandomState,
@@ -34,6 +35,7 @@ from raylit.worker.data.sampling import (
     is_split_by_user,
     iterate_share,
     replace_sampler,
+    wrap_uneven,
 )
 from raylit.worker.data.sources import EpochRandomState, open_stream, shard_stream
 
@@ -457,7 +459,7 @@ def _agree_on_batches(
         if batch is not _END:
             batch = next(batches, _END)
         # An empty batch counts as 1: it is not the end of the data.
-        sizes = agree(0 if batch is _END else max(1, batch_size_of(batch)))
+        sizes = agree(0 if batch is _END else max(1, get_batch_size(batch)))
         if not any(sizes):
             return
         if not is_padded:

@@ -21,7 +21,6 @@ from raylit.worker.data.agreement import Description, check_epoch, check_first_b
 from raylit.worker.data.batches import to_cpu
 from raylit.worker.data.combined import build_eval_data, combine_loaders
 from raylit.worker.data.sources import build_eval_loaders
-from raylit.worker.distributed.uneven_inputs import PADDING, iterate_uneven_batches
 from raylit.worker.loops.hooks import adapt_to_batch_index, is_overridden, num_positional
 from raylit.worker.loops.step_outputs import EpochOutputs, record_evaluation
 from raylit.worker.loops.train import apply_limit
@@ -29,6 +28,7 @@ from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.process.profiling import timed_items
 from raylit.worker.session import Session
+from raylit.worker.uneven_inputs import PADDING, iterate_uneven_batches
 
 _PREFIXES = {"validate": "validation", "test": "test", "predict": "predict"}
 _DATA_NAMES = {"validate": "validation", "test": "test", "predict": "prediction"}
@@ -121,7 +121,7 @@ class _ForwardLoop:
             else:
                 for hook in on_start:
                     hook(batch, self._num_done, *extra)
-                with session.around_step():
+                with session.step_context():
                     output = step(batch, self._num_done, *step_extra)
                 for hook in on_end:
                     hook(output, batch, self._num_done, *extra)
@@ -160,7 +160,7 @@ class _ForwardLoop:
         arguments = None if batch is None else (batch, number)
 
         def run_step(*args: Any) -> Any:
-            with self._session.around_step():
+            with self._session.step_context():
                 return step(*args, *step_extra)
 
         for hook in on_start:
@@ -178,7 +178,7 @@ class _ForwardLoop:
         """Run the step on a padding batch for the collectives of other ranks; its output and metrics are discarded."""
         metrics.is_suspended = True
         try:
-            with torchmetrics_adapter.preserve_state(self._session.module), self._session.around_step():
+            with torchmetrics_adapter.preserve_state(self._session.module), self._session.step_context():
                 step(batch, self._num_done, *step_extra)
         finally:
             metrics.is_suspended = False

@@ -19,7 +19,7 @@ _RESERVED = ("log", "progress_bar", "hiddens")
 """Keys of a returned dict that are not metrics."""
 
 
-def loss_of(outputs: Any, metrics: MetricBuffer) -> Tensor | None:
+def read_loss(outputs: Any, metrics: MetricBuffer) -> Tensor | None:
     """Return the loss from `training_step`'s output, or None to skip the batch; record metrics that came with it.
 
     Raises:

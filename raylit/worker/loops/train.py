@@ -23,14 +23,14 @@ from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import EndEpoch, EpochEnded, LookAhead, Paused, Report, Stepped, Ticked, Train
 from raylit.strategies.sync_batch_norm import SyncedBatchNorms
 from raylit.worker.data.agreement import check_epoch
-from raylit.worker.data.batches import Feed, MovedFeed, PeekableFeed, TimedFeed, TrainSource
+from raylit.worker.data.batches import MovedFeed, PeekableFeed, TimedFeed, TrainSource
+from raylit.worker.data.sampling import Feed
 from raylit.worker.loops.step_outputs import EpochOutputs, detach_outputs, join_outputs
 from raylit.worker.metrics import torchmetrics_adapter
-from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.metrics.entry import sum_states
+from raylit.worker.metrics.buffer import MetricBuffer, sum_states
 from raylit.worker.optimization import Optimization
+from raylit.worker.optimization.base import average_saved_gradients
 from raylit.worker.optimization.configured import Schedule
-from raylit.worker.optimization.gradient_sync import average_saved_gradients
 from raylit.worker.session import Session
 
 _END = object()
@@ -157,7 +157,7 @@ class TrainLoop:
             else:
                 outputs = run_batch(batch, batch_idx, is_step_due)
             view.num_batches_done = batch_idx + 1
-            view.num_batches_in_all += 1
+            view.total_batches += 1
             if is_step_due:
                 self._count_step()
 
@@ -453,7 +453,7 @@ def run_forward_epoch(session: Session, data: TrainSource, *, metrics: MetricBuf
             if batch_norms is not None:
                 batch_norms.exclude_rank(is_excluded=is_excluded)
             session.strategy.exclude_rank(is_excluded=is_excluded)
-            with session.around_step():
+            with session.step_context():
                 step(batch, batch_idx)
         session.strategy.exclude_rank(is_excluded=False)
 

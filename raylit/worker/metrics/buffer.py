@@ -3,63 +3,157 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from raylit.compat.torch_metrics import is_metric, read_num_updates
 from raylit.errors import ConfigError
 from raylit.protocol.messages import Metric, Metrics
-from raylit.worker.data.batches import batch_size_of
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
+from raylit.worker.data.batches import get_batch_size
 from raylit.worker.metrics import torchmetrics_adapter
-from raylit.worker.metrics.entry import (
+from raylit.worker.metrics.reductions import (
     FUNCTION,
-    MAX_KEPT_VALUES,
     OBJECT,
-    MetricEntry,
-    MetricSpec,
+    REDUCTIONS,
+    Reduction,
     apply_reduction,
     check_scalar,
+    combine_totals,
+    fork_name,
     interleave,
-    load_entry,
-    read_last_value,
-    read_total_and_weight,
     reduce_epoch,
     reduce_step,
     resolve_reduction,
-    save_entry,
     stack_values,
     warn_of_missing_function,
 )
 
-
-def compute_local_value(entry: MetricEntry) -> float | None:
-    """Reduce an entry's batches so far on this rank; None if there are none.
-
-    Waits for the device; the entry keeps its values.
-    """
-    entry.fold()
-    reduction = entry.spec.reduction
-    if entry.object is not None and entry.segments:
-        with torchmetrics_adapter.detach_metric(entry.object):
-            segments = [[entry.segments[index]] for index in sorted(entry.segments)]
-            return torchmetrics_adapter.compute_value(entry.name, entry.object, segments)
-    if entry.object is not None:
-        return torchmetrics_adapter.compute_value(entry.name, entry.object, None)
-    if entry.total is None or reduction == FUNCTION:
-        return None
-    if callable(reduction):
-        return apply_reduction(reduction, entry.total.tolist())
-    total, weight = read_total_and_weight(entry)
-    return reduce_epoch(stack_values([total]), stack_values([weight]), reduction)
+MAX_KEPT_VALUES = 256
+"""Values of an epoch's metric that are kept before they are summed; bounds memory, saves a torch call per step."""
 
 
-def compute_local_values(entries: Iterable[MetricEntry]) -> dict[str, float]:
-    """Reduce entries on this rank; the result has the names of the epoch's values."""
-    values = {entry: value for entry in entries if entry.on_epoch and (value := compute_local_value(entry)) is not None}
-    published = [entry.spec.publish(entry.name, value, suffix="epoch") for entry, value in values.items()]
-    return {name: metric.value for named in published for name, metric in named.items()}
+class MetricSpec(NamedTuple):
+    """Properties of a logged name that all ranks must agree on to read it."""
+
+    dataloader_idx: int
+    reduction: Reduction
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+
+    def merge(self, other: "MetricSpec") -> "MetricSpec":
+        """Return a spec that is shown wherever either of the two is."""
+        reduction = other.reduction if self.reduction == FUNCTION else self.reduction
+        is_logged = self.logger or other.logger
+        return self._replace(reduction=reduction, prog_bar=self.prog_bar or other.prog_bar, logger=is_logged)
+
+    def publish(self, name: str, value: float, *, suffix: str) -> Metrics:
+        """Return the names under which a value is shown: `x`, or `x_step` and `x_epoch` where both were requested."""
+        if not (self.on_step and self.on_epoch):
+            return {name: Metric(value=value, prog_bar=self.prog_bar, logger=self.logger)}
+        return {
+            fork_name(name, suffix): Metric(value=value, prog_bar=self.prog_bar, logger=self.logger),
+            name: Metric(value=value, prog_bar=False, logger=False, is_alias=True),
+        }
+
+    def step_name(self, name: str) -> str:
+        """Return the name of the value of one step."""
+        return fork_name(name, "step") if self.on_epoch else name
+
+
+class MetricEntry:
+    """One logged name of a loop, with its values."""
+
+    __slots__ = (
+        "arguments", "is_fresh", "is_from_output", "last", "loader", "name", "num_updates", "object", "on_epoch",
+        "pieces", "rows", "segments", "spec", "total", "values", "weight", "weights",
+    )  # fmt: skip
+
+    def __init__(self, name: str, spec: MetricSpec, arguments: tuple[Any, ...] | None) -> None:
+        self.name = name
+        self.spec = spec
+        self.on_epoch = spec.on_epoch
+        self.arguments = arguments
+        """The arguments of the first `self.log`; None for an entry that comes from a checkpoint."""
+        self.is_from_output = False
+        """The value comes from a step's output; else from `self.log`."""
+        self.last: Any = None
+        self.is_fresh = False
+        """True if `last` has not been reported yet."""
+        self.rows: list[tuple[int, Any]] | None = None
+        """In an evaluation, for `on_step`: each value with its batch's index in the data set."""
+        self.object: Any = None
+        """The torchmetrics object that was logged."""
+        self.num_updates = 0
+        """Updates of the object when it was last logged under this name."""
+        self.loader = 0
+        """Index of the evaluation's loader in whose batches it was last logged."""
+        self.segments: dict[int, Any] = {}
+        """With several loaders: the object's states from the batches of each finished loader."""
+        self.pieces: tuple[Any, list[Any]] = (None, [])
+        """A batch, and the values of its pieces so far."""
+        self.values: list[Any] = []
+        self.weights: list[Any] = []
+        """Numbers, or tensors where the user passed a tensor as the batch size."""
+        self.total: Any = None
+        """Sum, minimum or maximum so far, float64 on the device; all values for a reduction function of the user's."""
+        self.weight: Any = 0.0
+        """For a mean: the sum of the batch sizes so far."""
+
+    def widen(self, prog_bar: bool, logger: bool) -> None:
+        """Show the value in the progress bar or the loggers as well."""
+        assert self.arguments is not None
+        self.arguments = (self.arguments[0] or prog_bar, self.arguments[1] or logger, *self.arguments[2:])
+        self.spec = self.spec._replace(prog_bar=self.spec.prog_bar or prog_bar, logger=self.spec.logger or logger)
+
+    def add_piece(self, value: Any, batch: Any, reduce_fx: Any) -> Any:
+        """Add a piece's value and return the batch's value, which replaces the batch's value without this piece."""
+        if self.pieces[0] is not batch:
+            self.start_pieces(value, batch)
+            return value
+        self.pieces[1].append(value)
+        if self.on_epoch:
+            self.values.pop()
+            self.weights.pop()
+        reduction = resolve_reduction(self.name, reduce_fx)
+        together = stack_values(self.pieces[1])
+        return REDUCTIONS[reduction](together) if isinstance(reduction, str) else reduction(together)
+
+    def start_pieces(self, value: Any, batch: Any) -> None:
+        """Start the pieces of another batch."""
+        self.pieces = (batch, [value])
+        if len(self.values) >= MAX_KEPT_VALUES - 1:
+            self.fold()  # now, as later pieces may still replace this batch's value
+
+    def fold(self) -> None:
+        """Sum the kept values, in float64 and without waiting for the device."""
+        if not self.values:
+            return
+        reduction = self.spec.reduction
+        values = self.stack()
+        if reduction == "mean":
+            weights = stack_values(self.weights).to(values.device, non_blocking=True)
+            # The value of an empty batch is often nan; its weight of 0 must still remove it.
+            folded = torch.where(weights > 0, values * weights, 0.0).sum()
+            has_tensors = any(isinstance(weight, Tensor) for weight in self.weights)
+            self.weight = self.weight + (weights.sum() if has_tensors else sum(self.weights))
+        elif isinstance(reduction, str):
+            folded = REDUCTIONS[reduction](values)
+        else:
+            folded = values
+        self.total = folded if self.total is None else combine_totals(reduction, self.total, folded)
+        self.values, self.weights = [], []
+
+    def stack(self) -> Tensor:
+        try:
+            return stack_values(self.values)
+        except RuntimeError as error:
+            shapes = {tuple(value.shape) for value in self.values if isinstance(value, Tensor)}
+            raise ConfigError(f"self.log({self.name!r}) got tensors of shapes {shapes}: one element each") from error
 
 
 _Layout = list[tuple[str, MetricSpec]]
@@ -204,24 +298,10 @@ class MetricBuffer:
 
     def end_loaders(self) -> None:
         """End the last of several loaders: load each object's states from all loaders, for hooks that read it."""
-        segments: dict[int, dict[int, torchmetrics_adapter.State]] = {}
-        parts = {}
-        for entry in self._entries.values():
-            for index, states in entry.segments.items():
-                for part, state in zip(torchmetrics_adapter.find_metrics(entry.object), states, strict=True):
-                    parts[id(part)] = part
-                    segments.setdefault(id(part), {})[index] = state
-        for key, states_by_loader in segments.items():
-            if len(states_by_loader) > 1:
-                torchmetrics_adapter.load_segments(
-                    parts[key], [states_by_loader[index] for index in sorted(states_by_loader)]
-                )
-            else:
-                torchmetrics_adapter.attach_state(parts[key], *states_by_loader.values())
-        for entry in self._entries.values():
-            if entry.object is not None and all(
-                len(segments.get(id(part), {})) <= 1 for part in torchmetrics_adapter.find_metrics(entry.object)
-            ):
+        logged = [entry for entry in self._entries.values() if entry.object is not None]
+        in_several = torchmetrics_adapter.restore_segments((entry.object, entry.segments) for entry in logged)
+        for entry in logged:
+            if not any(id(part) in in_several for part in torchmetrics_adapter.find_metrics(entry.object)):
                 entry.segments = {}
 
     def discard_objects(self) -> None:
@@ -346,7 +426,7 @@ class MetricBuffer:
 
     def _batch_size(self) -> int:
         if self._sized_batch is not self.batch:
-            self._sized_batch, self._size = self.batch, batch_size_of(self.batch)
+            self._sized_batch, self._size = self.batch, get_batch_size(self.batch)
         return self._size
 
     def latest(self, *, only_prog_bar: bool = False) -> dict[str, float]:
@@ -446,16 +526,19 @@ class MetricBuffer:
             return {}
         objects = {name: entry.object for name, entry in entries.items() if entry is not None}
         on_epoch = [name for name, entry in entries.items() if entry is not None and entry.on_epoch]
-        segments_by_name = {name: _copy_segments(entry) for name, entry in entries.items() if entry is not None}
+        segments_by_name = {
+            name: torchmetrics_adapter.copy_segments(entry.object, entry.segments)
+            for name, entry in entries.items()
+            if entry is not None
+        }
         segments_of_ranks = self._collectives.gather_objects(segments_by_name)
         values = {}
         for name in on_epoch:
             entry = entries[name]
             assert entry is not None
             is_local = self._collectives.world_size == 1 and not entry.segments
-            segments = (
-                None if is_local else _order_segments([states[name] for states in segments_of_ranks if name in states])
-            )
+            ranked = [states[name] for states in segments_of_ranks if name in states]
+            segments = None if is_local else torchmetrics_adapter.order_segments(ranked)
             values[name] = torchmetrics_adapter.compute_value(name, entry.object, segments)
         self._newest_logs = {}
         for metric in objects.values():
@@ -529,23 +612,83 @@ class MetricBuffer:
                 entry.object = dict(module.named_modules()).get(saved["object"])
 
 
+def read_last_value(entry: MetricEntry | None) -> tuple[Any, float]:
+    return (0.0, 0.0) if entry is None or entry.last is None else (entry.last, 1.0)
+
+
+def read_total_and_weight(entry: MetricEntry | None) -> tuple[Any, Any]:
+    """Return the entry's total and weight; a weight of 0.0 if this rank has no value."""
+    if entry is None or entry.total is None or entry.total.ndim > 0:
+        return 0.0, 0.0
+    return entry.total, entry.weight if entry.spec.reduction == "mean" else 1.0
+
+
+def save_entry(entry: MetricEntry) -> dict[str, Any] | None:
+    """Return what a checkpoint keeps of a folded entry, in plain values; None if it has no value yet."""
+    if not entry.on_epoch or entry.total is None:
+        return None
+    reduction = entry.spec.reduction
+    if isinstance(reduction, str) and reduction != FUNCTION:
+        return {"spec": tuple(entry.spec), "total": float(entry.total), "weight": float(entry.weight)}
+    return {"spec": tuple(entry.spec._replace(reduction=FUNCTION)), "values": entry.total.tolist()}
+
+
+def load_entry(name: str, saved: dict[str, Any]) -> MetricEntry:
+    """Return the entry that `save_entry` has stored."""
+    entry = MetricEntry(name, MetricSpec(*saved["spec"]), None)
+    if "total" in saved:
+        entry.total, entry.weight = torch.tensor(saved["total"], dtype=torch.float64), saved["weight"]
+    elif "values" in saved:
+        entry.total = torch.tensor(saved["values"], dtype=torch.float64)
+    return entry
+
+
+def sum_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the states of several ranks' MetricBuffers into one rank's."""
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(chain.from_iterable(states)):
+        saved_entries = [state[name] for state in states if name in state]
+        merged[name] = dict(saved_entries[0])
+        if "values" in saved_entries[0]:
+            merged[name]["values"] = interleave([saved["values"] for saved in saved_entries])
+        elif "total" in saved_entries[0]:
+            totals = torch.tensor([saved["total"] for saved in saved_entries], dtype=torch.float64)
+            reduction = MetricSpec(*saved_entries[0]["spec"]).reduction
+            fold = torch.sum if reduction == "mean" else REDUCTIONS[str(reduction)]
+            merged[name].update(total=float(fold(totals)), weight=sum(saved["weight"] for saved in saved_entries))
+    return merged
+
+
+def compute_local_value(entry: MetricEntry) -> float | None:
+    """Reduce an entry's batches so far on this rank; None if there are none.
+
+    Waits for the device; the entry keeps its values.
+    """
+    entry.fold()
+    reduction = entry.spec.reduction
+    if entry.object is not None and entry.segments:
+        with torchmetrics_adapter.detach_metric(entry.object):
+            segments = [[entry.segments[index]] for index in sorted(entry.segments)]
+            return torchmetrics_adapter.compute_value(entry.name, entry.object, segments)
+    if entry.object is not None:
+        return torchmetrics_adapter.compute_value(entry.name, entry.object, None)
+    if entry.total is None or reduction == FUNCTION:
+        return None
+    if callable(reduction):
+        return apply_reduction(reduction, entry.total.tolist())
+    total, weight = read_total_and_weight(entry)
+    return reduce_epoch(stack_values([total]), stack_values([weight]), reduction)
+
+
+def compute_local_values(entries: Iterable[MetricEntry]) -> dict[str, float]:
+    """Reduce entries on this rank; the result has the names of the epoch's values."""
+    values = {entry: value for entry in entries if entry.on_epoch and (value := compute_local_value(entry)) is not None}
+    published = [entry.spec.publish(entry.name, value, suffix="epoch") for entry, value in values.items()]
+    return {name: metric.value for named in published for name, metric in named.items()}
+
+
 def _belongs_to_epoch(entry: MetricEntry) -> bool:
     return entry.on_epoch or entry.rows is not None or entry.object is not None
-
-
-def _copy_segments(entry: MetricEntry) -> dict[int, list[torchmetrics_adapter.State]]:
-    """Return the states of the entry's object by the loader that they come from, on the CPU."""
-    if entry.segments:
-        return {index: torchmetrics_adapter.copy_states_to_cpu(states) for index, states in entry.segments.items()}
-    return {0: torchmetrics_adapter.copy_states(entry.object)}
-
-
-def _order_segments(
-    segments_of_ranks: list[dict[int, list[torchmetrics_adapter.State]]],
-) -> list[list[list[torchmetrics_adapter.State]]]:
-    """Return, for each loader in turn, the states of the ranks that have any."""
-    indices = sorted(set(chain.from_iterable(segments_of_ranks)))
-    return [[segments[index] for segments in segments_of_ranks if index in segments] for index in indices]
 
 
 def _is_new(spec: MetricSpec, known: MetricSpec | None) -> bool:

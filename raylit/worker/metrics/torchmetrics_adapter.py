@@ -28,8 +28,8 @@ from raylit.compat.torch_metrics import (
     set_num_updates,
 )
 from raylit.errors import ConfigError
-from raylit.worker.distributed.collectives import Collectives
-from raylit.worker.metrics.entry import check_scalar, interleave
+from raylit.worker.collectives import Collectives
+from raylit.worker.metrics.reductions import check_scalar, interleave
 
 State = tuple[int, dict[str, Any]]
 """Number of updates of a metric, and its states by name, on the CPU."""
@@ -201,6 +201,41 @@ def find_metrics(metric: Any) -> list[Any]:
 def find_named_metrics(module: nn.Module) -> dict[str, Any]:
     """Return every metric of the module by its name there."""
     return {name: part for name, part in module.named_modules() if is_metric(part)}
+
+
+def copy_segments(metric: Any, segments: dict[int, list[State]]) -> dict[int, list[State]]:
+    """Return the states of the object by the loader that they come from, on the CPU."""
+    if segments:
+        return {index: copy_states_to_cpu(states) for index, states in segments.items()}
+    return {0: copy_states(metric)}
+
+
+def order_segments(
+    segments_of_ranks: list[dict[int, list[State]]],
+) -> list[list[list[State]]]:
+    """Return, for each loader in turn, the states of the ranks that have any."""
+    indices = sorted(set(chain.from_iterable(segments_of_ranks)))
+    return [[segments[index] for segments in segments_of_ranks if index in segments] for index in indices]
+
+
+def restore_segments(logged: Iterable[tuple[Any, dict[int, list[State]]]]) -> set[int]:
+    """Load each object's states from all loaders; return the ids of the metrics that several loaders have updated.
+
+    `logged` has each object with its states by the index of the loader.
+    """
+    segments: dict[int, dict[int, State]] = {}
+    parts = {}
+    for metric, states_by_index in logged:
+        for index, states in states_by_index.items():
+            for part, state in zip(find_metrics(metric), states, strict=True):
+                parts[id(part)] = part
+                segments.setdefault(id(part), {})[index] = state
+    for key, states_by_loader in segments.items():
+        if len(states_by_loader) > 1:
+            load_segments(parts[key], [states_by_loader[index] for index in sorted(states_by_loader)])
+        else:
+            attach_state(parts[key], *states_by_loader.values())
+    return {key for key, states_by_loader in segments.items() if len(states_by_loader) > 1}
 
 
 def _copy_state(part: Any) -> State:

@@ -9,13 +9,11 @@ from raylit.errors import ModuleError
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.metrics.buffer import MetricBuffer
 from raylit.worker.optimization.automatic import AutomaticOptimization, SeveralOptimizers
-from raylit.worker.optimization.base import Optimization, UnevenOptimization, adapt_training_step
+from raylit.worker.optimization.base import Optimization, TruncatedOptimization, UnevenOptimization, adapt_training_step
 from raylit.worker.optimization.closure import ClosureOptimization, needs_closure
 from raylit.worker.optimization.configured import ConfiguredOptimizers, read_configured_optimizers
-from raylit.worker.optimization.handles import OptimizerHandles
-from raylit.worker.optimization.manual import ManualOptimization
+from raylit.worker.optimization.handles import ManualOptimization, OptimizerHandles
 from raylit.worker.optimization.stepper import SharedScale, Stepper
-from raylit.worker.optimization.truncated import TruncatedOptimization
 from raylit.worker.session import Session
 
 __all__ = ["ConfiguredOptimizers", "Optimization", "build_optimization", "read_configured_optimizers"]

@@ -1,23 +1,23 @@
-"""Automatic optimization, with one optimizer or several. Worker."""
+"""Automatic optimization with one optimizer or several, and its gradient sync. Worker."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raylit.accelerators.transfer import map_tensors
 from raylit.core.module import LightningModule
 from raylit.strategies import ZeroLoss
-from raylit.strategies.base import SyncedCheck
+from raylit.strategies.base import SyncCheck
 from raylit.worker.loops.hooks import is_overridden
-from raylit.worker.loops.step_outputs import hiddens_of, loss_of
+from raylit.worker.loops.step_outputs import hiddens_of, read_loss
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization.base import Optimization
-from raylit.worker.optimization.gradient_sync import GradientSync, copy_gradients, set_gradients
+from raylit.worker.optimization.base import Optimization, copy_gradients, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandles
-from raylit.worker.optimization.stepper import Stepper, build_loss_checks
+from raylit.worker.optimization.stepper import Stepper, build_loss_checks, list_parameters
 from raylit.worker.session import Session
 from raylit.worker.view import TrainerView
 
@@ -58,13 +58,13 @@ class AutomaticOptimization:
     def run_batch(self, batch: Any, batch_idx: int, is_window_end: bool, *extra: Any) -> Any:
         if self._is_plain:
             outputs = self._synced_step(batch, batch_idx, *extra)
-            loss = outputs if isinstance(outputs, Tensor) else loss_of(outputs, self._metrics)
+            loss = outputs if isinstance(outputs, Tensor) else read_loss(outputs, self._metrics)
             self._backward(loss, 1.0, self._check_synced)
         else:
             with nullcontext() if is_window_end else self._sync.without_sync():
-                with self._precision.around_step():
+                with self._precision.step_context():
                     outputs = self._synced_step(batch, batch_idx, *extra)
-                self._backward(loss_of(outputs, self._metrics), 1.0, self._check_synced if is_window_end else None)
+                self._backward(read_loss(outputs, self._metrics), 1.0, self._check_synced if is_window_end else None)
         if is_window_end and not self._is_window_start:
             self._is_window_start = True
             self._stepper.step()
@@ -105,16 +105,16 @@ class AutomaticOptimization:
         return map_tensors(hiddens_of(outputs), Tensor.detach)
 
     def _add_share(self, weight: float, batch: Any, batch_idx: int, *extra: Any) -> Any:
-        with self._precision.around_step():
+        with self._precision.step_context():
             outputs = self._sync.share_step(batch, batch_idx, *extra)
-        self._backward(loss_of(outputs, self._metrics), weight)
+        self._backward(read_loss(outputs, self._metrics), weight)
         return outputs
 
     def _run_padding_share(self, weight: float, *args: Any) -> None:
         """Run another rank's share with weight 0, for the collectives in it."""
         self._add_share(0.0, *args)
 
-    def _backward(self, loss: Tensor | None, weight: float, check_synced: SyncedCheck | None = None) -> None:
+    def _backward(self, loss: Tensor | None, weight: float, check_synced: SyncCheck | None = None) -> None:
         """Run the backward pass of a weighted loss; `check_synced` follows it where the gradients are to be synced."""
         if self._is_window_start:
             self._start_window()
@@ -216,6 +216,53 @@ class SeveralOptimizers:
     def _find_active(self) -> range:
         if self._borders is None:
             return range(len(self._optimizations))
-        position = self._view.num_batches_in_all % self._borders[-1]
+        position = self._view.total_batches % self._borders[-1]
         index = next(index for index, border in enumerate(self._borders) if position < border)
         return range(index, index + 1)
+
+
+class GradientSync:
+    """Training step wrapped for gradient sync, for the parameters that the optimizer trains.
+
+    A freeze, a thaw or a new parameter group takes effect with the next epoch.
+    """
+
+    def __init__(self, session: Session, training_step: Callable[..., Any], *, optimizer: Optimizer) -> None:
+        self._module = session.module
+        self._strategy = session.strategy
+        self._training_step = training_step
+        self._optimizer = optimizer
+        self.wrap_step()
+
+    def wrap_step(self) -> None:
+        """Wrap the step for the parameters that are trained now. Collective."""
+        self._trained = self._list_trained()
+        self.step = self._strategy.wrap(self._module, self._training_step, trained=self._trained)
+        self.share_step = self.step if self._strategy.is_sharding else self._training_step
+        """Step for batches of an uneven split, as DDP's reduction needs a backward pass on every rank."""
+        self.check = self._strategy.build_sync_check(self.step)
+        """Check to call after a backward pass that has synced; None: there is nothing to check.
+
+        Where it returns True, call `wrap_step`.
+        """
+
+    @property
+    def is_outdated(self) -> bool:
+        """Return whether the step was wrapped for other parameters or needs a check no longer."""
+        if self._strategy.is_finding_unused and self.check is not None:
+            return True
+        return [id(parameter) for parameter in self._list_trained()] != [id(parameter) for parameter in self._trained]
+
+    def wrap_if_due(self) -> bool:
+        """Wrap the step again before an epoch if that is due, and return whether it was. Collective."""
+        is_due = (self.check is not None and self.check.is_renewal_due()) or self.is_outdated
+        if is_due:
+            self.wrap_step()
+        return is_due
+
+    def without_sync(self) -> AbstractContextManager[object]:
+        """Return the context for forward and backward of a batch whose gradients are only accumulated."""
+        return self._strategy.without_sync(self.step)
+
+    def _list_trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in list_parameters(self._optimizer) if parameter.requires_grad]

@@ -16,9 +16,10 @@ from raylit.core.module import LightningModule
 from raylit.errors import ConfigError
 from raylit.strategies import ZeroLoss
 from raylit.worker.loops.hooks import is_overridden
-from raylit.worker.loops.step_outputs import hiddens_of, loss_of
+from raylit.worker.loops.step_outputs import hiddens_of, read_loss
 from raylit.worker.metrics.buffer import MetricBuffer
-from raylit.worker.optimization.gradient_sync import GradientSync, copy_gradients, set_gradients
+from raylit.worker.optimization.automatic import GradientSync
+from raylit.worker.optimization.base import copy_gradients, set_gradients
 from raylit.worker.optimization.handles import OptimizerHandle
 from raylit.worker.optimization.stepper import Stepper, build_loss_checks
 from raylit.worker.session import Session
@@ -154,9 +155,9 @@ class ClosureOptimization:
 
     def _add_gradients(self, evaluation: "_Evaluation", weight: float, *args: Any) -> torch.Tensor | None:
         """Add the batch's gradients to those of its window, and return its loss."""
-        with self._precision.around_step():
+        with self._precision.step_context():
             evaluation.outputs = evaluation.step(*args)
-        loss = loss_of(evaluation.outputs, self._metrics)
+        loss = read_loss(evaluation.outputs, self._metrics)
         self._start_window()
         if loss is not None:
             self._backward(loss, weight)
@@ -164,8 +165,8 @@ class ClosureOptimization:
 
     def _run_padding_share(self, evaluation: "_Evaluation", weight: float, *args: Any) -> None:
         """Run another rank's share with weight 0, for the collectives in it."""
-        with self._precision.around_step():
-            loss = loss_of(evaluation.step(*args), self._metrics)
+        with self._precision.step_context():
+            loss = read_loss(evaluation.step(*args), self._metrics)
         if loss is not None:
             self._backward(loss, 0.0)
 

@@ -22,7 +22,7 @@ from raylit.protocol.messages import (
     Start,
     Train,
 )
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 from raylit.worker.job import WorkerContext
 
 DRIVER = "wait for the driver"

@@ -184,7 +184,7 @@ def test_an_error_of_the_last_save_is_raised_when_all_is_done(soon: None, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, disk.before)
     assert trainer.global_step == 4
     assert torch.equal(model.table.detach()[:3], model.seen[4])
-    found = index.newest_usable(directory)
+    found = index.find_newest_usable(directory)
     assert found is not None
     assert os.path.basename(found[0]) == "step=2.ckpt" == os.path.basename(saving.best_model_path)
 

@@ -18,12 +18,12 @@ from ray.exceptions import ActorDiedError
 import raylit as pl
 from raylit.driver.ray import failures
 from raylit.driver.ray.failures import (
+    describe_death,
     describe_end,
     explain_failure,
     is_at_one_line,
     is_harmless,
     raise_failures,
-    reason_of_death,
 )
 from raylit.worker.job import WorkerContext
 
@@ -302,11 +302,11 @@ def died(text):
     ],
 )
 def test_a_death_reported_by_ray_is_described_in_the_error(text, words):
-    assert words in reason_of_death(died(text), None)
-    assert "class_name" not in reason_of_death(died(text), None)
+    assert words in describe_death(died(text), None)
+    assert "class_name" not in describe_death(died(text), None)
 
 
 def test_a_worker_of_a_drained_host_is_described_as_preempted():
     drained = NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED, reason_message="spot")
     error = ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16), error_message="died", node_death_info=drained))
-    assert reason_of_death(error, None) == "its host was preempted: the cluster has drained it"
+    assert describe_death(error, None) == "its host was preempted: the cluster has drained it"

@@ -14,8 +14,7 @@ import raylit as pl
 from raylit.compat import ray_core
 from raylit.config import Workers
 from raylit.driver.ray import local_cluster
-from raylit.driver.ray.placement import Placement
-from raylit.driver.ray.resource_request import Host, ResourceRequest, num_slots
+from raylit.driver.ray.placement import Host, Placement, ResourceRequest, num_slots
 
 TESTS = pathlib.Path(__file__).parents[2]
 

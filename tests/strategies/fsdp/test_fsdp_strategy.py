@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylit as pl
 from raylit.checkpoint import files
-from raylit.checkpoint.index import newest_usable
+from raylit.checkpoint.index import find_newest_usable
 from raylit.strategies.fsdp.strategy import FSDP
 from raylit.worker.process import result_sync
 
@@ -557,7 +557,7 @@ def test_the_newest_undamaged_checkpoint_is_resumed_without_the_driver_reading_i
         shutil.copytree(saved_at(directory, step), tmp_path / f"step={step}.ckpt")
     os.truncate(tmp_path / "step=6.ckpt" / "__1_0.distcp", 1000)
     with pytest.warns(UserWarning, match="step=6.ckpt is damaged: __1_0.distcp"):
-        _, checkpoint = newest_usable(tmp_path, is_whole=False)
+        _, checkpoint = find_newest_usable(tmp_path, is_whole=False)
     assert all(value.is_meta for value in checkpoint["state_dict"].values())
     model = Deep(optimizer="AdamW")
     with pytest.warns(UserWarning, match="step=6.ckpt is damaged: __1_0.distcp"):

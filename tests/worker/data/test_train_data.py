@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from raylit.errors import ModuleError
-from raylit.worker.data.batches import batch_size_of
+from raylit.worker.data.batches import get_batch_size
 from raylit.worker.data.eval_data import EvalData
 from raylit.worker.data.train_data import TrainData
 
@@ -672,4 +672,4 @@ Pair = namedtuple("Pair", ["x", "y"])
     ],
 )
 def test_the_size_of_a_batch_is_that_of_its_first_tensor(batch, size):
-    assert batch_size_of(batch) == size
+    assert get_batch_size(batch) == size

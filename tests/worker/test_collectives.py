@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raylit as pl
-from raylit.worker.distributed.collectives import Collectives
+from raylit.worker.collectives import Collectives
 
 
 class Gathering(pl.LightningModule):

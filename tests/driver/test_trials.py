@@ -13,7 +13,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from raylit.driver.ray import local_cluster, worker_pool
 
-TESTS = str(pathlib.Path(__file__).parents[2])
+TESTS = str(pathlib.Path(__file__).parents[1])
 
 
 @pytest.fixture

@@ -1,13 +1,23 @@
-"""Random states of a DataLoader's processes, from which a resumed run continues with the same augmentation.
+"""The processes of a DataLoader: their start, their deaths, and their random states, which a resumed run continues.
 
 Runs in the worker and in the processes of its DataLoader.
 """
 
+import contextlib
+import multiprocessing
+import os
 import pickle
 import random
+import re
+import shutil
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,3 +205,104 @@ class _WorkerInit:
         if state is not None:
             format.set_random_state(state)
         self._recorder.record()
+
+
+def begin_iteration(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over a loader and remember its processes for `explain_dead_process`.
+
+    Where this process finishes its step after SIGTERM or Ctrl-C, a DataLoader's processes get their own process groups:
+    a signal to the whole group would end them during that step.
+    """
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
+        return iter(loader)
+    attributes: dict[str, Any] = loader.__dict__
+    user_init = attributes["worker_init_fn"]
+    if _is_deferring_signals():
+        attributes["worker_init_fn"] = _ProcessGroupInit(user_init)
+    try:
+        return iter(loader)
+    finally:
+        attributes["worker_init_fn"] = user_init
+        _children.update(multiprocessing.active_children())
+
+
+def explain_dead_process(error: BaseException) -> None:
+    """Add to torch's error how a DataLoader's process ended, and remove the sockets that it left on the disk.
+
+    An error that has been explained already stays as it is.
+    """
+    if _ADVICE in str(error):
+        return
+    if isinstance(error, (ConnectionError, EOFError)):  # it died while it was sending a batch
+        pids = _wait_for_dead_children()
+    else:
+        match = _DEAD_PROCESS.search(str(error)) if isinstance(error, RuntimeError) else None
+        pids = [] if match is None else [int(pid) for pid in match[1].split(",")]
+    if not pids:
+        return
+    codes = {child.pid: child.exitcode for child in _children}
+    ends = [f"process {pid} {_describe_exit(codes[pid])}" for pid in pids if codes.get(pid) is not None]
+    how = ", ".join(ends) or "how it ended is not known"
+    error.args = (f"{str(error).strip().rstrip('.')} ({how}). {_ADVICE}",)
+    for pid in pids:
+        _remove_sockets(pid)
+
+
+_ADVICE = (
+    "The kernel kills by SIGKILL where memory is short, and a full /dev/shm shows as SIGBUS: use fewer processes "
+    "(num_workers of the DataLoader) or smaller batches, or give the container more shared memory; num_workers=0 shows "
+    "what crashes in the data set"
+)
+_children: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+"""Processes of this process's DataLoaders; torch's errors name them by their ids only."""
+_DEAD_PROCESS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+
+
+def _wait_for_dead_children() -> list[int]:
+    """Return the ids of dead DataLoader processes; the kernel may report an exit code with a delay."""
+    deadline = time.monotonic() + _EXIT_S
+    while True:
+        dead = [child.pid for child in _children if child.pid is not None and child.exitcode]
+        if dead or not _children or time.monotonic() > deadline:
+            return dead
+        time.sleep(0.02)
+
+
+_EXIT_S = 0.5
+
+
+def _describe_exit(code: int | None) -> str:
+    assert code is not None
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _remove_sockets(pid: int) -> None:
+    """Remove the directory of sockets by which a killed process sent tensors; their names contain its id."""
+    for directory in Path(tempfile.gettempdir()).glob("pymp-*"):
+        with contextlib.suppress(OSError):
+            names = os.listdir(directory)
+            if names and all(name.startswith(f"listener-{pid}-") for name in names):
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+class _ProcessGroupInit:
+    """`worker_init_fn` of a DataLoader: puts the process into its own process group, then calls the user's."""
+
+    def __init__(self, init: Callable[[int], None] | None) -> None:
+        self._init = init
+
+    def __call__(self, process: int) -> None:
+        os.setpgid(0, 0)
+        if self._init is not None:
+            self._init(process)
+
+
+def _is_deferring_signals() -> bool:
+    """Return whether raylit's signal handlers are installed here.
+
+    They are where the run's only worker is in the driver's process.
+    """
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return hasattr(os, "setpgid") and any(
+        str(getattr(handler, "__module__", "")).startswith("raylit.") for handler in handlers
+    )

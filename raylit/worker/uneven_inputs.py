@@ -11,8 +11,8 @@ from torch import nn
 from raylit.accelerators.transfer import to_device
 from raylit.compat.torch_distributed import CollectiveWatch
 from raylit.errors import ModuleError
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.batches import to_cpu
-from raylit.worker.distributed.collectives import Collectives
 from raylit.worker.metrics import torchmetrics_adapter
 from raylit.worker.view import TrainerView
 

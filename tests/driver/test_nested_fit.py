@@ -18,7 +18,7 @@ from ray.tune.trainable import wrap_function
 
 import raylit as pl
 from raylit.driver.ray import local_cluster
-from raylit.driver.tune_integration.session import current_session
+from raylit.driver.tune_integration import current_session
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ from models import Regression, RegressionData
 pl.Trainer(num_workers=0, max_epochs=1, logger=False, enable_checkpointing=False).fit(Regression(), RegressionData())
 print([name for name in sys.modules if name.split(".")[0] == "ray"])
 """
-    tests = str(pathlib.Path(__file__).parents[2])
+    tests = str(pathlib.Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", source, tests], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=True
     )
