@@ -15,7 +15,7 @@ import torch
 from typing_extensions import Self
 
 from raylit.accelerators.base import Accelerator
-from raylit.accelerators.tpu_slices import TPUPlace
+from raylit.accelerators.tpu_slices import TPUPlace, has_tpu_chips
 from raylit.errors import ConfigError
 from raylit.storage import absolute, is_url, join
 
@@ -53,14 +53,13 @@ class TorchTPUAccelerator(Accelerator):
         self.compilation_cache = compilation_cache
 
     def is_available(self) -> bool:
-        return _is_loaded() and torch.accelerator.is_available()
+        # Workers load torch_tpu where the driver's process has been told not to.
+        return has_tpu_chips() or (_is_loaded() and torch.accelerator.is_available())
 
     def explain_unavailable(self) -> str:
         return (
-            "accelerator='torch_tpu' is asked for, but torch has no device 'tpu' here: this machine has no TPU chips, "
-            "or torch_tpu has not been loaded with torch. pip install 'raylit[tpu]' (Python 3.12 or newer), leave "
-            "TORCH_DEVICE_BACKEND_AUTOLOAD as it is, or connect to a cluster with TPU hosts (ray.init(address=...) or "
-            "RAY_ADDRESS)"
+            "accelerator='torch_tpu' is asked for, but this machine has no TPU chips: connect to a cluster with TPU hosts "
+            "(ray.init(address=...) or RAY_ADDRESS), or use accelerator='cpu'"
         )
 
     def num_devices(self) -> int:
