@@ -30,7 +30,13 @@ def _build_xla() -> Accelerator:
 
 
 def _build_torch_tpu() -> Accelerator:
-    # Importing the module needs no torch_tpu, which torch imports by itself; but few runs need the module.
+    """Build TorchTPU's accelerator. ConfigError: its package is not installed."""
+    if not is_package_installed("torch_tpu"):
+        raise ConfigError(
+            "accelerator='torch_tpu' needs torch_tpu, which is not installed: pip install 'raylit[tpu]' (Python 3.12 or "
+            "newer), here and on the TPU hosts"
+        )
+    # torch imports torch_tpu by itself; the module is imported by the runs that need it.
     from raylit.accelerators.torch_tpu import TorchTPUAccelerator
 
     return TorchTPUAccelerator()

@@ -58,8 +58,8 @@ class TorchTPUAccelerator(Accelerator):
 
     def explain_unavailable(self) -> str:
         return (
-            "accelerator='torch_tpu' is asked for, but this machine has no TPU chips: connect to a cluster with TPU hosts "
-            "(ray.init(address=...) or RAY_ADDRESS), or use accelerator='cpu'"
+            "accelerator='torch_tpu' is asked for, but this machine has no TPU chips: connect to a cluster with TPU "
+            "hosts (ray.init(address=...) or RAY_ADDRESS), or use accelerator='cpu'"
         )
 
     def num_devices(self) -> int:

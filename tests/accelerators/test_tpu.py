@@ -139,7 +139,8 @@ def test_an_autoscaler_is_told_what_to_add():
         ({"accelerator": WorkerPerHost(), "accelerator_version": "v1"}, "accelerator_version='v1': must be one of v2"),
         ({"topology": "4x4", "num_workers": 2}, "topology='4x4' and accelerator='cpu': only TPUs have it"),
         ({"accelerator": "tpu"}, "neither torch_tpu nor torch_xla is installed.*raylit.tpu.*raylit.xla"),
-        ({"accelerator": "torch_tpu", "num_workers": 4}, "this machine has no TPU chips.*RAY_ADDRESS"),
+        ({"accelerator": "torch_tpu", "num_workers": 4}, "torch_tpu, which is not installed.*raylit.tpu"),
+        ({"accelerator": TorchTPUAccelerator(), "num_workers": 4}, "this machine has no TPU chips.*RAY_ADDRESS"),
     ],
 )
 def test_arguments_that_name_no_tpu_are_refused(arguments, message, monkeypatch):
