@@ -46,8 +46,8 @@ class Accelerator(ABC):
     serves one process at a time."""
 
     @property
-    def has_common_generator(self) -> bool:
-        """True in a worker whose device draws the random numbers of all ranks, as one graph spans them."""
+    def is_one_graph(self) -> bool:
+        """True in a worker whose compiled graph spans all ranks: they run the same steps and draw the same numbers."""
         return False
 
     # Driver: available devices
@@ -136,8 +136,11 @@ class Accelerator(ABC):
     def synchronize(self) -> None:
         """Wait until the device has finished all its work, before a time is measured or a copy on the host is read."""
 
-    def place_batch(self, batch: Any) -> Any:
-        """Return the batch on the device, without waiting for the copy; called where `has_copy_streams` is False."""
+    def place_batch(self, batch: Any, *, is_same_on_all_ranks: bool = False) -> Any:
+        """Return the batch on the device, without waiting for the copy; called where `has_copy_streams` is False.
+
+        `is_same_on_all_ranks` matters where `is_one_graph`: the batch is the whole one, not this rank's part of it.
+        """
         return to_device(batch, self.device())
 
     def after_step(self) -> None:

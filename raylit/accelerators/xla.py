@@ -101,7 +101,7 @@ class XLAAccelerator(Accelerator):
         self.seed(int(torch.randint(2**31, (), generator=generator)))
 
     @property
-    def has_common_generator(self) -> bool:
+    def is_one_graph(self) -> bool:
         return is_one_world()
 
     def seed(self, seed: int) -> None:
@@ -119,11 +119,12 @@ class XLAAccelerator(Accelerator):
         torch_xla.sync()
         xm.wait_device_ops()
 
-    def place_batch(self, batch: Any) -> Any:
+    def place_batch(self, batch: Any, *, is_same_on_all_ranks: bool = False) -> Any:
         """Copy the batch to the devices, each tensor divided along its first dimension."""
-        runtime_of_process = _start_runtime()
-        runtime_of_process.watch.note_batch(batch)
-        return map_tensors(batch, runtime_of_process.place_tensor, on_movable=_move)
+        started = _start_runtime()
+        started.watch.note_batch(batch)
+        is_part = is_one_world() and not is_same_on_all_ranks
+        return map_tensors(batch, functools.partial(started.place_tensor, is_part=is_part), on_movable=_move)
 
     def after_step(self) -> None:
         before = count_compilations()
@@ -170,16 +171,19 @@ class _Runtime:
         num_devices = num_shards()
         self.mesh = spmd.Mesh(np.arange(num_devices), (num_devices,), (DATA_AXIS,))
         self.watch = _CompilationWatch()
-        self._is_one_world = is_one_world()
 
-    def place_tensor(self, tensor: Tensor) -> Tensor:
+    def place_tensor(self, tensor: Tensor, *, is_part: bool) -> Tensor:
+        """Divide a tensor over the devices; with `is_part` it is this process's part of a tensor over all processes."""
         if tensor.ndim == 0:
             return tensor.to(self.device)
         if tensor.device.type == "xla":  # a transfer hook has copied it, to each device as a whole
-            if not is_sharded(tensor):
+            if is_sharded(tensor):
+                return tensor
+            if not is_part:
                 spmd.mark_sharding(tensor, self.mesh, _name_axes(tensor.ndim, 0))
-            return tensor
-        spec = spmd.ShardingSpec(self.mesh, _name_axes(tensor.ndim, 0), minibatch=self._is_one_world)
+                return tensor
+            tensor = tensor.cpu()
+        spec = spmd.ShardingSpec(self.mesh, _name_axes(tensor.ndim, 0), minibatch=is_part)
         [placed] = xm.send_cpu_data_to_device([tensor.contiguous()], self.device, spec)
         return placed
 

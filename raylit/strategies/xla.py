@@ -15,6 +15,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from raylit.accelerators.transfer import map_tensors
 from raylit.accelerators.xla import is_one_world, num_shards, shard_tensor
 from raylit.config import SPMDStrategy
 from raylit.strategies.base import PendingGradients, SyncCheck, TrainingStep, ZeroLoss
@@ -38,6 +39,11 @@ class SPMD(Single):
     @property
     def is_evaluation_collective(self) -> bool:  # type: ignore[override]
         return self._world_size > 1 and is_one_world()
+
+    @property
+    def is_gathering(self) -> bool:  # type: ignore[override]
+        # Each rank takes part in reading what the graph has divided over all of them.
+        return self._is_sharding_parameters and self._world_size > 1 and is_one_world()
 
     def place(
         self,
@@ -111,7 +117,7 @@ class SPMD(Single):
 
     def collect_state(self, state: dict[str, Any]) -> dict[str, Any]:
         torch_xla.sync()  # at once, rather than one graph for each tensor that is read
-        return state
+        return map_tensors(state, Tensor.cpu) if self.is_gathering else state
 
     def load_weights(self, module: nn.Module, state_dict: Mapping[str, Any], *, read: Reader | None) -> None:
         super().load_weights(module, state_dict, read=read)

@@ -65,17 +65,10 @@ class Session:
         self.uneven = UnevenSteps(collectives, module=job.module, view=self.view, device=self.device)
         self.profiler = job.profiler
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)
-        self.mover: Mover | None = build_mover(
-            module=job.module,
-            datamodule=job.datamodule,
-            accelerator=accelerator,
-            form=BatchForm(
-                floating_dtype=self.precision.weights_dtype, is_channels_last=plan.optimization.is_channels_last
-            ),
-        )
+        self.mover = self._build_mover()
         """Moves batches to the device; None where they need neither hooks nor a transfer."""
-        if self.mover is not None and self.profiler is not None:
-            self.mover.measure_with(self.profiler)
+        self.eval_mover = self._build_mover(is_same_on_all_ranks=True) if accelerator.is_one_graph else self.mover
+        """Moves batches of an evaluation or prediction."""
         is_finishing = type(accelerator).after_evaluation_batch is not Accelerator.after_evaluation_batch
         self.finish_evaluation_batch = accelerator.after_evaluation_batch if is_finishing else None
         """Called after each batch of an evaluation or prediction; None where the accelerator needs no such call."""
@@ -84,6 +77,19 @@ class Session:
         self._compiled_modules: list[nn.Module] = []
         self._compilations: CompilationWatch | None = None
         self._pending_random_state: dict[str, Any] | None = None
+
+    def _build_mover(self, *, is_same_on_all_ranks: bool = False) -> Mover | None:
+        optimization = self.plan.optimization
+        mover = build_mover(
+            module=self.job.module,
+            datamodule=self.job.datamodule,
+            accelerator=self.accelerator,
+            form=BatchForm(floating_dtype=self.precision.weights_dtype, is_channels_last=optimization.is_channels_last),
+            is_same_on_all_ranks=is_same_on_all_ranks,
+        )
+        if mover is not None and self.profiler is not None:
+            mover.measure_with(self.profiler)
+        return mover
 
     def set_up(self) -> None:
         """Prepare the data, call `setup` of all objects and place the module on its device. Collective."""
@@ -164,7 +170,7 @@ class Session:
         """
         if self.context.rank > 0:
             diverge_random_state(self.context.rank)
-            if not self.accelerator.has_common_generator:
+            if not self.accelerator.is_one_graph:
                 self.accelerator.seed(torch.initial_seed())
 
     def continue_random_state_at_next_batch(self, state: dict[str, Any]) -> None:

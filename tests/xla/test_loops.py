@@ -14,7 +14,7 @@ import raylit as pl
 
 require_xla()
 
-from raylit.accelerators.xla import count_compilations  # noqa: E402
+from raylit.accelerators.xla import XLAAccelerator, count_compilations  # noqa: E402
 from raylit.worker.collectives import require_reachable  # noqa: E402
 
 
@@ -102,6 +102,29 @@ def test_a_ragged_set_is_evaluated_exactly(num_workers):
         assert [len(one) for one in predictions] == [4, 4, 4, 4, 4, 1]
         assert {one.device.type for one in predictions} == {"cpu"}
         torch.testing.assert_close(torch.cat(predictions), model(x), atol=1e-6, rtol=0)
+
+
+class OneGraph(XLAAccelerator):
+    """As on the hosts of a slice, whose graph spans all workers: here each worker computes all of it."""
+
+    is_one_graph = True
+
+
+@pytest.mark.timeout(300)
+def test_workers_of_one_graph_evaluate_every_batch_together():
+    model = Evaluated()
+    data = make_data(21, seed=2)
+    loader = DataLoader(data, batch_size=4)
+    trainer = pl.Trainer(**{**QUIET, "accelerator": OneGraph()}, num_workers=2)
+    x, y = data.tensors
+    with torch.no_grad():
+        expected = functional.mse_loss(model(x), y).item()
+    (result,) = trainer.test(model, loader)
+    assert result["val_loss"] == pytest.approx(expected, abs=1e-6)
+    assert result["val_sum"] == pytest.approx(expected * 21, abs=1e-5)
+    trainer.validate(model, loader)
+    assert len(model.rows) == 21
+    assert [len(one) for one in trainer.predict(model, loader)] == [4, 4, 4, 4, 4, 1]
 
 
 def test_runs_with_one_seed_are_equal_and_with_another_are_not():

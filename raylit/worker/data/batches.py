@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -308,25 +309,34 @@ def build_mover(
     datamodule: DataModule | None,
     accelerator: Accelerator,
     form: BatchForm,
+    is_same_on_all_ranks: bool = False,
 ) -> Mover | None:
-    """Build the mover of the run's batches; None where batches need neither hooks nor a transfer."""
+    """Build the mover of the run's batches; None where batches need neither hooks nor a transfer.
+
+    `is_same_on_all_ranks` is that of `Accelerator.place_batch`.
+    """
     device = accelerator.device()
     before, transfer, after = (
         _find_hook(name, module, datamodule)
         for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     )
+    place = partial(accelerator.place_batch, is_same_on_all_ranks=is_same_on_all_ranks)
     is_hooked = before is not None or transfer is not None
     if is_hooked:
         before = _add_conversion(form, before)
         if transfer is not None:
             move = _bind_device(transfer, device)
-            copy = DirectCopy(_add_placement(move, accelerator) if accelerator.is_spmd else move)
+            if accelerator.is_spmd:
+                # What the user's transfer leaves whole on the device is divided.
+                copy = DirectCopy(lambda batch, dataloader_idx: place(move(batch, dataloader_idx)))
+                return Mover(copy, before=before, after=after, can_prefetch=False)
+            copy = DirectCopy(move)
             return Mover(copy, before=before, after=after, can_prefetch=False)
     if accelerator.has_copy_streams:
         return Mover(StreamCopy(device, form), before=before, after=after, can_prefetch=not is_hooked)
     if form.is_plain and before is None and after is None and device.type == "cpu":
         return None
-    copy = DirectCopy(lambda batch, dataloader_idx: form.convert(accelerator.place_batch(batch)))
+    copy = DirectCopy(lambda batch, dataloader_idx: form.convert(place(batch)))
     return Mover(copy, before=before, after=after, can_prefetch=False)
 
 
@@ -370,8 +380,3 @@ def _bind_device(transfer: Callable[..., Any], device: torch.device) -> BatchHoo
         # The signature of Lightning 0.9.
         return lambda batch, dataloader_idx: transfer(batch, device)
     return lambda batch, dataloader_idx: transfer(batch, device, dataloader_idx)
-
-
-def _add_placement(move: BatchHook, accelerator: Accelerator) -> BatchHook:
-    """Return the user's transfer followed by the accelerator's, which divides what it finds whole on the device."""
-    return lambda batch, dataloader_idx: accelerator.place_batch(move(batch, dataloader_idx))

@@ -17,6 +17,7 @@ from raylit.core.step_results import EvalResult
 from raylit.profilers.base import NEXT_BATCH
 from raylit.protocol.messages import Evaluate, Evaluated, Metrics, Predict, Predicted, Report, Ticked, Written
 from raylit.protocol.state import Stage
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.agreement import Description, check_epoch, check_first_batches
 from raylit.worker.data.batches import to_cpu
 from raylit.worker.data.combined import build_eval_data, combine_loaders
@@ -47,6 +48,11 @@ class _ForwardLoop:
     def __init__(self, session: Session, *, stage: Stage) -> None:
         self._session = session
         self._stage = stage
+        self._is_one_graph = session.accelerator.is_one_graph
+        """All ranks evaluate each batch together, whatever its shape, and have the same results."""
+        self._collectives = session.collectives
+        if self._is_one_graph:
+            self._collectives = Collectives(rank=session.context.rank, world_size=1)
         self.data_name = _DATA_NAMES[stage]
         """The data's name in error messages."""
         self.load()
@@ -65,8 +71,8 @@ class _ForwardLoop:
         self._loaders = [
             build_eval_data(
                 loader,
-                rank=context.rank,
-                world_size=context.world_size,
+                rank=0 if self._is_one_graph else context.rank,
+                world_size=1 if self._is_one_graph else context.world_size,
                 seed=plan.seed,
                 shard=plan.use_distributed_sampler,
                 is_recording=self._is_recording_indices,
@@ -96,7 +102,7 @@ class _ForwardLoop:
         batches = self._open_batches(index)
         first_uneven = self._loaders[index].first_uneven
         is_first_uneven_known = first_uneven > 0
-        if session.strategy.is_evaluation_collective:
+        if session.strategy.is_evaluation_collective and not self._is_one_graph:
             batches = iterate_uneven_batches(batches, num_batches=num_batches, collectives=session.collectives)
             num_batches = first_uneven = math.inf
         stop_barrier, uneven = session.stop_barrier, session.uneven
@@ -185,7 +191,7 @@ class _ForwardLoop:
         self._session.stop_barrier.num_done += 1
 
     def _open_batches(self, index: int) -> Iterator[tuple[int, Any]]:
-        loader, mover = self._loaders[index], self._session.mover
+        loader, mover = self._loaders[index], self._session.eval_mover
         batches = iter(loader)
         if loader.has_own_order:
             check_epoch(self._session.collectives, order=loader.order_fingerprint(), name=self.data_name)
@@ -266,16 +272,20 @@ class EvalLoop(_ForwardLoop):
     def __init__(self, session: Session, *, stage: Stage, training_metrics: MetricBuffer | None = None) -> None:
         super().__init__(session, stage=stage)
         self._training_metrics = training_metrics
-        self._suspended_states = torchmetrics_adapter.SuspendedStates(session.module, session.collectives)
+        self._suspended_states = torchmetrics_adapter.SuspendedStates(session.module, self._collectives)
         self._epoch_outputs: EpochOutputs | None = None
         self._file_rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
 
     def run(self, command: Evaluate) -> Iterator[Report]:
         """Run the whole loop with its hooks and reduce its metrics over the ranks. Collective."""
         session, view = self._session, self._session.view
-        metrics = MetricBuffer(session.collectives, is_evaluation=True)
+        metrics = MetricBuffer(self._collectives, is_evaluation=True)
         self._epoch_outputs = EpochOutputs.from_hook(
-            session, hook=f"{_PREFIXES[self._stage]}_epoch_end", metrics=metrics, num_lists=max(1, len(self._loaders))
+            session,
+            hook=f"{_PREFIXES[self._stage]}_epoch_end",
+            metrics=metrics,
+            num_lists=max(1, len(self._loaders)),
+            collectives=self._collectives,
         )
         self._file_rows = {}
         with (
@@ -313,7 +323,7 @@ class EvalLoop(_ForwardLoop):
             return
         if session.stage == "fit" and not command.is_sanity_check:
             view.validated_batch = view.num_batches_done
-        if self._file_rows:
+        if self._file_rows and not (self._is_one_graph and session.context.rank > 0):
             yield Written(files={filename: tuple(rows) for filename, rows in self._file_rows.items()})
         per_loader: tuple[dict[str, float], ...] = tuple({} for _ in self._loaders)
         for name, metric in reduced.items():
@@ -398,7 +408,7 @@ class PredictLoop(_ForwardLoop):
     def run(self, command: Predict) -> Iterator[Report]:
         """Run the whole loop with its hooks; the report has the outputs if the command asks for them."""
         session = self._session
-        metrics = MetricBuffer(session.collectives)
+        metrics = MetricBuffer(self._collectives)
         self._collected, self._nums_done = [], []
         is_collecting = command.is_returning or self._is_collecting
         with self._enter_stage(metrics), self._eval_mode():
@@ -418,6 +428,7 @@ class PredictLoop(_ForwardLoop):
                 self._nums_done.append(self._num_done)
             self._call_hooks("epoch_end")
             self._call_hooks("end")
-        collected = self._collected if command.is_returning else [[] for _ in self._loaders]
+        is_reported = command.is_returning and not (self._is_one_graph and session.context.rank > 0)
+        collected = self._collected if is_reported else [[] for _ in self._loaders]
         yield Predicted(rank=session.context.rank, outputs=tuple(tuple(outputs) for outputs in collected))
         self._collected = []

@@ -10,6 +10,7 @@ from raylit.accelerators.transfer import map_tensors, to_device
 from raylit.core.module import LightningModule
 from raylit.core.step_results import EvalResult, Result, TrainResult, is_plain
 from raylit.errors import ModuleError
+from raylit.worker.collectives import Collectives
 from raylit.worker.data.batches import to_cpu
 from raylit.worker.loops.hooks import is_overridden
 from raylit.worker.metrics.buffer import MetricBuffer
@@ -98,21 +99,24 @@ def record_evaluation(outputs: Any, metrics: MetricBuffer, *, step: str, has_hoo
 class EpochOutputs:
     """Outputs of an epoch's steps on this rank, for the hook that gets those of all ranks at the epoch's end."""
 
-    def __init__(self, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1) -> None:
+    def __init__(
+        self, session: Session, *, hook: str, metrics: MetricBuffer, collectives: Collectives, num_lists: int = 1
+    ) -> None:
         """Create empty lists; the hook gets one list, or with several loaders or optimizers a list of lists."""
         self._session = session
+        self._collectives = collectives
         self._hook = hook
         self._metrics = metrics
         self._outputs: list[list[tuple[int, Any]]] = [[] for _ in range(num_lists)]
 
     @classmethod
     def from_hook(
-        cls, session: Session, *, hook: str, metrics: MetricBuffer, num_lists: int = 1
+        cls, session: Session, *, hook: str, metrics: MetricBuffer, collectives: Collectives, num_lists: int = 1
     ) -> "EpochOutputs | None":
         """Return an EpochOutputs, or None where the module does not override the hook."""
         if not is_overridden(hook, session.module, LightningModule):
             return None
-        return cls(session, hook=hook, metrics=metrics, num_lists=num_lists)
+        return cls(session, hook=hook, metrics=metrics, collectives=collectives, num_lists=num_lists)
 
     def add(self, global_idx: int, outputs: Any, *, index: int = 0) -> None:
         """Add a step's outputs unless they are None.
@@ -167,8 +171,8 @@ class EpochOutputs:
         session, outputs_of_rank = self._session, self._outputs
         self._outputs = [[] for _ in outputs_of_rank]
         outputs_of_ranks = [outputs_of_rank]
-        if session.collectives.world_size > 1:
-            outputs_of_ranks = to_device(session.collectives.gather_objects(to_cpu(outputs_of_rank)), session.device)
+        if self._collectives.world_size > 1:
+            outputs_of_ranks = to_device(self._collectives.gather_objects(to_cpu(outputs_of_rank)), session.device)
         lists = [
             # The sort is stable and by batch alone: ranks that share a batch stay in order.
             [outputs for _, outputs in sorted(chain.from_iterable(parts), key=lambda pair: pair[0])]

@@ -79,7 +79,11 @@ class TrainLoop:
         self._is_stop_agreed = False
         self.metrics = metrics
         self._epoch_outputs = EpochOutputs.from_hook(
-            session, hook="training_epoch_end", metrics=metrics, num_lists=optimization.num_outputs
+            session,
+            hook="training_epoch_end",
+            metrics=metrics,
+            num_lists=optimization.num_outputs,
+            collectives=session.collectives,
         )
         self.load(data)
 
