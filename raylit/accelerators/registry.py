@@ -33,8 +33,8 @@ def _build_torch_tpu() -> Accelerator:
     """Build TorchTPU's accelerator. ConfigError: its package is not installed."""
     if not is_package_installed("torch_tpu"):
         raise ConfigError(
-            "accelerator='torch_tpu' needs torch_tpu, which is not installed: pip install 'raylit[tpu]' (Python 3.12 or "
-            "newer), here and on the TPU hosts"
+            "accelerator='torch_tpu' needs torch_tpu, which is not installed: pip install 'raylit[tpu]' (Python 3.12 "
+            "or newer), here and on the TPU hosts"
         )
     # torch imports torch_tpu by itself; the module is imported by the runs that need it.
     from raylit.accelerators.torch_tpu import TorchTPUAccelerator
