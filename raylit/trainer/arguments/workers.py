@@ -314,10 +314,10 @@ def _resources(resources: dict[str, float], accelerator: Accelerator) -> dict[st
             raise ConfigError(
                 f"resources_per_worker={resources!r}: Ray gives out object_store_memory itself; leave it out"
             )
-    near = {"cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU", "gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU"}
     for key in resources:
-        if key.lower() in near and key not in near.values():
-            raise ConfigError(f"resources_per_worker={resources!r}: did you mean {near[key.lower()]!r}?")
+        name = key.lower().removeprefix("num_").removesuffix("s").upper()
+        if name in ("CPU", "GPU", "TPU") and key != name:
+            raise ConfigError(f"resources_per_worker={resources!r}: did you mean {name!r}?")
     own = accelerator.resources
     for key in own:
         if resources.get(key, 1) == 0:
