@@ -63,7 +63,7 @@ def training(**arguments):
         switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         quiet = dict.fromkeys(switches, False)
         given = {**quiet, **arguments, "callbacks": config.get("callbacks")}
-        trainer = pl.Trainer(max_epochs=3, start_timeout_s=30, **given)
+        trainer = pl.Trainer(max_epochs=3, start_timeout_s=100, **given)
         trainer.fit(Model(lr=config.get("lr", 0.01)), RegressionData())
 
     return train
