@@ -51,6 +51,7 @@ def fit():
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("first", "device", "message"),
     [
@@ -69,6 +70,6 @@ def test_a_start_that_cannot_work_is_explained(first, device, message):
     if device is not None:
         environment["PJRT_DEVICE"] = device
     done = subprocess.run(
-        [sys.executable, "-c", f"{START}\n{first}\nfit()"], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", f"{START}\n{first}\nfit()"], env=environment, capture_output=True, text=True, timeout=280
     )
     assert message in done.stdout, done.stdout + done.stderr
