@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as can be seen without Docker: instructions, what it copies, and its commands by shellcheck."""
+"""The Dockerfile, as far as can be seen without Docker: instructions, what it copies, its commands by shellcheck."""
 
 import os
 import re
