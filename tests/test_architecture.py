@@ -275,7 +275,7 @@ def test_public_names_are_those_of_the_list() -> None:
     assert [name for name in raylit.__all__ if not hasattr(raylit, name)] == []
 
 
-FOLDERS_ONLY_IN_TESTS = {"benchmarks", "examples", "gpu", "spec", "xla"}
+FOLDERS_ONLY_IN_TESTS = {"benchmarks", "cluster_files", "examples", "gpu", "spec", "xla"}
 
 
 def test_folders_of_tests_mirror_the_package() -> None:

@@ -15,13 +15,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "README.md",
+    ROOT / "cluster" / "README.md",
     ROOT / "tests" / "benchmarks" / "README.md",
     ROOT / "tests" / "spec" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 NAMES = re.compile(r"(raylit/[\w/]*\.py)::([A-Za-z_][\w.]*)")
-PATHS = re.compile(r"(?<![\w/.:-])(?:raylit|tests|examples|docs|\.ci)/[\w./-]*[\w/]")
+PATHS = re.compile(r"(?<![\w/.:-])(?:raylit|tests|examples|docs|cluster|\.ci)/[\w./-]*[\w/]")
 
 
 def names_in(file: pathlib.Path) -> set[str]:
