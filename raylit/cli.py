@@ -28,7 +28,11 @@ _CONSOLIDATE = (
     "Make one file of a checkpoint that is a directory. Its tensors are in this process's memory for that time, all of "
     "them; without the optimizers' with --weights-only."
 )
-_EXACT = {"allow_abbrev": False}
+_DOCTOR = (
+    "Examine the cluster that RAY_ADDRESS names, or this machine: hosts, versions, network, clocks, limits, start of "
+    "workers, all-reduce, checkpoint directory. The exit code is 1 if something will go wrong in a training."
+)
+_EXACT: dict[str, Any] = {"allow_abbrev": False}
 """No abbreviated options: an option of a later version could make them ambiguous."""
 
 
@@ -44,6 +48,8 @@ def main(args: list[str] | None = None) -> int:
         if args[:1] == ["checkpoint"]:
             convert_checkpoint(args[1:])
             return 0
+        if args[:1] == ["doctor"]:
+            return run_doctor(args[1:])
         RaylitCLI(args=args, parser_kwargs={"prog": "raylit", "version": metadata.version("raylit")})
     except RaylitError as error:
         print(f"raylit: {type(error).__name__}: {error}", file=sys.stderr)
@@ -221,3 +227,29 @@ def convert_checkpoint(args: Sequence[str]) -> None:
     parsed = parser.parse_args(args)
     files.consolidate(parsed.directory, parsed.file, is_weights_only=parsed.weights_only)
     print(f"wrote {parsed.file}")
+
+
+def run_doctor(args: Sequence[str]) -> int:
+    """Run the command `raylit doctor`, which examines a cluster, and return 1 if it has found a problem, else 0."""
+    parser = argparse.ArgumentParser(prog="raylit doctor", description=_DOCTOR, **_EXACT)
+    parser.add_argument("--num-workers", type=int, metavar="N", help="workers to start (one per GPU, or per host)")
+    parser.add_argument("--checkpoint-dir", metavar="URL", help="a directory or URL that every host should write to")
+    parser.add_argument("--working-dir", metavar="DIR", help="a directory that is to be uploaded with a job")
+    parser.add_argument("--start-timeout", type=float, default=60.0, metavar="S", help="seconds for workers to start")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parsed = parser.parse_args(args)
+    if parsed.num_workers is not None and parsed.num_workers < 1:
+        raise ConfigError(f"--num-workers {parsed.num_workers}: must be at least 1")
+    if parsed.working_dir is not None and not os.path.isdir(parsed.working_dir):
+        raise ConfigError(f"--working-dir {parsed.working_dir}: there is no such directory")
+    # Importing Ray takes half a second, which other commands may not need.
+    from raylit.driver.ray.doctor import examine_cluster, format_diagnosis
+
+    diagnosis = examine_cluster(
+        num_workers=parsed.num_workers,
+        checkpoint_dir=parsed.checkpoint_dir,
+        working_dir=parsed.working_dir,
+        start_timeout_s=parsed.start_timeout,
+    )
+    print(diagnosis.to_json() if parsed.json else format_diagnosis(diagnosis))
+    return 1 if diagnosis.problems else 0

@@ -162,6 +162,16 @@ def write_bytes(content: bytes, url: str) -> None:
     files.pipe_file(place, content)
 
 
+def remove_file(path: str) -> None:
+    """Remove a file, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_url(path):
+            files, place = file_system(path)
+            files.rm_file(place)
+        else:
+            os.remove(path)
+
+
 def remove_directory(path: str) -> None:
     """Remove a directory with its content."""
     if is_url(path):

@@ -9,12 +9,16 @@ import contextlib
 import importlib
 import inspect
 import json
+import logging
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from raylit.compat.private_names import describe_missing, import_private
 from raylit.errors import RaylitError
@@ -55,6 +59,70 @@ def listen_on_loopback() -> Iterator[None]:
         yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
+
+
+def resolve_address(address: str) -> str | None:
+    """Return the HOST:PORT that Ray takes an address for; None if "auto" finds no node on this host.
+
+    Raises:
+        ValueError: It is no address.
+        OSError: "auto" finds several nodes.
+    """
+    resolve = _import("ray._private.services", "canonicalize_bootstrap_address")
+    return cast("str | None", resolve(address))
+
+
+def find_version_mismatch(address: str) -> tuple[str, str] | None:
+    """Return the versions of Ray and Python of the cluster at HOST:PORT, or None if this process may connect to it.
+
+    Ray checks them as well, but only when it has connected, which fails before that if the protocols differ.
+
+    Raises:
+        RuntimeError: The cluster refuses the connection.
+    """
+    client = _import("ray._raylet", "GcsClient")(address=address)
+    metadata = _import("ray._common.usage.usage_lib", "get_cluster_metadata")(client)
+    if not metadata:
+        return None
+    try:
+        _import("ray._private.utils", "check_version_info")(metadata, address)
+    except RuntimeError:
+        return metadata["ray_version"], metadata["python_version"]
+    return None
+
+
+def measure_package(directory: str, *, timeout_s: float) -> dict[str, int]:
+    """Measure what Ray would upload of a working directory, which it packs without compression.
+
+    Returns:
+        Bytes by the first name below the directory, without what .gitignore, .rayignore and Ray's defaults exclude; of
+        a part of the files if there are too many for `timeout_s`.
+    """
+    module = "ray._private.runtime_env.packaging"
+    root = Path(directory).absolute()
+    sizes: dict[str, int] = {}
+    deadline = time.monotonic() + timeout_s
+
+    def add(path: Path) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if path.is_file():
+            name = path.relative_to(root).parts[0]
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+
+    constants = _import("ray._private", "ray_constants")
+    excludes = [_import(module, "_get_excludes")(root, constants.get_runtime_env_default_excludes())]
+    ignores_git = os.environ.get(constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    silent = logging.Logger("silent", level=logging.CRITICAL + 1)
+    with contextlib.suppress(TimeoutError):
+        _import(module, "_dir_travel")(root, excludes, add, include_gitignore=ignores_git, logger=silent)
+    return sizes
+
+
+def read_package_limits() -> tuple[int, int]:
+    """Return the bytes that a working directory may have for `ray job submit`, and for `ray.init`."""
+    job_limit = _import("ray._private.ray_constants", "DASHBOARD_CLIENT_MAX_SIZE")
+    return job_limit, _import("ray._private.runtime_env.packaging", "GCS_STORAGE_MAX_SIZE")
 
 
 def shut_down_at_once() -> None:

@@ -3,10 +3,13 @@
 import atexit
 import logging
 import os
+import platform
 import secrets
+import socket
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +17,39 @@ import ray
 from ray.exceptions import RayError
 from ray.runtime_context import get_runtime_context
 
-from raylit.compat.ray_core import listen_on_loopback, reload_settings, shut_down_at_once
+from raylit.compat.ray_core import (
+    find_version_mismatch,
+    listen_on_loopback,
+    reload_settings,
+    resolve_address,
+    shut_down_at_once,
+)
 from raylit.driver.ray.node_reaper import MARK, PREFIX, SESSIONS, NodeReaper
 from raylit.errors import ConfigError, ResourcesError
 from raylit.protocol.process_settings import ProcessSettings, initial_environment
 
+_ANSWER_S = 5.0
+"""Time for the head of the cluster at RAY_ADDRESS to answer."""
+_RETRY_S = 0.5
+_ADDRESS_ADVICE = (
+    "Start the cluster (ray start --head), let RAY_ADDRESS be HOST:PORT of its head (port 6379, unless it was given "
+    "another one) or auto on a host of the cluster, open that port between this host and the head, or unset "
+    "RAY_ADDRESS to train on this machine alone"
+)
+
 
 def connect() -> None:
-    """Make sure that this process is a Ray driver."""
+    """Make sure that this process is a Ray driver.
+
+    Raises:
+        ConfigError: Nothing answers at RAY_ADDRESS, or the cluster there has another version of Ray or Python.
+        ResourcesError: Without RAY_ADDRESS: the node on this machine did not start.
+    """
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        # Ray itself would try for over a minute where nothing answers, and then end the process.
+        _check_cluster(address)
         ray.init(logging_level=logging.WARNING)
     else:
         _start_node()
@@ -86,6 +111,77 @@ def fixed_variables() -> frozenset[str]:
 def shutdown() -> None:
     """End the embedded node, if raylit has started one."""
     _node.stop()
+
+
+def _check_cluster(address: str) -> None:
+    """Check that the cluster at RAY_ADDRESS answers and has this process's versions; it takes 7 s at most.
+
+    Raises:
+        ConfigError: It does not answer, or has other versions.
+    """
+    scheme, _, rest = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is the address of a dashboard, which `ray job submit` takes: a training needs that "
+            "of the cluster's head, as HOST:6379, or auto on a host of the cluster"
+        )
+    if address == "local" or scheme not in ("", "ray"):
+        return
+    try:
+        place = resolve_address(address) if not scheme else rest.partition("/")[0]
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"RAY_ADDRESS={address}: Ray cannot read this address: {error}. {_ADDRESS_ADVICE}") from error
+    if place is None:
+        raise ConfigError(f"RAY_ADDRESS={address}: there is no Ray node on this host. {_ADDRESS_ADVICE}")
+    if (reason := _find_connection_fault(place)) is not None:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray head answers at {place} ({reason}, for {_ANSWER_S:g} s). {_ADDRESS_ADVICE}"
+        )
+    if not scheme:
+        _check_versions(address, place)
+
+
+def _check_versions(address: str, place: str) -> None:
+    try:
+        mismatch = find_version_mismatch(place)
+    except (RuntimeError, RayError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: what answers at {place} refuses the connection: {error}. A cluster with tokens "
+            f"needs its RAY_AUTH_TOKEN here; a much older Ray has another protocol. {_ADDRESS_ADVICE}"
+        ) from error
+    if mismatch is not None:
+        cluster_ray, cluster_python = mismatch
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: the cluster at {place} runs Ray {cluster_ray} and Python {cluster_python}, this "
+            f"process Ray {ray.__version__} and Python {platform.python_version()} ({sys.executable}). They must be "
+            f"the same: install here what the cluster has (Python {cluster_python}, pip install 'ray=={cluster_ray}'), or "
+            "start the cluster with what is here, for example from one container image"
+        )
+
+
+def _find_connection_fault(place: str) -> str | None:
+    """Return why nothing of Ray's answers at HOST:PORT, or None if it does; a head that just starts is waited for."""
+    host, _, port = place.rpartition(":")
+    if not port.isdigit():
+        return "the address has no port"
+    deadline = time.monotonic() + _ANSWER_S
+    while True:
+        remaining_s = max(0.1, deadline - time.monotonic())
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=remaining_s) as connection:
+                return None if _is_grpc(connection) else "something other than Ray listens there"
+        except OSError as error:
+            if time.monotonic() + _RETRY_S >= deadline:
+                return error.strerror or str(error) or type(error).__name__
+        time.sleep(_RETRY_S)
+
+
+def _is_grpc(connection: socket.socket) -> bool:
+    """Return True if an HTTP/2 server answers, as gRPC's are: its first frame must have the type SETTINGS."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return True
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    return connection.recv(9)[3:4] == b"\4"
 
 
 def _start_node() -> None:

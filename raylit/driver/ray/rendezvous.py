@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from raylit.driver.ray.host_probe import find_interface
+
 _GROUP_TIMEOUT = timedelta(minutes=30)
 _LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
@@ -25,7 +27,7 @@ class RendezvousInfo:
 
     def join(self, *, rank: int, world_size: int, backend: str, own_ip: str) -> None:
         """Form the default process group. Collective; called in the worker."""
-        interface = _find_interface(_LOOPBACK if self.host == _LOOPBACK else own_ip)
+        interface = find_interface(_LOOPBACK if self.host == _LOOPBACK else own_ip)
         if interface is not None:
             # gloo uses the interface that the host's name resolves to, which fails if that is a loopback address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -71,24 +73,3 @@ def _listen(host: str) -> socket.socket:
             raise
         # The node's address is translated on the way to it, as for a container.
         return socket.create_server(("", 0), family=family, backlog=_BACKLOG)
-
-
-def _find_interface(ip: str) -> str | None:
-    """Return the network interface that has an IPv4 address, or None if unknown."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = name.encode()[:15].ljust(40, b"\0")
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == ip:
-                return name
-    return None
-
-
-_SIOCGIFADDR = 0x8915
