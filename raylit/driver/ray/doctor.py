@@ -31,9 +31,9 @@ from raylit.driver.ray.rendezvous import Rendezvous, RendezvousInfo
 from raylit.errors import RaylitError
 from raylit.text_table import draw_table, fitting_widths, printable
 
-_PROBE_S = 30.0
+_PROBE_S = 60.0
 """Time for a process on each host to start and to answer, also on a busy host."""
-_STORAGE_S = 30.0
+_STORAGE_S = 60.0
 """Time for each step of the check of the checkpoint directory."""
 _CLOCK_S = 5.0
 _NUM_CLOCK_READS = 5
@@ -134,7 +134,7 @@ def examine_cluster(
         working_dir: Directory that is to be uploaded with a job. None: not checked.
         start_timeout_s: Limit for the workers to be placed and start, and for what they measure.
     """
-    problems = [] if working_dir is None else list(_check_working_dir(working_dir))
+    problems = [] if working_dir is None else list(check_working_dir(working_dir))
     directory = None if checkpoint_dir is None else storage.absolute(checkpoint_dir)
     try:
         local_cluster.connect()
@@ -142,8 +142,7 @@ def examine_cluster(
         problems.append(Problem(check="connection", found=str(error)))
         return Diagnosis(checkpoint_dir=directory, problems=tuple(problems))
     hosts, unanswered = _probe_hosts()
-    problems += unanswered
-    problems += [*_check_versions(hosts), *_check_limits(hosts), *_check_network(hosts), *_check_clocks(hosts)]
+    problems += [*unanswered, *check_hosts(hosts)]
     # Only hosts with raylit can run what follows.
     able = [host for host in hosts if host.versions.get("raylit", "none") != "none"]
     if directory is not None and able:
@@ -279,6 +278,11 @@ def _last_line(error: Exception) -> str:
 # Checks of what the hosts report
 
 
+def check_hosts(hosts: Sequence[HostReport]) -> list[Problem]:
+    """Return the problems of versions, limits, addresses and clocks."""
+    return [*_check_versions(hosts), *_check_limits(hosts), *_check_network(hosts), *_check_clocks(hosts)]
+
+
 def _check_versions(hosts: Sequence[HostReport]) -> Iterator[Problem]:
     for name in ("python", *PACKAGES):
         by_version: dict[str, list[str]] = collections.defaultdict(list)
@@ -354,14 +358,14 @@ def _check_clocks(hosts: Sequence[HostReport]) -> Iterator[Problem]:
         )
 
 
-def _check_working_dir(directory: str) -> Iterator[Problem]:
+def check_working_dir(directory: str) -> Iterator[Problem]:
     """Check the size of what Ray uploads of a working directory."""
     sizes = measure_package(directory, timeout_s=_PACKAGE_S)
     total = sum(sizes.values())
     job_limit, limit = read_package_limits()
     if total < job_limit:
         return
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    largest = [name for name in sorted(sizes, key=lambda name: -sizes[name])[:3] if sizes[name] >= 2**20]
     names = ", ".join(f"{name} {_format_mebibytes(sizes[name])}" for name in largest)
     ways = "`ray job submit`" if total < limit else "`ray job submit` and ray.init(runtime_env=...)"
     yield Problem(

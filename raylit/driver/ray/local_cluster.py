@@ -154,8 +154,8 @@ def _check_versions(address: str, place: str) -> None:
         raise ConfigError(
             f"RAY_ADDRESS={address}: the cluster at {place} runs Ray {cluster_ray} and Python {cluster_python}, this "
             f"process Ray {ray.__version__} and Python {platform.python_version()} ({sys.executable}). They must be "
-            f"the same: install here what the cluster has (Python {cluster_python}, pip install 'ray=={cluster_ray}'), or "
-            "start the cluster with what is here, for example from one container image"
+            f"the same: install here what the cluster has (Python {cluster_python}, pip install 'ray=={cluster_ray}'), "
+            "or start the cluster with what is here, for example from one container image"
         )
 
 
