@@ -4,7 +4,6 @@ Driver; the functions and the actor at the end run on the cluster's hosts. Every
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
 import time
@@ -387,42 +386,36 @@ def _format_mebibytes(num_bytes: int) -> str:
 
 
 def _check_directory(directory: str, hosts: Sequence[HostReport]) -> dict[str, str]:
-    """Return by node id "ok", or what is wrong with the directory on that host; the driver's host writes first."""
+    """Return by node id "ok", or what is wrong with the directory on that host; the first host writes first."""
     token = uuid.uuid4().hex
     mark = storage.join(directory, f".raylit-doctor-{token}")
-    home, others = hosts[0], hosts[1:]
-    [state] = _run_on([home], _write_mark, [(directory, mark, token)])
-    if state != "ok":
-        return {home.node_id: state}
-    states = {home.node_id: state}
-    answers = [storage.join(directory, f".raylit-doctor-{token}-{index}") for index in range(len(others))]
+    answers = [storage.join(directory, f".raylit-doctor-{token}-{index}") for index in range(1, len(hosts))]
+    # Actors, not tasks: they can be ended while they wait for a storage that does not answer. To cancel a task that is
+    # about to finish makes Ray 2.60 end the driver.
+    actor_class: Any = ray.remote(_StorageProbe)
+    probes = [actor_class.options(**_options_on(host.node_id)).remote() for host in hosts]
+    home, others = probes[0], probes[1:]
     try:
-        found = _run_on(others, _answer_mark, [(directory, mark, token, answer) for answer in answers])
-        states.update({host.node_id: state for host, state in zip(others, found, strict=True)})
+        [state] = _collect([home.write_mark.remote(directory, mark, token)], timeout_s=_STORAGE_S)
+        states = {hosts[0].node_id: state}
+        if state != "ok" or not others:
+            return states
+        calls = [
+            probe.answer_mark.remote(directory, mark, token, answer)
+            for probe, answer in zip(others, answers, strict=True)
+        ]
+        found = _collect(calls, timeout_s=_STORAGE_S)
+        states.update({host.node_id: state for host, state in zip(hosts[1:], found, strict=True)})
         written = [answer for answer, state in zip(answers, found, strict=True) if state == "ok"]
-        [missing] = _run_on([home], _list_missing, [(written,)])
-        for host, answer in zip(others, answers, strict=True):
+        [missing] = _collect([home.list_missing.remote(written)], timeout_s=_STORAGE_S)
+        for host, answer in zip(hosts[1:], answers, strict=True):
             if answer in (missing if isinstance(missing, list) else written):
                 states[host.node_id] = "what it writes is not seen by the driver's host"
+        return states
     finally:
-        _run_on([home], _remove_files, [([mark, *answers],)])
-    return states
-
-
-def _run_on(hosts: Sequence[HostReport], function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Run a function on each of the hosts, with its own arguments, and return the results. See `_collect`."""
-    task: Any = ray.remote(function)
-    calls = [
-        task.options(max_retries=0, **_options_on(host.node_id)).remote(*values)
-        for host, values in zip(hosts, arguments, strict=True)
-    ]
-    if not calls:
-        return []
-    results = _collect(calls, timeout_s=_STORAGE_S)
-    for call in calls:
-        with contextlib.suppress(RayError, ValueError, TypeError):
-            ray.cancel(call, force=True)
-    return results
+        _collect([home.remove_files.remote([mark, *answers])], timeout_s=_STORAGE_S)
+        for probe in probes:
+            ray.kill(probe)
 
 
 def _explain_directory(directory: str, hosts: Sequence[HostReport]) -> Iterator[Problem]:
@@ -607,35 +600,36 @@ def _join_names(names: Sequence[str]) -> str:
 # On the hosts of the cluster
 
 
-def _write_mark(directory: str, mark: str, token: str) -> str:
-    try:
-        storage.make_directory(directory)
-        storage.write_text(token, mark)
-        return "ok" if storage.read_text(mark) == token else "a file that was written there reads back as another"
-    except Exception as error:
-        return f"it cannot be written: {type(error).__name__}: {error}"
+class _StorageProbe:
+    """Ray actor on one host that reads and writes the checkpoint directory."""
 
+    def write_mark(self, directory: str, mark: str, token: str) -> str:
+        """Write the file that the other hosts should see; return "ok", or what was wrong."""
+        try:
+            storage.make_directory(directory)
+            storage.write_text(token, mark)
+            return "ok" if storage.read_text(mark) == token else "a file that was written there reads back as another"
+        except Exception as error:
+            return f"it cannot be written: {type(error).__name__}: {error}"
 
-def _answer_mark(directory: str, mark: str, token: str, answer: str) -> str:
-    """Read the file of the driver's host and write one; write nothing if this is another directory."""
-    try:
-        if not storage.is_url(directory) and not storage.exists(directory):
-            return "there is no such directory"
-        if storage.read_text(mark) != token:
-            return "it is another directory, without the file that the driver's host has just written"
-        storage.write_text(token, answer)
-    except Exception as error:
-        return f"it cannot be read or written: {type(error).__name__}: {error}"
-    return "ok"
+    def answer_mark(self, directory: str, mark: str, token: str, answer: str) -> str:
+        """Read the file of the driver's host and write one; write nothing if this is another directory."""
+        try:
+            if not storage.is_url(directory) and not storage.exists(directory):
+                return "there is no such directory"
+            if storage.read_text(mark) != token:
+                return "it is another directory, without the file that the driver's host has just written"
+            storage.write_text(token, answer)
+        except Exception as error:
+            return f"it cannot be read or written: {type(error).__name__}: {error}"
+        return "ok"
 
+    def list_missing(self, paths: Sequence[str]) -> list[str]:
+        return [path for path in paths if not storage.exists(path)]
 
-def _list_missing(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if not storage.exists(path)]
-
-
-def _remove_files(paths: Sequence[str]) -> None:
-    for path in paths:
-        storage.remove_file(path)
+    def remove_files(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            storage.remove_file(path)
 
 
 class _WorkerProbe:

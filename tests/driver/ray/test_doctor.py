@@ -9,6 +9,7 @@ import threading
 import pytest
 import ray
 from hosts import run_on_two_hosts
+from ray.runtime_context import get_runtime_context
 
 from raylit.compat.ray_core import listen_on_loopback
 from raylit.driver.ray import local_cluster
@@ -154,7 +155,7 @@ def test_another_service_at_the_address_is_an_error(without_ray):
 
 def test_another_version_of_ray_than_the_clusters_is_an_error_before_it_is_connected_to(without_ray):
     own = ray.__version__
-    without_ray.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    without_ray.setenv("RAY_ADDRESS", get_runtime_context().gcs_address)
     without_ray.setattr(ray, "__version__", "2.0.0")
     with (
         listen_on_loopback(),
