@@ -1,5 +1,6 @@
 """The `raylit` command as a user types it, in processes of its own; the class in this one."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,34 @@ def test_without_jsonargparse_the_command_says_what_to_install(run_script):
         "raylit: ConfigError: the command line needs jsonargparse: pip install 'raylit[cli]'",
         "1",
     ]
+
+
+def test_doctor_prints_json_and_its_exit_code_says_whether_there_is_a_problem(tmp_path, capsys):
+    code = main(["doctor", "--num-workers", "1", "--checkpoint-dir", str(tmp_path), "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert code == (0 if findings["is_healthy"] else 1)
+    assert findings["is_healthy"] == (findings["problems"] == [])
+    assert [host["checkpoint_dir"] for host in findings["hosts"]] == ["ok"]
+    assert findings["workers"]["num_workers"] == 1
+
+
+def test_doctor_names_an_address_where_nothing_answers(raylit, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    printed = raylit("doctor", returncode=1)
+    assert "Problem 1 (connection): RAY_ADDRESS=127.0.0.1:1: no Ray head answers" in printed
+    assert "ray start --head" in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--num-workers", "0"), "--num-workers 0: must be at least 1"),
+        (("--working-dir", "nowhere"), "--working-dir nowhere: there is no such directory"),
+    ],
+)
+def test_doctor_refuses_what_it_cannot_use(args, words, capsys):
+    assert main(["doctor", *args]) == 1
+    assert capsys.readouterr().err == f"raylit: ConfigError: {words}\n"
 
 
 def test_the_class_has_lightnings_arguments(tmp_path):
