@@ -184,4 +184,4 @@ def test_a_directory_that_only_one_host_sees_is_named(tmp_path):
     assert "formed a process group in" in second
     assert "all-reduce by gloo takes" in second
     assert "No problems found." in second
-    assert second.endswith("CODE 0\n")
+    assert second.endswith("CODE 0")
