@@ -23,7 +23,9 @@ _SUBCOMMANDS = {
     "predict": "Run the prediction loop.",
 }
 
-_DESCRIPTION = "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help, raylit doctor --help."
+_DESCRIPTION = (
+    "raylit: PyTorch Lightning's programming model on Ray actors. See raylit fit --help, raylit doctor --help."
+)
 _CONSOLIDATE = (
     "Make one file of a checkpoint that is a directory. Its tensors are in this process's memory for that time, all of "
     "them; without the optimizers' with --weights-only."

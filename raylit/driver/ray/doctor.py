@@ -128,7 +128,7 @@ def examine_cluster(
     """Examine the cluster that RAY_ADDRESS names, or this machine.
 
     Args:
-        num_workers: Number of workers to start. None: one per GPU of the cluster, or else one per host; at least 2.
+        num_workers: Number of workers to start. None: one per GPU of the cluster, or else one per host, but 2 at least.
         checkpoint_dir: Directory or URL that every host should read and write. None: not checked.
         working_dir: Directory that is to be uploaded with a job. None: not checked.
         start_timeout_s: Limit for the workers to be placed and start, and for what they measure.
@@ -448,7 +448,7 @@ def _measure_workers(
     num_gpus = int(sum(host.resources["GPU"] for host in hosts))
     accelerator: Accelerator = CUDAAccelerator() if num_gpus else CPUAccelerator()
     workers = Workers(
-        num_workers=num_workers or max(2, num_gpus or len(hosts)),
+        num_workers=num_workers or num_gpus or max(2, len(hosts)),
         accelerator=accelerator,
         placement="SPREAD",
         start_timeout_s=timeout_s,
@@ -579,7 +579,8 @@ def _draw_versions(hosts: Sequence[HostReport]) -> list[str]:
 
 
 def _describe_workers(report: WorkerReport) -> str:
-    text = f"{report.num_workers} workers ({report.accelerator}) started in {report.start_s:.1f} s"
+    plural = "" if report.num_workers == 1 else "s"
+    text = f"{report.num_workers} worker{plural} ({report.accelerator}) started in {report.start_s:.1f} s"
     if report.join_s is not None:
         text += f" and formed a process group in {report.join_s:.1f} s"
     if report.latency_s is not None and report.bytes_per_s is not None:
