@@ -51,6 +51,10 @@ def test_the_address_of_a_node_is_the_loopback_s_within_the_context_only():
     assert services.get_node_ip_address() == own
 
 
+def test_a_cluster_with_this_processs_versions_has_no_mismatch(_node):
+    assert ray_core.find_version_mismatch(ray.get_runtime_context().gcs_address) is None
+
+
 def test_ray_is_silent_on_the_deaths_of_these_workers_and_keeps_the_users_filter(monkeypatch):
     deduplicator = ray._private.ray_logging.stdout_deduplicator
     monkeypatch.setattr(deduplicator, "skip_re", None)
