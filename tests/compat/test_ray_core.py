@@ -51,7 +51,8 @@ def test_the_address_of_a_node_is_the_loopback_s_within_the_context_only():
     assert services.get_node_ip_address() == own
 
 
-def test_a_cluster_with_this_processs_versions_has_no_mismatch(_node):
+@pytest.mark.usefixtures("_node")
+def test_a_cluster_with_this_processs_versions_has_no_mismatch():
     assert ray_core.find_version_mismatch(ray.get_runtime_context().gcs_address) is None
 
 
