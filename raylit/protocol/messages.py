@@ -269,6 +269,10 @@ class Paused:
     stop_reason: str | None = None
     """Set if a worker's callback or hook requested the end of training."""
     metrics: Metrics = field(default_factory=dict)
+    data_wait_s: float = 0.0
+    """Seconds in which this rank has waited for batches during the command, moving them to the device included."""
+    compilation_s: float = 0.0
+    """Seconds in which this rank has compiled during the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,6 +307,8 @@ class Evaluated:
 
     That number counts all evaluations of this stage.
     """
+    compilation_s: float = 0.0
+    """Seconds in which this rank has compiled during the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,6 +139,11 @@ class Session:
         is_per_node = self.plan.prepares_per_node and getattr(owner, "prepare_data_per_node", True)
         return (self.context.local_rank if is_per_node else self.context.rank) == 0
 
+    @property
+    def compilation_s(self) -> float:
+        """Seconds in which this process has compiled for the run so far."""
+        return 0.0 if self._compilations is None else self._compilations.total_s
+
     def measure_call(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return the call, measured by the profiler if there is one."""
         return call if self.profiler is None else time_items(self.profiler, name, call)

@@ -270,6 +270,7 @@ class EvalLoop(_ForwardLoop):
     def run(self, command: Evaluate) -> Iterator[Report]:
         """Run the whole loop with its hooks and reduce its metrics over the ranks. Collective."""
         session, view = self._session, self._session.view
+        compiled_before_s = session.compilation_s
         metrics = MetricBuffer(session.collectives, is_evaluation=True)
         self._epoch_outputs = EpochOutputs.from_hook(
             session, hook=f"{_PREFIXES[self._stage]}_epoch_end", metrics=metrics, num_lists=max(1, len(self._loaders))
@@ -322,6 +323,7 @@ class EvalLoop(_ForwardLoop):
             per_loader=per_loader,
             stop_reason="trainer.should_stop was set" if view.should_stop else None,
             steps=() if command.is_sanity_check else self._number_step_rows(metrics),
+            compilation_s=session.compilation_s - compiled_before_s,
         )
 
     @contextmanager
