@@ -139,7 +139,7 @@ class HookedCommand:
 class Train(HookedCommand):
     """Command to train until the epoch has `until_batch` batches, `until_step` is reached or the data ends.
 
-    Answered by `Ticked` and `Stepped` during the training, and `Paused` at its end.
+    Answered by `Ticked`, `Measured` and `Stepped` during the training, and `Paused` at its end.
     """
 
     until_batch: float
@@ -257,6 +257,25 @@ class Stepped:
 
     progress: Progress
     metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankTimes:
+    """What one rank has done in an interval between two logging steps; times are host times."""
+
+    elapsed_s: float
+    """From the end of the last reading of metrics to the beginning of this one."""
+    data_wait_s: float
+    """Seconds of waiting for batches."""
+    backward_s: float
+    """Seconds of backward passes of automatic optimization, in which the ranks wait for each other's gradients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Report of how all ranks have spent an interval between two logging steps. Sent by rank 0."""
+
+    ranks: tuple[RankTimes, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -464,6 +483,7 @@ Report = (
     | Reloaded
     | Ticked
     | Stepped
+    | Measured
     | Paused
     | EpochEnded
     | Raised

@@ -24,6 +24,7 @@ from raylit.worker.data.batches import Mover, build_mover
 from raylit.worker.data.sampling import RandomState
 from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.loops.hooks import Hooks, is_overridden
+from raylit.worker.loops.interval_clock import IntervalClock
 from raylit.worker.process.compiling import CompilationWatch, compile_parts
 from raylit.worker.uneven_inputs import UnevenSteps
 from raylit.worker.view import TrainerView
@@ -62,6 +63,7 @@ class Session:
         )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
+        self.clock = IntervalClock()
         self.uneven = UnevenSteps(collectives, module=job.module, view=self.view, device=self.device)
         self.profiler = job.profiler
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)

@@ -22,6 +22,7 @@ from raylit.driver.loop.goodput import Cause, GoodputLedger
 from raylit.driver.loop.log_writer import LogWriter
 from raylit.driver.loop.schedule import Schedule
 from raylit.driver.loop.signals import SignalHandler
+from raylit.driver.loop.slowest_rank import describe_slowest_rank
 from raylit.errors import CheckpointError, RaylitError, WorkerDied
 from raylit.loggers.base import Logger
 from raylit.protocol.messages import (
@@ -35,6 +36,7 @@ from raylit.protocol.messages import (
     HookedCommand,
     LogCall,
     LookAhead,
+    Measured,
     Metrics,
     Paused,
     Predict,
@@ -486,6 +488,8 @@ class Coordinator:
             case Ticked():
                 state.progress_bar_metrics.update(report.metrics)
                 self._notify("on_tick", report.batch, report.dataloader_idx)
+            case Measured():
+                state.slowest_rank = describe_slowest_rank(report.ranks)
             case Stepped():
                 state.progress = report.progress
                 self._record_metrics(report.metrics)

@@ -96,7 +96,7 @@ class TrainLoop:
         """Train until the command's limits, the end of the epoch or a stop on which the ranks have agreed.
 
         Yields:
-            `Stepped` at each logging interval, `Ticked` from rank 0 for progress bars, and a last `Paused`.
+            `Stepped` at each logging interval, `Measured` and `Ticked` from rank 0, and a last `Paused`.
 
         Raises:
             ModuleError: A rank has no share of the last batch, which the strategy does not allow.
@@ -105,6 +105,7 @@ class TrainLoop:
         compiled_before_s = session.compilation_s
         feed = self._begin_command()
         data_wait_s = self._opening_s
+        session.clock.restart(data_wait_s=data_wait_s)
         on_batch_start = session.hooks.list_calls("on_train_batch_start")
         on_batch_end = session.hooks.list_calls("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
@@ -173,7 +174,7 @@ class TrainLoop:
             if is_uneven:
                 view.is_uneven = False
             if is_step_due and view.num_windows % log_every == 0:
-                yield from self._report_step()
+                yield from self._report_step(data_wait_s=data_wait_s)
             is_stopping = view.should_stop and (is_single_rank or self._is_stop_agreed)
             if monotonic() >= next_tick:
                 yield Ticked(
@@ -186,7 +187,7 @@ class TrainLoop:
         if is_exhausted and optimization.finish_window():
             self._count_step()
             if view.num_windows % log_every == 0:
-                yield from self._report_step()
+                yield from self._report_step(data_wait_s=data_wait_s)
         if peekable_feed is not None:
             data_wait_s += peekable_feed.look_ahead_s
         yield self._pause(
@@ -362,20 +363,30 @@ class TrainLoop:
         if self._step_schedules:
             self._step_schedulers(self._step_schedules, view.num_windows)
 
-    def _report_step(self) -> Iterator[Report]:
-        """Reduce the interval's metrics and the ranks' stop wishes in one all-reduce; report them. Collective."""
-        view = self._view
-        metrics, self._is_stop_agreed = self.metrics.read_step(stop_wish=view.should_stop)
+    def _report_step(self, *, data_wait_s: float) -> Iterator[Report]:
+        """Gather the interval's metrics, times and stop wishes of all ranks at once; report them. Collective.
+
+        Args:
+            data_wait_s: This rank's wait for data since the command began.
+        """
+        view, clock = self._view, self._session.clock
+        times = clock.read(data_wait_s=data_wait_s)
+        metrics, self._is_stop_agreed, times_of_ranks = self.metrics.read_step(
+            stop_wish=view.should_stop, own_numbers=times
+        )
         if self._is_stop_agreed:
             view.should_stop = True
         view.receive(metrics)
+        if len(times_of_ranks) > 1 and self._session.context.rank == 0:
+            yield clock.build_report(times_of_ranks)
         if metrics:
             yield Stepped(progress=view.progress, metrics=metrics)
+        clock.restart(data_wait_s=data_wait_s)
 
     def _pause(self, *, is_epoch_finished: bool, data_wait_s: float, compilation_s: float) -> Paused:
         """Reduce metrics and stop wishes, synchronize buffers and return the report of the pause. Collective."""
         view = self._view
-        metrics, self._is_stop_agreed = self.metrics.read_step(stop_wish=view.should_stop)
+        metrics, self._is_stop_agreed, _ = self.metrics.read_step(stop_wish=view.should_stop)
         view.receive(metrics)
         self._session.strategy.sync_buffers(self._session.module)
         return Paused(
