@@ -83,14 +83,14 @@ class ProgressBar(DriverCallback):
         last = run.plan.limits.max_epochs
         title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
         self._epoch = self._open_meter(run, title, total=run.state.num_training_batches, done=done, is_outer=True)
-        if self._epoch is not None and run.state.progress_bar_metrics:
-            self._epoch.show(done, run.state.progress_bar_metrics)  # the last epoch's metrics, until there are new ones
+        if self._epoch is not None and _collect_values(run):
+            self._epoch.show(done, _collect_values(run))  # the last epoch's metrics, until there are new ones
 
     def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
         if self._evaluation is not None:
             self._evaluation.show(sum(_count_eval_batches(run)[:dataloader_idx]) + batch, {})
         elif self._epoch is not None:
-            self._epoch.show(batch, run.state.progress_bar_metrics)
+            self._epoch.show(batch, _collect_values(run))
 
     def on_evaluation_start(self, run: Run, stage: str) -> None:
         if run.state.is_sanity_checking:
@@ -98,7 +98,7 @@ class ProgressBar(DriverCallback):
         else:
             title = "Validation" if run.state.stage == "fit" else _TITLES[stage]
         if self._epoch is not None:
-            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics)
+            self._epoch.show(run.state.progress.batch, _collect_values(run))
         is_outer = run.state.stage != "fit"
         self._evaluation = self._open_meter(run, title, total=sum(_count_eval_batches(run)), done=0, is_outer=is_outer)
 
@@ -108,17 +108,17 @@ class ProgressBar(DriverCallback):
             return
         if run.state.stage != "fit":
             done = meter.total if math.isfinite(meter.total) else meter.done
-            meter.show(done, run.state.progress_bar_metrics, is_final=True)
+            meter.show(done, _collect_values(run), is_final=True)
             meter.close(leave=True)
             return
         meter.close(leave=False)
         if self._epoch is not None:
             self._epoch.resume(meter.started_at)
-            self._epoch.show(self._epoch.done, run.state.progress_bar_metrics)
+            self._epoch.show(self._epoch.done, _collect_values(run))
 
     def on_train_epoch_end(self, run: Run) -> None:
         if self._epoch is not None:
-            self._epoch.show(run.state.progress.batch, run.state.progress_bar_metrics, is_final=True)
+            self._epoch.show(run.state.progress.batch, _collect_values(run), is_final=True)
 
     def on_end(self, run: Run) -> None:
         self._close()
@@ -203,6 +203,12 @@ def _is_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in shell.config
+
+
+def _collect_values(run: Run) -> Values:
+    """Return the metrics for the bar, with the rank that holds the others up, if there is one."""
+    slowest = {"slowest": run.state.slowest_rank} if run.state.slowest_rank else {}
+    return {**run.state.progress_bar_metrics, **slowest}
 
 
 def _count_eval_batches(run: Run) -> tuple[float, ...]:

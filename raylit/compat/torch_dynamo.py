@@ -110,16 +110,23 @@ def isolate_script_globals(module: nn.Module) -> None:
                 scope["__name__"] = "namedtuple_raylit"
 
 
-def add_compilation_callback(callback: Callable[[Any], None]) -> None:
-    """Register a function that is called at the start of each compilation, when torch has recorded those before it."""
-    read_private(_import_callbacks(), "register_start_callback", feature=_FEATURE)(callback)
+def add_compilation_callbacks(*, on_start: Callable[[Any], None], on_end: Callable[[Any], None]) -> None:
+    """Register functions that are called at the start and at the end of each compilation.
 
-
-def remove_compilation_callback(callback: Callable[[Any], None]) -> None:
-    """Undo `add_compilation_callback`; do nothing if the callback is not registered."""
+    At the start torch has recorded the compilations before it.
+    """
     callbacks = _import_callbacks()
-    if callback in read_private(callbacks, "start_callbacks", feature=_FEATURE):
-        callbacks.remove_start_callback(callback)
+    read_private(callbacks, "register_start_callback", feature=_FEATURE)(on_start)
+    read_private(callbacks, "register_end_callback", feature=_FEATURE)(on_end)
+
+
+def remove_compilation_callbacks(*, on_start: Callable[[Any], None], on_end: Callable[[Any], None]) -> None:
+    """Undo `add_compilation_callbacks`; do nothing if the functions are not registered."""
+    callbacks = _import_callbacks()
+    if on_start in read_private(callbacks, "start_callbacks", feature=_FEATURE):
+        callbacks.remove_start_callback(on_start)
+    if on_end in read_private(callbacks, "end_callbacks", feature=_FEATURE):
+        callbacks.remove_end_callback(on_end)
 
 
 def list_compilations() -> list[Any]:

@@ -139,7 +139,7 @@ class HookedCommand:
 class Train(HookedCommand):
     """Command to train until the epoch has `until_batch` batches, `until_step` is reached or the data ends.
 
-    Answered by `Ticked` and `Stepped` during the training, and `Paused` at its end.
+    Answered by `Ticked`, `Measured` and `Stepped` during the training, and `Paused` at its end.
     """
 
     until_batch: float
@@ -260,6 +260,25 @@ class Stepped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankTimes:
+    """What one rank has done in an interval between two logging steps; times are host times."""
+
+    elapsed_s: float
+    """From the end of the last reading of metrics to the beginning of this one."""
+    data_wait_s: float
+    """Seconds of waiting for batches."""
+    backward_s: float
+    """Seconds of backward passes of automatic optimization, in which the ranks wait for each other's gradients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Report of how all ranks have spent an interval between two logging steps. Sent by rank 0."""
+
+    ranks: tuple[RankTimes, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Paused:
     """Report that training has paused between two batches."""
 
@@ -269,6 +288,10 @@ class Paused:
     stop_reason: str | None = None
     """Set if a worker's callback or hook requested the end of training."""
     metrics: Metrics = field(default_factory=dict)
+    data_wait_s: float = 0.0
+    """Seconds in which this rank has waited for batches during the command, moving them to the device included."""
+    compilation_s: float = 0.0
+    """Seconds in which this rank has compiled during the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,6 +326,8 @@ class Evaluated:
 
     That number counts all evaluations of this stage.
     """
+    compilation_s: float = 0.0
+    """Seconds in which this rank has compiled during the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -458,6 +483,7 @@ Report = (
     | Reloaded
     | Ticked
     | Stepped
+    | Measured
     | Paused
     | EpochEnded
     | Raised

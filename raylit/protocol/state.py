@@ -88,6 +88,8 @@ class RunState:
     """The latest reduced value of every metric, whatever its options."""
     logged_metrics: dict[str, float] = field(default_factory=dict)
     progress_bar_metrics: dict[str, float | str] = field(default_factory=dict)
+    slowest_rank: str = ""
+    """The rank that was well behind the others in the last logging interval, and with what; empty: none was."""
     summary: Summary | None = None
     """Summary of a fit's model at the start, if the plan requests one."""
     stop_reason: str | None = None

@@ -125,6 +125,14 @@ def apply_callbacks(plan: Plan, callbacks: Sequence[Callback | DriverCallback], 
     return replace(plan, optimization=replace(plan.optimization, accumulation=accumulation))
 
 
+def is_showing_progress(callbacks: Sequence[DriverCallback]) -> bool:
+    """Return whether a fit shows what it does: it has a progress bar or prints the model's summary."""
+    return any(
+        isinstance(callback, ModelSummary) or (isinstance(callback, ProgressBar) and callback.refresh_rate > 0)
+        for callback in callbacks
+    )
+
+
 def build_exception_callbacks(callbacks: Sequence[DriverCallback], *, log_dir: str) -> list[Callback]:
     """Build the workers' callbacks for each ModelCheckpoint that saves when a worker's hook raises."""
     saves = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]

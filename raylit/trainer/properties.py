@@ -18,6 +18,7 @@ from raylit.config import Plan, PlanProperties
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.core.weights import write_weights
+from raylit.driver.loop.goodput import Goodput, GoodputLedger
 from raylit.errors import CheckpointError, ConfigError
 from raylit.loggers import Logger
 from raylit.precision import build_precision
@@ -68,6 +69,7 @@ class TrainerProperties(PlanProperties):
     _plan: Plan
     _state: RunState
     _status: RunStatus
+    _ledger: GoodputLedger | None
     _progress_of_weights: Progress
     """Position in the last fit that the driver's weights are of: the start, if an error kept the workers from sending
     theirs."""
@@ -81,6 +83,11 @@ class TrainerProperties(PlanProperties):
     def plan(self) -> Plan:
         """The frozen settings of the run, as every worker gets them. Internal."""
         return self._plan
+
+    @property
+    def goodput(self) -> Goodput | None:
+        """Wall time of the last run by cause, with the share of its steps; None before the first run."""
+        return None if self._ledger is None else self._ledger.read()
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """The Trainer: it builds a frozen Plan from its arguments, and its entry points run it by a Coordinator. Driver."""
 
 import os
+import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,7 @@ from raylit.config import BatchLimit, CombinationName, MatmulPrecisionName, Stra
 from raylit.core.datamodule import DataModule
 from raylit.core.module import LightningModule
 from raylit.driver.loop.coordinator import Coordinator
+from raylit.driver.loop.goodput import GoodputLedger
 from raylit.driver.tune_integration import detect_tune_session
 from raylit.errors import ConfigError, shows_user_frames
 from raylit.loggers import Logger
@@ -46,7 +49,7 @@ from raylit.trainer.arguments import (
     parse_workers,
     resolve_aliases,
 )
-from raylit.trainer.default_callbacks import build_exception_callbacks, build_hook_loggers
+from raylit.trainer.default_callbacks import build_exception_callbacks, build_hook_loggers, is_showing_progress
 from raylit.trainer.preflight import (
     check_module,
     require_automatic,
@@ -348,6 +351,7 @@ class Trainer(TrainerProperties):
         self._resume_from_checkpoint = resume_from_checkpoint
         self._state = RunState(stage="fit")
         self._status: RunStatus = "initializing"
+        self._ledger: GoodputLedger | None = None
         self._progress_of_weights = Progress()
         self.ckpt_path: str | None = None
         self.searches = parse_searches(
@@ -417,6 +421,7 @@ class Trainer(TrainerProperties):
         ckpt_path = resolve_aliases(
             ckpt_path=ckpt_path, resume=self._resume, resume_from_checkpoint=self._resume_from_checkpoint
         )
+        started_at = perf_counter()
         found = None
         if ckpt_path == AUTO and not self._plan.is_dev_run:
             # Before the loggers begin a run of their own.
@@ -426,12 +431,15 @@ class Trainer(TrainerProperties):
         inside = detect_tune_session(job, self._driver_callbacks, is_continued=is_continued)
         if not is_continued and inside.checkpoint is None:
             self.tuner.search_once(model, train_dataloaders, val_dataloaders, datamodule)
+            started_at = perf_counter()  # the searches' own runs do not count
         path = None if ckpt_path == AUTO else ckpt_path
         if inside.checkpoint is None:
             found = found or self._checkpoints.read(path, weights_only)
         checkpoint = inside.checkpoint or use_checkpoint(inside.job, found)
         seed = None if checkpoint is None else format.read_seed(checkpoint)
-        with self._open_coordinator("fit", inside.job, seed=seed, callbacks=inside.callbacks) as coordinator:
+        with self._open_coordinator(
+            "fit", inside.job, seed=seed, callbacks=inside.callbacks, started_at=started_at
+        ) as coordinator:
             coordinator.fit(checkpoint=checkpoint)
 
     @shows_user_frames
@@ -552,12 +560,13 @@ class Trainer(TrainerProperties):
             The outputs for each batch, on the CPU, in the order of the data set; with several loaders a list of such
             lists. None with `return_predictions=False`.
         """
+        started_at = perf_counter()
         found = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._build_job("predict", model, dataloaders, datamodule)
         checkpoint = use_checkpoint(job, found)
         require_steps_and_loaders(job, "predict")
         require_weights(job.module, has_checkpoint=checkpoint is not None)
-        with self._open_coordinator("predict", job) as coordinator:
+        with self._open_coordinator("predict", job, started_at=started_at) as coordinator:
             outputs = coordinator.predict(checkpoint=checkpoint, is_returning=return_predictions is not False)
         if return_predictions is False:
             return None
@@ -630,6 +639,7 @@ class Trainer(TrainerProperties):
         stage: Stage,
         job: Job,
         *,
+        started_at: float,
         seed: int | None = None,
         callbacks: Sequence[DriverCallback] | None = None,
     ) -> Iterator[Coordinator]:
@@ -642,7 +652,9 @@ class Trainer(TrainerProperties):
             callbacks=self._driver_callbacks if callbacks is None else callbacks,
             loggers=self.loggers,
             stage=stage,
+            started_at=started_at,
         )
+        self._ledger = coordinator.ledger
         if stage == "fit":
             self._progress_of_weights = Progress()
         else:
@@ -661,6 +673,10 @@ class Trainer(TrainerProperties):
                 self._apply_results(job, finished)
             if stage == "fit" and (finished is not None or self.num_workers == 0):
                 self._progress_of_weights = coordinator.state.progress
+            coordinator.ledger.close()
+            goodput = coordinator.ledger.read()
+            if stage == "fit" and goodput.steps > 0 and is_showing_progress(self._driver_callbacks):
+                print(goodput, file=sys.stderr)
 
     def _evaluate(
         self,
@@ -672,12 +688,13 @@ class Trainer(TrainerProperties):
         datamodule: DataModule | None,
         weights_only: bool | None,
     ) -> list[dict[str, float]]:
+        started_at = perf_counter()
         found = self._checkpoints.read(ckpt_path, weights_only, is_best_default=model is None)
         job = self._build_job(stage, model, dataloaders, datamodule)
         checkpoint = use_checkpoint(job, found)
         require_steps_and_loaders(job, stage)
         require_weights(job.module, has_checkpoint=checkpoint is not None)
-        with self._open_coordinator(stage, job) as coordinator:
+        with self._open_coordinator(stage, job, started_at=started_at) as coordinator:
             results = coordinator.evaluate(checkpoint=checkpoint)
         if verbose:
             print_results_table(stage, results)

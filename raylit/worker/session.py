@@ -24,6 +24,7 @@ from raylit.worker.data.batches import Mover, build_mover
 from raylit.worker.data.sampling import RandomState
 from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.loops.hooks import Hooks, is_overridden
+from raylit.worker.loops.interval_clock import IntervalClock
 from raylit.worker.process.compiling import CompilationWatch, compile_parts
 from raylit.worker.uneven_inputs import UnevenSteps
 from raylit.worker.view import TrainerView
@@ -62,6 +63,7 @@ class Session:
         )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
+        self.clock = IntervalClock()
         self.uneven = UnevenSteps(collectives, module=job.module, view=self.view, device=self.device)
         self.profiler = job.profiler
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)
@@ -147,6 +149,11 @@ class Session:
         """Return whether this rank prepares the data: one rank of each host, or one in all."""
         is_per_node = self.plan.prepares_per_node and getattr(owner, "prepare_data_per_node", True)
         return (self.context.local_rank if is_per_node else self.context.rank) == 0
+
+    @property
+    def compilation_s(self) -> float:
+        """Seconds in which this process has compiled for the run so far."""
+        return 0.0 if self._compilations is None else self._compilations.total_s
 
     def measure_call(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return the call, measured by the profiler if there is one."""

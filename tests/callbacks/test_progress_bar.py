@@ -334,6 +334,15 @@ def test_no_line_is_printed_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_the_slowest_rank_is_shown_after_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(ProgressBar())
+    run.start_epoch(0)
+    run.state.slowest_rank = "rank 3 +45% data wait"
+    run.end_epoch(4, loss=0.5)
+    run.bar.on_end(run)
+    assert capsys.readouterr().err.endswith("loss=0.500, slowest=rank 3 +45% data wait\n")
+
+
 def test_an_exception_prints_how_far_it_got(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(ProgressBar())
     run.start_epoch(0)

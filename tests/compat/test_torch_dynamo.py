@@ -31,22 +31,20 @@ def compiled(module):
 
 
 def count_compilations(call):
-    seen = []
-
-    def note(args):
-        seen.append(args)
-
-    torch_dynamo.add_compilation_callback(note)
+    started, ended = [], []
+    callbacks = {"on_start": started.append, "on_end": ended.append}
+    torch_dynamo.add_compilation_callbacks(**callbacks)
     call()
-    torch_dynamo.remove_compilation_callback(note)
-    return len(seen)
+    torch_dynamo.remove_compilation_callbacks(**callbacks)
+    assert len(ended) == len(started)
+    return len(started)
 
 
 def test_a_callback_is_called_at_each_compilation_until_it_is_removed():
     module = compiled(Scaling(1))
     assert count_compilations(lambda: module(torch.ones(1))) == 1
     assert count_compilations(lambda: module(torch.ones(1))) == 0
-    torch_dynamo.remove_compilation_callback(print)
+    torch_dynamo.remove_compilation_callbacks(on_start=print, on_end=print)
 
 
 def test_a_reset_makes_the_compiler_compile_again():

@@ -66,14 +66,17 @@ LOGGERS = (pl.CSVLogger, pl.TensorBoardLogger)
 
 
 def contents(loggers):
-    """Of the table and of the event files: by name the values with their steps, in the order of writing."""
+    """Of the table and of the event files: by name the values with their steps, in the order of writing.
+
+    The goodput is left out, which is of one run and not of the runs that it continues.
+    """
     of_table, of_events = {}, {}
     for row in csv.DictReader(read_text(loggers[0].metrics_file).splitlines()):
         for name, value in row.items():
-            if value and name != "step":
+            if value and name != "step" and not name.startswith("goodput/"):
                 of_table.setdefault(name, []).append((int(row["step"]), pytest.approx(float(value))))
     events = EventAccumulator(loggers[1].log_dir).Reload()
-    for tag in events.Tags()["scalars"]:
+    for tag in [tag for tag in events.Tags()["scalars"] if not tag.startswith("goodput/")]:
         of_events[tag] = [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
     return of_table, of_events
 

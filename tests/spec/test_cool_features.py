@@ -317,7 +317,7 @@ def test_checkpoints_and_logs_go_to_urls(num_workers, logger):
         assert b"val_loss" in store.cat_file(events)
     else:
         lines = store.cat_file(f"{place}/metrics.csv").decode().splitlines()
-        assert (lines[0].split(","), len(lines)) == (["step", "val_loss", "epoch"], 3)
+        assert (lines[0].split(",")[:4], len(lines)) == (["step", "val_loss", "epoch", "goodput/fraction"], 4)
 
 
 def test_move_from_cpus_to_gpus_or_tpus_without_code_changes(monkeypatch):

@@ -233,7 +233,7 @@ def test_a_logger_of_the_users_own_works():
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    assert logger.rows == [(2, 0.0), (5, 0.0), (5, 0.0), (8, 1.0), (11, 1.0), (11, 1.0)]
+    assert logger.rows == [(2, 0.0), (5, 0.0), (5, 0.0), (8, 1.0), (11, 1.0), (11, 1.0), (11, 1.0)]
     assert logger.params["lr"] == 0.05
     assert logger.told == ["save", "save", "success"]
 

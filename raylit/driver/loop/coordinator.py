@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, Protocol
 
 from raylit.callbacks.base import DriverCallback
@@ -17,9 +18,11 @@ from raylit.config import Plan
 from raylit.driver.loop import predictions
 from raylit.driver.loop.checkpoint_queue import CheckpointQueue, CheckpointWriter, FlushLogsFirst, SaveRequest
 from raylit.driver.loop.driver_profiler import DriverProfiler
+from raylit.driver.loop.goodput import Cause, GoodputLedger
 from raylit.driver.loop.log_writer import LogWriter
 from raylit.driver.loop.schedule import Schedule
 from raylit.driver.loop.signals import SignalHandler
+from raylit.driver.loop.slowest_rank import describe_slowest_rank
 from raylit.errors import CheckpointError, RaylitError, WorkerDied
 from raylit.loggers.base import Logger
 from raylit.protocol.messages import (
@@ -33,6 +36,7 @@ from raylit.protocol.messages import (
     HookedCommand,
     LogCall,
     LookAhead,
+    Measured,
     Metrics,
     Paused,
     Predict,
@@ -56,6 +60,8 @@ from raylit.worker.data.loader_processes import explain_dead_process
 from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.process import result_sync
 from raylit.worker.worker import Worker
+
+_REPORTED_CAUSES: tuple[Cause, Cause] = ("data_wait", "compilation")
 
 
 class CallbackStates:
@@ -106,7 +112,21 @@ class Coordinator:
         callbacks: Sequence[DriverCallback],
         loggers: Sequence[Logger],
         stage: Stage,
+        started_at: float | None = None,
     ) -> None:
+        """Create the coordinator; nothing runs before one of the entry points is called.
+
+        Args:
+            plan: The run's configuration.
+            job: The user's objects.
+            callbacks: The driver callbacks, in the order of their calls.
+            loggers: The loggers.
+            stage: The entry point.
+            started_at: Time of `perf_counter` from which the run's goodput counts; None: now.
+        """
+        self.ledger = GoodputLedger(started_at=perf_counter() if started_at is None else started_at)
+        self._pause_s = (0.0, 0.0)
+        """Seconds of data wait and compilation in the command under way, on the rank with the largest sum."""
         self.plan = plan
         self._profiler = None if job.profiler is None else DriverProfiler()
         self.loggers = list(loggers)
@@ -168,9 +188,9 @@ class Coordinator:
         """Return for each loader the outputs of its batches, in data-set order."""
         with self._run_with_group(checkpoint, is_resuming=False):
             self._notify("on_evaluation_start", "predict")
-            parts = [
-                report for report in self._run(Predict(is_returning=is_returning)) if isinstance(report, Predicted)
-            ]
+            with self.ledger.measure("steps"):
+                reports = [*self._run(Predict(is_returning=is_returning))]
+            parts = [report for report in reports if isinstance(report, Predicted)]
             self._signals.check()
             self._notify("on_evaluation_end", "predict")
             self._finish_run()
@@ -193,7 +213,8 @@ class Coordinator:
         if self._checkpoint_queue.try_join(request):
             return
         self.finish_saves()
-        reports = [*self._run(request.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
+        with self.ledger.measure("saving"):
+            reports = [*self._run(request.command(is_copying=self.plan.is_saving_async, seed=self.plan.seed))]
         writer = self._group.checkpoint_writer(is_in_parts=self.plan.strategy.is_saving_parts)
         # A run that resumes from the file must find everything in the logs that was logged before the save.
         self._checkpoint_queue.start(request, FlushLogsFirst(writer, self._log_writer.flush()), reports)
@@ -206,7 +227,7 @@ class Coordinator:
 
     def finish_saves(self, *, is_earlier_only: bool = False) -> None:
         if self._checkpoint_queue.is_earlier_under_way if is_earlier_only else self._checkpoint_queue.is_under_way:
-            with self._measure("write checkpoint"):
+            with self._measure("write checkpoint"), self.ledger.measure("saving"):
                 self._checkpoint_queue.finish()
 
     # The loop
@@ -216,7 +237,8 @@ class Coordinator:
         self._schedule.begin_epoch(self.state)
         if self.state.progress.batch == 0:
             if self._schedule.is_reload_due(self.state):
-                self._run_for_report(Reload())
+                with self.ledger.measure("data_wait"):
+                    self._run_for_report(Reload())
             self._notify("on_train_epoch_start")
         is_over = is_complete = False
         while not is_over:
@@ -239,7 +261,8 @@ class Coordinator:
         """
         if not self._schedule.is_run_over(self.state):
             return False
-        paused = self._run_for_report(LookAhead())
+        with self.ledger.measure("data_wait"):
+            paused = self._run_for_report(LookAhead())
         assert isinstance(paused, Paused)
         return paused.is_epoch_finished
 
@@ -249,9 +272,9 @@ class Coordinator:
         until_step = min([self._schedule.next_decision_step(self.state), *requested_steps])
         self._signals.check()
         self._is_training = True
-        paused = self._run_for_report(
-            Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step)
-        )
+        command = Train(until_batch=self._schedule.next_validation_batch(self.state), until_step=until_step)
+        with self._measure_loop("steps"):
+            paused = self._run_for_report(command)
         self._is_training = False
         self._signals.check()
         self._group.disarm_stop()
@@ -270,7 +293,8 @@ class Coordinator:
     def _evaluate(self, stage: Stage, *, is_sanity_check: bool = False) -> Evaluated:
         self._signals.check()
         self._notify("on_evaluation_start", stage)
-        evaluated = self._run_for_report(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
+        with self._measure_loop("validation" if self.state.stage == "fit" else "steps"):
+            evaluated = self._run_for_report(Evaluate(stage=stage, is_sanity_check=is_sanity_check))
         self._signals.check()
         assert isinstance(evaluated, Evaluated)
         if self._written:
@@ -279,6 +303,15 @@ class Coordinator:
         self._notify("on_evaluation_end", stage)
         return evaluated
 
+    @contextmanager
+    def _measure_loop(self, cause: Cause) -> Iterator[None]:
+        """Charge a command to the cause, except for the data wait and the compilation that its reports tell of."""
+        self._pause_s = (0.0, 0.0)
+        with self.ledger.measure(cause):
+            yield
+        for seconds, target in zip(self._pause_s, _REPORTED_CAUSES, strict=True):
+            self.ledger.move(seconds, source=cause, target=target)
+
     def _note_stop(self, reason: str) -> None:
         self.state.stop_reason = self.state.stop_reason or reason
 
@@ -286,6 +319,10 @@ class Coordinator:
         finished = self._run_for_report(Finish(interruption=self._signals.pending))
         assert isinstance(finished, Finished)
         self.finished = replace(finished, state_dict=self._gathered_weights.state_dict or finished.state_dict)
+        if self.state.stage == "fit":
+            self.finish_saves()
+            metrics = {**self.ledger.read().to_metrics(), "epoch": self.state.log_epoch}
+            self._log_writer.log_metrics(metrics, step=self.state.log_step)
 
     def _arm_stop(self) -> None:
         if self._group is not None:
@@ -327,6 +364,7 @@ class Coordinator:
             for callback in self._callbacks:
                 started.append(callback)
                 callback.on_start(self)
+            self.ledger.charge("other")
             yield
             self._signals.check()
             self.finish_saves()
@@ -419,20 +457,29 @@ class Coordinator:
         if self._profiler is not None:
             reports = self._profiler.time_items("wait for workers", reports)
         for rank, report in reports:
-            self._log_writer.check()
-            self._checkpoint_queue.settle()
-            if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
-                self._note_stop(report.stop_reason)
-            if isinstance(report, Raised):
-                self._note_raised(report)
-            if isinstance(report, Written):
-                self._written.append(report)
-            if isinstance(report, Profile):
-                self._profiles.append(report)
-            if rank == 0:
-                self._receive(report)
+            # The worker in this process stands still until the report has been processed; actors go on.
+            with self.ledger.measure("other") if self._group.is_in_driver else nullcontext():
+                self._process_report(rank, report)
             if only_rank is None or rank == only_rank:
                 yield report
+
+    def _process_report(self, rank: int, report: Report) -> None:
+        self._log_writer.check()
+        self._checkpoint_queue.settle()
+        if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
+            self._note_stop(report.stop_reason)
+        if isinstance(report, Paused):
+            self._pause_s = max(self._pause_s, (report.data_wait_s, report.compilation_s), key=sum)
+        if isinstance(report, Evaluated):
+            self._pause_s = max(self._pause_s, (0.0, report.compilation_s), key=sum)
+        if isinstance(report, Raised):
+            self._note_raised(report)
+        if isinstance(report, Written):
+            self._written.append(report)
+        if isinstance(report, Profile):
+            self._profiles.append(report)
+        if rank == 0:
+            self._receive(report)
 
     def _receive(self, report: Report) -> None:
         """Apply rank 0's report to the state and notify callbacks and loggers."""
@@ -441,6 +488,8 @@ class Coordinator:
             case Ticked():
                 state.progress_bar_metrics.update(report.metrics)
                 self._notify("on_tick", report.batch, report.dataloader_idx)
+            case Measured():
+                state.slowest_rank = describe_slowest_rank(report.ranks)
             case Stepped():
                 state.progress = report.progress
                 self._record_metrics(report.metrics)

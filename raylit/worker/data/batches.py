@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +86,8 @@ class PeekableFeed:
         """
         self.weight = 1.0
         """Weight of the batch just returned, as `Feed.weight`."""
+        self.look_ahead_s = 0.0
+        """Seconds in which `has_next` has fetched batches."""
         self.state_before: dict[str, Any] | None = None
         """The source's state from before it fetched a batch that has not been returned yet."""
         self._feed = feed
@@ -114,7 +117,9 @@ class PeekableFeed:
         if self._ahead is _NOTHING:
             if self._state_of_source is not None:
                 self.state_before = self._state_of_source(num_done=num_done)
+            began_at = perf_counter()
             self._ahead = next(self._feed, _END)
+            self.look_ahead_s += perf_counter() - began_at
             self._weight_ahead = self._feed.weight
         return self._ahead is not _END
 

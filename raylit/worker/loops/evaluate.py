@@ -279,6 +279,7 @@ class EvalLoop(_ForwardLoop):
     def run(self, command: Evaluate) -> Iterator[Report]:
         """Run the whole loop with its hooks and reduce its metrics over the ranks. Collective."""
         session, view = self._session, self._session.view
+        compiled_before_s = session.compilation_s
         metrics = MetricBuffer(self._collectives, is_evaluation=True)
         self._epoch_outputs = EpochOutputs.from_hook(
             session,
@@ -335,6 +336,7 @@ class EvalLoop(_ForwardLoop):
             per_loader=per_loader,
             stop_reason="trainer.should_stop was set" if view.should_stop else None,
             steps=() if command.is_sanity_check else self._number_step_rows(metrics),
+            compilation_s=session.compilation_s - compiled_before_s,
         )
 
     @contextmanager

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class TrainLoop:
         self._feed: Feed | TimedFeed | MovedFeed | PeekableFeed | None = None
         self._peekable: PeekableFeed | None = None
         """The feed, where its end is not known in advance; else None."""
+        self._opening_s = 0.0
+        """Seconds in which the command under way has opened the epoch's loader."""
         self._is_exhausted = False
         """True where the feed or a hook has ended the epoch under way; False where its length does."""
         self._sums_before_epoch_end: dict[str, Any] | None = None
@@ -98,13 +100,16 @@ class TrainLoop:
         """Train until the command's limits, the end of the epoch or a stop on which the ranks have agreed.
 
         Yields:
-            `Stepped` at each logging interval, `Ticked` from rank 0 for progress bars, and a last `Paused`.
+            `Stepped` at each logging interval, `Measured` and `Ticked` from rank 0, and a last `Paused`.
 
         Raises:
             ModuleError: A rank has no share of the last batch, which the strategy does not allow.
         """
         session, view, metrics, optimization = self._session, self._view, self.metrics, self._optimization
+        compiled_before_s = session.compilation_s
         feed = self._begin_command()
+        data_wait_s = self._opening_s
+        session.clock.restart(data_wait_s=data_wait_s)
         on_batch_start = session.hooks.list_calls("on_train_batch_start")
         on_batch_end = session.hooks.list_calls("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
@@ -130,7 +135,9 @@ class TrainLoop:
             and (stop_barrier.num_done < stop_barrier.limit or stop_barrier.may_continue())
         ):
             # Fetch: the feed has moved the batch to the device.
+            fetch_began_at = perf_counter()
             batch = next(feed, _END)
+            data_wait_s += perf_counter() - fetch_began_at
             if batch is _END:
                 is_exhausted = True
                 break
@@ -171,7 +178,7 @@ class TrainLoop:
             if is_uneven:
                 view.is_uneven = False
             if is_step_due and view.num_windows % log_every == 0:
-                yield from self._report_step()
+                yield from self._report_step(data_wait_s=data_wait_s)
             is_stopping = view.should_stop and (is_single_rank or self._is_stop_agreed)
             if monotonic() >= next_tick:
                 yield Ticked(
@@ -184,8 +191,14 @@ class TrainLoop:
         if is_exhausted and optimization.finish_window():
             self._count_step()
             if view.num_windows % log_every == 0:
-                yield from self._report_step()
-        yield self._pause(is_epoch_finished=is_exhausted or view.num_batches_done >= num_batches)
+                yield from self._report_step(data_wait_s=data_wait_s)
+        if peekable_feed is not None:
+            data_wait_s += peekable_feed.look_ahead_s
+        yield self._pause(
+            is_epoch_finished=is_exhausted or view.num_batches_done >= num_batches,
+            data_wait_s=data_wait_s,
+            compilation_s=session.compilation_s - compiled_before_s,
+        )
 
     def run_detecting_anomaly(self, command: Train) -> Iterator[Report]:
         """Call `run` with torch's anomaly detection, whose errors show the forward pass that made the nan."""
@@ -300,6 +313,9 @@ class TrainLoop:
         """Start the training and the epoch, where that has not happened yet; return the epoch's feed. Collective."""
         view, hooks = self._view, self._session.hooks
         view.metrics = self.metrics
+        self._opening_s = 0.0
+        if self._peekable is not None:
+            self._peekable.look_ahead_s = 0.0
         self._session.module.redirect_log(self.metrics)
         self._is_stop_agreed = view.should_stop = view.is_uneven = False
         self.metrics.is_training_batch, self.metrics.batch = False, None
@@ -314,7 +330,9 @@ class TrainLoop:
             self._step_schedules = [schedule for schedule in self._schedules if schedule.interval == "step"]
             self._session.uneven.start()
             self._optimization.start_epoch(window=self._session.plan.optimization.window_in(view.current_epoch))
+            began_at = perf_counter()
             self._feed = self._open_feed()
+            self._opening_s = perf_counter() - began_at
             self._session.restore_random_state()
         self.metrics.is_training_batch = True
         return self._feed
@@ -349,20 +367,30 @@ class TrainLoop:
         if self._step_schedules:
             self._step_schedulers(self._step_schedules, view.num_windows)
 
-    def _report_step(self) -> Iterator[Report]:
-        """Reduce the interval's metrics and the ranks' stop wishes in one all-reduce; report them. Collective."""
-        view = self._view
-        metrics, self._is_stop_agreed = self.metrics.read_step(stop_wish=view.should_stop)
+    def _report_step(self, *, data_wait_s: float) -> Iterator[Report]:
+        """Gather the interval's metrics, times and stop wishes of all ranks at once; report them. Collective.
+
+        Args:
+            data_wait_s: This rank's wait for data since the command began.
+        """
+        view, clock = self._view, self._session.clock
+        times = clock.read(data_wait_s=data_wait_s)
+        metrics, self._is_stop_agreed, times_of_ranks = self.metrics.read_step(
+            stop_wish=view.should_stop, own_numbers=times
+        )
         if self._is_stop_agreed:
             view.should_stop = True
         view.receive(metrics)
+        if len(times_of_ranks) > 1 and self._session.context.rank == 0:
+            yield clock.build_report(times_of_ranks)
         if metrics:
             yield Stepped(progress=view.progress, metrics=metrics)
+        clock.restart(data_wait_s=data_wait_s)
 
-    def _pause(self, *, is_epoch_finished: bool) -> Paused:
+    def _pause(self, *, is_epoch_finished: bool, data_wait_s: float, compilation_s: float) -> Paused:
         """Reduce metrics and stop wishes, synchronize buffers and return the report of the pause. Collective."""
         view = self._view
-        metrics, self._is_stop_agreed = self.metrics.read_step(stop_wish=view.should_stop)
+        metrics, self._is_stop_agreed, _ = self.metrics.read_step(stop_wish=view.should_stop)
         view.receive(metrics)
         self._session.strategy.sync_buffers(self._session.module)
         return Paused(
@@ -370,6 +398,8 @@ class TrainLoop:
             is_epoch_finished=is_epoch_finished,
             stop_reason=self._describe_stop(),
             metrics=metrics,
+            data_wait_s=data_wait_s,
+            compilation_s=compilation_s,
         )
 
     def _describe_stop(self) -> str | None:

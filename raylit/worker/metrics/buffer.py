@@ -1,6 +1,6 @@
 """Buffer of logged values on their device until the logging interval or the epoch ends, and their reduction."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -440,19 +440,24 @@ class MetricBuffer:
         steps = {entry.spec.step_name(entry.name): float(entry.last) for entry in shown_entries}
         return {**{name: value for name, value in epoch_values.items() if name not in self._suppressed_names}, **steps}
 
-    def read_step(self, *, stop_wish: bool = False) -> tuple[Metrics, bool]:
+    def read_step(
+        self, *, stop_wish: bool = False, own_numbers: Sequence[float] = ()
+    ) -> tuple[Metrics, bool, list[list[float]]]:
         """Reduce the `on_step` values that are new since the last reading over the ranks that have one.
 
         One collective; a second one when a rank logs a name for the first time.
 
         Args:
             stop_wish: This rank wishes to stop.
+            own_numbers: Further numbers of this rank, as many as those of the other ranks.
 
         Returns:
-            The metrics, and whether any rank wishes to stop.
+            The metrics, whether any rank wishes to stop, and each rank's further numbers.
         """
         entries = {name: entry for name, entry in self._entries.items() if entry.spec.on_step and entry.is_fresh}
-        layout, rows, is_stop_wished = self._gather(entries, self._step_layout, read_last_value, stop_wish)
+        layout, rows, is_stop_wished = self._gather(
+            entries, self._step_layout, read_last_value, stop_wish, own_numbers=own_numbers
+        )
         self._step_layout = layout
         metrics: Metrics = {}
         for index, (name, spec) in enumerate(layout):
@@ -461,7 +466,7 @@ class MetricBuffer:
                 metrics.update(spec.publish(name, reduce_step(values[is_present], spec.reduction), suffix="step"))
         for entry in entries.values():
             entry.is_fresh = False
-        return metrics, is_stop_wished
+        return metrics, is_stop_wished, rows[:, 2 * len(layout) : -2].tolist()
 
     def read_epoch(self) -> tuple[Metrics, dict[str, int]]:
         """Reduce the `on_epoch` metrics over all batches of all ranks and remove them from the buffer.
@@ -572,16 +577,20 @@ class MetricBuffer:
         layout: _Layout,
         read_numbers: Callable[[MetricEntry | None], tuple[Any, float]],
         stop_wish: bool,
+        *,
+        own_numbers: Sequence[float] = (),
     ) -> tuple[_Layout, Tensor, bool]:
         """Gather (value, weight) pairs of all ranks as rows, in the order of a layout that all ranks agree on.
 
-        Collective. Also returns the layout and whether any rank wishes to stop.
+        Collective. In each row the rank's own numbers and two flags follow the pairs. Also returns the layout and
+        whether any rank wishes to stop.
         """
         while True:
             known = dict(layout)
             unknown = {name: entry.spec for name, entry in entries.items() if _is_new(entry.spec, known.get(name))}
             pairs = [read_numbers(entries.get(name)) for name, _ in layout]
-            numbers = [*(number for pair in pairs for number in pair), float(bool(unknown)), float(stop_wish)]
+            values = [number for pair in pairs for number in pair]
+            numbers = [*values, *own_numbers, float(bool(unknown)), float(stop_wish)]
             rows = self._collectives.gather_vector(stack_values(numbers).cpu())
             if not rows[:, -2].any():
                 return layout, rows, bool(rows[:, -1].any())

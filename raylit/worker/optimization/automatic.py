@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class AutomaticOptimization:
         self._precision = session.precision
         self._metrics = metrics
         self._uneven = session.uneven
+        self._clock = session.clock
         self._has_uneven_steps = not session.strategy.is_forward_collective
         """False where the forward pass is collective: all ranks run every step then."""
         self._sync = GradientSync(session, training_step, optimizer=stepper.optimizer)
@@ -126,10 +128,12 @@ class AutomaticOptimization:
             loss = loss * (weight / self._window)
             if self._precision.scaler is not None:
                 loss = self._precision.scaler.scale(loss)
+        began_at = perf_counter()
         if self._own_backward is None:
             loss.backward()
         else:
             self._own_backward(loss)
+        self._clock.backward_s += perf_counter() - began_at
         if check_synced is not None and check_synced():
             self._sync.wrap_step()
             self._synced_step, self._check_synced = self._sync.step, self._sync.check

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from types import FunctionType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from raylit.compat.torch_core import get_call, get_compiled_call, set_compiled_call
-from raylit.compat.torch_dynamo import add_compilation_callback, list_compilations, remove_compilation_callback
+from raylit.compat.torch_dynamo import add_compilation_callbacks, list_compilations, remove_compilation_callbacks
 from raylit.compat.torch_metrics import is_metric
 from raylit.errors import ConfigError
 
@@ -44,10 +45,13 @@ class CompilationWatch:
     def __init__(self) -> None:
         self.num_seen = 0
         """Number of compilations."""
+        self.total_s = 0.0
+        """Seconds of all compilations that have ended."""
+        self._began_at = 0.0
         self._last = next(reversed(list_compilations()), None)
         self._counts: Counter[tuple[str, str]] = Counter()
         self._reported: set[str] = set()
-        add_compilation_callback(self._record)
+        add_compilation_callbacks(on_start=self._record, on_end=self._record_end)
 
     def check_use(self) -> None:
         """Warn after a run if nothing was compiled at all."""
@@ -59,11 +63,12 @@ class CompilationWatch:
             )
 
     def close(self) -> None:
-        remove_compilation_callback(self._record)
+        remove_compilation_callbacks(on_start=self._record, on_end=self._record_end)
 
     def _record(self, args: Any) -> None:
         """Count compilations at the start of the next one, when torch has recorded them."""
         self.num_seen += 1
+        self._began_at = perf_counter()
         new = []
         for metrics in reversed(list_compilations()):
             if metrics is self._last:
@@ -74,6 +79,9 @@ class CompilationWatch:
             if metrics.recompile_reason and metrics.co_name:
                 place = f"{metrics.co_name} ({metrics.co_filename}:{metrics.co_firstlineno})"
                 self._count(place, metrics.recompile_reason)
+
+    def _record_end(self, args: Any) -> None:
+        self.total_s += perf_counter() - self._began_at
 
     def _count(self, place: str, reason: str) -> None:
         """Count a recompilation and warn if there are many of a kind.
