@@ -261,7 +261,7 @@ class Stepped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankTimes:
-    """What one rank has done in an interval between two logging steps; times are host times."""
+    """Times of one rank in an interval between two logging steps, in seconds of the host."""
 
     elapsed_s: float
     """From the end of the last reading of metrics to the beginning of this one."""

@@ -1,7 +1,8 @@
 """Session: the objects that the loops of one stage share, built when the stage starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from raylit.config import Plan
 from raylit.core.module import LightningModule
 from raylit.precision import build_precision
 from raylit.profilers.base import time_items
+from raylit.protocol.messages import Measured, RankTimes
 from raylit.protocol.state import Stage
 from raylit.seed import diverge_random_state
 from raylit.strategies import build_strategy
@@ -24,7 +26,6 @@ from raylit.worker.data.batches import Mover, build_mover
 from raylit.worker.data.sampling import RandomState
 from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.loops.hooks import Hooks, is_overridden
-from raylit.worker.loops.interval_clock import IntervalClock
 from raylit.worker.process.compiling import CompilationWatch, compile_parts
 from raylit.worker.uneven_inputs import UnevenSteps
 from raylit.worker.view import TrainerView
@@ -223,3 +224,37 @@ class Session:
             self._compilations.close()
         if self.job.datamodule is not None:
             self.job.datamodule.trainer = None
+
+
+class IntervalClock:
+    """Clock of one rank for the interval between two logging steps: steps add to it, and only logging steps read it.
+
+    In a step of data parallelism the ranks wait for each other in the backward pass, inside of which the gradients are
+    reduced. All times are those of the host, which on a GPU launches kernels and does not wait for them.
+    """
+
+    def __init__(self) -> None:
+        self.backward_s = 0.0
+        """Seconds of backward passes in this interval; written by automatic optimization."""
+        self._began_at = 0.0
+        self._data_wait_s = 0.0
+
+    def restart(self, *, data_wait_s: float) -> None:
+        """Begin an interval at the command's data wait so far."""
+        self.backward_s = 0.0
+        self._data_wait_s = data_wait_s
+        self._began_at = perf_counter()
+
+    def read(self, *, data_wait_s: float) -> list[float]:
+        """Return this rank's numbers for `build_report`."""
+        return [perf_counter() - self._began_at, data_wait_s - self._data_wait_s, self.backward_s]
+
+    @staticmethod
+    def build_report(rows: Sequence[Sequence[float]]) -> Measured:
+        """Return the report of all ranks' numbers, one row for each rank."""
+        return Measured(
+            ranks=tuple(
+                RankTimes(elapsed_s=elapsed_s, data_wait_s=data_wait_s, backward_s=backward_s)
+                for elapsed_s, data_wait_s, backward_s in rows
+            )
+        )

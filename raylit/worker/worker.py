@@ -45,8 +45,7 @@ from raylit.worker.data.batches import TrainSource
 from raylit.worker.data.combined import RepeatedEpoch, build_train_source, remove_shuffling
 from raylit.worker.data.loader_processes import explain_dead_process
 from raylit.worker.data.sampling import IsolatedRandom
-from raylit.worker.data.sources import build_loader, has_loader, is_from_hook
-from raylit.worker.data.static_shapes import drop_smaller_batches
+from raylit.worker.data.sources import build_loader, drop_smaller_batches, has_loader, is_from_hook
 from raylit.worker.job import Job, StopBarrier, WorkerContext
 from raylit.worker.loops.evaluate import EvalLoop, PredictLoop
 from raylit.worker.loops.hooks import is_overridden

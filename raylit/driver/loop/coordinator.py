@@ -18,11 +18,10 @@ from raylit.config import Plan
 from raylit.driver.loop import predictions
 from raylit.driver.loop.checkpoint_queue import CheckpointQueue, CheckpointWriter, FlushLogsFirst, SaveRequest
 from raylit.driver.loop.driver_profiler import DriverProfiler
-from raylit.driver.loop.goodput import Cause, GoodputLedger
+from raylit.driver.loop.goodput import Cause, GoodputLedger, describe_slowest_rank
 from raylit.driver.loop.log_writer import LogWriter
 from raylit.driver.loop.schedule import Schedule
 from raylit.driver.loop.signals import SignalHandler
-from raylit.driver.loop.slowest_rank import describe_slowest_rank
 from raylit.errors import CheckpointError, RaylitError, WorkerDied
 from raylit.loggers.base import Logger
 from raylit.protocol.messages import (

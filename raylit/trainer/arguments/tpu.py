@@ -19,7 +19,7 @@ from raylit.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TPURequest:
-    """What the Trainer's arguments say about TPUs; None for what they leave open."""
+    """TPUs that the Trainer's arguments ask for; None for what they leave open."""
 
     accelerator: Accelerator
     num_workers: int | None = None

@@ -7,7 +7,7 @@ from models import Regression, make_data
 from torch.utils.data import DataLoader, default_collate
 
 import raylit as pl
-from raylit.driver.loop.slowest_rank import describe_slowest_rank
+from raylit.driver.loop.goodput import describe_slowest_rank
 from raylit.protocol.messages import RankTimes
 
 DELAY_S = 0.1
