@@ -29,8 +29,11 @@ def _clean_process(tmp_path, monkeypatch):
     """Runs write below the current directory, and draw from the global generators."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    has_default_device = "PJRT_SELECT_DEFAULT_DEVICE" in os.environ
     yield
     torch.use_deterministic_algorithms(False)
+    if not has_default_device:  # set by accelerator="xla" for this process and its workers, which are new ones then
+        os.environ.pop("PJRT_SELECT_DEFAULT_DEVICE", None)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_help_prints_the_text_of_each_argument_of_the_trainer(capsys, monkeypatc
     assert [name for name, text in texts.items() if text not in printed] == ["earlier"]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_fit_finds_modules_of_the_current_directory_on_the_workers_too(num_workers, raylit, tmp_path):
     raylit(
         *("fit", "--model", MODEL, "--model.lr", 0.1, "--data", DATA, "--data.batch_size", 4),
@@ -71,6 +71,7 @@ def test_fit_finds_modules_of_the_current_directory_on_the_workers_too(num_worke
     assert (config["trainer"]["num_workers"], config["seed_everything"]) == (num_workers, 7)
 
 
+@pytest.mark.slow
 def test_a_saved_config_trains_to_the_same_weights_and_evaluates(raylit, tmp_path):
     quiet = ("--trainer.enable_progress_bar", "false", "--trainer.num_workers", 0)
     raylit("fit", "--model", MODEL, "--data", DATA, "--trainer.max_epochs", 1, *quiet)

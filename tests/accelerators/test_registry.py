@@ -103,6 +103,7 @@ def test_nothing_is_called_after_a_step_where_there_is_nothing_to_do(quiet):
     assert model.num_hooks == 0
 
 
+@pytest.mark.slow
 def test_a_script_registers_an_accelerator_of_its_own(run_script):
     printed = run_script(
         """

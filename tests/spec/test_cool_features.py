@@ -106,6 +106,7 @@ def test_automatically_scale_your_batch_size(given, size, error, quiet):
     assert trainer.global_step == -(-256 // size)
 
 
+@pytest.mark.slow
 def test_automatically_scale_your_batch_size_on_two_workers_in_fit(quiet):
     model, data = Regression(), OutOfMemoryAbove(16)
     trainer = Trainer(auto_scale_batch_size="power", max_epochs=1, num_workers=2, **quiet)

@@ -170,6 +170,7 @@ class FailingOnce(Uneven):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.slow
 def test_a_failure_on_a_worker_leaves_profilers_usable(quiet):
     loader = DataLoader(make_data(48), batch_size=4, shuffle=True)
     arguments = {"num_workers": 2, "max_epochs": 1, "limit_val_batches": 0, "profiler": "advanced", **quiet}

@@ -324,6 +324,7 @@ class Freezes(Regression):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_detected_by_its_heartbeat_and_killed(quiet, tmp_path):
     trainer = pl.Trainer(num_workers=2, max_epochs=1, ping_timeout_s=3.0, **quiet)
     with pytest.raises(pl.WorkerDied, match="has not answered for 3 s") as caught:

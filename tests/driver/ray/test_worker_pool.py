@@ -209,6 +209,7 @@ def _has_ended(pid):
     return True
 
 
+@pytest.mark.slow
 def test_an_idle_worker_that_does_not_answer_is_replaced(quiet):
     first = fit(Process(), quiet, num_workers=1, ping_timeout_s=5.0)
     os.kill(first["pid"], signal.SIGSTOP)
@@ -247,6 +248,7 @@ def test_a_process_stopped_in_setup_is_distinguished_from_a_busy_one(quiet):
         fit(Stops("setup"), quiet)
 
 
+@pytest.mark.slow
 def test_a_worker_that_stops_answering_at_the_end_of_a_run_is_replaced(quiet):
     model = Stops("end")
     with pytest.warns(UserWarning, match=r"the workers are replaced.* has not answered for 5 s"):
@@ -254,6 +256,7 @@ def test_a_worker_that_stops_answering_at_the_end_of_a_run_is_replaced(quiet):
     assert model.seen["pid"] != os.getpid()  # what has trained has come back
 
 
+@pytest.mark.slow
 def test_idle_workers_free_their_resources_for_other_requests(quiet):
     local_cluster.connect()
     whole = ray.cluster_resources()["CPU"]
@@ -307,6 +310,7 @@ def test_a_fit_after_reconnecting_to_ray_gets_new_workers(run_script):
     assert "3 True True" in output
 
 
+@pytest.mark.slow
 def test_the_next_run_uses_a_changed_user_file(tmp_path, run_script):
     (tmp_path / "mine.py").write_text("VALUE = 1\n")
     output = run_script("""

@@ -106,6 +106,7 @@ def test_a_memory_limit_makes_large_batches_fail_and_is_removed_afterwards(quiet
     assert torch.empty(1_000_000_000, dtype=torch.uint8).numel() == 1_000_000_000
 
 
+@pytest.mark.slow
 def test_a_trial_that_runs_out_of_memory_or_is_killed_does_not_end_the_others(quiet):
     model = Allocates(killed_at=192)
     tuner = pl.Trainer(num_workers=1, **quiet).tuner

@@ -65,6 +65,7 @@ def test_a_fit_after_searches_has_the_same_result_as_without_them(tmp_path):
     assert torch.equal(searched[4], plain[4])
 
 
+@pytest.mark.slow
 def test_trials_race_in_parallel_on_tune_and_a_trial_that_dies_drops_out(tmp_path):
     """And the run after them is the one without."""
 
