@@ -21,7 +21,7 @@ def _build_xla() -> Accelerator:
         ConfigError: torch_xla is missing or does not fit the installed torch.
     """
     if is_package_installed("torch_xla"):
-        # Without it the import takes the CPU where there is no TPU, as if the user had asked for it. Workers get it, too.
+        # Without it, in workers too, the import takes the CPU where there is no TPU, as if the user had asked for it.
         os.environ.setdefault("PJRT_SELECT_DEFAULT_DEVICE", "0")
     try:
         from raylit.accelerators.xla import XLAAccelerator
