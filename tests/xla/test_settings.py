@@ -15,7 +15,7 @@ require_xla()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": 16}, "use 'bf16-mixed'"),
+        ({"precision": "16-mixed"}, "use 'bf16-mixed'"),
         ({"compile": True}, "XLA compiles each step as a whole already"),
         ({"sync_batchnorm": True, "num_workers": 2}, "use one worker"),
         ({"strategy": pl.FSDPStrategy(cpu_offload=True)}, "use strategy='fsdp'"),
