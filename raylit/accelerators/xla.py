@@ -171,6 +171,8 @@ class _Runtime:
         num_devices = num_shards()
         self.mesh = spmd.Mesh(np.arange(num_devices), (num_devices,), (DATA_AXIS,))
         self.watch = _CompilationWatch()
+        self._specs: dict[tuple[int, bool], spmd.ShardingSpec] = {}
+        """By number of dimensions and `is_part`; building one takes as long as half of a copy."""
 
     def place_tensor(self, tensor: Tensor, *, is_part: bool) -> Tensor:
         """Divide a tensor over the devices; with `is_part` it is this process's part of a tensor over all processes."""
@@ -183,7 +185,10 @@ class _Runtime:
                 spmd.mark_sharding(tensor, self.mesh, _name_axes(tensor.ndim, 0))
                 return tensor
             tensor = tensor.cpu()
-        spec = spmd.ShardingSpec(self.mesh, _name_axes(tensor.ndim, 0), minibatch=is_part)
+        spec = self._specs.get((tensor.ndim, is_part))
+        if spec is None:
+            spec = spmd.ShardingSpec(self.mesh, _name_axes(tensor.ndim, 0), minibatch=is_part)
+            self._specs[tensor.ndim, is_part] = spec
         [placed] = xm.send_cpu_data_to_device([tensor.contiguous()], self.device, spec)
         return placed
 
