@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--num-trials", type=int, default=6)
     parser.add_argument("--pbt", action="store_true")
     arguments = parser.parse_args()
+    pl.seed_everything(0)  # the configs are drawn in this process
     scheduler = ASHAScheduler(max_t=arguments.max_epochs, grace_period=2, reduction_factor=2)
     if arguments.pbt:
         scheduler = PopulationBasedTraining(

@@ -35,6 +35,7 @@ _EXIT_S = 0.5
 """Time for the kernel to have the exit status of a dying process."""
 _PYTHON = os.path.dirname(threading.__file__) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_PACKAGES = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
 _ADDRESS = re.compile(r"/\S+\(\S*\+0x|$")
 """Start of Ray's list of C frames, on the same line."""
 _HARMFUL = re.compile(r"memory|alloc|\b(CUDA|HIP|XLA)\b|cuda|cu(DNN|BLAS|FFT|SOLVER|SPARSE)|device-side", re.IGNORECASE)
@@ -238,14 +239,17 @@ def describe_gloo_error(log_path: str) -> str:
 
 
 def find_user_line(traceback_text: str, *, is_last_innermost: bool = False) -> str:
-    """Return the user's innermost line in a traceback, or "" if there is none. faulthandler prints it first."""
+    """Return the user's innermost line in a traceback, or "" if there is none. faulthandler prints it first.
+
+    Lines of installed packages count only if there is no other: a dump of all threads has some of their own.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+)(?:,)? in (\S+)', traceback_text)
     own = [
         f"{file}:{line} in {function}"
         for file, line, function in (reversed(frames) if is_last_innermost else frames)
         if not file.startswith((_TORCH, _PYTHON)) and not is_frame_hidden(file)
     ]
-    return own[0] if own else ""
+    return next((line for line in own if not line.startswith(_PACKAGES)), own[0] if own else "")
 
 
 def describe_memory_use() -> str:
