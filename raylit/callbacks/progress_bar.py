@@ -83,8 +83,8 @@ class ProgressBar(DriverCallback):
         last = run.plan.limits.max_epochs
         title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
         self._epoch = self._open_meter(run, title, total=run.state.num_training_batches, done=done, is_outer=True)
-        if self._epoch is not None and _collect_values(run):
-            self._epoch.show(done, _collect_values(run))  # the last epoch's metrics, until there are new ones
+        if self._epoch is not None and (values := _collect_values(run)):
+            self._epoch.show(done, values)  # the last epoch's metrics, until there are new ones
 
     def on_tick(self, run: Run, batch: int, dataloader_idx: int) -> None:
         if self._evaluation is not None:

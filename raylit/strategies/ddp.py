@@ -119,7 +119,7 @@ class DDP(Single):
         average_gradients([parameter for parameter in parameters if parameter.requires_grad], reduction=self._reduction)
 
     def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
-        return TouchedGradients(module.parameters(), reduction=self._reduction)
+        return TouchedGradients(module.parameters(), average=partial(average_gradients, reduction=self._reduction))
 
     def share_weights(self, module: nn.Module) -> None:
         broadcast(parameter.data for parameter in module.parameters())
@@ -421,13 +421,26 @@ def average_gradients(
 ) -> None:
     """Replace the gradients by their mean over the ranks, in place. Collective; same parameters on every rank.
 
-    `is_touched` states for each parameter whether its gradient has changed on this rank; the default is whether it
-    has one. A parameter that no rank has touched keeps its gradient, as it would in one process.
+    For `is_touched` see `materialize_gradients`.
     """
-    if not parameters:
-        return
+    gradients = materialize_gradients(parameters, is_touched, device=parameters[0].device) if parameters else []
+    reduction.average(gradients)
+
+
+def materialize_gradients(
+    parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None, *, device: torch.device
+) -> list[Tensor]:
+    """Return the gradients to average: those that any rank has, zeros where this rank has none. Collective.
+
+    A parameter that no rank has touched is left out and keeps its gradient, as it would in one process.
+
+    Args:
+        parameters: The same parameters on every rank.
+        is_touched: For each parameter whether its gradient has changed on this rank; None: whether it has one.
+        device: Device of the tensor by which the ranks tell each other.
+    """
     own = [parameter.grad is not None for parameter in parameters] if is_touched is None else is_touched
-    present = torch.tensor([float(flag) for flag in own], device=parameters[0].device)
+    present = torch.tensor([float(flag) for flag in own], device=device)
     dist.all_reduce(present)
     gradients = []
     for parameter, num_present in zip(parameters, present.tolist(), strict=True):
@@ -436,7 +449,7 @@ def average_gradients(
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    reduction.average(gradients)
+    return gradients
 
 
 @torch.no_grad()
@@ -452,8 +465,14 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 class TouchedGradients:
     """Record of the parameters whose gradients backward passes have changed since the last average."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, reduction: ReducedPrecision) -> None:
-        self._reduction = reduction
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        average: Callable[[Sequence[nn.Parameter], Sequence[bool]], None],
+    ) -> None:
+        """Watch the parameters that require gradients; `average` gets them, and whether each has been touched."""
+        self._average = average
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._touched: set[int] = set()
         self._hooks = [
@@ -472,7 +491,7 @@ class TouchedGradients:
             return
         is_touched = [index in self._touched for index in range(len(self._parameters))]
         self._touched.clear()
-        average_gradients(self._parameters, is_touched, reduction=self._reduction)
+        self._average(self._parameters, is_touched)
 
     def close(self) -> None:
         for hook in self._hooks:

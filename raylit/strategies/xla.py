@@ -5,7 +5,7 @@ is that of one process with the whole batch. Where each worker has an XLA world 
 workers average their gradients in host memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,7 @@ from raylit.accelerators.transfer import map_tensors
 from raylit.accelerators.xla import is_one_world, num_shards, shard_tensor
 from raylit.config import SPMDStrategy
 from raylit.strategies.base import PendingGradients, SyncCheck, TrainingStep, ZeroLoss
+from raylit.strategies.ddp import TouchedGradients, materialize_gradients
 from raylit.strategies.sharded_state import Reader
 from raylit.strategies.single import Single
 
@@ -96,7 +97,7 @@ class SPMD(Single):
             average_on_host([parameter for parameter in parameters if parameter.requires_grad])
 
     def pending_gradients(self, module: nn.Module) -> PendingGradients | None:
-        return _HostPendingGradients(module.parameters()) if self._is_reducing_on_host else None
+        return TouchedGradients(module.parameters(), average=average_on_host) if self._is_reducing_on_host else None
 
     def share_weights(self, module: nn.Module) -> None:
         if self._world_size > 1:
@@ -184,49 +185,13 @@ class _HostReduction:
         return False
 
 
-class _HostPendingGradients:
-    """Gradients of manual backward passes, averaged in host memory."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._touched: set[int] = set()
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._build_hook(index))
-            for index, parameter in enumerate(self._parameters)
-        ]
-
-    def average(self) -> None:
-        if self._touched:
-            touched, self._touched = self._touched, set()
-            average_on_host(self._parameters, [index in touched for index in range(len(self._parameters))])
-
-    def is_outdated(self, parameters: Iterable[nn.Parameter]) -> bool:
-        now = [id(parameter) for parameter in parameters if parameter.requires_grad]
-        return now != [id(parameter) for parameter in self._parameters]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _build_hook(self, index: int) -> Callable[[Tensor], None]:
-        return lambda parameter: self._touched.add(index)
-
-
 @torch.no_grad()
 def average_on_host(parameters: Sequence[nn.Parameter], is_touched: Sequence[bool] | None = None) -> None:
     """Replace gradients on XLA by their mean over the ranks, on CPU copies. Collective; same parameters on every rank.
 
-    `is_touched` states for each parameter whether its gradient has changed on this rank; the default is whether it has
-    one. A parameter that no rank has touched keeps its gradient.
+    For `is_touched` see `materialize_gradients`.
     """
-    own = [parameter.grad is not None for parameter in parameters] if is_touched is None else is_touched
-    present = torch.tensor([float(flag) for flag in own])
-    dist.all_reduce(present)
-    reduced = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
-    for parameter in reduced:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in reduced if parameter.grad is not None]
+    gradients = materialize_gradients(parameters, is_touched, device=torch.device("cpu"))
     torch_xla.sync()
     for group in _group_by_dtype(gradients):
         mean = torch.cat([gradient.reshape(-1) for gradient in group]).cpu()

@@ -124,7 +124,7 @@ class Coordinator:
             started_at: Time of `perf_counter` from which the run's goodput counts; None: now.
         """
         self.ledger = GoodputLedger(started_at=perf_counter() if started_at is None else started_at)
-        self._pause_s = (0.0, 0.0)
+        self._reported_s = (0.0, 0.0)
         """Seconds of data wait and compilation in the command under way, on the rank with the largest sum."""
         self.plan = plan
         self._profiler = None if job.profiler is None else DriverProfiler()
@@ -305,10 +305,10 @@ class Coordinator:
     @contextmanager
     def _measure_loop(self, cause: Cause) -> Iterator[None]:
         """Charge a command to the cause, except for the data wait and the compilation that its reports tell of."""
-        self._pause_s = (0.0, 0.0)
+        self._reported_s = (0.0, 0.0)
         with self.ledger.measure(cause):
             yield
-        for seconds, target in zip(self._pause_s, _REPORTED_CAUSES, strict=True):
+        for seconds, target in zip(self._reported_s, _REPORTED_CAUSES, strict=True):
             self.ledger.move(seconds, source=cause, target=target)
 
     def _note_stop(self, reason: str) -> None:
@@ -468,9 +468,9 @@ class Coordinator:
         if isinstance(report, (Paused, EpochEnded, Evaluated)) and report.stop_reason is not None:
             self._note_stop(report.stop_reason)
         if isinstance(report, Paused):
-            self._pause_s = max(self._pause_s, (report.data_wait_s, report.compilation_s), key=sum)
+            self._reported_s = max(self._reported_s, (report.data_wait_s, report.compilation_s), key=sum)
         if isinstance(report, Evaluated):
-            self._pause_s = max(self._pause_s, (0.0, report.compilation_s), key=sum)
+            self._reported_s = max(self._reported_s, (0.0, report.compilation_s), key=sum)
         if isinstance(report, Raised):
             self._note_raised(report)
         if isinstance(report, Written):

@@ -1,4 +1,4 @@
-"""Where a run's wall time goes: its goodput by cause, and the rank that the others wait for. Driver.
+"""Accounts of a run's wall time: its goodput by cause, and the rank that the others wait for. Driver.
 
 The coordinator names the cause of the time that passes while it waits for a command or works itself; the workers'
 reports say which part of a training command was spent in waiting for data or in compilation.

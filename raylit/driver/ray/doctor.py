@@ -475,7 +475,9 @@ def _measure_workers(
         order = sorted(range(len(actors)), key=places.__getitem__)
         names = {host.node_id: host.host for host in hosts}
         ranked = [(actors[index], names.get(places[index][1], places[index][0])) for index in order]
-        return _measure_collectives(ranked, [place[0] for place in places], report, accelerator, timeout_s=timeout_s)
+        return _measure_collectives(
+            ranked, [places[index][0] for index in order], report, accelerator, timeout_s=timeout_s
+        )
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -381,7 +381,7 @@ class _PendingShards:
     def __init__(self, replicated: Sequence[nn.Parameter], *, finish_backward: Callable[[], None]) -> None:
         self._replicated = replicated
         self._finish_backward = finish_backward
-        self._touched = TouchedGradients(replicated, reduction=ReducedPrecision())
+        self._touched = TouchedGradients(replicated, average=partial(average_gradients, reduction=ReducedPrecision()))
 
     def average(self) -> None:
         self._finish_backward()
