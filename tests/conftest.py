@@ -15,7 +15,7 @@ import raylit as pl
 
 
 def pytest_configure():
-    """Let signals have their usual effect in the tests' scripts, which inherit what `nohup` or a shell's `&` ignores."""
+    """Let signals have their usual effect in the tests' scripts: `nohup` and a shell's `&` have some of them ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):  # not on Windows
