@@ -15,7 +15,7 @@ import raylit as pl
 
 
 def pytest_configure():
-    """Let signals have their usual effect in the tests' scripts: `nohup` and a shell's `&` have some of them ignored."""
+    """Let signals have their usual effect in scripts of the tests, also where the test run itself ignores them."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):  # not on Windows
