@@ -512,7 +512,10 @@ def _find_damaged_record(source: Path) -> str | None:
 def _describe_neighbours(directory: Path, *, count: int = 10) -> str:
     """Return a sentence for an error message about the checkpoints in the directory."""
     if not directory.is_dir():
-        return f" Nor is there a directory {directory}"
+        return (
+            f" Nor is there a directory {directory} on {socket.gethostname()}, where it is read: copy a checkpoint of "
+            "another host to this one, or give a URL that both reach"
+        )
     names = sorted(entry.name for entry in directory.iterdir() if entry.suffix == ".ckpt")
     if not names:
         return f" No *.ckpt is in {directory}"

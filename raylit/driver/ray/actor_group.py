@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -269,11 +270,12 @@ class ActorGroup:
         self._actors = actors
         infos = self._wait_for_start([actor.get_info.remote() for actor in actors])
         self._processes = [(info.node_id, info.pid) for info in infos]
-        rank_order = [*range(len(infos))] if self._placement.is_in_rank_order else _order_by_host_and_gpu(infos)
+        own = ray.get_runtime_context().get_node_id()
+        is_in_rank_order = self._placement.is_in_rank_order
+        rank_order = [*range(len(infos))] if is_in_rank_order else order_by_host_and_gpu(infos, own_node=own)
         self._actors = [actors[index] for index in rank_order]
         self._contexts = _build_contexts([infos[index] for index in rank_order])
         ray_core.hide_worker_deaths([info.worker_id for info in infos])
-        own = ray.get_runtime_context().get_node_id()
         self._is_on_own_host = all(info.node_id == own for info in infos)
         self._log_paths = [infos[index].log_path if infos[index].node_id == own else "" for index in rank_order]
         self._ends = [
@@ -508,13 +510,20 @@ def _put_in_store(value: Any, what: str) -> Any:
         ) from error
 
 
-def _order_by_host_and_gpu(infos: list[ActorInfo]) -> list[int]:
+def order_by_host_and_gpu(infos: Sequence[ActorInfo], *, own_node: str) -> list[int]:
     """Return the actors' indices by host, the driver's first, then by GPU: neighbouring ranks share hardware."""
-    own = ray.get_runtime_context().get_node_id()
-    return sorted(
-        range(len(infos)),
-        key=lambda i: (infos[i].node_id != own, infos[i].ip, infos[i].node_id, infos[i].gpu_ids, i),
-    )
+
+    def build_key(index: int) -> tuple[Any, ...]:
+        info = infos[index]
+        gpus = [_split_numbers(gpu) for gpu in info.gpu_ids]
+        return info.node_id != own_node, _split_numbers(info.ip), info.node_id, gpus, index
+
+    return sorted(range(len(infos)), key=build_key)
+
+
+def _split_numbers(text: str) -> list[str | int]:
+    """Split into words and numbers, in turn, so that 9 comes before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
 
 
 def _build_contexts(infos: list[ActorInfo]) -> list[WorkerContext]:
