@@ -92,6 +92,9 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return _map_leaves(value, apply)
 
 
+_PLAIN_TYPES = frozenset({bool, bytes, float, int, str, type(None)})
+
+
 def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
         copy = value.copy()
@@ -99,6 +102,8 @@ def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
             copy[key] = _map_leaves(item, function)
         return copy
     if type(value) in (list, tuple):
+        if _PLAIN_TYPES.issuperset(map(type, value)):  # Python's random state is 625 numbers
+            return type(value)(value)
         return type(value)(_map_leaves(item, function) for item in value)
     return function(value)
 

@@ -60,6 +60,8 @@ _IDLE_ANSWER_S = 10.0
 _FIRST_LINE_S = 30.0
 """Time before a line says that workers have not started yet: an ordinary start takes less, also on a busy machine."""
 _LOOPS = (Train, Evaluate, Predict)
+_MAX_WATCHED = 64
+"""Up to this number of workers the streams of all are waited for while a loop runs; a wait for 64 takes 0.2 ms."""
 _SAME_TIME_S = 0.5
 """Ranks that fail on the same line within this time are reported as one error."""
 _NO_USER_LINE = "no line of the user's own, as when gradients are reduced"
@@ -112,6 +114,10 @@ class ActorGroup:
         self._failures: dict[int, Failed] = {}
         """Failures by rank, of the command that fails."""
         self._is_stop_armed = False
+        self._is_loop_running = False
+        """True while rank 0 runs a loop, in which it reports for all."""
+        self._next_look_s = 0.0
+        """Time at which the streams of the other ranks are looked at next, while a loop runs."""
         self._on_release: Callable[[ActorGroup, bool], None] | None = None
         """Set while the group works for a run."""
         try:
@@ -144,7 +150,8 @@ class ActorGroup:
         reference = _put_in_store(
             serialized_job, f"the module and its data of {serialized_job.num_bytes / 2**30:.1f} GB"
         )
-        assignment = self._build_assignment(plan, environment_before)
+        # Stored, too: Ray would pickle it once for each actor.
+        assignment = _put_in_store(self._build_assignment(plan, environment_before), "the settings of the run")
         self._is_stop_armed = False
         # Unpickling may hold the GIL for long.
         self._wait_for_calls(
@@ -251,7 +258,7 @@ class ActorGroup:
                 ray.wait(stop_calls, num_returns=len(stop_calls), timeout=_STOP_S)
         placement, self._placement = self._placement, None
         if self.is_of_this_session:  # a thread that ends idle workers may have waited above
-            self._kill_actors(actors)
+            self.kill_actors(actors)
             if self.workers.accelerator.is_on_tpu:
                 wait_for_exits(self._processes)
             if placement is not None:
@@ -259,15 +266,7 @@ class ActorGroup:
 
     def _start_actors(self) -> None:
         assert self._placement is not None
-        actor_class: Any = ray.remote(WorkerActor)
-        actors = []
-        for index in range(self.workers.num_workers):
-            options = self._placement.options(index)
-            if variables := {**self.variables, **self._placement.variables(index)}:
-                # Ray starts a new process for it, instead of using a prestarted one.
-                options["runtime_env"] = {"env_vars": variables}
-            actors.append(actor_class.options(max_concurrency=20, **options).remote())
-        self._actors = actors
+        actors = self._actors = self.create_actors(self._placement)
         infos = self._wait_for_start([actor.get_info.remote() for actor in actors])
         self._processes = [(info.node_id, info.pid) for info in infos]
         own = ray.get_runtime_context().get_node_id()
@@ -282,6 +281,18 @@ class ActorGroup:
             ProcessEnd(info.pid, log_path=info.log_path) if info.node_id == own else None
             for info in map(infos.__getitem__, rank_order)
         ]
+
+    def create_actors(self, placement: Placement | SlicePlacement) -> list[Any]:
+        """Create the actors without waiting for their processes; a subclass may create others with their methods."""
+        actor_class: Any = ray.remote(WorkerActor)
+        actors = []
+        for index in range(self.workers.num_workers):
+            options = placement.options(index)
+            if variables := {**self.variables, **placement.variables(index)}:
+                # Ray starts a new process for it, instead of using a prestarted one.
+                options["runtime_env"] = {"env_vars": variables}
+            actors.append(actor_class.options(max_concurrency=20, **options).remote())
+        return actors
 
     def _wait_for_start(self, calls: list[Any]) -> list[ActorInfo]:
         """Wait for all actors and return where they run. ResourcesError: they did not start, or not in time."""
@@ -350,6 +361,7 @@ class ActorGroup:
         self._failures = {}
         is_usable, self.is_usable = self.is_usable, False
         self.is_idle = False
+        self._is_loop_running = is_stoppable
         while unfinished:
             if (silent := heartbeat.find_silent_rank()) is not None:
                 raise self._build_silence_error(*silent)
@@ -361,6 +373,7 @@ class ActorGroup:
                     yield from self._raise_failures(report, was_usable=is_usable)
                 elif isinstance(report, CommandDone):
                     unfinished.discard(rank)
+                    self._is_loop_running = self._is_loop_running and rank != 0
                     self._leftovers += report.leftovers
                 else:
                     yield rank, report
@@ -387,15 +400,14 @@ class ActorGroup:
 
     def _receive(self, *, timeout_s: float) -> Iterator[tuple[int, Report | CommandDone | Failed]]:
         """Yield the messages that have arrived, waiting for the first at most `timeout_s`."""
-        ready: list[Any]
-        ready, _ = ray.wait([*self._calls, *self._streams], num_returns=1, timeout=timeout_s, fetch_local=False)
-        for call in [call for call in self._calls if call in ready]:
-            self._calls.remove(call)
-            ready.remove(call)
-            with contextlib.suppress(*DEATH_ERRORS):  # the stream reports a death
-                ray.get(call)
-        for stream in ready:
-            rank = self._streams.index(stream)
+        ready = set(self._wait_for_messages(timeout_s=timeout_s))
+        finished_calls = [call for call in self._calls if call in ready]
+        if finished_calls:
+            self._calls = [call for call in self._calls if call not in ready]
+            _check_calls(finished_calls)
+        for rank, stream in enumerate(self._streams):
+            if stream not in ready:
+                continue
             try:
                 reports: list[ActorMessage] = ray.get(next(stream))
             except (*DEATH_ERRORS, StopIteration) as error:
@@ -406,6 +418,24 @@ class ActorGroup:
                 else:
                     yield rank, report
         self._output.print_due()
+
+    def _wait_for_messages(self, *, timeout_s: float) -> list[Any]:
+        """Wait until a call has ended or a stream has an item; return all of which that is true.
+
+        Ray's wait looks at every worker, so one wait for each message would take a time that is quadratic in their
+        number, and one for each tick of a loop too long. While a loop runs, rank 0 reports alone: with many workers the
+        others, of which one may fail or die, are looked at only now and then.
+        """
+        pending = [*self._calls, *self._streams]
+        if is_rank_0_first := self._is_loop_running and len(self._streams) > _MAX_WATCHED:
+            remaining_s = self._next_look_s - time.monotonic()
+            if remaining_s > 0:
+                return ray.wait(self._streams[:1], timeout=min(timeout_s, remaining_s), fetch_local=False)[0]
+            self._next_look_s = time.monotonic() + _WAKE_S
+        first: list[Any] = ray.wait(
+            pending, num_returns=1, timeout=0 if is_rank_0_first else timeout_s, fetch_local=False
+        )[0]
+        return first and ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)[0]
 
     def _build_silence_error(self, rank: int, limit_s: float) -> WorkerDied:
         return WorkerDied(
@@ -451,6 +481,7 @@ class ActorGroup:
 
         Raises WorkerDied instead if the exceptions only follow from a death. Yields what hooks log until then.
         """
+        self._is_loop_running = False
         failures = self._failures = {first.rank: first}
         death: WorkerDied | None = None
         started = time.monotonic()
@@ -474,7 +505,8 @@ class ActorGroup:
             self.is_usable, self.is_idle = was_usable, True
         raise_failures(list(failures.values()), num_workers=len(self._contexts))
 
-    def _kill_actors(self, actors: list[Any]) -> None:
+    def kill_actors(self, actors: list[Any]) -> None:
+        """End the processes of actors that `create_actors` has created, without waiting."""
         for actor in actors:
             try:
                 ray.kill(actor)
@@ -510,6 +542,16 @@ def _put_in_store(value: Any, what: str) -> Any:
         ) from error
 
 
+def _check_calls(calls: list[Any]) -> None:
+    """Raise the error of a call that has ended, but not of one whose actor has died: the stream reports that."""
+    try:
+        ray.get(calls)
+    except DEATH_ERRORS:
+        for call in calls:
+            with contextlib.suppress(*DEATH_ERRORS):
+                ray.get(call)
+
+
 def order_by_host_and_gpu(infos: Sequence[ActorInfo], *, own_node: str) -> list[int]:
     """Return the actors' indices by host, the driver's first, then by GPU: neighbouring ranks share hardware."""
 
@@ -527,24 +569,27 @@ def _split_numbers(text: str) -> list[str | int]:
 
 
 def _build_contexts(infos: list[ActorInfo]) -> list[WorkerContext]:
-    nodes = list(dict.fromkeys(info.node_id for info in infos))
+    ranks_by_node: dict[str, list[int]] = {}
     contexts = []
     for rank, info in enumerate(infos):
-        on_node = [other for other, candidate in enumerate(infos) if candidate.node_id == info.node_id]
-        contexts.append(
-            WorkerContext(
-                rank=rank,
-                local_rank=on_node.index(rank),
-                node_rank=nodes.index(info.node_id),
-                world_size=len(infos),
-                local_world_size=len(on_node),
-                num_nodes=len(nodes),
-                host=info.host,
-                num_threads=_choose_num_threads(info, len(on_node)),
-                host_ip=info.ip,
+        ranks_by_node.setdefault(info.node_id, []).append(rank)
+    for node_rank, ranks in enumerate(ranks_by_node.values()):
+        for local_rank, rank in enumerate(ranks):
+            info = infos[rank]
+            contexts.append(
+                WorkerContext(
+                    rank=rank,
+                    local_rank=local_rank,
+                    node_rank=node_rank,
+                    world_size=len(infos),
+                    local_world_size=len(ranks),
+                    num_nodes=len(ranks_by_node),
+                    host=info.host,
+                    num_threads=_choose_num_threads(info, len(ranks)),
+                    host_ip=info.ip,
+                )
             )
-        )
-    return contexts
+    return sorted(contexts, key=lambda context: context.rank)
 
 
 def _choose_num_threads(info: ActorInfo, local_world_size: int) -> int:

@@ -27,7 +27,8 @@ class WorkerOutput:
     def add(self, rank: int, report: Printed) -> None:
         now = time.monotonic()
         self._queues[rank].extend(_Line(stream=stream, text=text, arrived_at=now) for stream, text in report.lines)
-        self.print_due()
+        if len(self._queues) == 1:
+            self.print_due()
 
     def print_due(self, *, is_end: bool = False) -> None:
         """Print the lines that all ranks have printed, or that have waited long enough; at the end all of them."""

@@ -100,7 +100,7 @@ class TrainLoop:
         """Train until the command's limits, the end of the epoch or a stop on which the ranks have agreed.
 
         Yields:
-            `Stepped` at each logging interval, `Measured` and `Ticked` from rank 0, and a last `Paused`.
+            From rank 0 `Measured` and `Stepped` at each logging interval, and `Ticked`; from all a last `Paused`.
 
         Raises:
             ModuleError: A rank has no share of the last batch, which the strategy does not allow.
@@ -381,10 +381,12 @@ class TrainLoop:
         if self._is_stop_agreed:
             view.should_stop = True
         view.receive(metrics)
-        if len(times_of_ranks) > 1 and self._session.context.rank == 0:
-            yield clock.build_report(times_of_ranks)
-        if metrics:
-            yield Stepped(progress=view.progress, metrics=metrics)
+        # All ranks have the same values: with 1,000 workers the driver would read 1,000 equal reports.
+        if self._session.context.rank == 0:
+            if len(times_of_ranks) > 1:
+                yield clock.build_report(times_of_ranks)
+            if metrics:
+                yield Stepped(progress=view.progress, metrics=metrics)
         clock.restart(data_wait_s=data_wait_s)
 
     def _pause(self, *, is_epoch_finished: bool, data_wait_s: float, compilation_s: float) -> Paused:

@@ -3,12 +3,13 @@
 import time
 
 import pytest
-from models import Regression, make_data
+from models import Regression, RegressionData, make_data
 from torch.utils.data import DataLoader, default_collate
 
 import raylit as pl
 from raylit.driver.loop.goodput import describe_slowest_rank
-from raylit.protocol.messages import RankTimes
+from raylit.driver.ray.actor_group import ActorGroup
+from raylit.protocol.messages import Measured, Paused, RankTimes, Stepped
 
 DELAY_S = 0.1
 
@@ -73,3 +74,18 @@ def test_a_slow_rank_is_named_with_what_it_spends_its_time_on(cause, quiet):
     assert len(seen.slowest) == 2
     assert [text.partition(" +")[0] for text in seen.slowest] == ["rank 1"] * 2
     assert [text.rpartition("% ")[2] for text in seen.slowest] == [cause] * 2
+
+
+def test_only_rank_0_reports_the_metrics_and_times_of_all_ranks(quiet, monkeypatch):
+    ranks, run = {Measured: [], Stepped: [], Paused: []}, ActorGroup.run
+
+    def record_run(self, command):
+        for rank, report in run(self, command):
+            if type(report) in ranks:
+                ranks[type(report)].append(rank)
+            yield rank, report
+
+    monkeypatch.setattr(ActorGroup, "run", record_run)
+    pl.fit(Regression(), RegressionData(), num_workers=2, max_epochs=1, log_every_n_steps=1, **quiet)
+    assert ranks[Measured] == ranks[Stepped] == [0] * 3
+    assert sorted(ranks[Paused]) == [0, 1]
