@@ -109,7 +109,7 @@ class TrainLoop:
         compiled_before_s = session.compilation_s
         feed = self._begin_command()
         data_wait_s = self._opening_s
-        session.clock.restart(data_wait_s=data_wait_s)
+        session.clock.restart(data_wait_s=data_wait_s, num_steps=view.num_windows)
         on_batch_start = session.hooks.list_calls("on_train_batch_start")
         on_batch_end = session.hooks.list_calls("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
@@ -381,11 +381,10 @@ class TrainLoop:
         if self._is_stop_agreed:
             view.should_stop = True
         view.receive(metrics)
-        if len(times_of_ranks) > 1 and self._session.context.rank == 0:
-            yield clock.build_report(times_of_ranks)
+        yield clock.build_report(times_of_ranks, num_steps=view.num_windows)
         if metrics:
             yield Stepped(progress=view.progress, metrics=metrics)
-        clock.restart(data_wait_s=data_wait_s)
+        clock.restart(data_wait_s=data_wait_s, num_steps=view.num_windows)
 
     def _pause(self, *, is_epoch_finished: bool, data_wait_s: float, compilation_s: float) -> Paused:
         """Reduce metrics and stop wishes, synchronize buffers and return the report of the pause. Collective."""
