@@ -258,5 +258,5 @@ class IntervalClock:
             ranks=tuple(
                 RankTimes(elapsed_s=elapsed_s, data_wait_s=data_wait_s, backward_s=backward_s)
                 for elapsed_s, data_wait_s, backward_s in rows
-            )
+            ),
         )

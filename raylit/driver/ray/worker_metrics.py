@@ -8,7 +8,6 @@ sets the last values again.
 import os
 from time import perf_counter
 
-import psutil
 from ray.util.metrics import Gauge
 
 from raylit.accelerators import Accelerator
@@ -34,7 +33,6 @@ class WorkerMetrics:
     def __init__(self) -> None:
         self._gauges = {name: Gauge(name, text, tag_keys=_TAGS) for name, text in DESCRIPTIONS.items()}
         self._values: dict[str, float] = {}
-        self._process = psutil.Process()
         self._rank = 0
         self._accelerator: Accelerator | None = None
         self._save_began_at = 0.0
@@ -68,14 +66,25 @@ class WorkerMetrics:
 
     def refresh(self) -> None:
         """Set all gauges of the run again. Called from the training thread and from the event loop."""
-        if self._accelerator is None or not self._values:
+        values, accelerator = self._values, self._accelerator
+        if accelerator is None or not values:
             return
-        self._values["raylit_host_memory_bytes"] = float(self._process.memory_info().rss)
-        if (num_bytes := self._accelerator.allocated_bytes()) > 0:
-            self._values["raylit_device_memory_bytes"] = float(num_bytes)
-        for name, value in list(self._values.items()):
+        if (num_bytes := _read_resident_bytes()) > 0:
+            values["raylit_host_memory_bytes"] = float(num_bytes)
+        if (num_bytes := accelerator.allocated_bytes()) > 0:
+            values["raylit_device_memory_bytes"] = float(num_bytes)
+        for name, value in list(values.items()):
             self._gauges[name].set(value)
 
     def end_run(self) -> None:
         """Forget the run's values, which Ray's agent then drops."""
         self._values, self._accelerator = {}, None
+
+
+def _read_resident_bytes() -> int:
+    """Return the resident memory of this process; 0 where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
