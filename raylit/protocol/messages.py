@@ -278,9 +278,11 @@ class RankTimes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Report of how all ranks have spent an interval between two logging steps. Sent by rank 0."""
+    """Report of how all ranks have spent an interval between two logging steps. Only rank 0's reaches the driver."""
 
     ranks: tuple[RankTimes, ...]
+    num_steps: int = 1
+    """Accumulation windows in the interval."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -238,9 +238,11 @@ class IntervalClock:
         """Seconds of backward passes in this interval; written by automatic optimization."""
         self._began_at = 0.0
         self._data_wait_s = 0.0
+        self._num_steps = 0
 
-    def restart(self, *, data_wait_s: float) -> None:
-        """Begin an interval at the command's data wait so far."""
+    def restart(self, *, data_wait_s: float, num_steps: int) -> None:
+        """Begin an interval at the command's data wait and the run's steps so far."""
+        self._num_steps = num_steps
         self.backward_s = 0.0
         self._data_wait_s = data_wait_s
         self._began_at = perf_counter()
@@ -249,12 +251,12 @@ class IntervalClock:
         """Return this rank's numbers for `build_report`."""
         return [perf_counter() - self._began_at, data_wait_s - self._data_wait_s, self.backward_s]
 
-    @staticmethod
-    def build_report(rows: Sequence[Sequence[float]]) -> Measured:
-        """Return the report of all ranks' numbers, one row for each rank."""
+    def build_report(self, rows: Sequence[Sequence[float]], *, num_steps: int) -> Measured:
+        """Return the report of all ranks' numbers, one row for each rank, at the run's steps so far."""
         return Measured(
+            num_steps=num_steps - self._num_steps,
             ranks=tuple(
                 RankTimes(elapsed_s=elapsed_s, data_wait_s=data_wait_s, backward_s=backward_s)
                 for elapsed_s, data_wait_s, backward_s in rows
-            )
+            ),
         )

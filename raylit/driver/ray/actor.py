@@ -25,12 +25,14 @@ from raylit.checkpoint.pending import PendingCheckpoint, PendingPart
 from raylit.driver.ray.failures import explain_failure
 from raylit.driver.ray.rendezvous import RendezvousInfo
 from raylit.driver.ray.serialization import SerializedJob, unpickle_job, unpickle_plan
+from raylit.driver.ray.worker_metrics import WorkerMetrics
 from raylit.errors import CheckpointError
 from raylit.protocol.messages import (
     ActorMessage,
     Command,
     CommandDone,
     Failed,
+    Measured,
     Part,
     Ticked,
     Weights,
@@ -160,6 +162,7 @@ class WorkerActor:
         self._num_commands = 0
         self._chunk_slots = threading.Semaphore(_MAX_CHUNKS_IN_FLIGHT)
         self._context = WorkerContext()
+        self._metrics = WorkerMetrics()
         faulthandler.enable(all_threads=True)  # for libraries that end the process in a thread of their own
         self._output = StdoutCapture(on_lines=self._outbox.wake_reader)
         self._thread = threading.Thread(target=self._run_thread, name="raylit-worker", daemon=True)
@@ -202,6 +205,7 @@ class WorkerActor:
 
     async def ping(self) -> None:
         """Answer the driver's heartbeat, also while a step runs."""
+        self._metrics.refresh()
 
     async def pause_loop(self, number: int) -> int:
         """Pause the loop of the `number`th command at its next batch border; return that border."""
@@ -332,9 +336,16 @@ class WorkerActor:
             stop_barrier=self._stop_barrier,
             forward=self._outbox.put,
         )
+        self._metrics.begin_run(
+            rank=self._context.rank,
+            node=self._context.host,
+            log_dir=job.log_dir,
+            accelerator=self._accelerator,
+        )
         return ()
 
     def _finish_run(self) -> tuple[str, ...]:
+        self._metrics.end_run()
         if self._worker is not None:
             self._worker.abandon()
         self._worker = None
@@ -347,7 +358,13 @@ class WorkerActor:
 
     def _run_command(self, command: Command) -> None:
         assert self._worker is not None
+        self._metrics.begin_command()
         for report in self._worker.run(copy_tensors(command)):
+            if isinstance(report, Measured):
+                self._metrics.record_interval(report)
+                if self._context.rank > 0 or len(report.ranks) == 1:
+                    continue
             if isinstance(report, Weights):
                 self._chunk_slots.acquire()
             self._outbox.put(report)
+        self._metrics.end_command(command)

@@ -100,7 +100,7 @@ class TrainLoop:
         """Train until the command's limits, the end of the epoch or a stop on which the ranks have agreed.
 
         Yields:
-            From rank 0 `Measured` and `Stepped` at each logging interval, and `Ticked`; from all a last `Paused`.
+            `Measured` and, on rank 0, `Stepped` at each logging interval, `Ticked` on rank 0, and a last `Paused`.
 
         Raises:
             ModuleError: A rank has no share of the last batch, which the strategy does not allow.
@@ -109,7 +109,7 @@ class TrainLoop:
         compiled_before_s = session.compilation_s
         feed = self._begin_command()
         data_wait_s = self._opening_s
-        session.clock.restart(data_wait_s=data_wait_s)
+        session.clock.restart(data_wait_s=data_wait_s, num_steps=view.num_windows)
         on_batch_start = session.hooks.list_calls("on_train_batch_start")
         on_batch_end = session.hooks.list_calls("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
@@ -381,13 +381,11 @@ class TrainLoop:
         if self._is_stop_agreed:
             view.should_stop = True
         view.receive(metrics)
+        yield clock.build_report(times_of_ranks, num_steps=view.num_windows)
         # All ranks have the same values: with 1,000 workers the driver would read 1,000 equal reports.
-        if self._session.context.rank == 0:
-            if len(times_of_ranks) > 1:
-                yield clock.build_report(times_of_ranks)
-            if metrics:
-                yield Stepped(progress=view.progress, metrics=metrics)
-        clock.restart(data_wait_s=data_wait_s)
+        if metrics and self._session.context.rank == 0:
+            yield Stepped(progress=view.progress, metrics=metrics)
+        clock.restart(data_wait_s=data_wait_s, num_steps=view.num_windows)
 
     def _pause(self, *, is_epoch_finished: bool, data_wait_s: float, compilation_s: float) -> Paused:
         """Reduce metrics and stop wishes, synchronize buffers and return the report of the pause. Collective."""
