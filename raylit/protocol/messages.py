@@ -283,6 +283,8 @@ class Measured:
     ranks: tuple[RankTimes, ...]
     num_steps: int = 1
     """Accumulation windows in the interval."""
+    num_samples: int = 0
+    """Samples of this rank in the interval, if all its batches are as large as the last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

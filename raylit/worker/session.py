@@ -64,7 +64,7 @@ class Session:
         )
         self.view = TrainerView(plan=plan, context=context, job=job, stage=stage)
         self.view.strategy = self.strategy
-        self.clock = IntervalClock()
+        self.clock = IntervalClock(self.view)
         self.uneven = UnevenSteps(collectives, module=job.module, view=self.view, device=self.device)
         self.profiler = job.profiler
         self.hooks = Hooks(view=self.view, module=job.module, callbacks=job.callbacks, profiler=job.profiler)
@@ -233,16 +233,18 @@ class IntervalClock:
     reduced. All times are those of the host, which on a GPU launches kernels and does not wait for them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, view: TrainerView) -> None:
+        """Create the clock of the run whose steps and batches the view counts."""
+        self._view = view
         self.backward_s = 0.0
         """Seconds of backward passes in this interval; written by automatic optimization."""
         self._began_at = 0.0
         self._data_wait_s = 0.0
-        self._num_steps = 0
+        self._num_steps = self._num_batches = 0
 
-    def restart(self, *, data_wait_s: float, num_steps: int) -> None:
-        """Begin an interval at the command's data wait and the run's steps so far."""
-        self._num_steps = num_steps
+    def restart(self, *, data_wait_s: float) -> None:
+        """Begin an interval at the command's data wait so far."""
+        self._num_steps, self._num_batches = self._view.num_windows, self._view.total_batches
         self.backward_s = 0.0
         self._data_wait_s = data_wait_s
         self._began_at = perf_counter()
@@ -251,10 +253,11 @@ class IntervalClock:
         """Return this rank's numbers for `build_report`."""
         return [perf_counter() - self._began_at, data_wait_s - self._data_wait_s, self.backward_s]
 
-    def build_report(self, rows: Sequence[Sequence[float]], *, num_steps: int) -> Measured:
-        """Return the report of all ranks' numbers, one row for each rank, at the run's steps so far."""
+    def build_report(self, rows: Sequence[Sequence[float]], *, batch_size: int) -> Measured:
+        """Return the report of all ranks' numbers, one row for each rank; `batch_size` is that of the last batch."""
         return Measured(
-            num_steps=num_steps - self._num_steps,
+            num_steps=self._view.num_windows - self._num_steps,
+            num_samples=(self._view.total_batches - self._num_batches) * batch_size,
             ranks=tuple(
                 RankTimes(elapsed_s=elapsed_s, data_wait_s=data_wait_s, backward_s=backward_s)
                 for elapsed_s, data_wait_s, backward_s in rows

@@ -5,14 +5,15 @@ import re
 
 from cluster_commands import CLUSTER
 
-from raylit.driver.ray.worker_metrics import DESCRIPTIONS
+from raylit.driver.ray.worker_metrics import DESCRIPTIONS, GOODPUT
 
 DASHBOARD = json.loads((CLUSTER / "grafana-dashboard.json").read_text(encoding="utf-8"))
 
 
 def test_queries_name_all_metrics_that_workers_export_and_no_others():
     queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
-    assert {name for query in queries for name in re.findall(r"ray_(raylit_\w+)", query)} == set(DESCRIPTIONS)
+    named = {name for query in queries for name in re.findall(r"ray_(raylit_\w+)", query)}
+    assert named == {*DESCRIPTIONS, f"{GOODPUT}_total"}
 
 
 def test_panels_have_their_own_places_and_the_chosen_data_source():

@@ -18,7 +18,7 @@ from raylit.config import Plan
 from raylit.driver.loop import predictions
 from raylit.driver.loop.checkpoint_queue import CheckpointQueue, CheckpointWriter, FlushLogsFirst, SaveRequest
 from raylit.driver.loop.driver_profiler import DriverProfiler
-from raylit.driver.loop.goodput import Cause, GoodputLedger, describe_slowest_rank
+from raylit.driver.loop.goodput import Cause, Goodput, GoodputLedger, describe_slowest_rank
 from raylit.driver.loop.log_writer import LogWriter
 from raylit.driver.loop.schedule import Schedule
 from raylit.driver.loop.signals import SignalHandler
@@ -275,6 +275,7 @@ class Coordinator:
         with self._measure_loop("steps"):
             paused = self._run_for_report(command)
         self._is_training = False
+        self._group.record_goodput(self.ledger.read())
         self._signals.check()
         self._group.disarm_stop()
         assert isinstance(paused, Paused)
@@ -320,6 +321,8 @@ class Coordinator:
         self.finished = replace(finished, state_dict=self._gathered_weights.state_dict or finished.state_dict)
         if self.state.stage == "fit":
             self.finish_saves()
+            if self._group is not None:
+                self._group.record_goodput(self.ledger.read())
             metrics = {**self.ledger.read().to_metrics(), "epoch": self.state.log_epoch}
             self._log_writer.log_metrics(metrics, step=self.state.log_step)
 
@@ -575,6 +578,10 @@ class WorkerGroup(Protocol):
         """
         ...
 
+    def record_goodput(self, goodput: Goodput) -> None:
+        """Record the run's wall time by cause so far as metrics of Ray's; nothing without Ray."""
+        ...
+
     def arm_stop(self) -> None:
         """Make the command under way, and any later one, end its loop after the current step or batch.
 
@@ -626,6 +633,9 @@ class InlineGroup:
 
     def can_read(self, path: str) -> bool:
         return True
+
+    def record_goodput(self, goodput: Goodput) -> None:
+        """Do nothing: there is no Ray."""
 
     def checkpoint_writer(self, *, is_in_parts: bool) -> PendingCheckpoint:
         assert not is_in_parts, "one worker has nothing to share"

@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError
 
 from raylit.compat import ray_core
 from raylit.config import Plan, Workers
+from raylit.driver.loop.goodput import Goodput
 from raylit.driver.ray import local_cluster
 from raylit.driver.ray.actor import ActorInfo, Assignment, WorkerActor
 from raylit.driver.ray.checkpoint_transfer import CheckpointTransfer, PartTransfer
@@ -30,6 +31,7 @@ from raylit.driver.ray.placement import CapacityWait, Placement
 from raylit.driver.ray.rendezvous import Rendezvous
 from raylit.driver.ray.serialization import SerializedJob, pickle_plan
 from raylit.driver.ray.tpu_slice import SlicePlacement, wait_for_exits
+from raylit.driver.ray.worker_metrics import GoodputMetrics
 from raylit.driver.ray.worker_output import WorkerOutput
 from raylit.errors import ConfigError, ResourcesError, WorkerDied, is_traceback_full
 from raylit.protocol.messages import (
@@ -113,6 +115,7 @@ class ActorGroup:
         self._num_commands = 0
         self._failures: dict[int, Failed] = {}
         """Failures by rank, of the command that fails."""
+        self._goodput_metrics = GoodputMetrics()
         self._is_stop_armed = False
         self._is_loop_running = False
         """True while rank 0 runs a loop, in which it reports for all."""
@@ -132,6 +135,7 @@ class ActorGroup:
         plan: Plan,
         serialized_job: SerializedJob,
         *,
+        log_dir: str,
         environment_before: Mapping[str, str],
         on_release: Callable[["ActorGroup", bool], None],
     ) -> None:
@@ -143,10 +147,12 @@ class ActorGroup:
         Args:
             plan: The run's configuration.
             serialized_job: The user's objects.
+            log_dir: The run's log directory, which names it in metrics.
             environment_before: Variables of this process at earlier runs, which workers may still have.
             on_release: Takes the group over when the run releases it, with `is_kept` of `release`.
         """
         self._on_release = on_release
+        self._goodput_metrics.begin_run(log_dir)
         reference = _put_in_store(
             serialized_job, f"the module and its data of {serialized_job.num_bytes / 2**30:.1f} GB"
         )
@@ -219,6 +225,9 @@ class ActorGroup:
             return all(ray.get([actor.can_read.remote(path) for actor in self._actors], timeout=_CAN_READ_TIMEOUT_S))
         except (GetTimeoutError, *DEATH_ERRORS):
             return False
+
+    def record_goodput(self, goodput: Goodput) -> None:
+        self._goodput_metrics.count(goodput.to_dict())
 
     def checkpoint_writer(self, *, is_in_parts: bool) -> CheckpointTransfer | PartTransfer:
         limit_s = self.workers.ping_timeout_s

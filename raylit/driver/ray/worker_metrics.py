@@ -1,4 +1,4 @@
-"""Metrics of one worker for Prometheus, by Ray's own exporter. Worker.
+"""Metrics of a run for Prometheus, by Ray's own exporter: those of each worker, and the driver's goodput.
 
 Ray's agent on each node exports them with the prefix `ray_`, where `ray[default]` is installed; elsewhere they go
 nowhere. It forgets a gauge that has not been set for two of its report intervals (20 s), so the driver's heartbeat
@@ -6,15 +6,18 @@ sets the last values again.
 """
 
 import os
+from collections.abc import Mapping
 from time import perf_counter
 
-from ray.util.metrics import Gauge
+from ray.util.metrics import Counter, Gauge
 
 from raylit.accelerators import Accelerator
 from raylit.protocol.messages import Command, Measured, Save
 
 DESCRIPTIONS = {
     "raylit_step_time_s": "Seconds of a training step: the mean of the last logging interval.",
+    "raylit_samples_per_s": "Samples of this worker per second in the last logging interval, by the size of its last "
+    "batch.",
     "raylit_data_wait_s": "Seconds of waiting for batches in a step: the mean of the last logging interval.",
     "raylit_collective_wait_s": "Seconds of a step's backward pass beyond those of the rank with the shortest: waiting "
     "for the gradients of slower ranks, without the transfer that all ranks take part in. Host time.",
@@ -23,6 +26,7 @@ DESCRIPTIONS = {
     "raylit_device_memory_bytes": "Memory of tensors on the worker's device, if the accelerator tells it.",
 }
 """What a worker exports: descriptions by name."""
+GOODPUT, GOODPUT_DESCRIPTION = "raylit_goodput_s", "Seconds of the run's wall time by cause, up to its last pause."
 
 _TAGS = ("rank", "run", "node")
 
@@ -40,9 +44,8 @@ class WorkerMetrics:
     def begin_run(self, *, rank: int, node: str, log_dir: str, accelerator: Accelerator) -> None:
         """Tag later values with the run, whose name is made of the last three parts of its log directory."""
         self._rank, self._accelerator = rank, accelerator
-        run = "/".join([part for part in os.path.abspath(log_dir).split("/") if part][-3:])
         for gauge in self._gauges.values():
-            gauge.set_default_tags({"rank": str(rank), "run": run, "node": node})
+            gauge.set_default_tags({"rank": str(rank), "run": name_run(log_dir), "node": node})
 
     def begin_command(self) -> None:
         """Note the time at which a command begins."""
@@ -58,6 +61,7 @@ class WorkerMetrics:
         """Record this rank's times of a logging interval; a few microseconds for each metric."""
         own, num_steps = measured.ranks[self._rank], max(1, measured.num_steps)
         self._values["raylit_step_time_s"] = own.elapsed_s / num_steps
+        self._values["raylit_samples_per_s"] = measured.num_samples / own.elapsed_s
         self._values["raylit_data_wait_s"] = own.data_wait_s / num_steps
         if own.backward_s > 0:  # manual optimization does not measure its backward passes
             shared_s = min(rank.backward_s for rank in measured.ranks)
@@ -79,6 +83,32 @@ class WorkerMetrics:
     def end_run(self) -> None:
         """Forget the run's values, which Ray's agent then drops."""
         self._values, self._accelerator = {}, None
+
+
+class GoodputMetrics:
+    """Counter of a run's seconds by cause, in the driver's process."""
+
+    def __init__(self) -> None:
+        self._counter = Counter(GOODPUT, GOODPUT_DESCRIPTION, tag_keys=("run", "cause"))
+        self._run = ""
+        self._counted_s: dict[str, float] = {}
+
+    def begin_run(self, log_dir: str) -> None:
+        """Count from zero, with the name of a new run."""
+        self._run, self._counted_s = name_run(log_dir), {}
+
+    def count(self, seconds_by_cause: Mapping[str, float]) -> None:
+        """Count what has been added to each cause since the last call."""
+        for cause, seconds in seconds_by_cause.items():
+            # Time that is moved to another cause later is not taken back: a counter cannot fall.
+            if (added_s := seconds - self._counted_s.get(cause, 0.0)) > 0:
+                self._counter.inc(added_s, tags={"run": self._run, "cause": cause})
+                self._counted_s[cause] = seconds
+
+
+def name_run(log_dir: str) -> str:
+    """Return the tag of a run: the last three parts of its log directory."""
+    return "/".join([part for part in os.path.abspath(log_dir).split("/") if part][-3:])
 
 
 def _read_resident_bytes() -> int:

@@ -198,7 +198,13 @@ def acquire_group(plan: Plan, job: Job, *, on_connected: Callable[[], None]) -> 
             if not is_new:
                 group.check_awake()
             environment = _pool.read_earlier_environment()
-            group.assign(plan, serialized_job, environment_before=environment, on_release=_pool.return_group)
+            group.assign(
+                plan,
+                serialized_job,
+                log_dir=job.log_dir,
+                environment_before=environment,
+                on_release=_pool.return_group,
+            )
         except WorkerDied:
             _pool.return_group(group, is_kept=False)
             if is_new:

@@ -109,7 +109,7 @@ class TrainLoop:
         compiled_before_s = session.compilation_s
         feed = self._begin_command()
         data_wait_s = self._opening_s
-        session.clock.restart(data_wait_s=data_wait_s, num_steps=view.num_windows)
+        session.clock.restart(data_wait_s=data_wait_s)
         on_batch_start = session.hooks.list_calls("on_train_batch_start")
         on_batch_end = session.hooks.list_calls("on_train_batch_end")
         # For batches of which some ranks have no share: the hooks get None as the batch on these ranks.
@@ -381,11 +381,11 @@ class TrainLoop:
         if self._is_stop_agreed:
             view.should_stop = True
         view.receive(metrics)
-        yield clock.build_report(times_of_ranks, num_steps=view.num_windows)
+        yield clock.build_report(times_of_ranks, batch_size=self.metrics.get_batch_size())
         # All ranks have the same values: with 1,000 workers the driver would read 1,000 equal reports.
         if metrics and self._session.context.rank == 0:
             yield Stepped(progress=view.progress, metrics=metrics)
-        clock.restart(data_wait_s=data_wait_s, num_steps=view.num_windows)
+        clock.restart(data_wait_s=data_wait_s)
 
     def _pause(self, *, is_epoch_finished: bool, data_wait_s: float, compilation_s: float) -> Paused:
         """Reduce metrics and stop wishes, synchronize buffers and return the report of the pause. Collective."""

@@ -239,7 +239,7 @@ class MetricBuffer:
             entry.rows.append((self.global_batch_idx or 0, value))
         if entry.on_epoch:
             entry.values.append(value)
-            weight = self._batch_size() if batch_size is None else batch_size
+            weight = self.get_batch_size() if batch_size is None else batch_size
             # A tensor, such as a count of unmasked elements, stays on its device too.
             entry.weights.append(weight.detach() if isinstance(weight, Tensor) else float(weight))
             if len(entry.values) >= MAX_KEPT_VALUES:
@@ -424,7 +424,8 @@ class MetricBuffer:
             entry.rows = []
         return entry
 
-    def _batch_size(self) -> int:
+    def get_batch_size(self) -> int:
+        """Return the number of samples in the last batch, as `raylit.worker.data.batches.get_batch_size` finds it."""
         if self._sized_batch is not self.batch:
             self._sized_batch, self._size = self.batch, get_batch_size(self.batch)
         return self._size

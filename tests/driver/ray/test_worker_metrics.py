@@ -31,13 +31,13 @@ def scrape():
                 text = urllib.request.urlopen(url, timeout=5).read().decode()
             except OSError:
                 continue
-            for name, rank, value in re.findall(r'^ray_(raylit_\\w+){.*rank="(\\d)".*} (\\S+)$', text, re.MULTILINE):
-                seen[f"{name} {rank}"] = float(value)
+            lines = re.findall(r'^ray_(raylit_\\w+){.*(?:rank|cause)="(\\w+)".*} (\\S+)$', text, re.MULTILINE)
+            seen.update({f"{name} {tag}": float(value) for name, tag, value in lines})
 
 if __name__ == "__main__":
     threading.Thread(target=scrape, daemon=True).start()
-    pl.fit(Model(), DataLoader(TensorDataset(torch.rand(800, 2)), batch_size=4), num_workers=2, max_epochs=1,
-           log_every_n_steps=10, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    pl.fit(Model(), DataLoader(TensorDataset(torch.rand(800, 2)), batch_size=4), num_workers=2, max_epochs=2,
+           log_every_n_steps=10, logger=False, enable_progress_bar=False)
     print(json.dumps(seen))
 """
 
@@ -49,6 +49,10 @@ def test_each_rank_exports_its_times_and_memory(run_script, monkeypatch):
     seen = json.loads(run_script(SCRIPT).splitlines()[-1])
     for rank in (0, 1):
         assert seen[f"raylit_step_time_s {rank}"] >= 0.05
+        assert 0 < seen[f"raylit_samples_per_s {rank}"] <= 4 / 0.05
         assert seen[f"raylit_data_wait_s {rank}"] >= 0.0
         assert seen[f"raylit_host_memory_bytes {rank}"] > 1e8
+        assert seen[f"raylit_checkpoint_time_s {rank}"] > 0
+    assert seen["raylit_goodput_s_total start"] > 0
+    assert seen["raylit_goodput_s_total steps"] > 5
     assert seen["raylit_collective_wait_s 0"] > seen["raylit_collective_wait_s 1"]
