@@ -1,9 +1,12 @@
 """The `raylit` command, and RaylitCLI to build such a command for your own script, by jsonargparse. Driver."""
 
 import argparse
+import inspect
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -15,12 +18,15 @@ from raylit.errors import ConfigError, RaylitError
 from raylit.seed import seed_everything
 from raylit.storage import check_stays_below, join, write_text
 from raylit.trainer.trainer import Trainer
+from raylit.tune.sweep.parameters import parse_space, sample_space
+from raylit.tune.sweep.sweep import sweep
 
 _SUBCOMMANDS = {
     "fit": "Train; with --ckpt_path continue a run.",
     "validate": "The metrics of the validation loop.",
     "test": "The metrics of the test loop.",
     "predict": "Run the prediction loop.",
+    "sweep": "Train with several configs from a search space and compare them.",
 }
 
 _DESCRIPTION = (
@@ -33,6 +39,12 @@ _CONSOLIDATE = (
 _DOCTOR = (
     "Examine the cluster that RAY_ADDRESS names, or this machine: hosts, versions, network, clocks, limits, start of "
     "workers, all-reduce, checkpoint directory. The exit code is 1 if something will go wrong in a training."
+)
+_SWEEP_OPTIONS = ("space", "metric", "mode", "num_samples", "max_concurrent", "max_failures", "name", "resume")
+"""Arguments of `raylit.sweep` that are options of the subcommand; the workers are the Trainer's."""
+_SPACE = (
+    "The search space: an option's name, and a function of ray.tune with its arguments, as in "
+    "{model.lr: {loguniform: [0.0001, 0.1]}, data.batch_size: {choice: [16, 32]}}."
 )
 _EXACT: dict[str, Any] = {"allow_abbrev": False}
 """No abbreviated options: an option of a later version could make them ambiguous."""
@@ -133,6 +145,9 @@ class RaylitCLI:
         self.datamodule: DataModule | None = None
         self.model: LightningModule
         self.trainer: Trainer
+        if self.subcommand == "sweep":
+            self._sweep()
+            return
         self._build(None if self.subcommand != "fit" else save_config_callback)
         if run:
             self._run()
@@ -144,7 +159,9 @@ class RaylitCLI:
         subcommands = parser.add_subcommands(required=True, dest="subcommand")
         for name, text in _SUBCOMMANDS.items():
             usage = f"{parser.prog} {name} [--config FILE] [--model ...] [--data ...] [--trainer.NAME VALUE] ..."
-            self._subparsers[name] = self._build_parser(has_checkpoint=True, usage=usage)
+            self._subparsers[name] = parser_of_name = self._build_parser(has_checkpoint=name != "sweep", usage=usage)
+            if name == "sweep":
+                _add_sweep_options(parser_of_name)
             subcommands.add_subcommand(name, self._subparsers[name], help=text)
         return parser
 
@@ -180,9 +197,7 @@ class RaylitCLI:
 
     def _build(self, save_config: type[SavedConfig] | None) -> None:
         """Seed, then build module, data module and Trainer; the seed comes first as the weights depend on it."""
-        seed = self.config.seed_everything
-        if seed is not None and seed is not False:
-            self.config.seed_everything = seed_everything(None if seed is True else seed)
+        _seed(self.config)
         parser = self.parser if self.subcommand is None else self._subparsers[self.subcommand]
         built = parser.instantiate(self.config)
         self.model, self.datamodule = built.model, built.get("data")
@@ -194,6 +209,32 @@ class RaylitCLI:
             arguments["callbacks"] = [*callbacks, save_config(text)]
         self.trainer = self._trainer_class(**arguments)
 
+    def _sweep(self) -> None:
+        """Run trials, each of which parses the config with its own options added."""
+        parser = self._subparsers["sweep"]
+        config = self.config.clone()
+        config.pop("config", None)
+        options = {name: config.pop(name) for name in _SWEEP_OPTIONS}
+        trainer = _instantiate_trainer_arguments(parser, config.pop("trainer"))
+        _seed(config)
+        build = _TrialBuilder(
+            cli_class=type(self),
+            cli_arguments={
+                "model_class": self._model_class,
+                "datamodule_class": self._datamodule_class,
+                "trainer_class": self._trainer_class,
+                "subclass_mode_model": self._is_model_named,
+                "subclass_mode_data": self._is_data_named,
+            },
+            text=parser.dump(config, skip_validation=True),
+        )
+        space = parse_space(options.pop("space"))
+        # An option that does not exist ends the command here, not each trial.
+        self._subparsers["fit"].parse_args(build.build_arguments(sample_space(space)))
+        self.result = sweep(build, space, **options, **trainer)
+        if self.result.best_checkpoint is not None:
+            print(f"best checkpoint: {self.result.best_checkpoint}")
+
     def _run(self) -> None:
         assert self.subcommand is not None
         if self.subcommand not in _SUBCOMMANDS:
@@ -203,6 +244,55 @@ class RaylitCLI:
 
 
 LightningCLI = RaylitCLI
+
+
+def _seed(config: Any) -> None:
+    """Seed this process as the config says, and note the seed in it."""
+    seed = config.seed_everything
+    if seed is not None and seed is not False:
+        config.seed_everything = seed_everything(None if seed is True else seed)
+
+
+def _add_sweep_options(parser: Any) -> None:
+    """Add the arguments of `raylit.sweep`, with its own texts, and the space."""
+    # jsonargparse finds names of the Trainer's arguments in the code of the sweep, too.
+    others = {*inspect.signature(sweep).parameters, "enable_checkpointing", "checkpoint_callback"} - {*_SWEEP_OPTIONS}
+    parser.add_function_arguments(sweep, as_group=False, skip={*others, "space"})
+    parser.add_argument("--space", type=dict[str, Any], required=True, help=_SPACE)
+
+
+def _instantiate_trainer_arguments(parser: Any, trainer: Any) -> dict[str, Any]:
+    """Return the Trainer arguments that differ from their defaults, with the objects that classes in them stand for."""
+    defaults = parser.get_defaults().trainer
+    given = [name for name, value in vars(trainer).items() if value != defaults[name]]
+    built = parser.instantiate(type(trainer)(trainer=trainer)).trainer
+    return {name: built[name] for name in given}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TrialBuilder:
+    """Function that builds module, data and Trainer arguments of a trial: the config with the trial's options added."""
+
+    cli_class: type[RaylitCLI]
+    cli_arguments: dict[str, Any]
+    text: str
+    """The config of all trials as YAML, without the Trainer's."""
+
+    def __call__(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        cli = self.cli_class(**self.cli_arguments, args=self.build_arguments(values), run=False)
+        prefix = "trainer."
+        arguments = {name.removeprefix(prefix): cli.config[name] for name in values if name.startswith(prefix)}
+        data = [] if cli.datamodule is None else [cli.datamodule]
+        return cli.model, *data, arguments
+
+    def build_arguments(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the command line of a trial."""
+        return ["--config", self.text, *(f"--{name}={_format_option(value)}" for name, value in values.items())]
+
+
+def _format_option(value: Any) -> str:
+    """Format a sampled value as on the command line; NumPy's numbers as Python's."""
+    return value if isinstance(value, str) else json.dumps(value, default=lambda number: number.item())
 
 
 def _parser_class() -> Any:

@@ -201,3 +201,56 @@ def test_without_run_it_only_builds():
     assert cli.trainer.global_step == 0
     assert cli.datamodule is None
     assert [callback for callback in cli.trainer.callbacks if isinstance(callback, pl.Timer)]
+
+
+SWEEP = """
+seed_everything: 7
+model: {class_path: project.module.Regression, init_args: {width: 8}}
+data: {class_path: project.module.RegressionData}
+trainer: {max_epochs: 1, num_workers: 0}
+space:
+  model.lr: {grid_search: [0.01, 0.1]}
+  data.batch_size: {choice: [4]}
+  trainer.accumulate_grad_batches: {choice: [2]}
+metric: val_loss
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_config_trains_as_fit_does_with_the_trials_options(raylit, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    printed = raylit("sweep", "--config", "sweep.yaml", "--name", "rates")
+    assert len(re.findall(r"│\s+finished\s+│", printed)) == 2
+    [best] = re.findall(r"best checkpoint: (\S+)", printed)
+    checkpoint = torch.load(best, weights_only=True)
+    assert checkpoint["global_step"] == 48 // 4 // 2
+    learning_rate = checkpoint["hyper_parameters"]["lr"]
+    raylit(
+        *("fit", "--model", MODEL, "--model.width", 8, "--model.lr", learning_rate, "--data", DATA),
+        *("--data.batch_size", 4, "--trainer.accumulate_grad_batches", 2, "--trainer.max_epochs", 1),
+        *("--trainer.num_workers", 0, "--seed_everything", 7),
+    )
+    [again] = (tmp_path / "lightning_logs" / "version_0" / "checkpoints").glob("*.ckpt")
+    weights = torch.load(again, weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[name], value) for name, value in checkpoint["state_dict"].items())
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ("{model.lr: {loguni: [1, 2]}}", "is no function of ray.tune"),
+        ("{model.lr: {uniform: [1]}}", "uniform with [1]"),
+        ("{model.lr: 0.1}", "is no function of ray.tune"),
+        ("{model.lr: {choice: []}}", "choice of an empty list"),
+        ("{model.rate: {choice: [1]}}", "'rate' is not accepted"),
+    ],
+)
+def test_a_wrong_space_is_an_error_before_a_trial_starts(space, told, tmp_path, capsys):
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("project.module", "models"))
+    try:
+        code = main(["sweep", "--config", "sweep.yaml", "--space", space])
+    except SystemExit as error:  # of the parser
+        code = error.code
+    assert code > 0
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "sweeps").exists()

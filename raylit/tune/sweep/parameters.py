@@ -2,15 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from raylit.core.hparams import flatten
+from raylit.errors import ConfigError
 from raylit.tune.records import Mode, TrialRecord, is_better, is_number
 
 _MAX_LEVELS = 5
 """Maximum number of distinct numbers that are shown at equal distances, like words: 16, 32, 64."""
+_TAKING_A_LIST = ("choice", "grid_search")
+_FUNCTIONS = (
+    *_TAKING_A_LIST, "uniform", "loguniform", "quniform", "qloguniform",
+    "randint", "lograndint", "qrandint", "qlograndint", "randn", "qrandn",
+)  # fmt: skip
+"""Functions of ray.tune by which a space in plain values is written."""
 _LOG_RATIO = 50.0
 _SCALES: tuple[Literal["linear", "log"], ...] = ("linear", "log")
 _OUTLIER_RATIO = 4.0
@@ -147,3 +154,38 @@ def _build_parameter(name: str, values: tuple[Any, ...]) -> Parameter:
     # Choose the scale on which the values are spread more evenly, as the space has drawn them.
     middle = numbers[len(numbers) // 2]
     return min(linear, logarithmic, key=lambda parameter: abs(parameter.locate(middle) - 0.5))
+
+
+def parse_space(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Ray Tune's search space for one in plain values, such as `{"lr": {"loguniform": [1e-4, 1e-1]}}`.
+
+    Raises:
+        ConfigError: If Ray Tune has no such function, or its arguments are wrong.
+    """
+    # Importing Ray Tune takes seconds, which only a sweep needs.
+    from ray import tune
+
+    domains = {}
+    for name, domain in space.items():
+        function, arguments = next(iter(domain.items())) if isinstance(domain, dict) and len(domain) == 1 else ("", [])
+        if function not in _FUNCTIONS or not isinstance(arguments, list):
+            raise ConfigError(
+                f"space: {name}: {domain!r} is no function of ray.tune with a list of arguments, such as "
+                f"{{loguniform: [0.0001, 0.1]}} or {{choice: [16, 32]}}. There are {', '.join(_FUNCTIONS)}"
+            )
+        if function in _TAKING_A_LIST and not arguments:
+            raise ConfigError(f"space: {name}: {function} of an empty list")
+        try:
+            build = getattr(tune, function)
+            domains[name] = build(arguments) if function in _TAKING_A_LIST else build(*arguments)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"space: {name}: {function} with {arguments}: {error}") from error
+    return domains
+
+
+def sample_space(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one value of each parameter of a space that `parse_space` has returned."""
+    return {
+        name: domain["grid_search"][0] if isinstance(domain, dict) else domain.sample()
+        for name, domain in space.items()
+    }
