@@ -127,7 +127,7 @@ def test_versions_are_those_of_the_constraints_and_of_pyproject() -> None:
 
 def test_readme_names_every_file_and_only_files_that_exist() -> None:
     readme = (CLUSTER / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(?:cluster/)?([\w-]+\.(?:yaml|sbatch)|Dockerfile)`", readme))
+    named = set(re.findall(r"`(?:cluster/)?([\w-]+\.(?:yaml|sbatch|json)|Dockerfile)`", readme))
     assert named == {path.name for path in CLUSTER.iterdir()} - {"README.md"}
     used = {
         word for block in SCRIPTS.values() for word in shlex.split(block, comments=True) if word.startswith("cluster/")
