@@ -15,6 +15,9 @@ import time
 
 import pytest
 
+from raylit.compat.ray_core import read_package_limits
+from raylit.driver.ray.doctor import check_working_dir
+
 CHECKOUT = pathlib.Path(__file__).parents[3]
 COMMANDS = pathlib.Path(sys.executable).parent
 JOB_SERVER = (
@@ -67,11 +70,18 @@ class Data(pl.DataModule):
         return torch.utils.data.DataLoader(torch.ones(2000, 2), batch_size=1)
 """
 
+# Only the head has a resource "disk": on a node of raylit's own the workers would not start.
 CONFIG = """
 model: {class_path: mine.net.Net}
 data: {class_path: mine.net.Data}
 seed_everything: 0
-trainer: {num_workers: 2, max_epochs: 1, resume: auto, enable_progress_bar: false, enable_model_summary: false}
+trainer:
+  num_workers: 2
+  resources_per_worker: {CPU: 1, disk: 1}
+  max_epochs: 1
+  resume: auto
+  enable_progress_bar: false
+  enable_model_summary: false
 """
 
 
@@ -109,7 +119,16 @@ def submit():
     ports = ["--port", str(find_free_port()), "--dashboard-port", str(port)]
     ports += ["--dashboard-agent-listen-port", str(find_free_port())]
     loopback = ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1"]
-    size = ["--num-cpus", "3", "--object-store-memory", str(10**8), "--temp-dir", directory]
+    size = [
+        "--num-cpus",
+        "3",
+        "--resources",
+        '{"disk": 2}',
+        "--object-store-memory",
+        str(10**8),
+        "--temp-dir",
+        directory,
+    ]
     command = [str(COMMANDS / "ray"), "start", "--head", "--block", *loopback, *ports, *size]
 
     def run(name, *arguments):
@@ -175,7 +194,7 @@ def test_a_stopped_job_saves_and_the_next_one_continues(submit, project):
     said = submit("logs", name).stdout
     assert "good day from step 0" in said
     assert "SIGTERM: the run ends after this step and is saved" in said
-    assert "STOPPED" in submit("status", name).stdout + submit("status", name).stderr
+    assert f"Job '{name}' was stopped" in submit("status", name).stdout
     assert list((project.parent / "runs").rglob("*.ckpt")) != []
 
     done = submit("submit", *arguments_of(project, "--trainer.max_steps", "400"))
@@ -190,3 +209,18 @@ def test_a_users_exception_fails_the_job_with_its_traceback(submit, project):
     assert failed.returncode == 1, said
     assert "ValueError: a mistake of the user's" in said
     assert 'raise ValueError("a mistake of the user\'s")' in said
+
+
+def test_a_working_directory_over_the_limit_is_refused_where_the_doctor_says_so(submit, project):
+    limit = read_package_limits()[0]
+    with (project / "data.bin").open("wb") as file:
+        file.truncate(limit + 2**20)
+    refused = submit("submit", *arguments_of(project))
+    assert refused.returncode == 1
+    assert f"Maximum request body size {limit} exceeded" in refused.stderr
+    [problem] = check_working_dir(str(project))
+    assert "data.bin 101 MiB" in problem.found
+    (project / ".rayignore").write_text("data.bin\n")
+    assert list(check_working_dir(str(project))) == []
+    done = submit("submit", *arguments_of(project, "--trainer.max_steps", "2"))
+    assert done.returncode == 0, done.stdout + done.stderr
