@@ -304,7 +304,8 @@ def read_autoscaler_limits(*, timeout_s: float = _TIMEOUT_S) -> AutoscalerLimits
             except OSError:  # the process has ended
                 continue
             if words.get("--gcs-address") == address and "--autoscaling-config" in words:
-                with open(words["--autoscaling-config"], encoding="utf-8") as file:
+                # The launcher's files name it below ~, which the autoscaler itself expands.
+                with open(os.path.expanduser(words["--autoscaling-config"]), encoding="utf-8") as file:
                     return file.read()
         return None
 
