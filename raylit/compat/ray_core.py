@@ -6,6 +6,7 @@ have is not in use.
 """
 
 import contextlib
+import glob
 import importlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,10 @@ _FEATURE = "training on Ray workers"
 _SESSION_FEATURE = "a fit inside a function of Ray Tune or Ray Train"
 _TIMEOUT_S = 5.0
 """Timeout of an answer from Ray's head."""
+_HEAD_RESOURCE = "node:__internal_head__"
+"""Resource that only the head's node has."""
+_DEFAULT_MAX_WORKERS = 2
+"""Ray's own default of `max_workers` in a cluster's configuration."""
 
 
 # Settings and processes
@@ -210,9 +216,12 @@ class Autoscaling:
     """State of the cluster's autoscaler."""
 
     starting: dict[str, int] = field(default_factory=dict)
-    """Nodes that are starting, by type."""
+    """Nodes that are requested or starting, by type."""
     infeasible_groups: frozenset[str] = frozenset()
-    """Placement groups, by id in hex, that none of its nodes could serve. The old autoscaler does not report them."""
+    """Placement groups, by id in hex, that what is free now and all nodes that it may still start could not serve.
+
+    They may fit once others free their resources. The old autoscaler does not report them.
+    """
 
 
 def read_autoscaling() -> Autoscaling | None:
@@ -222,8 +231,11 @@ def read_autoscaling() -> Autoscaling | None:
     """
     state = _read_cluster_status().autoscaling_state
     if state.autoscaler_state_version:
+        starting = Counter(instance.ray_node_type_name for instance in state.pending_instances)
+        for request in state.pending_instance_requests:
+            starting[request.ray_node_type_name] += request.count
         return Autoscaling(
-            starting={request.ray_node_type_name: request.count for request in state.pending_instance_requests},
+            starting=dict(starting),
             # "ID:STRATEGY|STATE"
             infeasible_groups=frozenset(
                 request.details.split(":")[0] for request in state.infeasible_gang_resource_requests
@@ -243,6 +255,96 @@ def parse_old_autoscaling(status: Mapping[str, Any]) -> Autoscaling | None:
     if all(name.startswith("node_") for name in types):
         return None
     return Autoscaling(starting=dict(report.get("pending_launches", {})))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeType:
+    """Type of node that the autoscaler may start."""
+
+    name: str
+    resources: dict[str, float]
+    labels: dict[str, str]
+    max_count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscalerLimits:
+    """The nodes that the autoscaler may have running at most."""
+
+    node_types: tuple[NodeType, ...]
+    max_nodes: int
+    """Limit for the nodes of all types together."""
+    node_ids: frozenset[str]
+    """Nodes of these types that are in the cluster now, by id in hex."""
+
+
+def read_autoscaler_limits(*, timeout_s: float = _TIMEOUT_S) -> AutoscalerLimits | None:
+    """Read the limits from the autoscaler's configuration, which is a file on the head; it takes about a second.
+
+    Ray's head does not publish them, so a task on the head finds the file by the command line of the autoscaler's
+    process. None if that runs elsewhere, as KubeRay's does in a container of its own, or if the task does not answer
+    in time.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    address = ray.get_runtime_context().gcs_address
+    nodes = ray.nodes()
+    head = next((node["NodeID"] for node in nodes if node["Alive"] and _HEAD_RESOURCE in node["Resources"]), None)
+    if head is None:
+        return None
+
+    # A function inside a function is pickled by value: the head need not have raylit.
+    def read_configuration() -> str | None:
+        for path in glob.glob("/proc/[0-9]*/cmdline"):
+            try:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    words = dict(word.partition("=")[::2] for word in file.read().split("\0"))
+            except OSError:  # the process has ended
+                continue
+            if words.get("--gcs-address") == address and "--autoscaling-config" in words:
+                # The launcher's files name it below ~, which the autoscaler itself expands.
+                with open(os.path.expanduser(words["--autoscaling-config"]), encoding="utf-8") as file:
+                    return file.read()
+        return None
+
+    function: Any = ray.remote(num_cpus=0, max_retries=0)(read_configuration)
+    task = function.options(scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False)).remote()
+    try:
+        text = ray.get(task, timeout=timeout_s)
+    except RayError:
+        ray.cancel(task, force=True)
+        return None
+    if text is None:
+        return None
+    # Imported here so that importing raylit does not import yaml.
+    import yaml
+
+    return _parse_autoscaler_limits(yaml.safe_load(text))
+
+
+def _parse_autoscaler_limits(configuration: Mapping[str, Any]) -> AutoscalerLimits | None:
+    """Parse a configuration of the cluster launcher; None if a type of node does not say what it has."""
+    max_nodes = configuration.get("max_workers", _DEFAULT_MAX_WORKERS)
+    types = {
+        name: NodeType(
+            name=name,
+            resources=dict(entry.get("resources") or {}),
+            labels=dict(entry.get("labels") or {}),
+            max_count=entry.get("max_workers", max_nodes),
+        )
+        for name, entry in configuration["available_node_types"].items()
+        if name != configuration.get("head_node_type")
+    }
+    if any(kind.max_count and not kind.resources for kind in types.values()):
+        return None
+    nodes = _read_cluster_status().cluster_resource_state.node_states
+    return AutoscalerLimits(
+        node_types=tuple(types.values()),
+        max_nodes=max_nodes,
+        node_ids=frozenset(node.node_id.hex() for node in nodes if node.ray_node_type_name in types),
+    )
 
 
 def list_pending_groups() -> frozenset[str]:

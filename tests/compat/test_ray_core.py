@@ -75,6 +75,7 @@ def test_without_the_filter_ray_prints_its_lines(monkeypatch):
 @pytest.mark.usefixtures("_node")
 def test_the_head_says_that_nothing_adds_nodes_and_nothing_waits():
     assert ray_core.read_autoscaling() is None
+    assert ray_core.read_autoscaler_limits() is None
     assert ray_core.list_pending_groups() == frozenset()
     assert ray_core.list_pending_requests() == []
 

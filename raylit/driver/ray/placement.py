@@ -69,6 +69,8 @@ class Host:
 
     resources: Resources
     labels: dict[str, str]
+    node_id: str = ""
+    """Ray's id of the node, in hex; empty for a host that is not there yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,6 +278,10 @@ _UNKNOWN_BYTES = 1e18
 """Memory assumed for a host that does not report it."""
 _INFEASIBLE_S = 10.0
 """Time after which an autoscaler's word that none of its nodes can serve the request is final: it checks every 5 s."""
+_AUTOSCALER_ADVICE = (
+    "ask for fewer workers or resources, or let the autoscaler start more or larger nodes (available_node_types, "
+    "max_workers)"
+)
 
 
 class Placement:
@@ -409,7 +415,12 @@ def resources_per_worker(workers: Workers, *, cpu: float) -> Resources:
 def create_placement_group(
     request: ResourceRequest, *, free_resources: Callable[[], bool] = lambda: False
 ) -> PlacementGroup:
-    """Create a placement group and wait until it is placed; on an error its request is withdrawn."""
+    """Create a placement group and wait until it is placed; on an error its request is withdrawn.
+
+    Raises:
+        ResourcesError: No node that the autoscaler may start can serve it, or it was not placed in time.
+    """
+    will_fit = _check_autoscaler_limits(request)
     group = _create_group(request)
     timeout_s = request.workers.start_timeout_s
     capacity_wait = CapacityWait(timeout_s=timeout_s)
@@ -420,33 +431,87 @@ def create_placement_group(
             if free_resources():
                 continue
             is_line_due = capacity_wait.is_line_due
-            scaler = ray_core.read_autoscaling()
+            scaler, hosts = ray_core.read_autoscaling(), read_hosts()
             is_infeasible = scaler is not None and group.id.hex() in scaler.infeasible_groups
-            if not is_infeasible or request.fits(read_hosts()):
+            # The autoscaler counts what is free now: what others hold may make it infeasible only for a while.
+            if not is_infeasible or will_fit or request.fits(hosts) or _is_anything_in_use(request, group, hosts):
                 infeasible_since_s = None
             elif infeasible_since_s is None:
                 infeasible_since_s = capacity_wait.waited_s
             elif capacity_wait.waited_s - infeasible_since_s >= _INFEASIBLE_S:
                 raise ResourcesError(
-                    f"{request} {_is_or_are(request.workers)} asked for, which this cluster of "
-                    f"{format_hosts(read_hosts())} cannot offer, and its autoscaler says that no nodes it may "
-                    "start could: ask for fewer workers or resources, or give the cluster larger or more worker nodes "
-                    "(available_node_types, max_workers)"
+                    f"{request} {_is_or_are(request.workers)} asked for, which this cluster of {format_hosts(hosts)} "
+                    "cannot offer, and its autoscaler says that no nodes it may start could: "
+                    f"{_AUTOSCALER_ADVICE}"
                 )
-            missing = (
-                f"{request}; free now: {format_resources(ray.available_resources())} of {format_hosts(read_hosts())}"
-            )
+            missing = f"{request}; free now: {format_resources(ray.available_resources())} of {format_hosts(hosts)}"
+            pending = describe_pending_capacity(request, scaler, is_infeasible=is_infeasible)
             if capacity_wait.is_over:
                 raise ResourcesError(
-                    f"{missing}: not free within start_timeout_s={timeout_s:g}. Ask for fewer workers or resources, "
-                    "end what holds them, or wait longer"
+                    f"{missing}; {pending}: not placed within start_timeout_s={timeout_s:g}. Ask for fewer workers or "
+                    "resources, end what holds them, or wait longer"
                 )
             if is_line_due:
-                capacity_wait.say(f"{missing}; {describe_pending_capacity(request, scaler)}")
+                capacity_wait.say(f"{missing}; {pending}")
     except BaseException:
         remove_placement_group(group)
         raise
     return group
+
+
+def _check_autoscaler_limits(request: ResourceRequest) -> bool:
+    """Check a request that does not fit the cluster of now against all nodes that its autoscaler may start.
+
+    Returns:
+        True if it will fit some time; False if that is unknown, or does not depend on an autoscaler.
+
+    Raises:
+        ResourcesError: It never will.
+    """
+    hosts = read_hosts()
+    if request.fits(hosts) or ray_core.read_autoscaling() is None:
+        return False
+    limits = ray_core.read_autoscaler_limits()
+    if limits is None:
+        return False
+    largest = list_hosts_at_most(request, limits, [host for host in hosts if host.node_id not in limits.node_ids])
+    if request.fits(largest):
+        return True
+    types = [kind for kind in limits.node_types if kind.max_count]
+    nodes = ", ".join(f"{kind.max_count} {kind.name} of {format_resources(kind.resources)}" for kind in types)
+    if sum(kind.max_count for kind in types) > limits.max_nodes:
+        nodes += f", but {limits.max_nodes} in all"
+    raise ResourcesError(
+        f"{request} {_is_or_are(request.workers)} asked for, which this cluster of {format_hosts(hosts)} can never "
+        f"offer: with the nodes that its autoscaler may start at most ({nodes or 'none'}) "
+        f"there is room for {request.num_fitting(largest)} such workers, on {_format_offer(request, largest)}: "
+        f"{_AUTOSCALER_ADVICE}"
+    )
+
+
+def list_hosts_at_most(
+    request: ResourceRequest, limits: ray_core.AutoscalerLimits, other_hosts: Sequence[Host]
+) -> list[Host]:
+    """List the hosts that the cluster can have at most: `other_hosts`, and those that its autoscaler may start.
+
+    If the limit of all types together is below the sum of theirs, the types that serve the request best come first.
+    """
+    startable = [
+        Host(resources=kind.resources, labels=kind.labels) for kind in limits.node_types for _ in range(kind.max_count)
+    ]
+    startable.sort(
+        key=lambda host: (request.is_allowed_on(host), num_slots(host.resources, request.each)), reverse=True
+    )
+    return [*other_hosts, *startable[: limits.max_nodes]]
+
+
+def _is_anything_in_use(request: ResourceRequest, group: PlacementGroup, hosts: Sequence[Host]) -> bool:
+    """Return True if others hold resources of the kinds that the request names, or wait for some as well."""
+    free = ray.available_resources()
+    is_held = any(
+        sum(host.resources.get(name, 0.0) for host in hosts) > free.get(name, 0.0) + _TOLERANCE for name in request.each
+    )
+    return is_held or bool(ray_core.list_pending_groups() - {group.id.hex()})
 
 
 def _create_group(request: ResourceRequest) -> PlacementGroup:
@@ -458,15 +523,25 @@ def _create_group(request: ResourceRequest) -> PlacementGroup:
         raise ConfigError(f"Ray does not take resources_per_worker or label_selector as they are: {error}") from error
 
 
-def describe_pending_capacity(request: ResourceRequest, scaler: ray_core.Autoscaling | None) -> str:
-    """Describe where the missing resources may come from."""
+def describe_pending_capacity(
+    request: ResourceRequest, scaler: ray_core.Autoscaling | None, *, is_infeasible: bool = False
+) -> str:
+    """Describe where the missing resources may come from.
+
+    Args:
+        request: What waits.
+        scaler: State of the cluster's autoscaler, or None without one.
+        is_infeasible: True if the autoscaler says that what is free and what it may still start are too little.
+    """
     if request.fits(read_hosts()):
         return "others hold the rest"
     if scaler is None:
         return "the cluster has lost what it had"
-    if not scaler.starting:
-        return "the autoscaler has been asked for more nodes"
-    return "the autoscaler starts " + ", ".join(f"{count} {name}" for name, count in scaler.starting.items())
+    if scaler.starting:
+        return "the autoscaler starts " + ", ".join(f"{count} {name}" for name, count in scaler.starting.items())
+    if is_infeasible:
+        return "the autoscaler says that this and the nodes it may still start are too few"
+    return "the autoscaler has been asked for more nodes"
 
 
 def read_hosts() -> list[Host]:
@@ -477,7 +552,7 @@ def read_hosts() -> list[Host]:
         if node["Alive"]:
             used = own if node["NodeID"] == own_id else {}
             resources = {name: amount - used.get(name, 0.0) for name, amount in node["Resources"].items()}
-            hosts.append(Host(resources=resources, labels=node["Labels"]))
+            hosts.append(Host(resources=resources, labels=node["Labels"], node_id=node["NodeID"]))
     return hosts
 
 

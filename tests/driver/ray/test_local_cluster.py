@@ -127,7 +127,8 @@ def soon_without_demand():
     assert not ray_core.list_pending_groups()
     assert waiting_groups() == []
 
-small = {"cpu2": ({"CPU": 2}, 2)}
+# A type of node that does not say what it has: only the autoscaler knows what no node can serve.
+small = {"cpu2": ({"CPU": 2}, 2), "own": ({}, 1)}
 with FakeAutoscalingCluster(head={"CPU": 1}, workers=small) as cluster, contextlib.ExitStack() as stack:
     stack.callback(ray.shutdown)  # before the cluster goes: Ray would look for it for a minute
     ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
