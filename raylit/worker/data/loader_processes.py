@@ -268,7 +268,8 @@ def _wait_for_dead_children() -> list[int]:
         time.sleep(0.02)
 
 
-_EXIT_S = 0.5
+_EXIT_S = 2.0
+"""Time for a dead process to be seen as such, also on a busy machine."""
 
 
 def _describe_exit(code: int | None) -> str:
