@@ -89,7 +89,8 @@ class SavedConfig(DriverCallback):
 class RaylitCLI:
     """Command line that builds a module, a data module and a Trainer from options and files, and runs a subcommand.
 
-    Afterwards `model`, `datamodule`, `trainer`, `config` and `result` hold what was built, parsed and returned.
+    Afterwards `model`, `datamodule`, `trainer`, `config` and `result` hold what was built, parsed and returned; after
+    `sweep` only `config` and `result`, as its trials build the objects.
 
     Args:
         model_class: A class or function, whose arguments become options `--model.x`. None: the command line names the
@@ -146,7 +147,7 @@ class RaylitCLI:
         self.model: LightningModule
         self.trainer: Trainer
         if self.subcommand == "sweep":
-            self._sweep()
+            self._sweep()  # its trials build the objects
             return
         self._build(None if self.subcommand != "fit" else save_config_callback)
         if run:
@@ -159,10 +160,10 @@ class RaylitCLI:
         subcommands = parser.add_subcommands(required=True, dest="subcommand")
         for name, text in _SUBCOMMANDS.items():
             usage = f"{parser.prog} {name} [--config FILE] [--model ...] [--data ...] [--trainer.NAME VALUE] ..."
-            self._subparsers[name] = parser_of_name = self._build_parser(has_checkpoint=name != "sweep", usage=usage)
+            subparser = self._subparsers[name] = self._build_parser(has_checkpoint=name != "sweep", usage=usage)
             if name == "sweep":
-                _add_sweep_options(parser_of_name)
-            subcommands.add_subcommand(name, self._subparsers[name], help=text)
+                _add_sweep_options(subparser)
+            subcommands.add_subcommand(name, subparser, help=text)
         return parser
 
     def _build_parser(self, *, has_checkpoint: bool, **options: Any) -> Any:
@@ -210,19 +211,24 @@ class RaylitCLI:
         self.trainer = self._trainer_class(**arguments)
 
     def _sweep(self) -> None:
-        """Run trials, each of which parses the config with its own options added."""
+        """Run trials, each of which parses the config with its own options added.
+
+        Raises:
+            ConfigError: If the search space is wrong, or the command has a Trainer class of its own.
+        """
+        if self._trainer_class is not Trainer:
+            raise ConfigError(f"sweep: its trials use raylit.Trainer, not {self._trainer_class.__name__}")
         parser = self._subparsers["sweep"]
         config = self.config.clone()
         config.pop("config", None)
         options = {name: config.pop(name) for name in _SWEEP_OPTIONS}
-        trainer = _instantiate_trainer_arguments(parser, config.pop("trainer"))
+        trainer = self._instantiate_trainer_arguments(parser, config.pop("trainer"))
         _seed(config)
         build = _TrialBuilder(
             cli_class=type(self),
             cli_arguments={
                 "model_class": self._model_class,
                 "datamodule_class": self._datamodule_class,
-                "trainer_class": self._trainer_class,
                 "subclass_mode_model": self._is_model_named,
                 "subclass_mode_data": self._is_data_named,
             },
@@ -234,6 +240,15 @@ class RaylitCLI:
         self.result = sweep(build, space, **options, **trainer)
         if self.result.best_checkpoint is not None:
             print(f"best checkpoint: {self.result.best_checkpoint}")
+
+    def _instantiate_trainer_arguments(self, parser: Any, trainer: Any) -> dict[str, Any]:
+        """Return the arguments that differ from the Trainer's defaults, with their objects built."""
+        defaults = parser.get_defaults().trainer
+        given = [
+            name for name, value in vars(trainer).items() if value != defaults[name] or name in self._trainer_defaults
+        ]
+        built = parser.instantiate(type(trainer)(trainer=trainer)).trainer
+        return {name: built[name] for name in given}
 
     def _run(self) -> None:
         assert self.subcommand is not None
@@ -259,14 +274,6 @@ def _add_sweep_options(parser: Any) -> None:
     others = {*inspect.signature(sweep).parameters, "enable_checkpointing", "checkpoint_callback"} - {*_SWEEP_OPTIONS}
     parser.add_function_arguments(sweep, as_group=False, skip={*others, "space"})
     parser.add_argument("--space", type=dict[str, Any], required=True, help=_SPACE)
-
-
-def _instantiate_trainer_arguments(parser: Any, trainer: Any) -> dict[str, Any]:
-    """Return the Trainer arguments that differ from their defaults, with the objects that classes in them stand for."""
-    defaults = parser.get_defaults().trainer
-    given = [name for name, value in vars(trainer).items() if value != defaults[name]]
-    built = parser.instantiate(type(trainer)(trainer=trainer)).trainer
-    return {name: built[name] for name in given}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -254,3 +254,35 @@ def test_a_wrong_space_is_an_error_before_a_trial_starts(space, told, tmp_path, 
     assert code > 0
     assert told in capsys.readouterr().err
     assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_the_trainer_defaults_of_its_script(run_script, tmp_path):
+    run_script(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from models import Regression, RegressionData
+        from raylit.cli import RaylitCLI
+
+        if __name__ == "__main__":
+            cli = RaylitCLI(
+                Regression,
+                RegressionData,
+                trainer_defaults={{"max_epochs": 3, "num_workers": 0}},
+                args=["sweep", "--space", "{{model.lr: {{choice: [0.01]}}}}", "--metric=val_loss", "--name=three"],
+            )
+            assert cli.result.best_trial.config == {{"model.lr": 0.01}}
+        """
+    )
+    [checkpoint] = (tmp_path / "sweeps" / "three").rglob("trial.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+
+
+def test_a_sweep_refuses_a_trainer_class_of_the_scripts_own():
+    class OwnTrainer(pl.Trainer):
+        pass
+
+    given = ["sweep", "--space", "{model.lr: {choice: [0.01]}}", "--metric", "val_loss"]
+    with pytest.raises(pl.ConfigError, match=r"its trials use raylit.Trainer, not OwnTrainer"):
+        RaylitCLI(Regression, RegressionData, trainer_class=OwnTrainer, args=given)

@@ -358,13 +358,12 @@ class WorkerActor:
 
     def _run_command(self, command: Command) -> None:
         assert self._worker is not None
-        self._metrics.begin_command()
-        for report in self._worker.run(copy_tensors(command)):
-            if isinstance(report, Measured):
-                self._metrics.record_interval(report)
-                if self._context.rank > 0 or len(report.ranks) == 1:
-                    continue
-            if isinstance(report, Weights):
-                self._chunk_slots.acquire()
-            self._outbox.put(report)
-        self._metrics.end_command(command)
+        with self._metrics.measure(command):
+            for report in self._worker.run(copy_tensors(command)):
+                if isinstance(report, Measured):
+                    self._metrics.record_interval(report)
+                    if self._context.rank > 0 or len(report.ranks) == 1:
+                        continue  # the driver compares ranks, and needs the numbers once
+                if isinstance(report, Weights):
+                    self._chunk_slots.acquire()
+                self._outbox.put(report)

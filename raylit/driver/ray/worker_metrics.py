@@ -6,7 +6,8 @@ sets the last values again.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 
 from ray.util.metrics import Counter, Gauge
@@ -39,7 +40,6 @@ class WorkerMetrics:
         self._values: dict[str, float] = {}
         self._rank = 0
         self._accelerator: Accelerator | None = None
-        self._save_began_at = 0.0
 
     def begin_run(self, *, rank: int, node: str, log_dir: str, accelerator: Accelerator) -> None:
         """Tag later values with the run, whose name is made of the last three parts of its log directory."""
@@ -47,14 +47,13 @@ class WorkerMetrics:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"rank": str(rank), "run": name_run(log_dir), "node": node})
 
-    def begin_command(self) -> None:
-        """Note the time at which a command begins."""
-        self._save_began_at = perf_counter()
-
-    def end_command(self, command: Command) -> None:
-        """Record the time of a command that saves."""
+    @contextmanager
+    def measure(self, command: Command) -> Iterator[None]:
+        """Record the time inside the context if the command saves, unless it fails."""
+        began_at = perf_counter()
+        yield
         if isinstance(command, Save):
-            self._values["raylit_checkpoint_time_s"] = perf_counter() - self._save_began_at
+            self._values["raylit_checkpoint_time_s"] = perf_counter() - began_at
             self.refresh()
 
     def record_interval(self, measured: Measured) -> None:

@@ -1,4 +1,4 @@
-"""Parameters of a sweep's trials, and the scale of their results, for tables and figures. Driver."""
+"""Parameters of a sweep: the search space in plain values, and the trials' values in tables and figures. Driver."""
 
 import math
 import statistics
@@ -12,12 +12,6 @@ from raylit.tune.records import Mode, TrialRecord, is_better, is_number
 
 _MAX_LEVELS = 5
 """Maximum number of distinct numbers that are shown at equal distances, like words: 16, 32, 64."""
-_TAKING_A_LIST = ("choice", "grid_search")
-_FUNCTIONS = (
-    *_TAKING_A_LIST, "uniform", "loguniform", "quniform", "qloguniform",
-    "randint", "lograndint", "qrandint", "qlograndint", "randn", "qrandn",
-)  # fmt: skip
-"""Functions of ray.tune by which a space in plain values is written."""
 _LOG_RATIO = 50.0
 _SCALES: tuple[Literal["linear", "log"], ...] = ("linear", "log")
 _OUTLIER_RATIO = 4.0
@@ -154,6 +148,15 @@ def _build_parameter(name: str, values: tuple[Any, ...]) -> Parameter:
     # Choose the scale on which the values are spread more evenly, as the space has drawn them.
     middle = numbers[len(numbers) // 2]
     return min(linear, logarithmic, key=lambda parameter: abs(parameter.locate(middle) - 0.5))
+
+
+_TAKING_A_LIST = ("choice", "grid_search")
+"""Functions of ray.tune whose only argument is a list."""
+_FUNCTIONS = (
+    *_TAKING_A_LIST, "uniform", "loguniform", "quniform", "qloguniform",
+    "randint", "lograndint", "qrandint", "qlograndint", "randn", "qrandn",
+)  # fmt: skip
+"""Functions of ray.tune by which a space in plain values is written."""
 
 
 def parse_space(space: Mapping[str, Any]) -> dict[str, Any]:

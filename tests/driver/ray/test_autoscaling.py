@@ -59,9 +59,9 @@ def read_demands(cluster):
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     return text.partition("Pending Demands:")[2].strip() or text
 
-def check_nothing_is_left(cluster):
-    states = {entry["state"] for entry in ray.util.placement_group_table().values()}
-    assert states <= {"REMOVED"}, states
+def check_nothing_is_left(cluster, *, num_others=0):
+    states = [entry["state"] for entry in ray.util.placement_group_table().values()]
+    assert set(states) <= {"CREATED", "REMOVED"} and states.count("CREATED") == num_others, states
     wait_until(lambda: read_demands(cluster) == "(no resource demands)", "ray status shows no demand")
 """
 
@@ -105,11 +105,6 @@ def test_workers_start_once_the_autoscaler_has_added_their_nodes_which_go_after_
 
 
 WITHDRAWN = """
-def check_withdrawn(cluster):
-    states = sorted(entry["state"] for entry in ray.util.placement_group_table().values())
-    assert set(states) <= {"CREATED", "REMOVED"} and states.count("CREATED") == 1, states
-    wait_until(lambda: read_demands(cluster) == "(no resource demands)", "ray status shows no demand")
-
 with connect(head={"CPU": 2}, workers={"cpu2": ({"CPU": 2}, 2)}) as cluster:
     # It keeps what follows from being placed, however many nodes come.
     others = ray.util.placement_group([{"CPU": 2}])
@@ -126,7 +121,7 @@ with connect(head={"CPU": 2}, workers={"cpu2": ({"CPU": 2}, 2)}) as cluster:
             assert message in str(error), error
         else:
             raise AssertionError(f"it was placed: {arguments}")
-    check_withdrawn(cluster)
+    check_nothing_is_left(cluster, num_others=1)
     assert count_nodes() == 1
 
     large = {"num_workers": 3, "resources_per_worker": {"CPU": 2}, "keep_workers_s": 0}
@@ -136,7 +131,7 @@ with connect(head={"CPU": 2}, workers={"cpu2": ({"CPU": 2}, 2)}) as cluster:
         assert "not placed within start_timeout_s=1" in str(error), error
     else:
         raise AssertionError("it was placed")
-    check_withdrawn(cluster)
+    check_nothing_is_left(cluster, num_others=1)
 
     handler = signal.getsignal(signal.SIGINT)
     threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()
@@ -148,7 +143,7 @@ with connect(head={"CPU": 2}, workers={"cpu2": ({"CPU": 2}, 2)}) as cluster:
     else:
         raise AssertionError("it was placed")
     assert signal.getsignal(signal.SIGINT) == handler
-    check_withdrawn(cluster)
+    check_nothing_is_left(cluster, num_others=1)
 
     source = "import sys, ray, raylit as pl; from models import *; ray.init(sys.argv[1]);"
     source += "pl.fit(Regression(), RegressionData(), num_workers=3, resources_per_worker={'CPU': 2}, logger=False)"
@@ -160,7 +155,7 @@ with connect(head={"CPU": 2}, workers={"cpu2": ({"CPU": 2}, 2)}) as cluster:
             assert other.wait(30) == -signal.SIGINT, other.stderr.read()
         finally:
             other.kill()
-    check_withdrawn(cluster)
+    check_nothing_is_left(cluster, num_others=1)
     wait_until(lambda: count_nodes() == 1, "nodes that nothing uses are gone", 90)
     print("through")
 """
