@@ -17,39 +17,44 @@ NUM_WORKERS = 128
 NUM_TICKS = 40
 
 
-class ManyRanks:
-    """Actor that answers for all ranks, each of whose methods takes the rank first."""
+def define_many_ranks():
+    """Return the class of the actor: a local one, as the workers cannot import this module."""
 
-    def __init__(self):
-        self.queues = [asyncio.Queue() for _ in range(NUM_WORKERS)]
+    class ManyRanks:
+        """Actor that answers for all ranks, each of whose methods takes the rank first."""
 
-    async def get_info(self, rank):
-        node_id = ray.get_runtime_context().get_node_id()
-        ip = ray.util.get_node_ip_address()
-        return ActorInfo(node_id=node_id, worker_id=f"{rank:056x}", ip=ip, host="h", gpu_ids=(), pid=1, num_cores=1)
+        def __init__(self):
+            self.queues = [asyncio.Queue() for _ in range(NUM_WORKERS)]
 
-    async def reports(self, rank):
-        while True:
-            yield [await self.queues[rank].get()]
+        async def get_info(self, rank):
+            node_id = ray.get_runtime_context().get_node_id()
+            ip = ray.util.get_node_ip_address()
+            return ActorInfo(node_id=node_id, worker_id=f"{rank:056x}", ip=ip, host="h", gpu_ids=(), pid=1, num_cores=1)
 
-    async def join(self, rank, *_):
-        self.queues[rank].put_nowait(CommandDone(rank=rank))
+        async def reports(self, rank):
+            while True:
+                yield [await self.queues[rank].get()]
 
-    async def submit(self, rank, command, number):
-        """Let rank 0 report progress, and then all ranks end the command."""
-        if rank == 0:
-            for tick in range(NUM_TICKS):
-                self.queues[0].put_nowait(Ticked(batch=tick))
-                await asyncio.sleep(0.02)
-            for other in range(NUM_WORKERS):
-                self.queues[other].put_nowait(CommandDone(rank=other))
+        async def join(self, rank, *_):
+            self.queues[rank].put_nowait(CommandDone(rank=rank))
 
-    async def ping(self, rank): ...
-    async def stop(self, rank): ...
+        async def submit(self, rank, command, number):
+            """Let rank 0 report progress, and then all ranks end the command."""
+            if rank == 0:
+                for tick in range(NUM_TICKS):
+                    self.queues[0].put_nowait(Ticked(batch=tick))
+                    await asyncio.sleep(0.02)
+                for other in range(NUM_WORKERS):
+                    self.queues[other].put_nowait(CommandDone(rank=other))
+
+        async def ping(self, rank): ...
+        async def stop(self, rank): ...
+
+    return ManyRanks
 
 
 class Rank:
-    """Handle of one rank of ManyRanks."""
+    """Handle of one rank of the actor."""
 
     def __init__(self, actor, rank):
         self.actor, self.rank = actor, rank
@@ -71,7 +76,7 @@ class RankMethod:
 
 class ManyRanksGroup(ActorGroup):
     def create_actors(self, placement):
-        self.actor = ray.remote(ManyRanks).options(num_cpus=0, max_concurrency=2000).remote()
+        self.actor = ray.remote(define_many_ranks()).options(num_cpus=0, max_concurrency=2000).remote()
         return [Rank(self.actor, rank) for rank in range(self.workers.num_workers)]
 
     def kill_actors(self, actors):

@@ -12,20 +12,24 @@ from raylit.driver.ray.heartbeat import Heartbeat
 NUM_ACTORS = 200
 
 
-class Answering:
-    def __init__(self):
-        self.num_pings = 0
+def define_actors():
+    """Return a class that answers pings and one that does not; local ones, as the workers cannot import this module."""
 
-    async def ping(self):
-        self.num_pings += 1
+    class Answering:
+        def __init__(self):
+            self.num_pings = 0
 
-    async def count_pings(self):
-        return self.num_pings
+        async def ping(self):
+            self.num_pings += 1
 
+        async def count_pings(self):
+            return self.num_pings
 
-class Silent:
-    async def ping(self):
-        await asyncio.sleep(1000)
+    class Silent:
+        async def ping(self):
+            await asyncio.sleep(1000)
+
+    return Answering, Silent
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +41,7 @@ def short_period(monkeypatch):
 def actors():
     """One actor that answers and one that does not; each stands for many ranks."""
     local_cluster.connect()
-    actors = [ray.remote(kind).options(num_cpus=0, max_concurrency=500).remote() for kind in (Answering, Silent)]
+    actors = [ray.remote(kind).options(num_cpus=0, max_concurrency=500).remote() for kind in define_actors()]
     ray.get(actors[0].ping.remote(), timeout=60)
     yield actors
     for actor in actors:
